@@ -1,0 +1,85 @@
+# make demo | test | lint | bench: each sets up .venv first if needed (once), and rebuilds the extension if csrc/ changed.
+#   PYTHON=python3.12                the Python that .venv is made with
+#   TORCH="torch==2.11.0"            another torch; the pins of torch and triton in constraints.txt then do not apply
+#   PIP_ARGS="--index-url ..."       passed to every pip install
+#   VENV=none                        use $(PYTHON) as it is: install nothing, only build the extension in place
+PYTHON ?= python3
+VENV ?= .venv
+TORCH ?= torch==2.13.0
+PIP_ARGS ?=
+DEMO_CONFIG ?= python_trainer/configs/reviews_cpu.yaml
+ARGS ?=
+
+SOURCES := $(shell find csrc -type f) csrc/cpu csrc/cuda CMakeLists.txt setup.py
+.DELETE_ON_ERROR:
+.PHONY: help demo test lint bench setup build env clean
+
+help:
+	@echo "make demo    train a small model on a CPU and plot its learning"
+	@echo "make test    the test suite"
+	@echo "make lint    ruff, clang-format and mypy"
+	@echo "make bench   the benchmarks of the ops"
+	@echo "make env     what is installed, what is built, and which implementation each op picks"
+	@echo "make build   only the extension (make setup: only .venv);  make clean: remove everything that was built"
+	@echo
+	@echo "Options: PYTHON= TORCH= PIP_ARGS= VENV=none (see the top of the Makefile), ARGS= (for pytest or the demo)"
+
+ifeq ($(VENV),none)
+BIN :=
+RUN := $(PYTHON)
+STATE := build
+INSTALLED := build/.checked
+
+$(INSTALLED):
+	@PYTHON="$(PYTHON)" .ci/preflight none
+	@mkdir -p $(STATE) && touch $@
+else
+BIN := $(VENV)/bin/
+RUN := $(VENV)/bin/python
+STATE := $(VENV)
+INSTALLED := $(VENV)/.installed-$(subst =,-,$(TORCH))
+PIP := $(RUN) -m pip --disable-pip-version-check install --quiet --constraint $(VENV)/constraints.txt $(PIP_ARGS)
+export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
+
+$(INSTALLED): constraints.txt pyproject.toml
+	@PYTHON="$(PYTHON)" .ci/preflight
+	@rm -f $(VENV)/.installed-* && test -x $(RUN) || $(PYTHON) -m venv $(VENV)
+	@cp constraints.txt $(VENV)/constraints.txt
+	@test "$(TORCH)" = "torch==2.13.0" || sed -i.all -e '/^torch==/d' -e '/^triton==/d' $(VENV)/constraints.txt
+	@echo "Setting up $(VENV), once: $(TORCH) and its libraries (the large download)"
+	@$(PIP) "$(TORCH)"
+	@echo "Setting up $(VENV), once: build tools, then DeepSpeed, transformers and the test tools (about a minute)"
+	@$(PIP) setuptools wheel cmake ninja pybind11
+	@$(PIP) --no-build-isolation --editable ".[trainer,test,lint]"
+	@touch $@
+endif
+
+setup: $(INSTALLED)
+build: $(STATE)/.built
+
+$(STATE)/.built: $(INSTALLED) $(SOURCES)
+	@echo "Building the extension"
+	@$(RUN) setup.py --quiet build_ext --inplace
+	@touch $@
+
+demo: build
+	$(RUN) -m python_trainer demo --config $(DEMO_CONFIG) $(ARGS)
+
+test: build
+	$(RUN) -m pytest tests -q $(ARGS)
+
+bench: build
+	$(RUN) -m pytest bench --benchmark-only $(ARGS)
+
+lint: setup
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+	find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' | xargs $(BIN)clang-format --dry-run -Werror
+	$(RUN) -m mypy ppo_kernels python_trainer
+
+env: build
+	@$(RUN) -m ppo_kernels.env
+
+clean:
+	rm -rf build dist *.egg-info ppo_kernels/*.so
+	$(if $(filter-out none,$(VENV)),rm -rf $(VENV))

@@ -1,0 +1,72 @@
+// KL-shaped rewards on CPU tensors.
+#include "math/kl.h"
+
+#include <limits>
+
+#include "checks.h"
+
+namespace ppo {
+namespace {
+
+struct KlOptions {
+  double kl_coef, score_clip, kl_log_clamp, kl_clamp;
+  int64_t estimator;
+};
+
+// Writes the penalties of one row and returns the sum of the estimates.
+template <class T>
+PPO_CLONES double penalty_row(const T* logp, const T* ref, const uint8_t* mask, int64_t n, KlOptions o, T* rewards) {
+  const T coef = static_cast<T>(o.kl_coef);
+  const T log_clamp = static_cast<T>(o.kl_log_clamp), value_clamp = static_cast<T>(o.kl_clamp);
+  double sum = 0.0;
+#pragma omp simd reduction(+ : sum)
+  for (int64_t t = 0; t < n; ++t) {
+    const bool valid = mask == nullptr || mask[t] != 0;
+    const T k = kl_term(valid ? logp[t] : T(0), valid ? ref[t] : T(0), o.estimator, log_clamp, value_clamp).value;
+    sum += valid ? static_cast<double>(k) : 0.0;
+    rewards[t] = valid ? -coef * k : T(0);
+  }
+  return sum;
+}
+
+int64_t last_valid(const uint8_t* mask, int64_t n) {
+  int64_t t = n - 1;
+  while (t >= 0 && mask != nullptr && mask[t] == 0) --t;
+  return t;
+}
+
+std::tuple<Tensor, Tensor> kl_rewards(const Tensor& logprobs, const Tensor& ref_logprobs, const Tensor& scores,
+                                      const OptTensor& mask, const OptTensor& score_index,
+                                      const OptTensor& cu_seqlens, double kl_coef, int64_t kl_estimator,
+                                      double score_clip, double kl_log_clamp, double kl_clamp) {
+  PPO_COUNT("kl_rewards");
+  const Rows rows(logprobs, cu_seqlens);
+  const KlOptions options{kl_coef, score_clip, kl_log_clamp, kl_clamp, kl_estimator};
+  return dispatch_compute(logprobs, [&](auto zero) {
+    using T = decltype(zero);
+    const auto logp = token_view<T>(logprobs, logprobs, rows), ref = token_view<T>(ref_logprobs, logprobs, rows);
+    const auto m = token_view<uint8_t>(mask, logprobs, rows);
+    const T* score = dense_data<T>(scores, rows.count(), dtype_of<T>());
+    const int64_t* index = dense_data<int64_t>(score_index, rows.count(), ScalarType::Long);
+    Tensor rewards = torch::stable::new_zeros(logprobs, logprobs.sizes());
+    Tensor kl = empty({rows.count()}, dtype_of<T>(), logprobs);
+    T* out = static_cast<T*>(rewards.data_ptr());
+    T* sums = static_cast<T*>(kl.data_ptr());
+    const int64_t mean_length = logprobs.numel() / std::max<int64_t>(rows.count(), 1);
+    for_each(rows.count(), 8192 / std::max<int64_t>(mean_length, 1), [&](int64_t b) {
+      const uint8_t* row_mask = m.data ? m.row(rows, b) : nullptr;
+      const int64_t length = rows.length(b);
+      T* row = out + rows.start(b);
+      sums[b] = static_cast<T>(penalty_row(logp.row(rows, b), ref.row(rows, b), row_mask, length, options, row));
+      const int64_t last = last_valid(row_mask, length);
+      const int64_t at = last < 0 || index == nullptr ? last : index[b];
+      if (at >= 0 && at < length) row[at] += clamp(score[b], static_cast<T>(score_clip));
+    });
+    return std::make_tuple(rewards, kl);
+  });
+}
+
+}  // namespace
+}  // namespace ppo
+
+STABLE_TORCH_LIBRARY_IMPL(ppo_kernels, CPU, m) { m.impl("kl_rewards", TORCH_BOX(&ppo::kl_rewards)); }

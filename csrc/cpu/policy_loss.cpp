@@ -1,0 +1,163 @@
+// The clipped policy loss on CPU tensors: loss, statistics and gradient from one pass.
+#include "math/policy_loss.h"
+
+#include <cmath>
+
+#include "cpu/loss.h"
+
+namespace ppo {
+namespace {
+
+struct PolicySums {
+  double loss = 0.0, count = 0.0, d = 0.0, d2 = 0.0, k3 = 0.0, excess = 0.0, excess2 = 0.0, ref_kl = 0.0;
+  double high = 0.0, low = 0.0, dual = 0.0, clamped = 0.0;
+  double ratio_max = 0.0;
+
+  void add(const PolicySums& o) {
+    loss += o.loss, count += o.count, d += o.d, d2 += o.d2, k3 += o.k3, excess += o.excess, excess2 += o.excess2;
+    ref_kl += o.ref_kl, high += o.high, low += o.low, dual += o.dual, clamped += o.clamped;
+    ratio_max = o.ratio_max > ratio_max || std::isnan(o.ratio_max) ? o.ratio_max : ratio_max;
+  }
+};
+
+template <class T>
+struct PolicyBlock {
+  const T *logp, *old, *adv, *weights, *ref;  // ref: nullptr without a reference
+  const uint8_t* mask;
+  T* grad;  // nullptr if not wanted
+  int64_t n;
+  T row_weight;
+};
+
+template <class T>
+PPO_CLONES PolicySums policy_block(const PolicyBlock<T>& in, const PolicyOptions<T>& o) {
+  T loss = 0, count = 0, d = 0, d2 = 0, k3 = 0, excess = 0, excess2 = 0, ref_kl = 0;
+  T high = 0, low = 0, dual = 0, clamped = 0, ratio_max = -1;
+  T grads[kBlock], kl_grads[kBlock];
+#pragma omp simd reduction(+ : loss, count, d, d2, k3, excess, excess2, high, low, dual, clamped) \
+    reduction(max : ratio_max)
+  for (int64_t i = 0; i < in.n; ++i) {
+    const bool valid = in.mask[i] != 0;
+    const T one = valid ? T(1) : T(0);
+    const PolicyTerm<T> term = policy_term(valid ? in.logp[i] : T(0), valid ? in.old[i] : T(0),
+                                           valid ? in.adv[i] : T(0), valid ? in.weights[i] : T(0), o);
+    loss += term.loss;
+    grads[i] = term.grad;
+    count += one;
+    d += term.d;
+    d2 += term.d * term.d;
+    k3 += term.k3;
+    excess += term.ratio_minus_1;
+    excess2 += term.ratio_minus_1 * term.ratio_minus_1;
+    high += term.high ? T(1) : T(0);
+    low += term.low ? T(1) : T(0);
+    dual += term.dual ? T(1) : T(0);
+    clamped += term.clamped ? T(1) : T(0);
+    const T above = valid ? term.ratio_minus_1 : T(-1);
+    ratio_max = above > ratio_max ? above : ratio_max;
+  }
+  if (in.ref != nullptr) {
+#pragma omp simd reduction(+ : ref_kl)
+    for (int64_t i = 0; i < in.n; ++i) {
+      const bool valid = in.mask[i] != 0;
+      const KlTerm<T> term = kl_term(valid ? in.logp[i] : T(0), valid ? in.ref[i] : T(0), o.kl_estimator,
+                                     o.kl_log_clamp, o.kl_clamp);
+      ref_kl += term.value;
+      kl_grads[i] = o.kl_coef * term.grad;
+    }
+  } else {
+    std::fill(kl_grads, kl_grads + in.n, T(0));
+  }
+  if (in.grad != nullptr) {
+#pragma omp simd
+    for (int64_t i = 0; i < in.n; ++i) {
+      in.grad[i] = in.mask[i] != 0 ? (grads[i] + kl_grads[i]) * in.row_weight : T(0);
+    }
+  }
+  PolicySums sums;
+  sums.loss = (static_cast<double>(loss) + static_cast<double>(o.kl_coef) * ref_kl) * in.row_weight;
+  sums.count = count, sums.d = d, sums.d2 = d2, sums.k3 = k3, sums.excess = excess, sums.excess2 = excess2;
+  sums.ref_kl = ref_kl, sums.high = high, sums.low = low, sums.dual = dual, sums.clamped = clamped;
+  sums.ratio_max = std::isnan(excess) ? excess : static_cast<double>(ratio_max) + 1.0;
+  return sums;
+}
+
+template <class T>
+struct PolicyInputs {
+  TokenView<T> logp, old, adv, weights, ref;
+  TokenView<uint8_t> mask;
+  const T* row_weight;
+  T* grad;
+};
+
+template <class T>
+PolicySums policy_piece(const PolicyInputs<T>& in, const Rows& rows, const Piece& piece, const PolicyOptions<T>& o) {
+  T adv[kBlock], weights[kBlock];
+  uint8_t ones[kBlock];
+  PolicySums sums;
+  const T row_weight = in.row_weight ? in.row_weight[piece.row] : T(1);
+  for (int64_t begin = piece.begin; begin < piece.begin + piece.length; begin += kBlock) {
+    const int64_t n = std::min(kBlock, piece.begin + piece.length - begin);
+    const auto at = [&](const auto& view, auto absent, auto* scratch) {
+      return block_of(view, rows, piece.row, begin, n, absent, scratch);
+    };
+    sums.add(policy_block<T>({in.logp.row(rows, piece.row) + begin, in.old.row(rows, piece.row) + begin,
+                              at(in.adv, T(0), adv), at(in.weights, T(1), weights),
+                              in.ref.data ? in.ref.row(rows, piece.row) + begin : nullptr,
+                              at(in.mask, uint8_t(1), ones),
+                              in.grad ? in.grad + rows.start(piece.row) + begin : nullptr, n, row_weight},
+                             o));
+  }
+  return sums;
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> policy_loss(
+    const Tensor& logprobs, const Tensor& old_logprobs, const Tensor& advantages, const OptTensor& mask,
+    const OptTensor& weights, const OptTensor& ref_logprobs, const OptTensor& row_weight, const OptTensor& normalizer,
+    const OptTensor& cu_seqlens, double cliprange_low, double cliprange_high, double dual_clip, double log_ratio_clamp,
+    double kl_coef, int64_t kl_estimator, double kl_log_clamp, double kl_clamp, bool grad) {
+  PPO_COUNT("policy_loss");
+  const Rows rows(logprobs, cu_seqlens);
+  return dispatch_compute(logprobs, [&](auto zero) {
+    using T = decltype(zero);
+    const auto view = [&](const OptTensor& x, bool per_row = false) {
+      return token_view<T>(x, logprobs, rows, per_row);
+    };
+    const PolicyOptions<T> options{static_cast<T>(1.0 - cliprange_low), static_cast<T>(1.0 + cliprange_high),
+                                   static_cast<T>(dual_clip),           static_cast<T>(log_ratio_clamp),
+                                   static_cast<T>(kl_coef),             kl_estimator,
+                                   static_cast<T>(kl_log_clamp),        static_cast<T>(kl_clamp)};
+    Tensor gradient = new_gradient(logprobs, grad);
+    const PolicyInputs<T> in{view(logprobs),
+                             view(old_logprobs),
+                             view(advantages, true),
+                             view(weights, true),
+                             view(ref_logprobs),
+                             token_view<uint8_t>(mask, logprobs, rows),
+                             dense_data<T>(row_weight, rows.count(), dtype_of<T>()),
+                             grad ? static_cast<T*>(gradient.data_ptr()) : nullptr};
+    const std::vector<Piece> pieces = cut_rows(rows);
+    std::vector<PolicySums> parts(pieces.size());
+    const int64_t mean_length = logprobs.numel() / std::max<int64_t>(pieces.size(), 1);
+    for_each(pieces.size(), 4096 / std::max<int64_t>(mean_length, 1),
+             [&](int64_t i) { parts[i] = policy_piece(in, rows, pieces[i], options); });
+    PolicySums s;
+    for (const PolicySums& part : parts) s.add(part);
+
+    std::vector<double> stats(12, 0.0);
+    if (const double n = s.count; n > 0.0) {
+      const double excess = s.excess / n;
+      stats = {-s.d / n,       0.5 * s.d2 / n, s.k3 / n,     1.0 + excess,
+               std::fmax(s.excess2 / n - excess * excess, 0.0),
+               s.ratio_max,    s.high / n,     s.low / n,    s.dual / n,
+               s.ref_kl / n,   s.clamped / n,  n};
+    }
+    LossOutputs out = finish_loss<T>(s.loss, s.count, normalizer, stats, gradient, logprobs);
+    return std::make_tuple(out.loss, out.stats, out.grad, out.inv_normalizer);
+  });
+}
+
+}  // namespace
+}  // namespace ppo
+
+STABLE_TORCH_LIBRARY_IMPL(ppo_kernels, CPU, m) { m.impl("policy_loss", TORCH_BOX(&ppo::policy_loss)); }

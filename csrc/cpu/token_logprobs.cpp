@@ -1,0 +1,262 @@
+// Token log-probabilities and entropy on CPU tensors: one pass over the logits, in blocks that stay in the L1 cache.
+#include "math/online_softmax.h"
+
+#include <array>
+
+#include "checks.h"
+#include "cpu/half.h"
+
+namespace ppo {
+namespace {
+
+constexpr int64_t kBlock = 2048;    // logits; a function of nothing, so that a row's bits depend on the row alone
+constexpr double kNotRead = -1.0;   // log_sum of a row that is masked or ignored: no softmax has a negative one
+
+template <class T>
+using Scratch = std::array<T, kBlock>;
+
+template <class In, class T>
+PPO_CLONES T widen_block(const In* x, int64_t n, T* z) {
+  T max = -std::numeric_limits<T>::infinity();
+#pragma omp simd reduction(max : max)
+  for (int64_t i = 0; i < n; ++i) {
+    const T value = widen(x[i]);
+    z[i] = value;
+    max = value > max ? value : max;
+  }
+  return max;
+}
+
+template <class T>
+PPO_CLONES T sum_block(const T* z, int64_t n, T max, T c) {
+  T sum = 0;
+#pragma omp simd reduction(+ : sum)
+  for (int64_t i = 0; i < n; ++i) sum += exp2_fast((z[i] - max) * c);
+  return sum;
+}
+
+template <class T>
+PPO_CLONES SoftmaxPart sum_block_with_entropy(const T* z, int64_t n, T max, T c) {
+  T sum = 0, weighted = 0;
+#pragma omp simd reduction(+ : sum, weighted)
+  for (int64_t i = 0; i < n; ++i) {
+    T x = (z[i] - max) * c;
+    x = x < T(-200) ? T(-200) : x;  // 2^-200 is 0 in float32, and 0 * -inf would be NaN
+    const T e = exp2_fast(x);
+    sum += e;
+    weighted += e * x;
+  }
+  return {static_cast<double>(max), static_cast<double>(sum), static_cast<double>(weighted)};
+}
+
+// The statistics of all logits but the target, whose value goes to *target.
+template <class In, class T>
+SoftmaxPart scan_row(const In* x, int64_t vocab, int64_t label, double c, bool entropy, T* target) {
+  Scratch<T> z;
+  SoftmaxPart others = empty_softmax();
+  for (int64_t begin = 0; begin < vocab; begin += kBlock) {
+    const int64_t n = std::min(kBlock, vocab - begin);
+    T max = widen_block(x + begin, n, z.data());
+    if (label >= begin && label < begin + n) {
+      T& taken = z[label - begin];
+      *target = taken;
+      taken = -std::numeric_limits<T>::infinity();
+      if (*target == max) {
+        max = taken;
+        for (int64_t i = 0; i < n; ++i) max = z[i] > max ? z[i] : max;
+      }
+    }
+    // A block of -inf alone has no maximum to subtract; 0 does as well, and a NaN in it still shows.
+    const T base = max == -std::numeric_limits<T>::infinity() ? T(0) : max;
+    SoftmaxPart part{static_cast<double>(max), 0.0, 0.0};
+    if (entropy) {
+      part = sum_block_with_entropy(z.data(), n, base, static_cast<T>(c));
+      part.max = max;
+    } else {
+      part.sum = sum_block(z.data(), n, base, static_cast<T>(c));
+    }
+    others = merge(others, part, c);
+  }
+  return others;
+}
+
+// z -> 2^((z - max) c) * (a + b (x + k)), the gradient of every logit but the target.
+template <class In, class T>
+PPO_CLONES void gradient_block(const In* in, int64_t n, T max, T c, T a, T b, T k, In* out) {
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) {
+    T x = (widen(in[i]) - max) * c;
+    x = x < T(-200) ? T(-200) : x;
+    narrow(exp2_fast(x) * (a + b * (x + k)), out[i]);
+  }
+}
+
+// The offset of row i of a [..., V] tensor with any leading strides.
+class RowOffsets {
+ public:
+  explicit RowOffsets(const Tensor& x) {
+    const int64_t dims = x.dim() - 1;
+    for (int64_t d = 0; d < dims; ++d) {
+      sizes_.push_back(x.size(d));
+      strides_.push_back(x.stride(d));
+      count_ *= x.size(d);
+    }
+    if (x.is_contiguous()) sizes_ = {count_}, strides_ = {x.size(dims)};
+  }
+  int64_t count() const { return count_; }
+  int64_t operator()(int64_t row) const {
+    int64_t offset = 0;
+    for (int64_t d = static_cast<int64_t>(sizes_.size()) - 1; d >= 0; --d) {
+      offset += row % sizes_[d] * strides_[d];
+      row /= sizes_[d];
+    }
+    return offset;
+  }
+
+ private:
+  std::vector<int64_t> sizes_, strides_;
+  int64_t count_ = 1;
+};
+
+template <class F>
+auto dispatch_logits(const Tensor& logits, F&& f) {
+  switch (logits.scalar_type()) {
+    case ScalarType::BFloat16: return f(BFloat16{}, float{});
+    case ScalarType::Half: return f(Float16{}, float{});
+    case ScalarType::Float: return f(float{}, float{});
+    default: STD_TORCH_CHECK(logits.scalar_type() == ScalarType::Double, "expected floating logits");
+  }
+  return f(double{}, double{});
+}
+
+void check_logits(const Tensor& logits) {
+  STD_TORCH_CHECK(logits.dim() >= 1 && logits.size(logits.dim() - 1) >= 1, "expected logits [..., V]");
+  check_unit_stride(logits);
+}
+
+int64_t row_grain(int64_t vocab) { return std::max<int64_t>(1, 16384 / vocab); }
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> token_logprobs(const Tensor& logits, const Tensor& labels,
+                                                          const OptTensor& mask, const OptTensor& temperature_rows,
+                                                          double temperature, int64_t ignore_index, bool entropy) {
+  PPO_COUNT("token_logprobs");
+  check_logits(logits);
+  const RowOffsets offsets(logits);
+  const int64_t rows = offsets.count(), vocab = logits.size(logits.dim() - 1);
+  return dispatch_logits(logits, [&](auto in_zero, auto zero) {
+    using In = decltype(in_zero);
+    using T = decltype(zero);
+    const auto* label = dense_data<int64_t>(labels, rows, ScalarType::Long);
+    const auto* tau = dense_data<T>(temperature_rows, rows, dtype_of<T>());
+    const uint8_t* valid = nullptr;
+    if (mask.has_value()) {
+      STD_TORCH_CHECK(mask->element_size() == 1, "masks are bytes");
+      valid = dense_data<uint8_t>(mask, rows, mask->scalar_type());
+    }
+    const auto row_value = [&] { return empty(labels.sizes(), dtype_of<T>(), logits); };
+    Tensor logp_out = row_value(), max_out = row_value(), sum_out = row_value();
+    Tensor entropy_out = entropy ? row_value() : empty({0}, dtype_of<T>(), logits);
+    auto* logp = static_cast<T*>(logp_out.data_ptr());
+    auto* row_max = static_cast<T*>(max_out.data_ptr());
+    auto* log_sum = static_cast<T*>(sum_out.data_ptr());
+    auto* h = static_cast<T*>(entropy_out.data_ptr());
+    const auto* data = static_cast<const In*>(logits.data_ptr());
+    for_each(rows, row_grain(vocab), [&](int64_t i) {
+      SoftmaxRow row{0.0, 0.0, 0.0, kNotRead};
+      if (label[i] != ignore_index && (valid == nullptr || valid[i] != 0)) {
+        T target = std::numeric_limits<T>::quiet_NaN();  // stays so for a label outside the row
+        const double c = kLog2E / (tau ? static_cast<double>(tau[i]) : temperature);
+        SoftmaxPart others = empty_softmax();
+        if (label[i] >= 0 && label[i] < vocab) {
+          others = scan_row(data + offsets(i), vocab, label[i], c, entropy, &target);
+        }
+        row = finish_row(others, static_cast<double>(target), c);
+      }
+      logp[i] = static_cast<T>(row.logp);
+      row_max[i] = static_cast<T>(row.max);
+      log_sum[i] = static_cast<T>(row.log_sum);
+      if (entropy) h[i] = static_cast<T>(row.entropy);
+    });
+    return std::make_tuple(logp_out, entropy_out, max_out, sum_out);
+  });
+}
+
+struct Upstream {
+  double logp, entropy;
+};
+
+// Gradient of one row. With p = softmax(z / tau): g_logp (1[y] - p) / tau - g_H p (log p + H) / tau.
+template <class In, class T>
+void backward_row(const In* in, int64_t vocab, int64_t label, Upstream g, double tau, double logp, double h,
+                  double row_max, double log_sum, In* out) {
+  if (log_sum == kNotRead || (g.logp == 0.0 && g.entropy == 0.0)) {
+    std::fill(out, out + vocab, In{});
+    return;
+  }
+  const double c = kLog2E / tau, scale = std::exp(-log_sum) / tau;
+  const T a = static_cast<T>(-g.logp * scale), b = static_cast<T>(-g.entropy * scale * kLn2);
+  const T k = static_cast<T>((h - log_sum) * kLog2E);
+  for (int64_t begin = 0; begin < vocab; begin += kBlock) {
+    gradient_block<In, T>(in + begin, std::min(kBlock, vocab - begin), static_cast<T>(row_max), static_cast<T>(c), a,
+                          b, k, out + begin);
+  }
+  if (label < 0 || label >= vocab) return;  // the row is NaN already
+  const double p = std::exp(logp);
+  const double entropy_part = p > 0.0 ? -g.entropy * p * (logp + h) : 0.0 * p;
+  narrow(static_cast<T>((-g.logp * std::expm1(logp) + entropy_part) / tau), out[label]);
+}
+
+void backward_into(const Tensor& logits, const Tensor& labels, const OptTensor& temperature_rows,
+                   const OptTensor& grad_logprobs, const OptTensor& grad_entropy, const Tensor& logprobs,
+                   const Tensor& entropy, const Tensor& row_max, const Tensor& log_sum, double temperature,
+                   const Tensor& out) {
+  check_logits(logits);
+  const RowOffsets offsets(logits), out_offsets(out);
+  const int64_t rows = offsets.count(), vocab = logits.size(logits.dim() - 1);
+  dispatch_logits(logits, [&](auto in_zero, auto zero) {
+    using In = decltype(in_zero);
+    using T = decltype(zero);
+    const auto row_data = [&](const OptTensor& x) { return dense_data<T>(x, rows, dtype_of<T>()); };
+    const auto* label = dense_data<int64_t>(labels, rows, ScalarType::Long);
+    const T *tau = row_data(temperature_rows), *g_logp = row_data(grad_logprobs), *g_h = row_data(grad_entropy);
+    const T *logp = row_data(logprobs), *max = row_data(row_max), *sum = row_data(log_sum);
+    const T* h = g_h ? row_data(entropy) : nullptr;
+    const auto* data = static_cast<const In*>(logits.data_ptr());
+    auto* gradient = static_cast<In*>(out.data_ptr());
+    for_each(rows, row_grain(vocab), [&](int64_t i) {
+      const Upstream g{g_logp ? static_cast<double>(g_logp[i]) : 0.0, g_h ? static_cast<double>(g_h[i]) : 0.0};
+      backward_row<In, T>(data + offsets(i), vocab, label[i], g, tau ? static_cast<double>(tau[i]) : temperature,
+                          logp[i], h ? h[i] : T(0), max[i], sum[i], gradient + out_offsets(i));
+    });
+    return 0;
+  });
+}
+
+Tensor token_logprobs_backward(const Tensor& logits, const Tensor& labels, const OptTensor& temperature_rows,
+                               const OptTensor& grad_logprobs, const OptTensor& grad_entropy, const Tensor& logprobs,
+                               const Tensor& entropy, const Tensor& row_max, const Tensor& log_sum,
+                               double temperature) {
+  PPO_COUNT("token_logprobs_backward");
+  Tensor out = torch::stable::new_empty(logits, logits.sizes());
+  backward_into(logits, labels, temperature_rows, grad_logprobs, grad_entropy, logprobs, entropy, row_max, log_sum,
+                temperature, out);
+  return out;
+}
+
+void token_logprobs_backward_(const Tensor& logits, const Tensor& labels, const OptTensor& temperature_rows,
+                              const OptTensor& grad_logprobs, const OptTensor& grad_entropy, const Tensor& logprobs,
+                              const Tensor& entropy, const Tensor& row_max, const Tensor& log_sum,
+                              double temperature) {
+  PPO_COUNT("token_logprobs_backward_");
+  backward_into(logits, labels, temperature_rows, grad_logprobs, grad_entropy, logprobs, entropy, row_max, log_sum,
+                temperature, logits);
+}
+
+}  // namespace
+}  // namespace ppo
+
+STABLE_TORCH_LIBRARY_IMPL(ppo_kernels, CPU, m) {
+  m.impl("token_logprobs", TORCH_BOX(&ppo::token_logprobs));
+  m.impl("token_logprobs_backward", TORCH_BOX(&ppo::token_logprobs_backward));
+  m.impl("token_logprobs_backward_", TORCH_BOX(&ppo::token_logprobs_backward_));
+}

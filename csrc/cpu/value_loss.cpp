@@ -1,0 +1,130 @@
+// The clipped value loss on CPU tensors: loss, statistics and gradient from one pass.
+#include "math/value_loss.h"
+
+#include "cpu/loss.h"
+#include "math/moments.h"
+
+namespace ppo {
+namespace {
+
+struct ValueSums {
+  double loss = 0.0, clipped = 0.0;
+  Moments error, target;
+
+  void add(const ValueSums& o) {
+    loss += o.loss, clipped += o.clipped;
+    error.merge(o.error), target.merge(o.target);
+  }
+};
+
+template <class T>
+struct ValueBlock {
+  const T *values, *old, *returns;
+  const uint8_t* mask;
+  T* grad;  // nullptr if not wanted
+  int64_t n;
+  T row_weight;
+};
+
+template <class T>
+PPO_CLONES ValueSums value_block(const ValueBlock<T>& in, T clip) {
+  T loss = 0, clipped = 0;
+  double count = 0.0, error_sum = 0.0, target_sum = 0.0, error_m2 = 0.0, target_m2 = 0.0;
+  T grads[kBlock];
+#pragma omp simd reduction(+ : loss, clipped, count, error_sum, target_sum)
+  for (int64_t i = 0; i < in.n; ++i) {
+    const bool valid = in.mask[i] != 0;
+    const T value = valid ? in.values[i] : T(0), target = valid ? in.returns[i] : T(0);
+    const ValueTerm<T> term = value_term(value, valid ? in.old[i] : T(0), target, clip);
+    loss += term.loss;
+    grads[i] = term.grad;
+    clipped += term.clipped ? T(1) : T(0);
+    count += valid ? 1.0 : 0.0;
+    error_sum += static_cast<double>(value) - static_cast<double>(target);
+    target_sum += static_cast<double>(target);
+  }
+  if (count == 0.0) {
+    if (in.grad != nullptr) std::fill(in.grad, in.grad + in.n, T(0));
+    return {};
+  }
+  const double error_mean = error_sum / count, target_mean = target_sum / count;
+#pragma omp simd reduction(+ : error_m2, target_m2)
+  for (int64_t i = 0; i < in.n; ++i) {
+    const bool valid = in.mask[i] != 0;
+    const double value = valid ? static_cast<double>(in.values[i]) : 0.0;
+    const double target = valid ? static_cast<double>(in.returns[i]) : 0.0;
+    const double e = valid ? value - target - error_mean : 0.0, r = valid ? target - target_mean : 0.0;
+    error_m2 += e * e;
+    target_m2 += r * r;
+  }
+  if (in.grad != nullptr) {
+#pragma omp simd
+    for (int64_t i = 0; i < in.n; ++i) in.grad[i] = in.mask[i] != 0 ? grads[i] * in.row_weight : T(0);
+  }
+  ValueSums sums;
+  sums.loss = static_cast<double>(loss) * in.row_weight;
+  sums.clipped = clipped;
+  sums.error = {count, error_mean, error_m2};
+  sums.target = {count, target_mean, target_m2};
+  return sums;
+}
+
+template <class T>
+struct ValueInputs {
+  TokenView<T> values, old, returns;
+  TokenView<uint8_t> mask;
+  const T* row_weight;
+  T* grad;
+};
+
+template <class T>
+ValueSums value_piece(const ValueInputs<T>& in, const Rows& rows, const Piece& piece, T clip) {
+  uint8_t ones[kBlock];
+  ValueSums sums;
+  const T row_weight = in.row_weight ? in.row_weight[piece.row] : T(1);
+  for (int64_t begin = piece.begin; begin < piece.begin + piece.length; begin += kBlock) {
+    const int64_t n = std::min(kBlock, piece.begin + piece.length - begin);
+    sums.add(value_block<T>(
+        {in.values.row(rows, piece.row) + begin, in.old.row(rows, piece.row) + begin,
+         in.returns.row(rows, piece.row) + begin, block_of(in.mask, rows, piece.row, begin, n, uint8_t(1), ones),
+         in.grad ? in.grad + rows.start(piece.row) + begin : nullptr, n, row_weight},
+        clip));
+  }
+  return sums;
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> value_loss(const Tensor& values, const Tensor& old_values,
+                                                      const Tensor& returns, const OptTensor& mask,
+                                                      const OptTensor& row_weight, const OptTensor& normalizer,
+                                                      const OptTensor& cu_seqlens, double cliprange_value, bool grad) {
+  PPO_COUNT("value_loss");
+  const Rows rows(values, cu_seqlens);
+  return dispatch_compute(values, [&](auto zero) {
+    using T = decltype(zero);
+    Tensor gradient = new_gradient(values, grad);
+    const ValueInputs<T> in{token_view<T>(values, values, rows),
+                            token_view<T>(old_values, values, rows),
+                            token_view<T>(returns, values, rows),
+                            token_view<uint8_t>(mask, values, rows),
+                            dense_data<T>(row_weight, rows.count(), dtype_of<T>()),
+                            grad ? static_cast<T*>(gradient.data_ptr()) : nullptr};
+    const std::vector<Piece> pieces = cut_rows(rows);
+    std::vector<ValueSums> parts(pieces.size());
+    const int64_t mean_length = values.numel() / std::max<int64_t>(pieces.size(), 1);
+    for_each(pieces.size(), 4096 / std::max<int64_t>(mean_length, 1),
+             [&](int64_t i) { parts[i] = value_piece(in, rows, pieces[i], static_cast<T>(cliprange_value)); });
+    ValueSums s;
+    for (const ValueSums& part : parts) s.add(part);
+
+    const double n = s.error.count;
+    const double explained = s.target.m2 > 0.0 ? 1.0 - s.error.m2 / s.target.m2 : 0.0;
+    const std::vector<double> stats = {n > 0.0 ? s.clipped / n : 0.0, s.error.mean, n > 0.0 ? explained : 0.0, n};
+    LossOutputs out = finish_loss<T>(s.loss, n, normalizer, stats, gradient, values);
+    return std::make_tuple(out.loss, out.stats, out.grad, out.inv_normalizer);
+  });
+}
+
+}  // namespace
+}  // namespace ppo
+
+STABLE_TORCH_LIBRARY_IMPL(ppo_kernels, CPU, m) { m.impl("value_loss", TORCH_BOX(&ppo::value_loss)); }

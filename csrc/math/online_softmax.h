@@ -1,0 +1,58 @@
+// A row's softmax statistics, mergeable in any grouping (Milakov and Gimelshein, 2018), entropy included.
+#pragma once
+
+#include "exp.h"
+
+namespace ppo {
+
+// Of a set of logits z and c = log2(e) / temperature, with x = (z - max) * c:
+struct SoftmaxPart {
+  double max;       // of z; -inf for an empty set
+  double sum;       // of 2^x
+  double weighted;  // of 2^x * x
+};
+
+PPO_INLINE SoftmaxPart empty_softmax() { return {-std::numeric_limits<double>::infinity(), 0.0, 0.0}; }
+
+// `part` as it would be with another maximum. -inf - -inf must not make NaN of an empty part.
+PPO_INLINE SoftmaxPart with_max(const SoftmaxPart& part, double max, double c) {
+  if (part.max == max || part.sum == 0.0) return {max, part.sum, part.weighted};
+  const double shift = (part.max - max) * c, scale = std::exp2(shift);
+  return {max, part.sum * scale, (part.weighted + shift * part.sum) * scale};
+}
+
+PPO_INLINE SoftmaxPart merge(const SoftmaxPart& a, const SoftmaxPart& b, double c) {
+  const double max = a.max > b.max ? a.max : b.max;
+  const SoftmaxPart x = with_max(a, max, c), y = with_max(b, max, c);
+  return {max, x.sum + y.sum, x.weighted + y.weighted};
+}
+
+struct SoftmaxRow {
+  double logp;
+  double entropy;
+  double max;      // over all logits, NaN if the row has no distribution
+  double log_sum;  // of 2^x over all logits with that maximum, natural; >= 0
+};
+
+// The row from the statistics of all logits but the target, and the target: for p near 1 the sum over the others is
+// the whole information, and log1p keeps it.
+PPO_INLINE SoftmaxRow finish_row(const SoftmaxPart& others, double target, double c) {
+  const double nan = std::numeric_limits<double>::quiet_NaN();
+  const SoftmaxPart one = {target, target == -std::numeric_limits<double>::infinity() ? 0.0 : 1.0, 0.0};
+  const bool poisoned = !(others.sum < std::numeric_limits<double>::infinity()) ||
+                        !(target < std::numeric_limits<double>::infinity());
+  const SoftmaxPart all = merge(others, one, c);
+  if (poisoned || all.sum == 0.0) return {nan, nan, nan, nan};
+  SoftmaxRow row;
+  row.max = all.max;
+  const bool target_is_max = target >= others.max;
+  const double rest = target_is_max ? with_max(others, target, c).sum : 0.0;
+  row.log_sum = target_is_max ? std::log1p(rest) : std::log(all.sum);
+  row.logp = (target - all.max) * c * kLn2 - row.log_sum;
+  row.entropy = row.log_sum - all.weighted / all.sum * kLn2;
+  if (row.logp > 0.0) row.logp = 0.0;
+  if (row.entropy < 0.0) row.entropy = 0.0;
+  return row;
+}
+
+}  // namespace ppo

@@ -1,0 +1,56 @@
+// The clipped surrogate of one token and its gradient (Schulman et al., 2017; dual clip: Ye et al., 2020).
+#pragma once
+
+#include "kl.h"
+
+namespace ppo {
+
+template <class T>
+struct PolicyOptions {
+  T low, high;  // bounds of the ratio: 1 - cliprange_low, 1 + cliprange_high
+  T dual_clip;  // infinite when off
+  T log_ratio_clamp;
+  T kl_coef;
+  int64_t kl_estimator;
+  T kl_log_clamp, kl_clamp;
+};
+
+template <class T>
+struct PolicyTerm {
+  T loss, grad;  // grad = d loss / d logp
+  T d, ratio_minus_1, k3;
+  bool high, low, dual, clamped;
+};
+
+// Ties as autograd has them: max and min give each side half, clamp passes the gradient at its bounds.
+template <class T>
+PPO_INLINE PolicyTerm<T> policy_term(T logp, T old, T adv, T weight, const PolicyOptions<T>& o) {
+  const T raw = logp - old;
+  const T d = clamp(raw, o.log_ratio_clamp);
+  const T ratio = exp_fast(d);
+  const T clipped = ratio < o.low ? o.low : (ratio > o.high ? o.high : ratio);
+  const T plain_loss = -adv * ratio, clipped_loss = -adv * clipped;
+  const T from_plain = plain_loss > clipped_loss ? T(1) : (plain_loss == clipped_loss ? T(0.5) : T(0));
+  const T inside = ratio >= o.low && ratio <= o.high ? T(1) : T(0);
+  T loss = plain_loss > clipped_loss ? plain_loss : clipped_loss;
+  T share = from_plain + (T(1) - from_plain) * inside;
+
+  const T ceiling = -o.dual_clip * adv;  // only compared where adv < 0, so an infinite dual_clip makes no NaN
+  const bool dual = adv < T(0) && loss > ceiling;
+  share = dual ? T(0) : (adv < T(0) && loss == ceiling ? T(0.5) * share : share);
+  loss = dual ? ceiling : loss;
+
+  const T passes = raw >= -o.log_ratio_clamp && raw <= o.log_ratio_clamp ? T(1) : T(0);
+  const T k3 = expm1_minus(d, ratio);
+  return {loss * weight,
+          -adv * ratio * (share * passes) * weight,
+          d,
+          k3 + d,
+          k3,
+          adv > T(0) && ratio > o.high,
+          adv < T(0) && ratio < o.low,
+          dual,
+          raw > o.log_ratio_clamp || raw < -o.log_ratio_clamp};
+}
+
+}  // namespace ppo

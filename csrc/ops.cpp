@@ -1,0 +1,51 @@
+// The schema of every op: the C++ table of contents. Kernels register themselves beside their code (cpu/, cuda/).
+//
+// B sequences, T response tokens, N packed tokens, V vocabulary. A token tensor is padded [B, T] with any row stride,
+// or packed [N] with cu_seqlens [B+1]. Masks are bytes. Clamps that are off are infinite.
+#include <torch/csrc/stable/library.h>
+
+STABLE_TORCH_LIBRARY(ppo_kernels, m) {
+  // logits [..., V]; labels, mask, temperature_rows and every output [...]; entropy is empty unless asked for.
+  // log_sum is -1 for a row that was not read, row_max is NaN for a row without a distribution.
+  m.def(
+      "token_logprobs(Tensor logits, Tensor labels, Tensor? mask, Tensor? temperature_rows, float temperature,"
+      " int ignore_index, bool entropy) -> (Tensor logprobs, Tensor entropy, Tensor row_max, Tensor log_sum)");
+  m.def(
+      "token_logprobs_backward(Tensor logits, Tensor labels, Tensor? temperature_rows, Tensor? grad_logprobs,"
+      " Tensor? grad_entropy, Tensor logprobs, Tensor entropy, Tensor row_max, Tensor log_sum, float temperature)"
+      " -> Tensor");
+  m.def(
+      "token_logprobs_backward_(Tensor(a!) logits, Tensor labels, Tensor? temperature_rows, Tensor? grad_logprobs,"
+      " Tensor? grad_entropy, Tensor logprobs, Tensor entropy, Tensor row_max, Tensor log_sum, float temperature)"
+      " -> ()");
+
+  // scores, score_index, kl [B].
+  m.def(
+      "kl_rewards(Tensor logprobs, Tensor ref_logprobs, Tensor scores, Tensor? mask, Tensor? score_index,"
+      " Tensor? cu_seqlens, float kl_coef, int kl_estimator, float score_clip, float kl_log_clamp, float kl_clamp)"
+      " -> (Tensor rewards, Tensor kl)");
+
+  // lam_rows, bootstrap_value [B].
+  m.def(
+      "gae(Tensor rewards, Tensor values, Tensor? mask, Tensor? lam_rows, Tensor? bootstrap_value,"
+      " Tensor? cu_seqlens, float gamma, float lam, int interior) -> (Tensor advantages, Tensor returns)");
+
+  // x contiguous, any shape; count, mean and m2 float64 0-d. Without them whiten computes its own.
+  m.def("moments(Tensor x, Tensor? mask) -> (Tensor count, Tensor mean, Tensor m2)");
+  m.def(
+      "whiten(Tensor x, Tensor? mask, Tensor? count, Tensor? mean, Tensor? m2, bool shift_mean, bool unbiased,"
+      " float eps) -> Tensor");
+
+  // advantages, weights: token-level, or [B, 1]. row_weight [B]; normalizer float64 0-d (None: the number of valid
+  // tokens). grad is d(loss * normalizer)/d(first argument), empty unless asked for; stats as in the Python tuples.
+  m.def(
+      "policy_loss(Tensor logprobs, Tensor old_logprobs, Tensor advantages, Tensor? mask, Tensor? weights,"
+      " Tensor? ref_logprobs, Tensor? row_weight, Tensor? normalizer, Tensor? cu_seqlens, float cliprange_low,"
+      " float cliprange_high, float dual_clip, float log_ratio_clamp, float kl_coef, int kl_estimator,"
+      " float kl_log_clamp, float kl_clamp, bool grad)"
+      " -> (Tensor loss, Tensor stats, Tensor grad, Tensor inv_normalizer)");
+  m.def(
+      "value_loss(Tensor values, Tensor old_values, Tensor returns, Tensor? mask, Tensor? row_weight,"
+      " Tensor? normalizer, Tensor? cu_seqlens, float cliprange_value, bool grad)"
+      " -> (Tensor loss, Tensor stats, Tensor grad, Tensor inv_normalizer)");
+}

@@ -1,0 +1,53 @@
+"""Fused kernels for the arithmetic of RLHF: log-probabilities, KL rewards, GAE, whitening and the clipped PPO losses.
+
+Every function takes ``impl="auto"``: a compiled kernel where one serves the tensors, the eager reference elsewhere.
+``status()`` counts which one ran; ``python -m ppo_kernels.env`` says what is here.
+"""
+
+from __future__ import annotations
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "PolicyStats",
+    "ValueStats",
+    "aggregation_weights",
+    "gae",
+    "kl_rewards",
+    "moments",
+    "policy_loss",
+    "selective_log_softmax",
+    "selective_log_softmax_and_entropy",
+    "status",
+    "token_logprobs",
+    "value_loss",
+    "whiten",
+]
+
+try:
+    import torch as _torch  # noqa: F401
+except (ImportError, OSError) as _error:  # `python -m ppo_kernels.env` must still be able to say so
+    _torch_error = _error
+
+    def __getattr__(name: str) -> object:
+        if name in __all__:
+            raise ImportError(f"ppo_kernels.{name} needs PyTorch >= 2.11, which cannot be imported: {_torch_error}")
+        raise AttributeError(f"module 'ppo_kernels' has no attribute {name!r}")
+
+else:
+    from ppo_kernels.backends import log_choice as _log_choice
+    from ppo_kernels.backends import status
+    from ppo_kernels.ops.aggregation_weights import aggregation_weights
+    from ppo_kernels.ops.gae import gae
+    from ppo_kernels.ops.kl_rewards import kl_rewards
+    from ppo_kernels.ops.policy_loss import policy_loss
+    from ppo_kernels.ops.token_logprobs import (
+        selective_log_softmax,
+        selective_log_softmax_and_entropy,
+        token_logprobs,
+    )
+    from ppo_kernels.ops.value_loss import value_loss
+    from ppo_kernels.ops.whiten import moments, whiten
+    from ppo_kernels.reference import PolicyStats, ValueStats
+
+    _log_choice()

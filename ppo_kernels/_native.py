@@ -1,0 +1,146 @@
+"""Loads the compiled ops, and keeps what went wrong: "not built" is not "cannot load because ...".
+
+Everything here happens once, at import. Afterwards ``CPU_ERROR`` and ``CUDA_ERROR`` say whether a library
+can be used: None, or the exception to show.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import importlib
+import logging
+import warnings
+from importlib.machinery import EXTENSION_SUFFIXES
+from pathlib import Path
+from types import ModuleType
+
+import torch
+
+logger = logging.getLogger("ppo_kernels")
+
+PACKAGE = Path(__file__).resolve().parent
+REBUILD = "pip install --no-build-isolation -e ."
+# build_info.cmake hashes the same files in the same order.
+_SOURCE_SUFFIXES = (".cpp", ".cu", ".cuh", ".h", ".in", ".cmake")
+
+CPU_ERROR: Exception | None = None
+CUDA_ERROR: Exception | None = None
+_C: ModuleType | None = None
+
+
+class NativeError(ImportError):
+    """Why a compiled library cannot be used here, and what to do about it."""
+
+
+def source_hash(root: Path = PACKAGE.parent) -> str | None:
+    """The hash that a binary built from this checkout would carry; None without sources (a wheel)."""
+    if not (root / "csrc").is_dir() or not (root / "CMakeLists.txt").is_file():
+        return None
+    files = [path for path in (root / "csrc").rglob("*") if path.suffix in _SOURCE_SUFFIXES]
+    names = sorted(path.relative_to(root).as_posix() for path in (*files, root / "CMakeLists.txt"))
+    listing = "".join(f"{name} {hashlib.sha256((root / name).read_bytes()).hexdigest()}\n" for name in names)
+    return hashlib.sha256(listing.encode()).hexdigest()
+
+
+def build_info() -> dict[str, str | None]:
+    """Compiler, flags, versions and source hash of ``_C``; empty if it is not loaded."""
+    return {} if _C is None else _C.build_info()
+
+
+def cpu_capability() -> str | None:
+    """The instruction set level of the CPU kernels, "x86-64-v3" for example; None if ``_C`` is not loaded."""
+    return None if _C is None else _C.cpu_capability()
+
+
+def call_counts() -> dict[str, dict[str, int]]:
+    """Calls of each registered op since the start, per library: ``{"cpu": {"gae": 3, ...}}``."""
+    return {} if _C is None else {"cpu": _C.call_counts()}
+
+
+def check_schema(name: str, expected: str) -> bool:
+    """Whether the compiled op ``name`` has this schema; if not, the native ops are off, with the reason."""
+    global CPU_ERROR, CUDA_ERROR
+    if CPU_ERROR is not None:
+        return False
+    wanted = torch._C.parse_schema(expected if "::" in expected else f"ppo_kernels::{expected}")
+    op = getattr(torch.ops.ppo_kernels, name, None)
+    found = "no such op" if op is None else op.default._schema
+    if op is not None and found == wanted:
+        return True
+    CPU_ERROR = NativeError(
+        f"{_file_of(_C)} was built from other sources: it has {found}, this ppo_kernels expects {wanted};"
+        f" rebuild it with: {REBUILD}"
+    )
+    CUDA_ERROR = CUDA_ERROR or CPU_ERROR
+    warnings.warn(f"the native ops are off: {CPU_ERROR}", stacklevel=2)
+    return False
+
+
+def _load_cpu() -> ModuleType:
+    suffixes = [suffix for suffix in EXTENSION_SUFFIXES if (PACKAGE / f"_C{suffix}").exists()]
+    if not suffixes:
+        others = sorted(path.name for path in PACKAGE.glob("_C.*so"))
+        found = f"only for another Python ({', '.join(others)})" if others else "not"
+        raise NativeError(f"the C++ ops are {found} built in {PACKAGE}; build them with: {REBUILD}")
+    try:
+        return importlib.import_module("ppo_kernels._C")
+    except ImportError as error:
+        raise NativeError(_cannot_load(PACKAGE / f"_C{suffixes[0]}", error)) from error
+
+
+def _load_cuda() -> str:
+    """Load the CUDA library into the process and return the hash of its sources."""
+    path = PACKAGE / "_C_cuda.so"
+    if torch.version.cuda is None:
+        raise NativeError(f"this torch ({torch.__version__}) has no CUDA; install a CUDA build of torch")
+    if CPU_ERROR is not None:
+        raise NativeError(f"the CUDA ops need the library of the C++ ops, and {CPU_ERROR}") from CPU_ERROR
+    if not path.exists():
+        raise NativeError(f"the CUDA ops are not built in {PACKAGE}; with nvcc on PATH, run: {REBUILD}")
+    try:
+        torch.ops.load_library(path)
+    except OSError as error:
+        raise NativeError(_cannot_load(path, error)) from error
+    read_hash = ctypes.CDLL(str(path)).ppo_kernels_source_hash
+    read_hash.restype = ctypes.c_char_p
+    return read_hash().decode()
+
+
+def _cannot_load(path: Path, error: Exception) -> str:
+    return (
+        f"cannot load {path} with torch {torch.__version__} (the oldest that works is 2.11) because {error}"
+    )
+
+
+def _file_of(module: ModuleType | None) -> str:
+    return str(getattr(module, "__file__", "_C"))
+
+
+def _warn_if_stale(path: str, built_from: str | None) -> None:
+    current = source_hash()
+    if current is not None and built_from != current:
+        message = (
+            f"{path} is stale: csrc/ or CMakeLists.txt changed after it was built; rebuild it with: {REBUILD}"
+        )
+        warnings.warn(message, stacklevel=3)
+
+
+def _load() -> None:
+    global CPU_ERROR, CUDA_ERROR, _C
+    try:
+        _C = _load_cpu()
+        logger.info("C++ ops: %s (%s)", _file_of(_C), _C.cpu_capability())
+        _warn_if_stale(_file_of(_C), _C.build_info()["source_hash"])
+    except NativeError as error:
+        CPU_ERROR = error
+        logger.info("C++ ops: %s", error)
+    try:
+        _warn_if_stale(str(PACKAGE / "_C_cuda.so"), _load_cuda())
+        logger.info("CUDA ops: %s", PACKAGE / "_C_cuda.so")
+    except NativeError as error:
+        CUDA_ERROR = error
+        logger.info("CUDA ops: %s", error)
+
+
+_load()

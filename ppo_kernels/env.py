@@ -1,0 +1,127 @@
+"""``python -m ppo_kernels.env``: versions, devices, what is built, and which implementation each op picks.
+
+The report has to print on a broken machine too: only the standard library is imported here, and ``section``
+guards every probe.
+"""
+
+import importlib
+import importlib.metadata
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+PACKAGES = (
+    "torch", "triton", "numpy", "transformers", "tokenizers", "deepspeed", "pybind11", "cmake", "ninja",
+)  # fmt: skip
+VARIABLES = (
+    "PPO_KERNELS_CUDA", "PPO_KERNELS_SANITIZE", "CUDA_HOME", "CUDA_VISIBLE_DEVICES", "TORCH_CUDA_ARCH_LIST",
+    "TRITON_INTERPRET", "OMP_NUM_THREADS",
+)  # fmt: skip
+
+Lines = Iterator[tuple[str, object]]
+
+
+def machine() -> Lines:
+    yield "platform", platform.platform()
+    yield "python", f"{platform.python_version()} ({sys.executable})"
+    yield "cpus", os.cpu_count()
+    for name in VARIABLES:
+        if name in os.environ:
+            yield name, os.environ[name]
+
+
+def packages() -> Lines:
+    for name in PACKAGES:
+        try:
+            yield name, importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            yield name, "not installed"
+
+
+def compilers() -> Lines:
+    for name in ("c++", "nvcc"):
+        path = shutil.which(name)
+        if path is None:
+            yield name, "not found"
+            continue
+        shown = subprocess.run([path, "--version"], capture_output=True, text=True, timeout=20)  # noqa: S603
+        lines = shown.stdout.strip().splitlines() or [f"exit code {shown.returncode}"]
+        yield name, lines[-1] if name == "nvcc" else lines[0]
+
+
+def devices() -> Lines:
+    import torch
+
+    yield "torch", f"{torch.__version__}, CUDA {torch.version.cuda or 'not built in'}"
+    yield "threads", torch.get_num_threads()
+    if not torch.cuda.is_available():
+        yield "cuda devices", "none"
+    for i in range(torch.cuda.device_count()):
+        facts = torch.cuda.get_device_properties(i)
+        yield (
+            f"cuda:{i}",
+            f"{facts.name}, sm_{facts.major}{facts.minor}, {facts.total_memory / 2**30:.0f} GiB",
+        )
+
+
+def binaries() -> Lines:
+    native = importlib.import_module("ppo_kernels._native")
+    yield "package", native.PACKAGE
+    yield "C++ ops", native.CPU_ERROR or "loaded"
+    yield "CUDA ops", native.CUDA_ERROR or "loaded"
+    info = native.build_info()
+    if not info:
+        return
+    yield "instruction set", native.cpu_capability()
+    current = native.source_hash()
+    if current is None:
+        yield "sources", "not here (installed from a wheel)"
+    else:
+        fresh = current == info["source_hash"]
+        yield "sources", "match the binary" if fresh else f"CHANGED since the build: {native.REBUILD}"
+    for name, value in info.items():
+        yield name, "none" if value is None else value
+
+
+def choices() -> Lines:
+    backends = importlib.import_module("ppo_kernels.backends")
+    for op in backends.OPS:
+        picks = {device: backends.implementations(op, device) for device in ("cpu", "cuda")}
+        yield op, "   ".join(f"{device}: {' > '.join(names)}" for device, names in picks.items())
+
+
+SECTIONS: dict[str, Callable[[], Lines]] = {
+    "machine": machine,
+    "packages": packages,
+    "compilers": compilers,
+    "devices": devices,
+    "ppo_kernels binaries": binaries,
+    'implementations, best first (impl="auto" takes the first)': choices,
+}
+
+
+def section(title: str, probe: Callable[[], Lines]) -> str:
+    lines = [title]
+    try:
+        for name, value in probe():
+            lines.append(f"  {name:<20} {value}")
+    except Exception as error:  # whatever is broken, the rest of the report still helps
+        lines.append(f"  cannot tell: {type(error).__name__}: {error}")
+    return "\n".join(lines)
+
+
+def report() -> str:
+    try:
+        version = importlib.import_module("ppo_kernels").__version__
+    except Exception as error:
+        version = f"cannot be imported: {type(error).__name__}: {error}"
+    head = f"ppo_kernels {version}. Copy this into a bug report."
+    return "\n\n".join([head, *(section(title, probe) for title, probe in SECTIONS.items())])
+
+
+if __name__ == "__main__":
+    sys.stdout.write(report().replace(str(Path.home()), "~") + "\n")

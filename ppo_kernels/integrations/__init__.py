@@ -1,0 +1,1 @@
+"""Drop-in adapters: another trainer's function names and arguments, on these ops."""

@@ -1,0 +1,38 @@
+"""What the ops' autograd functions share."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ppo_kernels import backends
+
+
+def refuse_double_backward(op: str) -> None:
+    """Raise if a backward is itself recorded: second-order terms would be silently dropped.
+
+    While a graph is traced, grad mode says nothing of the backward; a compiled backward refuses by itself.
+    """
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        raise RuntimeError(f"{op}: differentiating twice is not supported; call backward without create_graph=True")
+
+
+class ScaledGradient(torch.autograd.Function):
+    """A scalar loss whose kernel already wrote d(loss * normalizer)/dx: backward only scales it, on the device."""
+
+    @staticmethod
+    def forward(ctx, op: str, impl: str, x: Tensor, arguments: tuple):
+        ctx.set_materialize_grads(False)
+        ctx.op = op
+        loss, stats, grad, inv_normalizer = backends.kernel(op, impl)(x, *arguments, ctx.needs_input_grad[2])
+        ctx.save_for_backward(grad, inv_normalizer)
+        ctx.mark_non_differentiable(stats)
+        return loss, stats
+
+    @staticmethod
+    def backward(ctx, grad_loss: Tensor | None, _grad_stats: Tensor | None):
+        refuse_double_backward(ctx.op)
+        if grad_loss is None:
+            return None, None, None, None
+        grad, inv_normalizer = ctx.saved_tensors
+        return None, None, grad * (grad_loss * inv_normalizer), None

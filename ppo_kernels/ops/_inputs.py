@@ -1,0 +1,164 @@
+"""The checks that the public functions share. What is wrong is said with what was given and what is allowed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ppo_kernels.reference.rows import compute_dtype
+
+_MASK_DTYPES = (torch.bool, torch.uint8, torch.int32, torch.int64, torch.float16, torch.bfloat16, torch.float32)
+
+
+def check_tensor(op: str, name: str, x: object) -> Tensor:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{op}: {name} must be a torch.Tensor, got {type(x).__name__}")
+    return x
+
+
+def check_floating(op: str, name: str, x: object) -> Tensor:
+    x = check_tensor(op, name, x)
+    if not x.dtype.is_floating_point or x.dtype.itemsize == 1:
+        raise TypeError(f"{op}: {name} must be bfloat16, float16, float32 or float64, got {x.dtype}")
+    return x
+
+
+def check_integer(op: str, name: str, x: object) -> Tensor:
+    x = check_tensor(op, name, x)
+    if x.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"{op}: {name} must be int32 or int64, got {x.dtype}")
+    return x
+
+
+def check_shape(op: str, name: str, x: Tensor, shape: Sequence[int], meaning: str) -> None:
+    if tuple(x.shape) != tuple(shape):
+        raise ValueError(f"{op}: {name} must have the shape of {meaning} {tuple(shape)}, got {tuple(x.shape)}")
+
+
+def check_device(op: str, name: str, x: Tensor, device: torch.device) -> None:
+    if x.device != device:
+        raise ValueError(f"{op}: {name} is on {x.device}, the other inputs are on {device}; move it there")
+
+
+def check_choice(op: str, name: str, value: object, allowed: Sequence[str]) -> int:
+    """The position of ``value`` in ``allowed``: the code by which a kernel knows it."""
+    if value not in allowed:
+        raise ValueError(f"{op}: {name} must be one of {tuple(allowed)}, got {value!r}")
+    return allowed.index(value)  # type: ignore[arg-type]
+
+
+def check_number(
+    op: str, name: str, value: object, *, above: float = -math.inf, least: float = -math.inf, most: float = math.inf
+) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float, torch.SymFloat, torch.SymInt)):
+        raise TypeError(f"{op}: {name} must be a number, got {type(value).__name__}")
+    if not (value > above and value >= least and value <= most):
+        limits = [f"> {above}"] * (above > -math.inf) + [f">= {least}"] * (least > -math.inf)
+        limits += [f"<= {most}"] * (most < math.inf)
+        raise ValueError(f"{op}: {name} must be {' and '.join(limits) or 'a number'}, got {value}")
+    return value  # type: ignore[return-value]
+
+
+def bound(op: str, name: str, value: float | None) -> float:
+    """A clamp's bound as kernels take it: infinity where the clamp is off."""
+    return math.inf if value is None else check_number(op, name, value, least=0.0)
+
+
+def to_mask(op: str, mask: object, like: Tensor) -> Tensor | None:
+    """The mask as a bool or uint8 tensor with a contiguous last dimension: kernels read both as bytes."""
+    if mask is None:
+        return None
+    mask = check_tensor(op, "mask", mask)
+    if mask.dtype not in _MASK_DTYPES and mask.dtype != torch.float64:
+        raise TypeError(f"{op}: mask must be bool, uint8, int32, int64 or floating, got {mask.dtype}")
+    check_shape(op, "mask", mask, like.shape, "its tokens")
+    check_device(op, "mask", mask, like.device)
+    if mask.dtype not in (torch.bool, torch.uint8):
+        mask = mask != 0
+    return unit_last_stride(mask)
+
+
+def unit_last_stride(x: Tensor) -> Tensor:
+    return x if x.dim() == 0 or x.size(-1) <= 1 or x.stride(-1) == 1 else x.contiguous()
+
+
+class Tokens:
+    """The token-level inputs of one call, padded ``[B, T]`` or packed ``[N]`` with ``cu_seqlens [B+1]``.
+
+    Checks that they agree, knows the number of rows, and brings every further input to the form that kernels take:
+    one floating dtype, contiguous last dimension, masks as bytes.
+    """
+
+    def __init__(self, op: str, cu_seqlens: Tensor | None, *, extra: Sequence[Tensor | None] = (), **tensors: object):
+        self.op = op
+        checked = {name: check_floating(op, name, x) for name, x in tensors.items()}
+        first_name, first = next(iter(checked.items()))
+        if cu_seqlens is None:
+            if first.dim() != 2:
+                raise ValueError(
+                    f"{op}: {first_name} must be [B, T], or [N] with cu_seqlens; got shape {tuple(first.shape)}"
+                )
+            self.rows = first.size(0)
+        else:
+            check_integer(op, "cu_seqlens", cu_seqlens)
+            if first.dim() != 1 or cu_seqlens.dim() != 1 or cu_seqlens.numel() < 1:
+                raise ValueError(
+                    f"{op}: with cu_seqlens [B+1], {first_name} must be [N]; got cu_seqlens"
+                    f" {tuple(cu_seqlens.shape)} and {first_name} {tuple(first.shape)}"
+                )
+            check_device(op, "cu_seqlens", cu_seqlens, first.device)
+            self.rows = cu_seqlens.numel() - 1
+        for name, x in checked.items():
+            check_shape(op, name, x, first.shape, first_name)
+            check_device(op, name, x, first.device)
+        self.like = first
+        self.cu_seqlens = None if cu_seqlens is None else cu_seqlens.to(torch.int64)
+        self.dtype = compute_dtype(*checked.values(), *extra)
+
+    def cast(self, x: Tensor) -> Tensor:
+        return unit_last_stride(x.to(self.dtype))
+
+    def mask(self, mask: object) -> Tensor | None:
+        return to_mask(self.op, mask, self.like)
+
+    def per_token(self, name: str, x: object) -> Tensor:
+        """A token-level input (``[B, T]`` or ``[N]``), or a row-level one (``[B]`` or ``[B, 1]``) as ``[B, 1]``."""
+        x = check_floating(self.op, name, x)
+        check_device(self.op, name, x, self.like.device)
+        if x.shape == self.like.shape:
+            return self.cast(x)
+        if tuple(x.shape) not in ((self.rows,), (self.rows, 1)):
+            raise ValueError(
+                f"{self.op}: {name} must have the tokens' shape {tuple(self.like.shape)}, or one value per row"
+                f" [{self.rows}] or [{self.rows}, 1]; got {tuple(x.shape)}"
+            )
+        return x.to(self.dtype).reshape(self.rows, 1)
+
+    def per_row(self, name: str, x: object) -> Tensor:
+        x = check_floating(self.op, name, x)
+        check_shape(self.op, name, x, (self.rows,), "one value per row")
+        check_device(self.op, name, x, self.like.device)
+        return x.to(self.dtype).contiguous()
+
+    def normalizer(self, value: object) -> Tensor | None:
+        if value is None:
+            return None
+        if isinstance(value, Tensor):
+            if value.numel() != 1:
+                raise ValueError(f"{self.op}: normalizer must be a number or one element, got {tuple(value.shape)}")
+            return value.detach().to(device=self.like.device, dtype=torch.float64).reshape(())
+        value = check_number(self.op, "normalizer", value, least=0.0)
+        return torch.full((), value, dtype=torch.float64, device=self.like.device)
+
+    def validate_cu_seqlens(self) -> None:
+        cu = self.cu_seqlens
+        if cu is None:
+            return
+        if int(cu[0]) != 0 or int(cu[-1]) != self.like.numel() or bool((cu[1:] < cu[:-1]).any()):
+            raise ValueError(
+                f"{self.op}: cu_seqlens must start at 0, never fall and end at N = {self.like.numel()};"
+                f" got {cu.tolist() if cu.numel() <= 16 else f'{cu[:8].tolist()} ... {cu[-8:].tolist()}'}"
+            )

@@ -1,0 +1,70 @@
+"""How token losses become one number: every mode in use as a weight per row and a normalizer."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ppo_kernels.ops._inputs import check_choice, check_number, check_tensor
+from ppo_kernels.reference.rows import find_rows, row_sum
+
+MODES = ("token-mean", "token-sum", "seq-mean-token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm")
+
+
+def aggregation_weights(
+    mask: Tensor,
+    mode: str = "token-mean",
+    *,
+    max_length: float | None = None,
+    cu_seqlens: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    r"""``row_weight`` and ``normalizer`` for ``policy_loss`` and ``value_loss``.
+
+    With n_b the valid tokens of row b and B+ the number of rows that have any:
+
+    ==========================  ================  ==============
+    mode                        row_weight        normalizer
+    ==========================  ================  ==============
+    "token-mean"                1                 :math:`\sum_b n_b`
+    "token-sum"                 1                 1
+    "seq-mean-token-mean"       1 / n_b           B+
+    "seq-mean-token-sum"        1                 B+
+    "seq-mean-token-sum-norm"   1 / max_length    B+
+    ==========================  ================  ==============
+
+    Over several micro-batches or ranks, add up the normalizers and pass the sum: the losses then add up too.
+
+    Args:
+        mask: ``[B, T]``, or packed ``[N]`` with ``cu_seqlens``; non-zero = valid.
+        mode: one of the above (verl's names).
+        max_length: for "seq-mean-token-sum-norm"; None means T (a packed mask must say).
+        cu_seqlens: ``[B+1]`` int32 or int64, row starts and the end of a packed batch.
+
+    Returns:
+        ``row_weight [B]`` (0 for a row without valid tokens in "seq-mean-token-mean") and a 0-d ``normalizer``, both
+        float32, on the mask's device, without a synchronisation.
+
+    Raises:
+        TypeError: not a tensor. ValueError: an unknown mode, a wrong shape or max_length.
+    """
+    op = "aggregation_weights"
+    check_tensor(op, "mask", mask)
+    check_choice(op, "mode", mode, MODES)
+    if mask.dim() != (2 if cu_seqlens is None else 1):
+        raise ValueError(f"{op}: mask must be [B, T], or [N] with cu_seqlens; got shape {tuple(mask.shape)}")
+    if max_length is not None:
+        check_number(op, "max_length", max_length, above=0.0)
+    rows = find_rows(mask, cu_seqlens)
+    counts = row_sum((rows.owned & (mask != 0).reshape(-1)).to(torch.float32), rows)
+    weight = torch.ones_like(counts)
+    if mode == "token-mean":
+        return weight, counts.sum()
+    if mode == "token-sum":
+        return weight, torch.ones((), device=mask.device)
+    if mode == "seq-mean-token-mean":
+        weight = torch.where(counts > 0, 1.0 / counts, 0.0)
+    elif mode == "seq-mean-token-sum-norm":
+        if max_length is None and cu_seqlens is not None:
+            raise ValueError(f"{op}: a packed mask needs max_length for {mode!r}")
+        weight = weight / max(mask.size(1) if max_length is None else max_length, 1)
+    return weight, (counts > 0).sum().to(torch.float32)

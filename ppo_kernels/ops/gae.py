@@ -1,0 +1,106 @@
+"""Generalised advantage estimation: a reverse affine scan along time."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from ppo_kernels import backends, reference
+from ppo_kernels.ops._inputs import Tokens, check_choice, check_number
+from ppo_kernels.reference.gae import INTERIORS
+
+
+def _fake(rewards, values, mask, lam_rows, bootstrap_value, cu_seqlens, gamma, lam, interior):
+    return rewards.new_empty(rewards.shape), rewards.new_empty(rewards.shape)
+
+
+backends.declare(
+    "gae(Tensor rewards, Tensor values, Tensor? mask, Tensor? lam_rows, Tensor? bootstrap_value,"
+    " Tensor? cu_seqlens, float gamma, float lam, int interior) -> (Tensor advantages, Tensor returns)",
+    _fake,
+)
+
+
+def gae(
+    rewards: Tensor,
+    values: Tensor,
+    mask: Tensor | None = None,
+    *,
+    gamma: float = 1.0,
+    lam: float | Tensor = 0.95,
+    interior: str = "carry",
+    bootstrap_value: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    impl: str = "auto",
+    validate: bool = False,
+) -> tuple[Tensor, Tensor]:
+    r"""Advantages and returns of generalised advantage estimation.
+
+    .. math:: \delta_t = r_t + \gamma V^+ - V_t,\quad A_t = \delta_t + \gamma\lambda A^+,\quad R_t = A_t + V_t
+
+    With L the last valid token of a row: tokens after L are never read, ``V+`` after L is ``bootstrap_value`` or 0,
+    and ``A+`` after L is 0.
+
+    Args:
+        rewards, values: ``[B, T]`` with any row stride, or packed ``[N]`` with ``cu_seqlens``; floating.
+        mask: same shape; non-zero = valid. bool, uint8, int32, int64 or floating. None means all valid.
+        gamma: discount per token, in [0, 1].
+        lam: a number in [0, 1], or ``[B]`` with one per row.
+        interior: what a masked token before L does.
+            "carry": only valid tokens are transitions; ``V+`` and ``A+`` pass over it (verl, NeMo-RL, AReaL).
+            "decay": a transition with r = V = 0 (OpenRLHF).
+            "ignore": a transition with r and V as given (DeepSpeed-Chat, TRL).
+        bootstrap_value: ``[B]``, the value after the last token of a truncated row; None means 0.
+        cu_seqlens: ``[B+1]`` int32 or int64, row starts and the end of a packed batch (first 0, last N).
+        impl: "auto", "cuda", "triton", "cpu" or "torch".
+        validate: also check the values of ``cu_seqlens`` and ``lam`` (synchronises with the device).
+
+    Returns:
+        ``(advantages, returns)`` of the inputs' shape, float32 (float64 if an input is); 0 at masked tokens.
+        They do not require grad.
+
+    Raises:
+        TypeError: a dtype that is not listed. ValueError: shapes, devices, options or ``impl`` that do not fit.
+
+    Source: Schulman et al., "High-Dimensional Continuous Control Using Generalized Advantage Estimation" (2015).
+    """
+    tokens = Tokens("gae", cu_seqlens, rewards=rewards, values=values, extra=(bootstrap_value,))
+    check_number("gae", "gamma", gamma, least=0.0, most=1.0)
+    code = check_choice("gae", "interior", interior, INTERIORS)
+    mask = tokens.mask(mask)
+    lam_rows = None
+    if isinstance(lam, Tensor):
+        lam_rows = tokens.per_row("lam", lam)
+    else:
+        check_number("gae", "lam", lam, least=0.0, most=1.0)
+    if bootstrap_value is not None:
+        bootstrap_value = tokens.per_row("bootstrap_value", bootstrap_value).detach()
+    if validate:
+        tokens.validate_cu_seqlens()
+        if lam_rows is not None and not bool(((lam_rows >= 0) & (lam_rows <= 1)).all()):
+            raise ValueError(f"gae: every lam must be in [0, 1], got {lam_rows.min()} to {lam_rows.max()}")
+    rewards, values = tokens.cast(rewards.detach()), tokens.cast(values.detach())
+
+    impl = backends.choose("gae", impl, rewards.device.type, tokens.dtype)
+    if impl == "torch":
+        backends.count_torch_call("gae")
+        return reference.gae(
+            rewards,
+            values,
+            mask,
+            gamma=gamma,
+            lam=lam,
+            interior=interior,
+            bootstrap_value=bootstrap_value,
+            cu_seqlens=tokens.cu_seqlens,
+        )
+    return backends.kernel("gae", impl)(
+        rewards,
+        values,
+        mask,
+        None if lam_rows is None else lam_rows.detach(),
+        bootstrap_value,
+        tokens.cu_seqlens,
+        gamma,
+        0.0 if lam_rows is not None else lam,
+        code,
+    )

@@ -1,0 +1,128 @@
+"""KL-shaped token rewards."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from ppo_kernels import backends, reference
+from ppo_kernels.ops._inputs import Tokens, bound, check_choice, check_device, check_integer, check_number, check_shape
+from ppo_kernels.reference.kl_rewards import KL_ESTIMATORS
+
+
+def _fake(
+    logprobs, ref_logprobs, scores, mask, score_index, cu_seqlens, kl_coef, kl_estimator, score_clip, kl_log_clamp, kl_clamp
+):
+    return logprobs.new_empty(logprobs.shape), logprobs.new_empty(scores.shape)
+
+
+backends.declare(
+    "kl_rewards(Tensor logprobs, Tensor ref_logprobs, Tensor scores, Tensor? mask, Tensor? score_index,"
+    " Tensor? cu_seqlens, float kl_coef, int kl_estimator, float score_clip, float kl_log_clamp, float kl_clamp)"
+    " -> (Tensor rewards, Tensor kl)",
+    _fake,
+)
+
+
+def kl_rewards(
+    logprobs: Tensor,
+    ref_logprobs: Tensor,
+    scores: Tensor,
+    mask: Tensor | None = None,
+    *,
+    kl_coef: float = 0.1,
+    kl_estimator: str = "k1",
+    score_clip: float | None = 5.0,
+    kl_log_clamp: float | None = None,
+    kl_clamp: float | None = None,
+    score_index: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    impl: str = "auto",
+    validate: bool = False,
+) -> tuple[Tensor, Tensor]:
+    r"""Token rewards: minus the KL penalty at every token, plus the sequence's score at one of them.
+
+    .. math:: r_t = -\mathrm{kl\_coef}\, k_t + [t = \mathrm{score\_index}_b]\,\mathrm{clip}(\mathrm{score}_b, \pm c)
+
+    with, for ``x = clamp(ref - logp, +-kl_log_clamp)``, ``k1 = -x``, ``abs = |x|``, ``k2 = x^2 / 2``,
+    ``k3 = expm1(x) - x``, then bounded to ``+-kl_clamp``.
+
+    Args:
+        logprobs, ref_logprobs: ``[B, T]`` with any row stride, or packed ``[N]`` with ``cu_seqlens``; floating; nats.
+        scores: ``[B]`` floating, one score per sequence.
+        mask: same shape as the log-probabilities; non-zero = valid. None means all valid.
+        kl_coef: weight of the penalty (reward per nat).
+        kl_estimator: "k1", "abs", "k2" or "k3".
+        score_clip: bound of the score; None switches it off.
+        kl_log_clamp, kl_clamp: bounds of the log-ratio and of the estimate; None switches them off.
+            verl uses 20 and 10, OpenRLHF 10 for the second alone.
+        score_index: ``[B]`` int32 or int64, the token of the row that gets the score; it may be masked. -1, or any
+            index outside the row, places no score. None means the last valid token.
+        cu_seqlens: ``[B+1]`` int32 or int64, row starts and the end of a packed batch (first 0, last N).
+        impl: "auto", "cuda", "triton", "cpu" or "torch".
+        validate: also check the values of ``cu_seqlens`` and ``score_index`` (synchronises with the device).
+
+    Returns:
+        ``(rewards, kl)``: rewards of the inputs' shape, 0 at masked tokens without a score; ``kl [B]`` the sum of
+        ``k_t`` over each row's valid tokens. float32 (float64 if an input is). They do not require grad. A row without
+        valid tokens gets no score.
+
+    Raises:
+        TypeError: a dtype that is not listed. ValueError: shapes, devices, options or ``impl`` that do not fit.
+
+    Source: Ziegler et al., "Fine-Tuning Language Models from Human Preferences" (2019); estimators: Schulman,
+    "Approximating KL Divergence" (2020).
+    """
+    op = "kl_rewards"
+    tokens = Tokens(op, cu_seqlens, logprobs=logprobs, ref_logprobs=ref_logprobs, extra=(scores,))
+    scores = tokens.per_row("scores", scores).detach()
+    check_number(op, "kl_coef", kl_coef)
+    code = check_choice(op, "kl_estimator", kl_estimator, KL_ESTIMATORS)
+    bounds = (
+        bound(op, "score_clip", score_clip),
+        bound(op, "kl_log_clamp", kl_log_clamp),
+        bound(op, "kl_clamp", kl_clamp),
+    )
+    mask = tokens.mask(mask)
+    if score_index is not None:
+        check_integer(op, "score_index", score_index)
+        check_shape(op, "score_index", score_index, (tokens.rows,), "one index per row")
+        check_device(op, "score_index", score_index, logprobs.device)
+        score_index = score_index.long().contiguous()
+    if validate:
+        tokens.validate_cu_seqlens()
+        _validate_score_index(tokens, score_index)
+    logprobs, ref_logprobs = tokens.cast(logprobs.detach()), tokens.cast(ref_logprobs.detach())
+
+    impl = backends.choose(op, impl, logprobs.device.type, tokens.dtype)
+    if impl == "torch":
+        backends.count_torch_call(op)
+        return reference.kl_rewards(
+            logprobs,
+            ref_logprobs,
+            scores,
+            mask,
+            kl_coef=kl_coef,
+            kl_estimator=kl_estimator,
+            score_clip=score_clip,
+            kl_log_clamp=kl_log_clamp,
+            kl_clamp=kl_clamp,
+            score_index=score_index,
+            cu_seqlens=tokens.cu_seqlens,
+        )
+    return backends.kernel(op, impl)(
+        logprobs, ref_logprobs, scores, mask, score_index, tokens.cu_seqlens, kl_coef, code, *bounds
+    )
+
+
+def _validate_score_index(tokens: Tokens, score_index: Tensor | None) -> None:
+    if score_index is None:
+        return
+    cu = tokens.cu_seqlens
+    lengths = cu[1:] - cu[:-1] if cu is not None else score_index.new_full((tokens.rows,), tokens.like.size(1))
+    bad = (score_index < -1) | (score_index >= lengths)
+    if bool(bad.any()):
+        row = int(bad.nonzero()[0])
+        raise ValueError(
+            f"kl_rewards: score_index must be -1 or in [0, {int(lengths[row])}) in row {row},"
+            f" got {int(score_index[row])}"
+        )

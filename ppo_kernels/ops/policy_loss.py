@@ -1,0 +1,148 @@
+"""The clipped policy loss, with its gradient and statistics from one pass."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from ppo_kernels import backends, reference
+from ppo_kernels.ops._autograd import ScaledGradient
+from ppo_kernels.ops._inputs import Tokens, bound, check_choice, check_floating, check_number
+from ppo_kernels.reference.kl_rewards import KL_ESTIMATORS
+from ppo_kernels.reference.policy_loss import PolicyStats
+
+
+def _fake(logprobs, *inputs_and_options):
+    grad = inputs_and_options[-1]
+    stats = logprobs.new_empty(len(PolicyStats._fields))
+    return logprobs.new_empty(()), stats, logprobs.new_empty(logprobs.shape if grad else 0), logprobs.new_empty(())
+
+
+backends.declare(
+    "policy_loss(Tensor logprobs, Tensor old_logprobs, Tensor advantages, Tensor? mask, Tensor? weights,"
+    " Tensor? ref_logprobs, Tensor? row_weight, Tensor? normalizer, Tensor? cu_seqlens, float cliprange_low,"
+    " float cliprange_high, float dual_clip, float log_ratio_clamp, float kl_coef, int kl_estimator,"
+    " float kl_log_clamp, float kl_clamp, bool grad)"
+    " -> (Tensor loss, Tensor stats, Tensor grad, Tensor inv_normalizer)",
+    _fake,
+)
+
+
+def policy_loss(
+    logprobs: Tensor,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    mask: Tensor | None = None,
+    *,
+    cliprange: float | tuple[float, float] = 0.2,
+    dual_clip: float | None = None,
+    log_ratio_clamp: float | None = 20.0,
+    weights: Tensor | None = None,
+    ref_logprobs: Tensor | None = None,
+    kl_coef: float = 0.0,
+    kl_estimator: str = "k2",
+    kl_log_clamp: float | None = 20.0,
+    kl_clamp: float | None = None,
+    row_weight: Tensor | None = None,
+    normalizer: float | Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    impl: str = "auto",
+    validate: bool = False,
+) -> tuple[Tensor, PolicyStats]:
+    r"""Clipped surrogate loss of PPO, differentiable in ``logprobs``.
+
+    .. math::
+        \rho = \exp(\mathrm{clamp}(\log\pi - \log\pi_{old})),\quad
+        L_t = \max\big(-A\rho,\ -A\,\mathrm{clip}(\rho, 1-\epsilon_{lo}, 1+\epsilon_{hi})\big)
+
+    With ``dual_clip`` c, where A < 0, ``L_t = min(L_t, -c A)``. Then ``L_t`` is multiplied by ``weights_t`` and
+    ``kl_coef * k_t(logprobs, ref_logprobs)`` is added, and
+
+    .. math:: \mathrm{loss} = \sum m\,w_b\,L_t / \mathrm{normalizer}
+
+    Every aggregation mode in use is a ``row_weight`` and a ``normalizer``: see ``aggregation_weights``.
+
+    Args:
+        logprobs, old_logprobs: ``[B, T]`` with any row stride, or packed ``[N]`` with ``cu_seqlens``; floating; nats.
+            The gradient flows to ``logprobs`` alone.
+        advantages: the tokens' shape, or one per row ``[B]`` or ``[B, 1]``.
+        mask: the tokens' shape; non-zero = valid. None means all valid.
+        cliprange: a number, or ``(low, high)``; each >= 0.
+        dual_clip: > 1, or None (off).
+        log_ratio_clamp: bound of the log-ratio before exp, or None (off).
+        weights: importance weights that multiply the surrogate, shaped like ``advantages``.
+        ref_logprobs: log-probabilities of the reference policy; needed if ``kl_coef`` is not 0.
+        kl_coef, kl_estimator, kl_log_clamp, kl_clamp: the KL penalty in the loss; see ``kl_rewards``.
+        row_weight: ``[B]``, one weight per row.
+        normalizer: what the sum is divided by, a number or a one-element tensor such as a count over all ranks.
+            None means the number of valid tokens. 0 gives loss 0.
+        cu_seqlens: ``[B+1]`` int32 or int64, row starts and the end of a packed batch (first 0, last N).
+        impl: "auto", "cuda", "triton", "cpu" or "torch".
+        validate: also check the values of ``cu_seqlens`` (synchronises with the device).
+
+    Returns:
+        ``(loss, stats)``: a 0-d tensor, float32 (float64 if an input is), and :class:`PolicyStats`.
+
+    Raises:
+        TypeError: a dtype that is not listed. ValueError: shapes, devices, options or ``impl`` that do not fit.
+        RuntimeError: a second differentiation.
+
+    Source: Schulman et al., "Proximal Policy Optimization Algorithms" (2017); dual clip: Ye et al., "Mastering
+    Complex Control in MOBA Games with Deep Reinforcement Learning" (2020); separate bounds: DAPO (2025).
+    """
+    op = "policy_loss"
+    for name, x in (("advantages", advantages), ("weights", weights)):
+        if name == "advantages" or x is not None:
+            check_floating(op, name, x)
+    tensors = {"logprobs": logprobs, "old_logprobs": old_logprobs}
+    if ref_logprobs is not None:
+        tensors["ref_logprobs"] = ref_logprobs
+    tokens = Tokens(op, cu_seqlens, **tensors, extra=(advantages, weights))
+    low, high = cliprange if isinstance(cliprange, (tuple, list)) else (cliprange, cliprange)
+    check_number(op, "cliprange (low)", low, least=0.0)
+    check_number(op, "cliprange (high)", high, least=0.0)
+    if dual_clip is not None:
+        check_number(op, "dual_clip", dual_clip, above=1.0)
+    check_number(op, "kl_coef", kl_coef)
+    if ref_logprobs is None and kl_coef != 0:
+        raise ValueError(f"policy_loss: kl_coef={kl_coef} needs ref_logprobs; pass them or set kl_coef=0")
+    code = check_choice(op, "kl_estimator", kl_estimator, KL_ESTIMATORS)
+    log_bound = bound(op, "log_ratio_clamp", log_ratio_clamp)
+    kl_bounds = bound(op, "kl_log_clamp", kl_log_clamp), bound(op, "kl_clamp", kl_clamp)
+    mask = tokens.mask(mask)
+    advantages = tokens.per_token("advantages", advantages.detach())
+    if weights is not None:
+        weights = tokens.per_token("weights", weights.detach())
+    if row_weight is not None:
+        row_weight = tokens.per_row("row_weight", row_weight).detach()
+    normalizer = tokens.normalizer(normalizer)
+    if validate:
+        tokens.validate_cu_seqlens()
+    logprobs, old_logprobs = tokens.cast(logprobs), tokens.cast(old_logprobs.detach())
+    if ref_logprobs is not None:
+        ref_logprobs = tokens.cast(ref_logprobs.detach())
+
+    impl = backends.choose(op, impl, logprobs.device.type, tokens.dtype)
+    if impl == "torch":
+        backends.count_torch_call(op)
+        return reference.policy_loss(
+            logprobs,
+            old_logprobs,
+            advantages,
+            mask,
+            cliprange=(low, high),
+            dual_clip=dual_clip,
+            log_ratio_clamp=log_ratio_clamp,
+            weights=weights,
+            ref_logprobs=ref_logprobs,
+            kl_coef=kl_coef,
+            kl_estimator=kl_estimator,
+            kl_log_clamp=kl_log_clamp,
+            kl_clamp=kl_clamp,
+            row_weight=row_weight,
+            normalizer=normalizer,
+            cu_seqlens=tokens.cu_seqlens,
+        )
+    tensors_in = (old_logprobs, advantages, mask, weights, ref_logprobs, row_weight, normalizer, tokens.cu_seqlens)
+    options = (low, high, float("inf") if dual_clip is None else dual_clip, log_bound, kl_coef, code, *kl_bounds)
+    loss, stats = ScaledGradient.apply(op, impl, logprobs, (*tensors_in, *options))
+    return loss, PolicyStats(*stats.unbind(0))

@@ -1,0 +1,244 @@
+"""Token log-probabilities and entropy from logits, in one pass over them."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from ppo_kernels import backends, reference
+from ppo_kernels.ops._autograd import refuse_double_backward
+from ppo_kernels.ops._inputs import (
+    check_device,
+    check_floating,
+    check_integer,
+    check_number,
+    check_shape,
+    to_mask,
+    unit_last_stride,
+)
+from ppo_kernels.reference.rows import compute_dtype
+
+
+def _fake(logits, labels, mask, temperature_rows, temperature, ignore_index, entropy):
+    def row_value():
+        return logits.new_empty(labels.shape, dtype=compute_dtype(logits))
+
+    return row_value(), row_value() if entropy else row_value().new_empty(0), row_value(), row_value()
+
+
+def _fake_backward(logits, *rest):
+    return torch.empty_like(logits, memory_format=torch.contiguous_format)
+
+
+def _fake_backward_inplace(logits, *rest):
+    return None
+
+
+backends.declare(
+    "token_logprobs(Tensor logits, Tensor labels, Tensor? mask, Tensor? temperature_rows, float temperature,"
+    " int ignore_index, bool entropy)"
+    " -> (Tensor logprobs, Tensor entropy, Tensor row_max, Tensor log_sum)",
+    _fake,
+)
+backends.declare(
+    "token_logprobs_backward(Tensor logits, Tensor labels, Tensor? temperature_rows, Tensor? grad_logprobs,"
+    " Tensor? grad_entropy, Tensor logprobs, Tensor entropy, Tensor row_max, Tensor log_sum, float temperature)"
+    " -> Tensor",
+    _fake_backward,
+)
+backends.declare(
+    "token_logprobs_backward_(Tensor(a!) logits, Tensor labels, Tensor? temperature_rows, Tensor? grad_logprobs,"
+    " Tensor? grad_entropy, Tensor logprobs, Tensor entropy, Tensor row_max, Tensor log_sum, float temperature)"
+    " -> ()",
+    _fake_backward_inplace,
+)
+
+
+class _TokenLogprobs(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, impl, logits, labels, mask, temperature_rows, temperature, ignore_index, entropy, inplace):
+        ctx.set_materialize_grads(False)
+        ctx.impl, ctx.temperature, ctx.inplace = impl, temperature, inplace
+        logprobs, h, row_max, log_sum = backends.kernel("token_logprobs", impl)(
+            logits, labels, mask, temperature_rows, temperature, ignore_index, entropy
+        )
+        ctx.save_for_backward(logits, labels, temperature_rows, logprobs, h, row_max, log_sum)
+        return logprobs, h
+
+    @staticmethod
+    def backward(ctx, grad_logprobs, grad_entropy):
+        refuse_double_backward("token_logprobs")
+        none = (None,) * 7
+        if grad_logprobs is None and grad_entropy is None:
+            return None, None, *none
+        logits, labels, temperature_rows, logprobs, h, row_max, log_sum = ctx.saved_tensors
+        grads = [None if g is None else g.contiguous() for g in (grad_logprobs, grad_entropy)]
+        rest = (labels, temperature_rows, *grads, logprobs, h, row_max, log_sum, ctx.temperature)
+        # A traced graph has no use for the in-place form: the compiler plans the memory.
+        if ctx.inplace and not torch.compiler.is_compiling():
+            grad = logits.detach()
+            backends.kernel("token_logprobs_backward_", ctx.impl)(grad, *rest)
+            torch.autograd.graph.increment_version(logits)
+            return None, grad, *none
+        return None, backends.kernel("token_logprobs_backward", ctx.impl)(logits, *rest), *none
+
+
+def token_logprobs(
+    logits: Tensor,
+    labels: Tensor,
+    *,
+    temperature: float | Tensor = 1.0,
+    mask: Tensor | None = None,
+    ignore_index: int = -100,
+    entropy: bool | str = False,
+    inplace_backward: bool = False,
+    impl: str = "auto",
+    validate: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    r"""Log-probabilities of the labels, and optionally the entropy of each row, differentiable in ``logits``.
+
+    .. math:: \log p_i = z_{i,y_i}/\tau - \mathrm{logsumexp}(z_i/\tau),\quad H_i = -\sum_v p_{iv} \log p_{iv}
+
+    One pass over the logits, no float32 copy of them and no ``[..., V]`` temporary; the backward is one read and one
+    write. ``-inf`` logits are legal anywhere; ``+inf`` or NaN makes its own row NaN.
+
+    Args:
+        logits: ``[..., V]``, bfloat16, float16, float32 or float64; any strides but a last one of 1
+            (``logits[:, :-1]`` is not copied).
+        labels: ``[...]``, int32 or int64.
+        temperature: tau > 0, a number or a tensor that broadcasts to ``[...]`` (not differentiated).
+        mask: ``[...]``; non-zero = valid. None means all valid. Masked rows are not read.
+        ignore_index: a label that masks its row.
+        entropy: True also returns the entropy; "detached" returns it without a gradient.
+        inplace_backward: write the gradient over the logits (they must not be a leaf, nor overlap themselves). Saves
+            a tensor of their size; nothing else may need the logits after the backward. Ignored by impl="torch" and
+            under torch.compile.
+        impl: "auto", "cuda", "triton", "cpu" or "torch".
+        validate: also check the labels and temperatures (synchronises with the device).
+
+    Returns:
+        ``logprobs [...]``, or ``(logprobs, entropy)``; nats; float32, float64 for float64 logits. Both are 0 in masked
+        and ignored rows. A label outside [0, V) gives NaN in its row, its gradient included.
+
+    Raises:
+        TypeError: a dtype that is not listed. ValueError: shapes, devices, options or ``impl`` that do not fit.
+        RuntimeError: a second differentiation.
+
+    Source: online softmax, Milakov and Gimelshein (2018).
+    """
+    op = "token_logprobs"
+    check_floating(op, "logits", logits)
+    check_integer(op, "labels", labels)
+    if logits.dim() == 0 or logits.size(-1) == 0:
+        raise ValueError(f"{op}: logits must be [..., V] with V >= 1, got shape {tuple(logits.shape)}")
+    check_shape(op, "labels", labels, logits.shape[:-1], "the logits without V")
+    check_device(op, "labels", labels, logits.device)
+    if entropy not in (False, True, "detached"):
+        raise ValueError(f'{op}: entropy must be False, True or "detached", got {entropy!r}')
+    if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
+        raise TypeError(f"{op}: ignore_index must be an int, got {type(ignore_index).__name__}")
+    mask = to_mask(op, mask, labels)
+    rows = None
+    if isinstance(temperature, Tensor):
+        rows = _temperature_rows(temperature, logits, labels)
+    else:
+        check_number(op, "temperature", temperature, above=0.0, most=math.inf)
+    if inplace_backward:
+        _check_overwritable(logits)
+    if validate:
+        _validate(logits, labels, mask, rows, ignore_index)
+    logits = unit_last_stride(logits)
+
+    impl = backends.choose(op, impl, logits.device.type, logits.dtype)
+    if impl == "torch":
+        backends.count_torch_call(op)
+        return reference.token_logprobs(
+            logits,
+            labels,
+            temperature=temperature if rows is None else rows,
+            mask=mask,
+            ignore_index=ignore_index,
+            entropy=entropy,
+        )
+    logprobs, h = _TokenLogprobs.apply(
+        impl,
+        logits,
+        labels.long().contiguous(),
+        None if mask is None else mask.contiguous(),
+        rows,
+        1.0 if rows is not None else temperature,
+        ignore_index,
+        entropy is not False,
+        inplace_backward,
+    )
+    if entropy is False:
+        return logprobs
+    return logprobs, h.detach() if entropy == "detached" else h
+
+
+def _temperature_rows(temperature: Tensor, logits: Tensor, labels: Tensor) -> Tensor:
+    check_floating("token_logprobs", "temperature", temperature)
+    check_device("token_logprobs", "temperature", temperature, logits.device)
+    try:
+        rows = temperature.detach().to(compute_dtype(logits)).expand(labels.shape)
+    except RuntimeError as error:
+        raise ValueError(
+            f"token_logprobs: temperature must broadcast to the labels' shape {tuple(labels.shape)},"
+            f" got {tuple(temperature.shape)}"
+        ) from error
+    return rows.contiguous()
+
+
+def _check_overwritable(logits: Tensor) -> None:
+    if logits.requires_grad and logits.is_leaf:
+        raise ValueError("token_logprobs: inplace_backward=True would overwrite a leaf; pass the output of a layer")
+    if any(stride == 0 and size > 1 for stride, size in zip(logits.stride(), logits.shape, strict=True)):
+        raise ValueError("token_logprobs: inplace_backward=True needs logits that do not overlap (expanded given)")
+    if logits.stride(-1) != 1 and logits.size(-1) > 1:
+        raise ValueError("token_logprobs: inplace_backward=True needs logits with a last stride of 1")
+
+
+def _validate(
+    logits: Tensor, labels: Tensor, mask: Tensor | None, rows: Tensor | None, ignore_index: int
+) -> None:
+    live = labels != ignore_index
+    if mask is not None:
+        live = live & (mask != 0)
+    bad = labels[live & ((labels < 0) | (labels >= logits.size(-1)))]
+    if bad.numel():
+        raise ValueError(
+            f"token_logprobs: labels must be in [0, {logits.size(-1)}) or ignore_index={ignore_index};"
+            f" {bad.numel()} are not, the first is {int(bad[0])}"
+        )
+    if rows is not None and not bool((rows > 0).all()):
+        raise ValueError(f"token_logprobs: every temperature must be > 0, the least is {float(rows.min())}")
+
+
+def selective_log_softmax(
+    logits: Tensor, index: Tensor, temperature: float | Tensor = 1.0, row_mask: Tensor | None = None
+) -> Tensor:
+    """TRL's name and arguments for :func:`token_logprobs`: ``index`` is ``[...]`` or ``[..., K]`` for K labels a row.
+
+    Returns float32 (float64 for float64 logits) of the shape of ``index``, whatever the logits' dtype.
+    """
+    if index.dim() == logits.dim() - 1:
+        return token_logprobs(logits, index, temperature=temperature, mask=row_mask)  # type: ignore[return-value]
+    check_shape("selective_log_softmax", "index[..., 0]", index[..., 0], logits.shape[:-1], "the logits without V")
+    if isinstance(temperature, Tensor):
+        temperature = temperature.expand(index.shape[:-1])[..., None]
+    mask = None if row_mask is None else row_mask[..., None].expand(index.shape)
+    wide = logits.unsqueeze(-2).expand(*index.shape, logits.size(-1))
+    return token_logprobs(wide, index, temperature=temperature, mask=mask)  # type: ignore[return-value]
+
+
+def selective_log_softmax_and_entropy(
+    logits: Tensor, index: Tensor, temperature: float | Tensor = 1.0, row_mask: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """``trl.kernels``' name and arguments for :func:`token_logprobs` with a differentiable entropy.
+
+    The form of ``trl.trainer.utils``, whose third argument is ``entropy_requires_grad``, is in
+    ``ppo_kernels.integrations.trl``.
+    """
+    return token_logprobs(logits, index, temperature=temperature, mask=row_mask, entropy=True)  # type: ignore[return-value]

@@ -1,0 +1,92 @@
+"""The clipped value loss, with its gradient and statistics from one pass."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from ppo_kernels import backends, reference
+from ppo_kernels.ops._autograd import ScaledGradient
+from ppo_kernels.ops._inputs import Tokens, bound
+from ppo_kernels.reference.value_loss import ValueStats
+
+
+def _fake(values, old_values, returns, mask, row_weight, normalizer, cu_seqlens, cliprange_value, grad):
+    scalar = values.new_empty(())
+    return scalar, values.new_empty(len(ValueStats._fields)), values.new_empty(values.shape if grad else 0), values.new_empty(())
+
+
+backends.declare(
+    "value_loss(Tensor values, Tensor old_values, Tensor returns, Tensor? mask, Tensor? row_weight,"
+    " Tensor? normalizer, Tensor? cu_seqlens, float cliprange_value, bool grad)"
+    " -> (Tensor loss, Tensor stats, Tensor grad, Tensor inv_normalizer)",
+    _fake,
+)
+
+
+def value_loss(
+    values: Tensor,
+    old_values: Tensor,
+    returns: Tensor,
+    mask: Tensor | None = None,
+    *,
+    cliprange_value: float | None = 0.2,
+    row_weight: Tensor | None = None,
+    normalizer: float | Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    impl: str = "auto",
+    validate: bool = False,
+) -> tuple[Tensor, ValueStats]:
+    r"""Clipped squared error of the value function, differentiable in ``values``.
+
+    .. math:: L_t = \tfrac12 \max\big((V - R)^2, (\mathrm{clip}(V, V_{old} \pm \epsilon_v) - R)^2\big),\quad
+              \mathrm{loss} = \sum m\,w_b\,L_t / \mathrm{normalizer}
+
+    Args:
+        values, old_values, returns: ``[B, T]`` with any row stride, or packed ``[N]`` with ``cu_seqlens``; floating.
+            The gradient flows to ``values`` alone.
+        mask: same shape; non-zero = valid. None means all valid.
+        cliprange_value: half-width of the clip around the old values, >= 0; None is plain ``(V - R)^2 / 2``.
+        row_weight: ``[B]``, one weight per row; see ``aggregation_weights``.
+        normalizer: what the sum is divided by, a number or a one-element tensor such as a count over all ranks.
+            None means the number of valid tokens. 0 gives loss 0.
+        cu_seqlens: ``[B+1]`` int32 or int64, row starts and the end of a packed batch (first 0, last N).
+        impl: "auto", "cuda", "triton", "cpu" or "torch".
+        validate: also check the values of ``cu_seqlens`` (synchronises with the device).
+
+    Returns:
+        ``(loss, stats)``: a 0-d tensor, float32 (float64 if an input is), and :class:`ValueStats`.
+
+    Raises:
+        TypeError: a dtype that is not listed. ValueError: shapes, devices, options or ``impl`` that do not fit.
+        RuntimeError: a second differentiation.
+
+    Source: OpenAI baselines ppo2 (value clipping); Ziegler et al. (2019).
+    """
+    op = "value_loss"
+    tokens = Tokens(op, cu_seqlens, values=values, old_values=old_values, returns=returns)
+    clip = bound(op, "cliprange_value", cliprange_value)
+    mask = tokens.mask(mask)
+    if row_weight is not None:
+        row_weight = tokens.per_row("row_weight", row_weight).detach()
+    normalizer = tokens.normalizer(normalizer)
+    if validate:
+        tokens.validate_cu_seqlens()
+    values = tokens.cast(values)
+    old_values, returns = tokens.cast(old_values.detach()), tokens.cast(returns.detach())
+
+    impl = backends.choose(op, impl, values.device.type, tokens.dtype)
+    if impl == "torch":
+        backends.count_torch_call(op)
+        return reference.value_loss(
+            values,
+            old_values,
+            returns,
+            mask,
+            cliprange_value=cliprange_value,
+            row_weight=row_weight,
+            normalizer=normalizer,
+            cu_seqlens=tokens.cu_seqlens,
+        )
+    arguments = (old_values, returns, mask, row_weight, normalizer, tokens.cu_seqlens, clip)
+    loss, stats = ScaledGradient.apply(op, impl, values, arguments)
+    return loss, ValueStats(*stats.unbind(0))

@@ -1,0 +1,126 @@
+"""Masked whitening, and the moments it rests on."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from ppo_kernels import backends, reference
+from ppo_kernels.ops._inputs import check_floating, check_number, to_mask
+from ppo_kernels.reference.rows import compute_dtype
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+
+def _fake_moments(x, mask):
+    return tuple(x.new_empty((), dtype=torch.float64) for _ in range(3))
+
+
+def _fake_whiten(x, mask, count, mean, m2, shift_mean, unbiased, eps):
+    return x.new_empty(x.shape)
+
+
+backends.declare("moments(Tensor x, Tensor? mask) -> (Tensor count, Tensor mean, Tensor m2)", _fake_moments)
+backends.declare(
+    "whiten(Tensor x, Tensor? mask, Tensor? count, Tensor? mean, Tensor? m2, bool shift_mean, bool unbiased,"
+    " float eps) -> Tensor",
+    _fake_whiten,
+)
+
+
+def _prepare(op: str, x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    check_floating(op, "x", x)
+    mask = to_mask(op, mask, x)
+    return x.detach().to(compute_dtype(x)).contiguous(), None if mask is None else mask.contiguous()
+
+
+def moments(
+    x: Tensor, mask: Tensor | None = None, *, impl: str = "auto", validate: bool = False
+) -> tuple[Tensor, Tensor, Tensor]:
+    r"""Number, mean and sum of squared deviations of the valid elements.
+
+    .. math:: n = \sum m,\quad \mu = \tfrac{1}{n}\sum m x,\quad M_2 = \sum m (x - \mu)^2
+
+    Args:
+        x: any shape, floating.
+        mask: same shape; non-zero = valid. None means all valid.
+        impl: "auto", "cuda", "triton", "cpu" or "torch".
+        validate: accepted for symmetry; there is no value to check.
+
+    Returns:
+        ``(count, mean, m2)``: 0-d float64 tensors on the device of ``x``, all 0 when nothing is valid. They can be
+        gathered over ranks and merged. They do not require grad.
+
+    Raises:
+        TypeError: a dtype that is not listed. ValueError: shapes, devices or ``impl`` that do not fit.
+    """
+    x, mask = _prepare("moments", x, mask)
+    impl = backends.choose("moments", impl, x.device.type, x.dtype)
+    if impl == "torch":
+        backends.count_torch_call("moments")
+        return reference.moments(x, mask)
+    return backends.kernel("moments", impl)(x, mask)
+
+
+def whiten(
+    x: Tensor,
+    mask: Tensor | None = None,
+    *,
+    shift_mean: bool = True,
+    unbiased: bool = True,
+    eps: float = 1e-8,
+    group: ProcessGroup | None = None,
+    impl: str = "auto",
+    validate: bool = False,
+) -> Tensor:
+    r"""Shift and scale the valid elements to mean 0 and variance 1.
+
+    .. math:: y = (x - \mu) / \sqrt{\sigma^2 + \mathrm{eps}},\quad \sigma^2 = M_2 / (n - 1)
+
+    Args:
+        x: any shape, floating (advantages ``[B, T]`` or packed ``[N]``).
+        mask: same shape; non-zero = valid. None means all valid.
+        shift_mean: False adds the mean back: only the scale changes.
+        unbiased: divide by n - 1 (else by n).
+        eps: added to the variance, >= 0.
+        group: a ``torch.distributed`` group whose ranks share the statistics. Every rank of it must call, one without
+            valid elements too. One all-gather of three float64 numbers, merged in rank order, so that all ranks see
+            the same bits. None means this process alone.
+        impl: "auto", "cuda", "triton", "cpu" or "torch".
+        validate: accepted for symmetry; there is no value to check.
+
+    Returns:
+        A tensor of the shape of ``x``, float32 (float64 if ``x`` is), 0 at masked elements. It does not require grad.
+        With n <= 1 the variance is 0: the result is 0, or ``x`` itself with ``shift_mean=False``.
+
+    Raises:
+        TypeError: a dtype that is not listed. ValueError: shapes, devices, options or ``impl`` that do not fit.
+
+    Source: Ziegler et al. (2019); moments merged as by Chan, Golub and LeVeque (1979).
+    """
+    check_number("whiten", "eps", eps, least=0.0)
+    x, mask = _prepare("whiten", x, mask)
+    statistics = None
+    if group is not None:
+        statistics = _shared_moments(x, mask, group, impl)
+    impl = backends.choose("whiten", impl, x.device.type, x.dtype)
+    if impl == "torch":
+        backends.count_torch_call("whiten")
+        return reference.whiten(
+            x, mask, shift_mean=shift_mean, unbiased=unbiased, eps=eps, statistics=statistics
+        )
+    return backends.kernel("whiten", impl)(
+        x, mask, *(statistics or (None, None, None)), bool(shift_mean), bool(unbiased), eps
+    )
+
+
+def _shared_moments(
+    x: Tensor, mask: Tensor | None, group: ProcessGroup, impl: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    mine = torch.stack(moments(x, mask, impl=impl))
+    parts = [torch.empty_like(mine) for _ in range(torch.distributed.get_world_size(group))]
+    torch.distributed.all_gather(parts, mine, group=group)
+    return reference.merge_moments([(p[0], p[1], p[2]) for p in parts])

@@ -1,0 +1,27 @@
+"""Every op in eager PyTorch: the specification, and what runs where no kernel does.
+
+Each function is the public one of the same name without its argument checks, differentiable by autograd.
+Padded ``[B, T]`` and packed ``[N]`` share one path: tokens are flattened and each knows its row.
+A masked token is replaced before any arithmetic, so that what lies under a mask reaches neither a value nor a
+gradient.
+"""
+
+from ppo_kernels.reference.gae import gae
+from ppo_kernels.reference.kl_rewards import kl_rewards
+from ppo_kernels.reference.policy_loss import PolicyStats, policy_loss
+from ppo_kernels.reference.token_logprobs import token_logprobs
+from ppo_kernels.reference.value_loss import ValueStats, value_loss
+from ppo_kernels.reference.whiten import merge_moments, moments, whiten
+
+__all__ = [
+    "PolicyStats",
+    "ValueStats",
+    "gae",
+    "kl_rewards",
+    "merge_moments",
+    "moments",
+    "policy_loss",
+    "token_logprobs",
+    "value_loss",
+    "whiten",
+]

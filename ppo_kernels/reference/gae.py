@@ -1,0 +1,70 @@
+"""Generalised advantage estimation, eager."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ppo_kernels.reference.rows import Rows, compute_dtype, find_rows, last_valid, select, valid_tokens
+
+INTERIORS = ("carry", "decay", "ignore")
+
+
+@torch.no_grad()
+def gae(
+    rewards: Tensor,
+    values: Tensor,
+    mask: Tensor | None = None,
+    *,
+    gamma: float = 1.0,
+    lam: float | Tensor = 0.95,
+    interior: str = "carry",
+    bootstrap_value: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    dtype = compute_dtype(rewards, values, bootstrap_value)
+    rows = find_rows(rewards, cu_seqlens)
+    valid = valid_tokens(rewards, mask, rows)
+    tokens = valid.numel()
+    if tokens == 0 or rows.count == 0:
+        return torch.zeros_like(rewards, dtype=dtype), torch.zeros_like(rewards, dtype=dtype)
+    position = torch.arange(tokens, device=valid.device)
+    until_last = rows.owned & (position <= last_valid(valid, rows)[rows.row])
+    live = valid if interior == "carry" else until_last
+    read = until_last if interior == "ignore" else valid
+    # A float32 carry misses the error bound at gamma * lam = 1 and large T.
+    r, v = select(rewards, read, torch.float64), select(values, read, torch.float64)
+    boot = torch.zeros((), dtype=torch.float64, device=v.device)
+    if bootstrap_value is not None:
+        boot = bootstrap_value.to(torch.float64)[rows.row]
+    lam_t = lam.to(torch.float64)[rows.row] if isinstance(lam, Tensor) else lam
+
+    following = _next_live(live)
+    same_row = (following < tokens) & (rows.row[following.clamp(max=tokens - 1)] == rows.row)
+    next_v = torch.where(same_row, v[following.clamp(max=tokens - 1)], boot)
+    delta = torch.where(live, r + gamma * next_v - v, 0.0)
+    decay = torch.where(live, gamma * lam_t, 1.0)
+    adv = _reverse_affine_scan(decay, delta, rows)
+    adv, ret = torch.where(valid, adv, 0.0), torch.where(valid, adv + v, 0.0)
+    return adv.to(dtype).reshape(rewards.shape), ret.to(dtype).reshape(rewards.shape)
+
+
+def _next_live(live: Tensor) -> Tensor:
+    """Position of the first live token strictly after each token, or the number of tokens."""
+    tokens = live.numel()
+    position = torch.where(live, torch.arange(tokens, device=live.device), tokens)
+    reach = position.flip(0).cummin(0).values.flip(0)
+    return torch.cat([reach[1:], reach.new_full((1,), tokens)])
+
+
+def _reverse_affine_scan(a: Tensor, b: Tensor, rows: Rows) -> Tensor:
+    """``y_t = b_t + a_t y_{t+1}`` within each row, by doubling: log2(longest row) vectorised steps."""
+    step = 1
+    while step < min(rows.longest, b.numel()):
+        joined = rows.row[step:] == rows.row[:-step]
+        b_next = torch.where(joined, a[:-step] * b[step:], 0.0)
+        a_next = torch.where(joined, a[step:], 0.0)
+        b = torch.cat([b[:-step] + b_next, b[-step:]])
+        a = torch.cat([a[:-step] * a_next, a[-step:]])
+        step *= 2
+    return b

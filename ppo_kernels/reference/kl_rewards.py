@@ -1,0 +1,73 @@
+"""KL estimators and KL-shaped rewards, eager."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ppo_kernels.reference.rows import (
+    compute_dtype,
+    find_rows,
+    first_owned,
+    last_valid,
+    row_sum,
+    select,
+    valid_tokens,
+)
+
+KL_ESTIMATORS = ("k1", "abs", "k2", "k3")
+
+
+def clamp(x: Tensor, bound: float | None) -> Tensor:
+    return x if bound is None else x.clamp(-bound, bound)
+
+
+def kl_estimate(
+    logprobs: Tensor, ref_logprobs: Tensor, estimator: str, kl_log_clamp: float | None, kl_clamp: float | None
+) -> Tensor:
+    """Per-token estimate of KL(pi || ref): k1, abs, k2 or k3 (Schulman, 2020), bounded before and after."""
+    x = clamp(ref_logprobs - logprobs, kl_log_clamp)
+    if estimator == "k1":
+        k = -x
+    elif estimator == "abs":
+        k = x.abs()
+    elif estimator == "k2":
+        k = 0.5 * x * x
+    else:
+        k = torch.expm1(x) - x
+    return clamp(k, kl_clamp)
+
+
+@torch.no_grad()
+def kl_rewards(
+    logprobs: Tensor,
+    ref_logprobs: Tensor,
+    scores: Tensor,
+    mask: Tensor | None = None,
+    *,
+    kl_coef: float = 0.1,
+    kl_estimator: str = "k1",
+    score_clip: float | None = 5.0,
+    kl_log_clamp: float | None = None,
+    kl_clamp: float | None = None,
+    score_index: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    dtype = compute_dtype(logprobs, ref_logprobs, scores)
+    rows = find_rows(logprobs, cu_seqlens)
+    valid = valid_tokens(logprobs, mask, rows)
+    logp, ref = select(logprobs, valid, dtype), select(ref_logprobs, valid, dtype)
+    k = torch.where(valid, kl_estimate(logp, ref, kl_estimator, kl_log_clamp, kl_clamp), 0.0)
+
+    position = torch.arange(valid.numel(), device=valid.device)
+    if score_index is None:
+        at = last_valid(valid, rows)
+    else:
+        lengths = row_sum(rows.owned.to(torch.int64), rows)
+        first = first_owned(rows)
+        placed = (score_index >= 0) & (score_index < lengths) & (row_sum(valid.to(torch.int64), rows) > 0)
+        at = torch.where(placed, first + score_index, -1)
+    score = clamp(scores.to(dtype), score_clip)
+    here = rows.owned & (position == at[rows.row]) if rows.count else rows.owned
+    bonus = torch.where(here, score[rows.row], 0.0) if rows.count else torch.zeros_like(k)
+    return (bonus - kl_coef * k).reshape(logprobs.shape), row_sum(k, rows)

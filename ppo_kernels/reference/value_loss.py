@@ -1,0 +1,64 @@
+"""The clipped value loss, eager."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ppo_kernels.reference.rows import (
+    compute_dtype,
+    find_rows,
+    masked_mean,
+    reduce_loss,
+    select,
+    valid_tokens,
+)
+
+
+class ValueStats(NamedTuple):
+    """Statistics of ``value_loss``: 0-d tensors over the valid tokens, all 0 when there are none."""
+
+    clipfrac: Tensor  #: share where the clipped term is the larger
+    error_mean: Tensor  #: mean of values - returns
+    explained_variance: Tensor  #: 1 - Var(returns - values) / Var(returns); 0 where Var(returns) is 0
+    count: Tensor  #: number of valid tokens
+
+
+def value_loss(
+    values: Tensor,
+    old_values: Tensor,
+    returns: Tensor,
+    mask: Tensor | None = None,
+    *,
+    cliprange_value: float | None = 0.2,
+    row_weight: Tensor | None = None,
+    normalizer: float | Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+) -> tuple[Tensor, ValueStats]:
+    dtype = compute_dtype(values, old_values, returns)
+    rows = find_rows(values, cu_seqlens)
+    valid = valid_tokens(values, mask, rows)
+    v, ret = select(values, valid, dtype), select(returns.detach(), valid, dtype)
+    square = (v - ret).square()
+    clipped_larger = torch.zeros_like(valid)
+    if cliprange_value is not None:
+        old = select(old_values.detach(), valid, dtype)
+        clipped = (torch.clamp(v, old - cliprange_value, old + cliprange_value) - ret).square()
+        clipped_larger = clipped > square
+        square = torch.maximum(square, clipped)
+    total, count = reduce_loss(0.5 * square, valid, rows, row_weight, normalizer)
+
+    with torch.no_grad():
+        error, target = v.double() - ret.double(), ret.double()
+        error_mean = masked_mean(error, valid)
+        var_target = masked_mean((target - masked_mean(target, valid)).square(), valid)
+        var_error = masked_mean((error - error_mean).square(), valid)
+        stats = ValueStats(
+            clipfrac=masked_mean(clipped_larger, valid),
+            error_mean=error_mean,
+            explained_variance=torch.where(var_target > 0, 1.0 - var_error / var_target, 0.0),
+            count=count,
+        )
+        return total, ValueStats(*(s.to(dtype) for s in stats))

@@ -1,0 +1,1 @@
+"""A thin RLHF trainer: DeepSpeed distributes, transformers models and samples, ppo_kernels does the arithmetic."""

@@ -1,0 +1,151 @@
+"""What a task provides, tokenisation, and tasks made of JSON-lines files."""
+
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from .config import RunConfig, UserError
+from .launch import seed_of
+
+if TYPE_CHECKING:
+    from .models import Policy
+    from .rollout import Rollout
+
+Pair = tuple[str, str]
+T = TypeVar("T")
+
+
+class Task:
+    """Texts, pairs and prompts, each as (training, held-out); a task overrides what it has."""
+
+    verifiable = False  # True: `score` is the reward and no reward model is needed
+
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The tokenizer of a model that starts from random weights."""
+        raise UserError("this task brings no tokenizer: give the path of a model that has one")
+
+    def texts(self) -> tuple[list[str], list[str]]:
+        raise UserError("this task has no texts for sft")
+
+    def pairs(self) -> tuple[list[Pair], list[Pair]]:
+        """(chosen, rejected) pairs."""
+        raise UserError("this task has no preference pairs for reward")
+
+    def prompts(self) -> tuple[list[str], list[str]]:
+        raise UserError("this task has no prompts for train")
+
+    def score(self, rollout: "Rollout") -> torch.Tensor:
+        """[B] the reward of a verifiable task."""
+        raise NotImplementedError
+
+    def gold(self, texts: Sequence[str]) -> list[float] | None:
+        """An independent judge, used in evaluation only; None where there is none."""
+        return None
+
+    def exact(self, policy: "Policy", reference: "Policy", kl_coef: float) -> dict[str, float]:
+        """Figures known by enumeration, where the task is small enough."""
+        return {}
+
+
+class Files(Task):
+    """texts.jsonl {"text"}, pairs.jsonl {"chosen", "rejected"}, prompts.jsonl {"prompt"} in one folder."""
+
+    def __init__(self, folder: str, heldout: float = 0.1) -> None:
+        self.folder = Path(folder)
+        self.heldout = heldout
+
+    def texts(self) -> tuple[list[str], list[str]]:
+        return self._split([text for (text,) in self._read("texts.jsonl", "text")])
+
+    def pairs(self) -> tuple[list[Pair], list[Pair]]:
+        return self._split([(chosen, rejected) for chosen, rejected in self._read("pairs.jsonl", "chosen", "rejected")])
+
+    def prompts(self) -> tuple[list[str], list[str]]:
+        return self._split([prompt for (prompt,) in self._read("prompts.jsonl", "prompt")])
+
+    def _split(self, rows: list[T]) -> tuple[list[T], list[T]]:
+        cut = max(1, round(len(rows) * self.heldout))
+        return rows[cut:] or rows, rows[:cut]
+
+    def _read(self, name: str, *keys: str) -> Iterator[tuple[str, ...]]:
+        path = self.folder / name
+        try:
+            lines = path.read_text(encoding="utf-8").splitlines()
+        except OSError as error:
+            raise UserError(f"cannot read {path}: {error.strerror}") from error
+        for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
+            try:
+                record = json.loads(line)
+                yield tuple(str(record[key]) for key in keys)
+            except (json.JSONDecodeError, KeyError, TypeError) as error:
+                wanted = ", ".join(keys)
+                raise UserError(f"{path}, line {number}: expected a JSON object with {wanted}") from error
+
+
+def load_task(config: RunConfig) -> Task:
+    if config.task == "reviews":
+        from .tasks.reviews import Reviews
+
+        return Reviews(config.data_path)
+    if config.task == "exact":
+        from .tasks.exact import Exact
+
+        return Exact()
+    if config.data_path is None:
+        raise UserError("task files needs data_path, the folder of texts.jsonl, pairs.jsonl and prompts.jsonl")
+    return Files(config.data_path)
+
+
+def encode_prompts(
+    prompts: Sequence[str], tokenizer: PreTrainedTokenizerBase, *, response_length: int, context: int
+) -> list[list[int]]:
+    """Token ids, refusing what the model cannot hold: a silently cut prompt asks another question."""
+    if not prompts:
+        raise UserError("the prompt set is empty")
+    encoded = [tokenizer(prompt, add_special_tokens=False)["input_ids"] for prompt in prompts]
+    for text, ids in zip(prompts, encoded, strict=True):
+        if not ids:
+            raise UserError(f"prompt {text!r} has no tokens")
+        if len(ids) + response_length > context:
+            raise UserError(
+                f"prompt of {len(ids)} tokens and response_length {response_length} exceed the model's context of "
+                f"{context} tokens: {text[:60]!r}"
+            )
+    return encoded
+
+
+def encode_texts(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, max_length: int) -> list[list[int]]:
+    """Token ids with the end token; a text cut at max_length has none, since it does not end there."""
+    if not texts:
+        raise UserError("the text set is empty")
+    ids = [tokenizer(text, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id] for text in texts]
+    return [row[:max_length] for row in ids]
+
+
+def pad_right(rows: Sequence[Sequence[int]], pad: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Ids [B, L] and the mask of their true lengths; a pad id inside a row stays an ordinary token."""
+    width = max(len(row) for row in rows)
+    ids = torch.tensor([[*row, *[pad] * (width - len(row))] for row in rows])
+    lengths = torch.tensor([len(row) for row in rows])
+    return ids, torch.arange(width)[None, :] < lengths[:, None]
+
+
+def shuffled_positions(count: int, seed: int, start: int, size: int) -> list[int]:
+    """Positions start … start+size of an endless stream that reshuffles `count` items at every pass.
+
+    A function of the seed and of the position alone: resuming needs no iterator state, and every rank sees
+    the same global batch.
+    """
+    positions = []
+    for index in range(start, start + size):
+        epoch, offset = divmod(index, count)
+        if offset == 0 or not positions:
+            order = torch.randperm(count, generator=torch.Generator().manual_seed(seed_of(seed, epoch))).tolist()
+        positions.append(order[offset])
+    return positions

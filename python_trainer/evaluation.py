@@ -1,0 +1,67 @@
+"""How good a policy is: gold score and KL on held-out prompts, each with its standard error."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from . import launch
+from .config import SamplingConfig
+from .data import Task
+from .experience import Judge, by_rows, score_tokens
+from .models import Policy
+from .rollout import sample
+
+Completion = tuple[str, float | None]
+
+
+@dataclass
+class Evaluation:
+    metrics: dict[str, float]
+    prompts: list[str]
+    completions: list[Completion]
+
+
+def evaluate(
+    policy: Policy,
+    reference: Policy,
+    prompts: Sequence[Sequence[int]],
+    task: Task,
+    tokenizer: PreTrainedTokenizerBase,
+    judge: Judge | None,
+    config: SamplingConfig,
+) -> Evaluation:
+    """One response per prompt, with the same noise at every call, so that two policies differ by themselves alone."""
+    usable = len(prompts) // launch.world_size() * launch.world_size()
+    prompts = prompts[: min(usable, config.eval_prompts)]
+    rows = config.local_rollout_forward_batch_size
+    rollout = sample(
+        policy,
+        prompts,
+        tokenizer,
+        response_length=config.response_length,
+        rows=rows,
+        seed=launch.seed_of(config.seed, len(prompts)),
+    )
+    logp = by_rows(lambda part: score_tokens(policy, part), rollout, rows)
+    ref = by_rows(lambda part: score_tokens(reference, part), rollout, rows)
+    columns = {"kl": (logp - ref).sum(dim=1), "response_length": rollout.mask.sum(dim=1).float()}
+    if judge is not None:
+        columns["score"] = by_rows(judge, rollout, rows)
+    shown = [ids[mask] for ids, mask in zip(rollout.sequences, rollout.attention_mask, strict=True)]
+    gold = task.gold([tokenizer.decode(ids, skip_special_tokens=True) for ids in shown])
+    if gold is not None:
+        columns["gold"] = torch.tensor(gold, device=logp.device)
+    metrics = {}
+    for name, values in columns.items():
+        everywhere = launch.gather_rows(values.float()).double()
+        metrics[f"eval/{name}"] = everywhere.mean().item()
+        metrics[f"eval/{name}_se"] = (everywhere.std() / len(everywhere) ** 0.5).item()
+    width = rollout.prompt_width
+    texts = [
+        tokenizer.decode(row[width:][mask[width:]], skip_special_tokens=True)
+        for row, mask in zip(rollout.sequences, rollout.attention_mask, strict=True)
+    ]
+    asked = [tokenizer.decode(ids, skip_special_tokens=True) for ids in prompts[: len(texts)]]
+    return Evaluation(metrics, asked, list(zip(texts, gold or [None] * len(texts), strict=True)))

@@ -1,0 +1,107 @@
+"""One process or many: the same start under plain python, torchrun and the deepspeed launcher."""
+
+import contextlib
+import io
+import logging
+import os
+import random
+import sys
+import warnings
+from collections.abc import Iterator
+from datetime import timedelta
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import transformers
+
+
+def start(seed: int, timeout_s: int) -> None:
+    """Join the process group, seed the generators and keep the libraries' chatter off the terminal."""
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", module="deepspeed|torch")
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    else:
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    _find_build_tools()
+    with quiet():
+        import deepspeed
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    if dist.is_initialized():
+        return
+    backend = "nccl" if torch.cuda.is_available() else "gloo"
+    if "RANK" not in os.environ:
+        # Without a launcher DeepSpeed would look for MPI. A store inside the process also needs no port.
+        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    _announce_compilation()
+    with quiet():
+        deepspeed.init_distributed(dist_backend=backend, timeout=timedelta(seconds=timeout_s))
+
+
+def device() -> torch.device:
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def is_main() -> bool:
+    return rank() == 0
+
+
+def group() -> dist.ProcessGroup | None:
+    """The group whose ranks share statistics; None where one process is all there is."""
+    return dist.group.WORLD if world_size() > 1 else None
+
+
+def seed_of(*numbers: int) -> int:
+    """A seed for one purpose: nothing depends on what was drawn before, so a resumed run draws the same."""
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)
+
+
+def gather_rows(rows: torch.Tensor) -> torch.Tensor:
+    """The rows of all ranks, in rank order, on every rank."""
+    if world_size() == 1:
+        return rows
+    parts = [torch.empty_like(rows) for _ in range(world_size())]
+    dist.all_gather(parts, rows.contiguous())
+    return torch.cat(parts)
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Hold back what a library prints, and show it only if the call fails."""
+    held = io.StringIO()
+    try:
+        with contextlib.redirect_stdout(held), contextlib.redirect_stderr(held):
+            yield
+    except BaseException:
+        sys.stderr.write(held.getvalue())
+        raise
+
+
+def _find_build_tools() -> None:
+    """DeepSpeed calls `ninja` by name; a virtual environment that is used but not activated hides it."""
+    folder = str(Path(sys.executable).parent)
+    if folder not in os.environ.get("PATH", "").split(os.pathsep):
+        os.environ["PATH"] = os.pathsep.join([folder, os.environ.get("PATH", "")])
+
+
+def _announce_compilation() -> None:
+    from torch.utils.cpp_extension import get_default_build_root
+
+    root = Path(os.environ.get("TORCH_EXTENSIONS_DIR", get_default_build_root()))
+    if is_main() and not torch.cuda.is_available() and not any(root.rglob("deepspeed_shm_comm.so")):
+        print("DeepSpeed compiles its CPU communication op: about 30 seconds, once.", flush=True)

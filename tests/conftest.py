@@ -1,0 +1,57 @@
+"""Fixtures of the op tests. A case whose implementation is missing fails: it must never look like a pass."""
+
+from __future__ import annotations
+
+import os
+import random
+
+import numpy as np
+import pytest
+import torch
+
+ALLOW_MISSING = "PPO_KERNELS_ALLOW_MISSING"
+
+
+def pytest_collection_modifyitems(items):
+    if torch.cuda.is_available():
+        return
+    skip = pytest.mark.skip(reason="needs a CUDA device, and torch sees none")
+    for item in items:
+        if "gpu" in item.keywords:
+            item.add_marker(skip)
+
+
+@pytest.fixture(autouse=True)
+def _reproducible():
+    """Fixed seeds, and memory that torch.empty hands out is NaN, so that an element nobody wrote shows."""
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
+    was = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.use_deterministic_algorithms(was)
+
+
+@pytest.fixture(scope="session")
+def require_impl():
+    """``require_impl(op, impl)`` fails if the implementation cannot serve CPU tensors here."""
+    from ppo_kernels import backends
+
+    def require(op: str, impl: str) -> str:
+        have = backends.implementations(op, "cpu")
+        if impl not in have:
+            why = f"{op}: no {impl!r} implementation here, only {have}; build the package"
+            if os.environ.get(ALLOW_MISSING) == "1":
+                pytest.skip(f"{why} ({ALLOW_MISSING}=1)")
+            pytest.fail(f"{why}, or set {ALLOW_MISSING}=1")
+        return impl
+
+    return require
+
+
+@pytest.fixture(params=["cpu", "torch"])
+def impl(request, require_impl):
+    """Each implementation of the module's op, named by its variable OP."""
+    return require_impl(request.module.OP, request.param)

@@ -1,0 +1,94 @@
+"""``python -m ppo_kernels.env`` prints its report whatever is missing."""
+
+from __future__ import annotations
+
+import ast
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import ppo_kernels
+from ppo_kernels import _native, backends, env
+
+PACKAGE = Path(ppo_kernels.__file__).parent
+BLOCKED = """if True:
+    import sys
+    class Blocker:
+        def find_spec(self, name, path=None, target=None):
+            if name == {name!r}:
+                raise ImportError("blocked: " + name)
+    sys.meta_path.insert(0, Blocker())
+    """
+
+
+def run(*arguments: str, cwd: Path = PACKAGE.parent) -> str:
+    clean = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    done = subprocess.run([sys.executable, *arguments], cwd=cwd, env=clean, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def report_without(module: str) -> str:
+    code = (
+        BLOCKED.format(name=module) + "import runpy; runpy.run_module('ppo_kernels.env', run_name='__main__')"
+    )
+    return run("-c", code)
+
+
+def test_report_names_what_matters() -> None:
+    report = run("-m", "ppo_kernels.env")
+    assert f"ppo_kernels {ppo_kernels.__version__}. Copy this into a bug report." in report
+    for word in (*env.PACKAGES, *backends.OPS, "python", "source_hash", str(_native.cpu_capability())):
+        assert word in report
+    assert "cannot tell" not in report
+
+
+def test_home_is_not_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_HOME", str(Path.home() / "cuda"))
+    assert str(Path.home() / "cuda") not in run("-m", "ppo_kernels.env")
+
+
+def test_report_without_torch() -> None:
+    report = report_without("torch")
+    assert "blocked: torch" in report
+    assert "packages" in report
+
+
+def test_report_without_the_native_library() -> None:
+    report = report_without("ppo_kernels._C")
+    assert "blocked: ppo_kernels._C" in report
+    assert "gae                  cpu: torch" in report
+
+
+def test_report_from_a_folder_that_was_never_built(tmp_path: Path) -> None:
+    shutil.copytree(PACKAGE, tmp_path / "ppo_kernels", ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    report = run("-m", "ppo_kernels.env", cwd=tmp_path)
+    assert "the C++ ops are not built in" in report
+    assert _native.REBUILD in report
+
+
+def test_a_failing_probe_does_not_end_the_report() -> None:
+    def probe() -> env.Lines:
+        yield "first", 1
+        raise OSError("no such luck")
+
+    assert env.section("title", probe) == f"title\n  {'first':<20} 1\n  cannot tell: OSError: no such luck"
+
+
+def test_use_without_torch_says_what_is_missing() -> None:
+    code = BLOCKED.format(name="torch") + (
+        "import ppo_kernels\n    try: ppo_kernels.gae\n    except ImportError as error: print(error)"
+    )
+    assert "needs PyTorch" in run("-c", code)
+
+
+def test_only_the_standard_library_is_imported_at_the_top() -> None:
+    tree = ast.parse(Path(env.__file__).read_text())
+    imports = [node for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom)]
+    names = [a.name for node in imports if isinstance(node, ast.Import) for a in node.names]
+    names += [node.module or "" for node in imports if isinstance(node, ast.ImportFrom)]
+    assert {name.partition(".")[0] for name in names} <= sys.stdlib_module_names

@@ -1,0 +1,310 @@
+"""KL-shaped token rewards."""
+
+import math
+
+import numpy as np
+import oracle
+import pytest
+import torch
+from helpers import (
+    ESTIMATORS,
+    INF,
+    JUNK,
+    MASK_DTYPES,
+    NAN,
+    assert_close_to_oracle,
+    assert_raises,
+    bit_equal,
+    cu,
+    holey_mask,
+    out_dtype,
+    pack,
+    strided,
+    unpack,
+    with_junk,
+)
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ppo_kernels import kl_rewards
+
+OP = "kl_rewards"
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+def make(batch, length, dtype=torch.float32, seed=0, spread=0.5):
+    g = torch.Generator().manual_seed(seed)
+    logp = -torch.rand(batch, length, generator=g) * 8
+    ref = logp + torch.randn(batch, length, generator=g) * spread
+    return logp.to(dtype), ref.to(dtype), (torch.randn(batch, generator=g) * 6).to(dtype)
+
+
+def check(impl, logp, ref, scores, mask=None, **options):
+    rewards, kl = kl_rewards(logp, ref, scores, mask, impl=impl, **options)
+    want, want_kl = oracle.kl_rewards(logp, ref, scores, mask, **options)
+    dtype = out_dtype(logp.dtype, ref.dtype, scores.dtype)
+    assert rewards.dtype == kl.dtype == dtype
+    assert rewards.shape == logp.shape
+    assert kl.shape == scores.shape
+    limit = 1e-6 if dtype == torch.float32 else 1e-12
+    size = max(np.abs(want).max(initial=0.0, where=np.isfinite(want)), 1.0)
+    assert_close_to_oracle(rewards, want, ceiling=limit, scale=size, what="rewards")
+    absolute = oracle.kl_rewards(
+        logp, ref, scores, mask, **(options | {"kl_coef": -1.0, "score_clip": 0.0, "kl_estimator": "abs"})
+    )[0]
+    total = max(np.abs(absolute).sum(initial=0.0, where=np.isfinite(absolute)), np.abs(want_kl).max(initial=1.0))
+    assert_close_to_oracle(kl, want_kl, ceiling=limit, scale=total, what="kl")
+    return rewards, kl
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("length", [1, 2, 33, 128, 257])
+def test_matches_the_loop(impl, length, dtype, estimator):
+    check(impl, *make(6, length, dtype), holey_mask(6, length), kl_estimator=estimator, kl_coef=0.3)
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+@pytest.mark.parametrize(("log_clamp", "value_clamp"), [(20.0, 10.0), (None, 10.0), (0.25, None), (0.5, 0.125), (0.0, 0.0)])
+def test_clamps_bound_the_log_ratio_before_and_the_estimate_after(impl, estimator, log_clamp, value_clamp):
+    logp, ref, scores = make(5, 40, spread=30.0)
+    options = {"kl_estimator": estimator, "kl_log_clamp": log_clamp, "kl_clamp": value_clamp}
+    _, kl = check(impl, logp, ref, scores, holey_mask(5, 40), **options)
+    if value_clamp is not None:
+        assert (kl.abs() <= value_clamp * 40 + 1e-4).all()
+
+
+def test_hand_computed_values(impl):
+    logp, ref = torch.tensor([[-1.0, -2.0, -3.0]]), torch.tensor([[-1.5, -1.0, -3.0]])
+    want = {"k1": [0.5, -1.0, 0.0], "abs": [0.5, 1.0, 0.0], "k2": [0.125, 0.5, 0.0]}
+    want["k3"] = [math.expm1(-0.5) + 0.5, math.expm1(1.0) - 1.0, 0.0]
+    for estimator, k in want.items():
+        rewards, kl = kl_rewards(logp, ref, torch.tensor([2.0]), kl_coef=0.5, kl_estimator=estimator, impl=impl)
+        expected = torch.tensor([[-0.5 * k[0], -0.5 * k[1], 2.0 - 0.5 * k[2]]])
+        torch.testing.assert_close(rewards, expected, rtol=0, atol=3e-7)
+        torch.testing.assert_close(kl, torch.tensor([sum(k)]), rtol=0, atol=3e-7)
+
+
+@pytest.mark.parametrize("gap", [1e-4, -1e-4, 1e-3, -1e-3, 1e-2])
+def test_k3_keeps_its_digits_for_small_gaps(impl, gap):
+    ref = torch.zeros(1, 1)
+    logp = torch.full((1, 1), -gap)
+    kl = kl_rewards(logp, ref, torch.zeros(1), kl_estimator="k3", impl=impl)[1]
+    exact, _ = oracle.kl_token(float(logp), 0.0, "k3")
+    assert abs(float(kl) / exact - 1.0) < 2e-3 * (1e-4 / abs(gap)) + 1e-5
+
+
+@pytest.mark.parametrize("clip", [5.0, 0.5, 0.0, None])
+def test_scores_are_clipped_on_both_sides(impl, clip):
+    scores = torch.tensor([7.0, -7.0, 0.25, -0.25])
+    zero = torch.zeros(4, 3)
+    rewards, _ = kl_rewards(zero, zero, scores, score_clip=clip, impl=impl)
+    want = scores if clip is None else scores.clamp(-clip, clip)
+    assert bit_equal(rewards[:, 2], want)
+    assert not rewards[:, :2].any()
+
+
+def test_infinite_scores_are_clipped_and_nan_stays_in_its_row(impl):
+    zero = torch.zeros(3, 2)
+    rewards, _ = kl_rewards(zero, zero, torch.tensor([INF, -INF, NAN]), impl=impl)
+    assert rewards[:2, 1].tolist() == [5.0, -5.0]
+    assert rewards[2, 1].isnan()
+    assert not rewards[:, 0].any()
+
+
+def test_the_score_goes_to_the_last_valid_token(impl):
+    zero = torch.zeros(4, 5)
+    mask = torch.tensor([[1, 1, 1, 1, 1], [0, 1, 1, 0, 0], [1, 0, 0, 0, 0], [0, 0, 0, 0, 0]])
+    rewards, kl = kl_rewards(zero, zero, torch.ones(4), mask, impl=impl)
+    want = torch.zeros(4, 5)
+    want[0, 4] = want[1, 2] = want[2, 0] = 1.0
+    assert bit_equal(rewards, want)
+    assert not kl.any()
+
+
+@pytest.mark.parametrize("index_dtype", [torch.int32, torch.int64])
+def test_score_index_may_name_a_masked_token_or_none(impl, index_dtype):
+    logp, ref, scores = make(5, 6)
+    mask = torch.tensor([[1, 1, 0, 0, 0, 0], [1, 1, 1, 1, 1, 1], [0, 0, 1, 0, 0, 0], [0] * 6, [1, 0, 1, 0, 0, 0]])
+    index = torch.tensor([2, -1, 0, 3, 2], dtype=index_dtype)
+    rewards, _ = check(impl, logp, ref, scores, mask, score_index=index)
+    assert float(rewards[0, 2]) == float(scores[0].clamp(-5, 5))
+    assert not rewards[3].any(), "a row without valid tokens gets no score"
+    assert not rewards[0, 3:].any()
+
+
+@pytest.mark.parametrize("junk", JUNK)
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_what_lies_under_the_mask_does_not_matter(impl, junk, estimator):
+    logp, ref, scores = make(6, 37)
+    mask = holey_mask(6, 37)
+    index = torch.tensor([1, 2, 3, 4, 5, -1])
+    for options in ({}, {"score_index": index}):
+        clean = kl_rewards(logp, ref, scores, mask, kl_estimator=estimator, impl=impl, **options)
+        for mask_dtype in MASK_DTYPES:
+            dirty = kl_rewards(
+                with_junk(logp, mask, junk),
+                with_junk(ref, mask, -junk),
+                torch.where(mask.any(1), scores, junk),
+                mask.to(mask_dtype),
+                kl_estimator=estimator,
+                impl=impl,
+                **options,
+            )
+            assert bit_equal(clean, dirty)
+        if not options:
+            assert not clean[0][~mask].any()
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+@pytest.mark.parametrize("with_index", [False, True])
+def test_packed_equals_padded(impl, estimator, with_index):
+    lengths = [5, 0, 31, 1, 17]
+    logp, ref, scores = make(5, 31)
+    mask = (torch.rand(5, 31) < 0.7) & (torch.arange(31) < torch.tensor(lengths)[:, None])
+    options = {"kl_estimator": estimator, "impl": impl}
+    if with_index:
+        options["score_index"] = torch.tensor([4, -1, 30, 0, 7])
+    padded, kl = kl_rewards(logp, ref, scores, mask, **options)
+    for kind in (torch.int32, torch.int64):
+        packed, packed_kl = kl_rewards(
+            *(pack(x, lengths) for x in (logp, ref)),
+            scores,
+            pack(mask, lengths),
+            cu_seqlens=cu(lengths, kind),
+            **options,
+        )
+        assert bit_equal(unpack(packed, lengths, 31), padded)
+        torch.testing.assert_close(packed_kl, kl, rtol=0, atol=1e-5)
+        if impl == "cpu":
+            assert bit_equal(packed_kl, kl)
+
+
+@pytest.mark.parametrize("shape", [(0, 0), (0, 5), (5, 0), (3, 4)])
+def test_empty_and_all_masked_batches(impl, shape):
+    x = torch.full(shape, NAN)
+    rewards, kl = kl_rewards(x, x, torch.full(shape[:1], NAN), torch.zeros(shape), impl=impl)
+    assert rewards.shape == shape
+    assert kl.shape == shape[:1]
+    assert not rewards.any()
+    assert not kl.any()
+
+
+@pytest.mark.parametrize("rows", [0, 3])
+def test_packed_without_tokens(impl, rows):
+    none = torch.empty(0)
+    rewards, kl = kl_rewards(none, none, torch.ones(rows), cu_seqlens=torch.zeros(rows + 1, dtype=torch.int64), impl=impl)
+    assert rewards.shape == (0,)
+    assert kl.tolist() == [0.0] * rows
+
+
+@pytest.mark.parametrize("pad", [1, 5])
+def test_padded_rows_and_transposed_inputs(impl, pad):
+    logp, ref, scores = make(5, 19)
+    mask = holey_mask(5, 19)
+    plain = kl_rewards(logp, ref, scores, mask, impl=impl)
+    wide_mask = torch.ones(5, 19 + pad, dtype=torch.bool)
+    wide_mask[:, :19] = mask
+    every_other = torch.stack([scores, torch.full_like(scores, NAN)], 1)[:, 0]
+    assert bit_equal(plain, kl_rewards(strided(logp, pad), strided(ref, pad, 2), every_other, wide_mask[:, :19], impl=impl))
+    assert bit_equal(plain, kl_rewards(logp.t().contiguous().t(), ref, scores, mask.t().contiguous().t(), impl=impl))
+
+
+def test_nan_in_a_valid_token_stays_in_its_row(impl):
+    logp, ref, scores = make(3, 40)
+    clean = kl_rewards(logp, ref, scores, impl=impl)
+    logp[1, 7] = NAN
+    rewards, kl = kl_rewards(logp, ref, scores, kl_log_clamp=20.0, kl_clamp=10.0, impl=impl)
+    assert rewards[1, 7].isnan()
+    assert rewards.isnan().sum() == 1
+    assert kl.isnan().tolist() == [False, True, False]
+    assert bit_equal(rewards[[0, 2]], clean[0][[0, 2]])
+
+
+@pytest.mark.parametrize("bounds", [[-5, 3, 12], [0, 100, 7], [0, 9, 4, 12], [2**40, -(2**40), 12], [3, 3, 3], [12, 0], [5]])
+@pytest.mark.parametrize("index", [None, 2**62, -(2**62), 11, 3])
+def test_wrong_cu_seqlens_and_score_index_never_read_outside(impl, bounds, index):
+    rows = len(bounds) - 1
+    at = None if index is None else torch.full((rows,), index)
+    x = torch.randn(12)
+    call = {"cu_seqlens": torch.tensor(bounds), "score_index": at, "impl": impl}
+    rewards, kl = kl_rewards(x, x + 1, torch.ones(rows), **call)
+    assert rewards.shape == (12,)
+    assert kl.shape == (rows,)
+    assert rewards.isfinite().all()
+    assert_raises(
+        ValueError, lambda: kl_rewards(x, x, torch.ones(rows), validate=True, **call), "cu_seqlens", "12", str(bounds[0])
+    )
+
+
+@pytest.mark.parametrize("index", [4, -2, 2**40, -(2**40)])
+def test_score_index_outside_the_row_places_no_score_and_validate_says_so(impl, index):
+    zero = torch.zeros(2, 4)
+    at = torch.tensor([1, index])
+    rewards, _ = kl_rewards(zero, zero, torch.ones(2), score_index=at, impl=impl)
+    assert rewards[0].tolist() == [0.0, 1.0, 0.0, 0.0]
+    assert not rewards[1].any()
+    call = {"score_index": at, "validate": True, "impl": impl}
+    assert_raises(ValueError, lambda: kl_rewards(zero, zero, torch.ones(2), **call), "score_index", str(index), "4")
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "mentions"),
+    [
+        ({"logprobs": torch.randn(3, 4, 1)}, ValueError, ("logprobs", "[B, T]", "(3, 4, 1)")),
+        ({"ref_logprobs": torch.randn(3, 5)}, ValueError, ("ref_logprobs", "(3, 4)", "(3, 5)")),
+        ({"scores": torch.randn(4)}, ValueError, ("scores", "(3,)", "(4,)")),
+        ({"scores": torch.ones(3, dtype=torch.int64)}, TypeError, ("scores", "float32", "int64")),
+        ({"scores": 1.0}, TypeError, ("scores", "Tensor", "float")),
+        ({"mask": torch.ones(3, 1)}, ValueError, ("mask", "(3, 4)", "(3, 1)")),
+        ({"kl_estimator": "k4"}, ValueError, ("kl_estimator", "k3", "k4")),
+        ({"kl_coef": "big"}, TypeError, ("kl_coef", "number", "str")),
+        ({"score_clip": -1.0}, ValueError, ("score_clip", "0", "-1.0")),
+        ({"kl_log_clamp": -1.0}, ValueError, ("kl_log_clamp", "0", "-1.0")),
+        ({"kl_clamp": NAN}, ValueError, ("kl_clamp", "nan")),
+        ({"score_index": torch.ones(3)}, TypeError, ("score_index", "int64", "float32")),
+        ({"score_index": torch.ones(3, 1, dtype=torch.int64)}, ValueError, ("score_index", "(3,)", "(3, 1)")),
+        ({"cu_seqlens": torch.tensor([0.0, 12.0])}, TypeError, ("cu_seqlens", "int32", "float32")),
+        ({"cu_seqlens": torch.tensor([0, 12])}, ValueError, ("cu_seqlens", "(3, 4)")),
+        ({"ref_logprobs": torch.randn(3, 4, device="meta")}, ValueError, ("ref_logprobs", "meta", "cpu")),
+        ({"impl": "cuda"}, ValueError, ("cuda", "cpu", "auto")),
+        ({"impl": "nonsense"}, ValueError, ("nonsense", "torch")),
+    ],
+)
+def test_wrong_arguments_are_named(impl, change, error, mentions):
+    arguments = {
+        "logprobs": torch.randn(3, 4),
+        "ref_logprobs": torch.randn(3, 4),
+        "scores": torch.randn(3),
+        "mask": None,
+        "impl": impl,
+    }
+    assert_raises(error, lambda: kl_rewards(**(arguments | change)), *mentions)
+
+
+@settings(max_examples=100, deadline=None, derandomize=True)
+@given(data=st.data())
+def test_any_batch_matches_the_loop(require_impl, data):
+    impl = require_impl(OP, data.draw(st.sampled_from(["cpu", "torch"])))
+    lengths = data.draw(st.lists(st.sampled_from([0, 1, 2, 31, 32, 33, 65, 128, 300]), max_size=5))
+    g = torch.Generator().manual_seed(data.draw(st.integers(0, 2**20)))
+    total = sum(lengths)
+    dtype = data.draw(st.sampled_from(DTYPES[:3]))
+    logp = (-torch.rand(total, generator=g) * 8).to(dtype)
+    ref = (logp + torch.randn(total, generator=g) * data.draw(st.sampled_from([1e-3, 1.0, 8.0]))).to(dtype)
+    clamps = st.sampled_from([None, 0.5, 20.0])
+    index = [data.draw(st.integers(-1, max(n, 1) - 1)) if n else -1 for n in lengths]
+    check(
+        impl,
+        logp,
+        ref,
+        torch.randn(len(lengths), generator=g) * 6,
+        torch.rand(total, generator=g) < data.draw(st.floats(0, 1)),
+        kl_coef=data.draw(st.sampled_from([0.0, 0.1, -2.0])),
+        kl_estimator=data.draw(st.sampled_from(ESTIMATORS)),
+        score_clip=data.draw(st.sampled_from([None, 5.0])),
+        kl_log_clamp=data.draw(clamps),
+        kl_clamp=data.draw(clamps),
+        score_index=torch.tensor(index, dtype=torch.int64) if data.draw(st.booleans()) else None,
+        cu_seqlens=cu(lengths),
+    )
