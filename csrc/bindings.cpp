@@ -36,6 +36,6 @@ PYBIND11_MODULE(_C, m) {
   m.doc() = "CPU ops of ppo_kernels (torch.ops.ppo_kernels.*) and facts about this build.";
   m.def("build_info", &build_info, "Compiler, flags, versions and source hash of this binary.");
   m.def("cpu_capability", &cpu_capability, "Instruction set level in use: x86-64-v4, x86-64-v3 or default.");
-  m.def("call_counts", &ppo::CallCounts::snapshot, "Calls of each registered CPU op since load or reset.");
-  m.def("reset_call_counts", &ppo::CallCounts::reset);
+  m.def("call_counts", &ppo::call_counts, "Calls of each registered CPU op since load or reset.");
+  m.def("reset_call_counts", &ppo::reset_call_counts);
 }

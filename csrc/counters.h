@@ -9,38 +9,29 @@
 
 namespace ppo {
 
-class CallCounts {
- public:
-  // The counter of `op`. It stays valid for the life of the process, so a call site looks it up once.
-  static std::atomic<int64_t>& of(const std::string& op) {
-    const std::lock_guard<std::mutex> lock(mutex());
-    return counters()[op];
-  }
-  static std::map<std::string, int64_t> snapshot() {
-    const std::lock_guard<std::mutex> lock(mutex());
-    return {counters().begin(), counters().end()};
-  }
-  static void reset() {
-    const std::lock_guard<std::mutex> lock(mutex());
-    for (auto& [op, calls] : counters()) calls.store(0, std::memory_order_relaxed);
-  }
+inline std::mutex counters_mutex;
+inline std::map<std::string, std::atomic<int64_t>> counters;  // a map never moves its values
 
- private:
-  static inline std::map<std::string, std::atomic<int64_t>>& counters() {
-    static std::map<std::string, std::atomic<int64_t>> map;
-    return map;
-  }
-  static inline std::mutex& mutex() {
-    static std::mutex m;
-    return m;
-  }
-};
+inline std::atomic<int64_t>& counter(const char* op) {
+  const std::lock_guard<std::mutex> lock(counters_mutex);
+  return counters[op];
+}
+
+inline std::map<std::string, int64_t> call_counts() {
+  const std::lock_guard<std::mutex> lock(counters_mutex);
+  return {counters.begin(), counters.end()};
+}
+
+inline void reset_call_counts() {
+  const std::lock_guard<std::mutex> lock(counters_mutex);
+  for (auto& [op, calls] : counters) calls.store(0, std::memory_order_relaxed);
+}
 
 }  // namespace ppo
 
-// First statement of a registered op: PPO_COUNT("gae");
-#define PPO_COUNT(op)                                               \
-  do {                                                              \
-    static std::atomic<int64_t>& calls = ::ppo::CallCounts::of(op); \
-    calls.fetch_add(1, std::memory_order_relaxed);                  \
+// First statement of a registered op: PPO_COUNT("gae"). The name is looked up once per call site.
+#define PPO_COUNT(op)                                            \
+  do {                                                           \
+    static std::atomic<int64_t>& ppo_calls = ::ppo::counter(op); \
+    ppo_calls.fetch_add(1, std::memory_order_relaxed);           \
   } while (0)

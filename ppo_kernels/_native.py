@@ -108,9 +108,7 @@ def _load_cuda() -> str:
 
 
 def _cannot_load(path: Path, error: Exception) -> str:
-    return (
-        f"cannot load {path} with torch {torch.__version__} (the oldest that works is 2.11) because {error}"
-    )
+    return f"cannot load {path} with torch {torch.__version__} (the oldest that works is 2.11) because {error}"
 
 
 def _file_of(module: ModuleType | None) -> str:
@@ -120,9 +118,7 @@ def _file_of(module: ModuleType | None) -> str:
 def _warn_if_stale(path: str, built_from: str | None) -> None:
     current = source_hash()
     if current is not None and built_from != current:
-        message = (
-            f"{path} is stale: csrc/ or CMakeLists.txt changed after it was built; rebuild it with: {REBUILD}"
-        )
+        message = f"{path} is stale: csrc/ or CMakeLists.txt changed after it was built; rebuild it with: {REBUILD}"
         warnings.warn(message, stacklevel=3)
 
 

@@ -1,1 +1,1 @@
-"""A thin RLHF trainer: DeepSpeed distributes, transformers models and samples, ppo_kernels does the arithmetic."""
+"""A thin RLHF trainer: DeepSpeed distributes, transformers models, ppo_kernels does the arithmetic."""

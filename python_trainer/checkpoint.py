@@ -1,8 +1,8 @@
 """Folders that appear complete or not at all, and the state of a run that continues exactly.
 
-A folder is written under a temporary name, flushed to disk, described by manifest.json (size and sha256 of every
-file) and then renamed. A crash at any moment leaves the folders committed before it. The checksums find damage, not
-tampering; loading executes nothing, whatever the files hold.
+A folder is written under a temporary name, flushed to disk, described by manifest.json (size and sha256 of
+every file) and then renamed. A crash at any moment leaves the folders committed before it. The checksums find
+damage, not tampering; loading executes nothing, whatever the files hold.
 """
 
 import contextlib
@@ -13,7 +13,7 @@ import random
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -87,7 +87,8 @@ def load(folder: Path, trained: dict[str, Trainable]) -> int:
         raise UserError(f"{folder} was written by fewer ranks than the {launch.world_size()} of this run")
     state = torch.load(path, weights_only=True)
     if state["world_size"] != launch.world_size():
-        raise UserError(f"{folder} was written by {state['world_size']} ranks, this run has {launch.world_size()}")
+        writers, ranks = state["world_size"], launch.world_size()
+        raise UserError(f"{folder} was written by {writers} ranks, this run has {ranks}")
     with launch.quiet():
         for name, model in trained.items():
             _load_without_code(model, str(folder), name)
@@ -121,7 +122,9 @@ def claim(folder: Path, *, overwrite: bool, resume: bool) -> None:
 
 def refuse_existing(folder: Path, *, overwrite: bool, resume: bool) -> None:
     if (folder / "metrics.jsonl").exists() and not (overwrite or resume):
-        raise UserError(f"{folder} holds an earlier run: resume it, choose another output_dir or overwrite_output_dir")
+        raise UserError(
+            f"{folder} holds an earlier run: resume it, or set another output_dir, or overwrite_output_dir"
+        )
 
 
 def barrier() -> None:
@@ -130,9 +133,10 @@ def barrier() -> None:
 
 
 def _commit(place: Path, folder: Path) -> None:
-    files = sorted(path for path in place.rglob("*") if path.is_file())
     listing = {
-        str(path.relative_to(place)): {"bytes": path.stat().st_size, "sha256": _sha256(path)} for path in files
+        str(path.relative_to(place)): {"bytes": path.stat().st_size, "sha256": _sha256(path)}
+        for path in sorted(place.rglob("*"))
+        if path.is_file()
     }
     (place / MANIFEST).write_text(json.dumps({"files": listing}, indent=1))
     for path in [*place.rglob("*"), place]:
@@ -168,7 +172,7 @@ def _steps(folder: Path) -> list[Path]:
 
 
 def _random_state() -> dict[str, Any]:
-    name, keys, *rest = np.random.get_state()
+    name, keys, *rest = cast(tuple[Any, ...], np.random.get_state(legacy=True))
     return {
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],

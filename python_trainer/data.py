@@ -62,7 +62,9 @@ class Files(Task):
         return self._split([text for (text,) in self._read("texts.jsonl", "text")])
 
     def pairs(self) -> tuple[list[Pair], list[Pair]]:
-        return self._split([(chosen, rejected) for chosen, rejected in self._read("pairs.jsonl", "chosen", "rejected")])
+        return self._split(
+            [(chosen, rejected) for chosen, rejected in self._read("pairs.jsonl", "chosen", "rejected")]
+        )
 
     def prompts(self) -> tuple[list[str], list[str]]:
         return self._split([prompt for (prompt,) in self._read("prompts.jsonl", "prompt")])
@@ -98,7 +100,9 @@ def load_task(config: RunConfig) -> Task:
 
         return Exact()
     if config.data_path is None:
-        raise UserError("task files needs data_path, the folder of texts.jsonl, pairs.jsonl and prompts.jsonl")
+        raise UserError(
+            "task files needs data_path, the folder of texts.jsonl, pairs.jsonl and prompts.jsonl"
+        )
     return Files(config.data_path)
 
 
@@ -114,17 +118,21 @@ def encode_prompts(
             raise UserError(f"prompt {text!r} has no tokens")
         if len(ids) + response_length > context:
             raise UserError(
-                f"prompt of {len(ids)} tokens and response_length {response_length} exceed the model's context of "
-                f"{context} tokens: {text[:60]!r}"
+                f"prompt of {len(ids)} tokens and response_length {response_length} exceed the model's "
+                f"context of {context} tokens: {text[:60]!r}"
             )
     return encoded
 
 
-def encode_texts(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, max_length: int) -> list[list[int]]:
+def encode_texts(
+    texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, max_length: int
+) -> list[list[int]]:
     """Token ids with the end token; a text cut at max_length has none, since it does not end there."""
     if not texts:
         raise UserError("the text set is empty")
-    ids = [tokenizer(text, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id] for text in texts]
+    ids = [
+        tokenizer(text, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id] for text in texts
+    ]
     return [row[:max_length] for row in ids]
 
 
@@ -142,10 +150,12 @@ def shuffled_positions(count: int, seed: int, start: int, size: int) -> list[int
     A function of the seed and of the position alone: resuming needs no iterator state, and every rank sees
     the same global batch.
     """
-    positions = []
+    positions: list[int] = []
     for index in range(start, start + size):
         epoch, offset = divmod(index, count)
         if offset == 0 or not positions:
-            order = torch.randperm(count, generator=torch.Generator().manual_seed(seed_of(seed, epoch))).tolist()
+            order = torch.randperm(
+                count, generator=torch.Generator().manual_seed(seed_of(seed, epoch))
+            ).tolist()
         positions.append(order[offset])
     return positions

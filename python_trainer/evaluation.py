@@ -32,7 +32,7 @@ def evaluate(
     judge: Judge | None,
     config: SamplingConfig,
 ) -> Evaluation:
-    """One response per prompt, with the same noise at every call, so that two policies differ by themselves alone."""
+    """One response per prompt, with the same noise at every call: two policies differ by themselves alone."""
     usable = len(prompts) // launch.world_size() * launch.world_size()
     prompts = prompts[: min(usable, config.eval_prompts)]
     rows = config.local_rollout_forward_batch_size
@@ -64,4 +64,5 @@ def evaluate(
         for row, mask in zip(rollout.sequences, rollout.attention_mask, strict=True)
     ]
     asked = [tokenizer.decode(ids, skip_special_tokens=True) for ids in prompts[: len(texts)]]
-    return Evaluation(metrics, asked, list(zip(texts, gold or [None] * len(texts), strict=True)))
+    judged: list[float | None] = list(gold) if gold is not None else [None] * len(texts)
+    return Evaluation(metrics, asked, list(zip(texts, judged, strict=True)))

@@ -63,7 +63,7 @@ def score_tokens_and_entropy(policy: Policy, rollout: Rollout) -> tuple[torch.Te
 
 
 def _response_logits(policy: Policy, rollout: Rollout) -> torch.Tensor:
-    """Row t predicts response token t, so the last prompt position is in and the last response position is out."""
+    """Row t predicts response token t: the last prompt position is in, the last response position out."""
     width = rollout.mask.shape[1]
     logits = policy.model(**model_inputs(rollout), use_cache=False, logits_to_keep=width + 1).logits
     return logits[:, :-1]
@@ -108,7 +108,9 @@ def collect(
     scores = by_rows(judge, rollout, rows).to(logprobs)
     if not scores.isfinite().all():
         bad = int((~scores.isfinite()).sum())
-        raise UserError(f"the score of {bad} of {len(scores)} responses is not finite; the weights are untouched")
+        raise UserError(
+            f"the score of {bad} of {len(scores)} responses is not finite; the weights are untouched"
+        )
     if config.missing_eos_penalty is not None:
         scores = scores - config.missing_eos_penalty * ~rollout.ended(eos)
     rewards, kl = kl_rewards(
@@ -137,7 +139,7 @@ def collect(
 
 
 def gathered(local: Experience) -> Experience:
-    """The experience of all ranks. It is small next to logits, and with it every rank can cut the same minibatches."""
+    """The experience of all ranks: small next to logits, and every rank can then cut the same minibatches."""
     return Experience(*(launch.gather_rows(getattr(local, field.name)) for field in fields(local)))
 
 

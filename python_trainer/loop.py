@@ -1,7 +1,7 @@
 """The loop: a rollout, then updates on it.
 
-One step is a function of the seed, the step number and the weights. The micro-batch size and the number of ranks
-change memory and speed, not the step: losses are divided by the valid tokens of the whole minibatch.
+One step is a function of the seed, the step number and the weights. The micro-batch size and the number of
+ranks change memory and speed, not the step: losses are divided by the valid tokens of the whole minibatch.
 """
 
 import time
@@ -84,7 +84,9 @@ class Trainer:
             critic = (
                 load_scalar(self._reward_path()) if from_reward else ScalarModel.on(policy, zero_head=True)
             )
-            rate = config.learning_rate if config.critic_learning_rate is None else config.critic_learning_rate
+            rate = (
+                config.learning_rate if config.critic_learning_rate is None else config.critic_learning_rate
+            )
             self.critic = Trainable(critic, config, rate, updates)
         self.actor = Policy(
             Trainable(policy, config, config.learning_rate, updates), config.temperature, config.ops_impl
@@ -107,8 +109,8 @@ class Trainer:
         share = self.config.num_mini_batches * launch.world_size() * self.algorithm.group_size
         if self.config.batch_size % share:
             raise UserError(
-                f"batch_size {self.config.batch_size} must be a multiple of num_mini_batches x ranks x responses per "
-                f"prompt = {share}"
+                f"batch_size {self.config.batch_size} must be a multiple of num_mini_batches x ranks x "
+                f"responses per prompt = {share}"
             )
 
     def train(self) -> tuple[Evaluation, Evaluation]:
@@ -117,7 +119,9 @@ class Trainer:
         checkpoint.claim(self.folder, overwrite=config.overwrite_output_dir, resume=resumed > 0)
         if launch.is_main():
             save(config, self.folder)
-        log = metrics.Log(self.folder, config.total_steps, start=resumed, title="ppo", disable=config.disable_tqdm)
+        log = metrics.Log(
+            self.folder, config.total_steps, start=resumed, title="ppo", disable=config.disable_tqdm
+        )
         before = self.evaluate(self.reference)
         if not resumed:
             log.record(0, before.metrics)
@@ -153,13 +157,17 @@ class Trainer:
         rolled_out = time.perf_counter()
         averages = self.update(experience)
         self.done += 1
-        return self._summary(experience) | averages | {
-            "lr": self.trained["actor"].learning_rate,
-            "episode": self.done * self.config.batch_size,
-            "val/skipped_updates": sum(model.skipped for model in self.trained.values()),
-            "time/rollout": rolled_out - started,
-            "time/update": time.perf_counter() - rolled_out,
-        }
+        return (
+            self._summary(experience)
+            | averages
+            | {
+                "lr": self.trained["actor"].learning_rate,
+                "episode": self.done * self.config.batch_size,
+                "val/skipped_updates": sum(model.skipped for model in self.trained.values()),
+                "time/rollout": rolled_out - started,
+                "time/update": time.perf_counter() - rolled_out,
+            }
+        )
 
     def rollout(self) -> Experience:
         """Responses of the current policy, scored and credited; the global batch on every rank."""
@@ -175,7 +183,13 @@ class Trainer:
             seed=launch.seed_of(config.seed, self.done, 1),
         )
         local = collect(
-            self.actor, self.reference, self.critic, self.judge, responses, self.tokenizer.eos_token_id, config
+            self.actor,
+            self.reference,
+            self.critic,
+            self.judge,
+            responses,
+            self.tokenizer.eos_token_id,
+            config,
         )
         self.algorithm.credit(local)
         return gathered(local)
@@ -205,7 +219,9 @@ class Trainer:
                     model.step()
         return averages.reduce()
 
-    def _backward(self, batch: Experience, normalizer: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    def _backward(
+        self, batch: Experience, normalizer: torch.Tensor
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """Add this micro-batch's gradients; returns its log-probabilities and statistics."""
         rollout, per_token = batch.rollout, normalizer / batch.mask.sum().clamp(min=1)
         logprobs, entropy = score_tokens_and_entropy(self.actor, rollout)
@@ -219,7 +235,7 @@ class Trainer:
         return logprobs.detach(), seen
 
     def _check_ratio(self, drift: float) -> None:
-        """Before the first update the policy is the one that sampled; anything else is a bug, and trains on noise."""
+        """Before the first update the policy is the one that sampled; anything else is a bug."""
         if drift <= RATIO_TOLERANCE:
             return
         text = f"before the first update of step {self.done + 1} the log-ratio is off by {drift:.2g}, not 0"
@@ -232,8 +248,8 @@ class Trainer:
         skipped = sum(model.skipped for model in self.trained.values())
         if skipped >= self.config.max_skipped_steps:
             raise UserError(
-                f"{skipped} updates had a non-finite loss or gradient and were skipped; stopped after step {self.done}, "
-                "checkpoints are as they were"
+                f"{skipped} updates had a non-finite loss or gradient and were skipped; stopped after step "
+                f"{self.done}, checkpoints are as they were"
             )
 
     def _summary(self, experience: Experience) -> dict[str, float]:

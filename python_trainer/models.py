@@ -42,7 +42,9 @@ class ScalarModel(torch.nn.Module):
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__()
         if not hasattr(model, "score"):
-            raise UserError(f"{type(model).__name__} has no `score` head and cannot serve as reward or value model")
+            raise UserError(
+                f"{type(model).__name__} has no `score` head and cannot serve as reward or value model"
+            )
         self.model = model
 
     def forward(self, **inputs: Any) -> torch.Tensor:
@@ -60,9 +62,11 @@ class ScalarModel(torch.nn.Module):
 
 
 class Trainable:
-    """A DeepSpeed engine whose gradients add up plainly until `step`, and which never takes a non-finite step."""
+    """A DeepSpeed engine whose gradients add up plainly until `step`, which is never a non-finite one."""
 
-    def __init__(self, model: torch.nn.Module, config: OptimizerConfig, learning_rate: float, updates: int) -> None:
+    def __init__(
+        self, model: torch.nn.Module, config: OptimizerConfig, learning_rate: float, updates: int
+    ) -> None:
         import deepspeed
 
         optimizer = torch.optim.AdamW(
@@ -101,7 +105,7 @@ class Trainable:
         self.skipped += self._dropped or not self.engine.was_step_applied()
 
     def _drop_non_finite(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
-        """DeepSpeed checks gradients in some modes only. Here, after reduction, one rule holds for all of them."""
+        """DeepSpeed checks gradients in some modes only; here, after reduction, one rule holds for all."""
         grads = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         finite = torch.ones((), device=launch.device())
         if grads:
@@ -136,12 +140,18 @@ def frozen(model: torch.nn.Module, config: RunConfig) -> Any:
     dtype = torch.bfloat16 if config.bf16 else torch.float32
     if settings.get("zero_optimization", {}).get("stage", 0) < 3:
         return model.to(launch.device(), dtype)
-    settings |= {"train_micro_batch_size_per_gpu": 1, "bf16": {"enabled": config.bf16}, "steps_per_print": None}
+    settings |= {
+        "train_micro_batch_size_per_gpu": 1,
+        "bf16": {"enabled": config.bf16},
+        "steps_per_print": None,
+    }
     with launch.quiet():
         return deepspeed.initialize(model=model, config=settings)[0]
 
 
-def load_policy(path: str | Path | None, config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+def load_policy(
+    path: str | Path | None, config: RunConfig, tokenizer: PreTrainedTokenizerBase
+) -> PreTrainedModel:
     """From a saved model, or random weights of the configured architecture."""
     if path is not None:
         model = _from_pretrained(AutoModelForCausalLM, path)
@@ -183,7 +193,9 @@ def checked(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
     if tokenizer.eos_token_id is None or tokenizer.pad_token_id is None:
         raise UserError("the tokenizer needs both a pad and an end token")
     if tokenizer.pad_token_id == tokenizer.eos_token_id:
-        raise UserError(f"pad and end token are both {tokenizer.eos_token!r}; give the tokenizer its own pad token")
+        raise UserError(
+            f"pad and end token are both {tokenizer.eos_token!r}; give the tokenizer its own pad token"
+        )
     return tokenizer
 
 

@@ -4,7 +4,7 @@ import time
 from collections.abc import Sequence
 
 from . import launch, metrics
-from .config import COMMANDS, EvalConfig, PPOConfig, RewardConfig, RunConfig, SftConfig, UserError, load
+from .config import EvalConfig, PPOConfig, RewardConfig, RunConfig, SftConfig, UserError, load
 from .data import encode_prompts, load_task
 from .evaluation import Evaluation, evaluate
 from .loop import Trainer
@@ -49,18 +49,24 @@ def compare(config: EvalConfig) -> tuple[Evaluation, Evaluation]:
         response_length=config.response_length,
         context=policy.module.config.max_position_embeddings,
     )
-    before, after = (evaluate(p, reference, prompts, task, tokenizer, None, config) for p in (reference, policy))
+    before, after = (
+        evaluate(p, reference, prompts, task, tokenizer, None, config) for p in (reference, policy)
+    )
     return before, after
 
 
 def demo(path: str, overrides: Sequence[str]) -> None:
     """sft, reward and PPO on real reviews; fails unless an independent judge likes the result better."""
     load("demo", path, overrides, RunConfig)  # only what all stages share can be set for all of them
-    stages = {name: load(name, path, overrides, COMMANDS[name]) for name in ("sft", "reward", "train")}
+    settings = (
+        load("sft", path, overrides, SftConfig),
+        load("reward", path, overrides, RewardConfig),
+        load("train", path, overrides, PPOConfig),
+    )
     started = time.perf_counter()
-    for name, stage in (("sft", sft), ("reward", reward)):
-        _say(_figures(name, stage(stages[name])) + f"  ({time.perf_counter() - started:.0f} s so far)")
-    trainer = Trainer(stages["train"])
+    _say(_figures("sft", sft(settings[0])) + f"  ({time.perf_counter() - started:.0f} s so far)")
+    _say(_figures("reward", reward(settings[1])) + f"  ({time.perf_counter() - started:.0f} s so far)")
+    trainer = Trainer(settings[2])
     before, after = trainer.train()
     _report(before, after)
     _say(f"curves: {trainer.folder / 'curves.png'}   time: {time.perf_counter() - started:.0f} s")
@@ -68,8 +74,8 @@ def demo(path: str, overrides: Sequence[str]) -> None:
     kl = after.metrics["eval/kl"]
     if gain < LEAST_GOLD_GAIN or kl > MOST_KL:
         raise UserError(
-            f"the demonstration failed: gold score rose by {gain:.3f} (at least {LEAST_GOLD_GAIN} expected) at "
-            f"KL {kl:.1f} (at most {MOST_KL})"
+            f"the demonstration failed: the gold score rose by {gain:.3f} (at least {LEAST_GOLD_GAIN} expected), "
+            f"the KL is {kl:.1f} (at most {MOST_KL})"
         )
 
 

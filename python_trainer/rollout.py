@@ -1,7 +1,7 @@
 """Prompts in, sampled responses out.
 
-The noise of sampling is drawn for the global batch and each rank uses its rows of it, so the responses depend on
-neither the number of ranks nor on what a resumed run has drawn before.
+The noise of sampling is drawn for the global batch and each rank uses its rows of it, so the responses depend
+neither on the number of ranks nor on what a resumed run has drawn before.
 """
 
 from collections.abc import Sequence
@@ -23,7 +23,9 @@ class Rollout:
     mask: torch.Tensor  # [B, T] bool: the sampled tokens, the end token among them
 
     @classmethod
-    def of(cls, prompts: torch.Tensor, prompt_mask: torch.Tensor, responses: torch.Tensor, eos: int) -> "Rollout":
+    def of(
+        cls, prompts: torch.Tensor, prompt_mask: torch.Tensor, responses: torch.Tensor, eos: int
+    ) -> "Rollout":
         """Lengths come from the first end token, never from comparing with the pad id."""
         ended = (responses == eos).cumsum(dim=1)
         mask = (ended - (responses == eos).long()) == 0
@@ -46,7 +48,7 @@ class Rollout:
 
     @property
     def position_ids(self) -> torch.Tensor:
-        """Positions count from the first real token: a padded prompt is scored as the bare prompt would be."""
+        """Positions count from the first real token: a padded prompt is scored as the bare one would be."""
         return (self.attention_mask.cumsum(dim=1) - 1).clamp(min=0)
 
     def ended(self, eos: int) -> torch.Tensor:
@@ -97,9 +99,12 @@ def sample(
     noise = torch.Generator().manual_seed(seed)
     uniforms = torch.rand(len(prompts), response_length, generator=noise, dtype=torch.float64)
     mine = shard(len(prompts))
-    chunks = zip(*(x[mine].to(launch.device()).split(rows) for x in (ids, attention, uniforms)), strict=True)
-    responses = [_generate(policy, *chunk, pad, eos) for chunk in chunks]
-    return Rollout.of(ids[mine].to(launch.device()), attention[mine].to(launch.device()), torch.cat(responses), eos)
+    ids, attention, uniforms = (x[mine].to(launch.device()) for x in (ids, attention, uniforms))
+    responses = [
+        _generate(policy, ids[i : i + rows], attention[i : i + rows], uniforms[i : i + rows], pad, eos)
+        for i in range(0, len(ids), rows)
+    ]
+    return Rollout.of(ids, attention, torch.cat(responses), eos)
 
 
 def _generate(
@@ -109,8 +114,8 @@ def _generate(
     sequences = policy.module.generate(
         ids,
         attention_mask=attention.long(),
-        # Not greedy: InverseCdf draws the token. Left to itself, do_sample=True would also apply the top-k and
-        # top-p of the model's own generation settings, which scoring does not know of.
+        # Not greedy: InverseCdf draws the token. do_sample=True would also apply the top-k and top-p of the
+        # model's own generation settings, which scoring does not know of.
         generation_config=GenerationConfig(
             max_new_tokens=response_length, do_sample=False, pad_token_id=pad, eos_token_id=eos
         ),

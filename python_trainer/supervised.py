@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch
 from ppo_kernels import token_logprobs
+from transformers import PreTrainedTokenizerBase
 
 from . import checkpoint, launch, metrics
 from .config import RewardConfig, SftConfig, UserError, save
@@ -48,7 +49,10 @@ def sft(config: SftConfig) -> dict[str, float]:
         log.progress(step + 1)
     with torch.no_grad():
         figures = [
-            (_text_logprobs(policy, heldout[i : i + 64], pad, config.ops_impl).sum().item(), len(heldout[i : i + 64]))
+            (
+                _text_logprobs(policy, heldout[i : i + 64], pad, config.ops_impl).sum().item(),
+                len(heldout[i : i + 64]),
+            )
             for i in range(0, len(heldout), 64)
         ]
     scored = sum(len(row) - 1 for row in heldout)
@@ -107,7 +111,7 @@ def _text_logprobs(policy: Trainable, rows: list[list[int]], pad: int, impl: str
 
 
 def _pair_scores(
-    judge: Trainable, pairs: list[Pair], tokenizer: object, config: RewardConfig
+    judge: Trainable, pairs: list[Pair], tokenizer: PreTrainedTokenizerBase, config: RewardConfig
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Scores at the last token of the chosen and of the rejected texts, from one forward pass."""
     texts = [chosen for chosen, _ in pairs] + [rejected for _, rejected in pairs]
@@ -121,7 +125,9 @@ def _pair_scores(
 def _start(config: SftConfig, stage: str) -> Path:
     launch.start(config.seed, config.ddp_timeout)
     if config.batch_size % launch.world_size():
-        raise UserError(f"batch_size {config.batch_size} must be a multiple of the {launch.world_size()} ranks")
+        raise UserError(
+            f"batch_size {config.batch_size} must be a multiple of the {launch.world_size()} ranks"
+        )
     folder = Path(config.output_dir) / stage
     checkpoint.refuse_existing(folder, overwrite=config.overwrite_output_dir, resume=False)
     return folder
@@ -141,11 +147,18 @@ def _batch(rows: list, config: SftConfig, step: int) -> list:
 
 def _stop_if_unhealthy(model: Trainable, config: SftConfig) -> None:
     if model.skipped >= config.max_skipped_steps:
-        raise UserError(f"{model.skipped} updates had a non-finite loss or gradient and were skipped; stopped")
+        raise UserError(
+            f"{model.skipped} updates had a non-finite loss or gradient and were skipped; stopped"
+        )
 
 
 def _finish(
-    model: Trainable, tokenizer: object, folder: Path, log: metrics.Log, step: int, result: dict[str, float]
+    model: Trainable,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
+    log: metrics.Log,
+    step: int,
+    result: dict[str, float],
 ) -> None:
     log.record(step, result)
     log.close()

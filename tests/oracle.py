@@ -278,7 +278,7 @@ def value_loss(
         if cliprange_value is not None:
             lo, hi = old[t] - cliprange_value, old[t] + cliprange_value
             clipped_error = min(max(v[t], lo), hi) - ret[t]
-            square, g_clipped = clipped_error**2, clipped_error if lo <= v[t] <= hi else 0.0
+            square, g_clipped = clipped_error * clipped_error, clipped_error if lo <= v[t] <= hi else 0.0
             larger += square > best
             if square == best:
                 g = 0.5 * (g + g_clipped)

@@ -33,9 +33,7 @@ def run(*arguments: str, cwd: Path = PACKAGE.parent) -> str:
 
 
 def report_without(module: str) -> str:
-    code = (
-        BLOCKED.format(name=module) + "import runpy; runpy.run_module('ppo_kernels.env', run_name='__main__')"
-    )
+    code = BLOCKED.format(name=module) + "import runpy; runpy.run_module('ppo_kernels.env', run_name='__main__')"
     return run("-c", code)
 
 

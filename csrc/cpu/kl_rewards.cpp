@@ -1,30 +1,26 @@
 // KL-shaped rewards on CPU tensors.
-#include "math/kl.h"
-
-#include <limits>
-
-#include "checks.h"
+#include "cpu/block.h"
 
 namespace ppo {
 namespace {
 
 struct KlOptions {
   double kl_coef, score_clip, kl_log_clamp, kl_clamp;
-  int64_t estimator;
 };
 
 // Writes the penalties of one row and returns the sum of the estimates.
-template <class T>
-PPO_CLONES double penalty_row(const T* logp, const T* ref, const uint8_t* mask, int64_t n, KlOptions o, T* rewards) {
-  const T coef = static_cast<T>(o.kl_coef);
-  const T log_clamp = static_cast<T>(o.kl_log_clamp), value_clamp = static_cast<T>(o.kl_clamp);
+template <KlEstimator kEstimator, class T>
+double penalty_row(const TokenView<T>& logp, const TokenView<T>& ref, const TokenView<uint8_t>& mask, const Rows& rows,
+                   int64_t row, const KlOptions& o, T* rewards) {
+  T unused[kBlock];
+  uint8_t ones[kBlock];
   double sum = 0.0;
-#pragma omp simd reduction(+ : sum)
-  for (int64_t t = 0; t < n; ++t) {
-    const bool valid = mask == nullptr || mask[t] != 0;
-    const T k = kl_term(valid ? logp[t] : T(0), valid ? ref[t] : T(0), o.estimator, log_clamp, value_clamp).value;
-    sum += valid ? static_cast<double>(k) : 0.0;
-    rewards[t] = valid ? -coef * k : T(0);
+  for (int64_t begin = 0; begin < rows.length(row); begin += kBlock) {
+    const int64_t n = std::min(kBlock, rows.length(row) - begin);
+    sum += kl_block<kEstimator>(logp.row(rows, row) + begin, ref.row(rows, row) + begin,
+                                block_of(mask, rows, row, begin, n, uint8_t(1), ones), n,
+                                static_cast<T>(o.kl_log_clamp), static_cast<T>(o.kl_clamp),
+                                static_cast<T>(-o.kl_coef), rewards + begin, unused);
   }
   return sum;
 }
@@ -41,7 +37,7 @@ std::tuple<Tensor, Tensor> kl_rewards(const Tensor& logprobs, const Tensor& ref_
                                       double score_clip, double kl_log_clamp, double kl_clamp) {
   PPO_COUNT("kl_rewards");
   const Rows rows(logprobs, cu_seqlens);
-  const KlOptions options{kl_coef, score_clip, kl_log_clamp, kl_clamp, kl_estimator};
+  const KlOptions options{kl_coef, score_clip, kl_log_clamp, kl_clamp};
   return dispatch_compute(logprobs, [&](auto zero) {
     using T = decltype(zero);
     const auto logp = token_view<T>(logprobs, logprobs, rows), ref = token_view<T>(ref_logprobs, logprobs, rows);
@@ -57,7 +53,9 @@ std::tuple<Tensor, Tensor> kl_rewards(const Tensor& logprobs, const Tensor& ref_
       const uint8_t* row_mask = m.data ? m.row(rows, b) : nullptr;
       const int64_t length = rows.length(b);
       T* row = out + rows.start(b);
-      sums[b] = static_cast<T>(penalty_row(logp.row(rows, b), ref.row(rows, b), row_mask, length, options, row));
+      sums[b] = dispatch_estimator(kl_estimator, [&](auto estimator) {
+        return static_cast<T>(penalty_row<estimator()>(logp, ref, m, rows, b, options, row));
+      });
       const int64_t last = last_valid(row_mask, length);
       const int64_t at = last < 0 || index == nullptr ? last : index[b];
       if (at >= 0 && at < length) row[at] += clamp(score[b], static_cast<T>(score_clip));

@@ -1,14 +1,11 @@
 // What policy_loss and value_loss share on the CPU: rows cut into pieces of fixed length, partial sums folded in order.
 #pragma once
 
-#include <limits>
-
-#include "checks.h"
+#include "cpu/block.h"
 
 namespace ppo {
 
 constexpr int64_t kPiece = 4096;  // tokens of one row that one partial sum covers
-constexpr int64_t kBlock = 512;   // tokens that a float32 sum covers before it goes to float64
 
 struct Piece {
   int64_t row, begin, length;
@@ -22,15 +19,6 @@ inline std::vector<Piece> cut_rows(const Rows& rows) {
     }
   }
   return pieces;
-}
-
-// A block of a token tensor as a plain array: in place, or a row-level or absent value spread over `scratch`.
-template <class T>
-const T* block_of(const TokenView<T>& view, const Rows& rows, int64_t row, int64_t begin, int64_t n, T absent,
-                  T* scratch) {
-  if (view.data != nullptr && !view.per_row) return view.row(rows, row) + begin;
-  std::fill(scratch, scratch + n, view.data ? *view.row(rows, row) : absent);
-  return scratch;
 }
 
 struct LossOutputs {

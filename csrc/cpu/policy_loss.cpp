@@ -3,6 +3,7 @@
 
 #include <cmath>
 
+#include "cpu/block.h"
 #include "cpu/loss.h"
 
 namespace ppo {
@@ -22,25 +23,26 @@ struct PolicySums {
 
 template <class T>
 struct PolicyBlock {
-  const T *logp, *old, *adv, *weights, *ref;  // ref: nullptr without a reference
+  const T *logp, *old, *adv, *weights;
   const uint8_t* mask;
-  T* grad;  // nullptr if not wanted
   int64_t n;
-  T row_weight;
 };
 
+// Sums over one block, and the gradient of each token's surrogate.
 template <class T>
-PPO_CLONES PolicySums policy_block(const PolicyBlock<T>& in, const PolicyOptions<T>& o) {
-  T loss = 0, count = 0, d = 0, d2 = 0, k3 = 0, excess = 0, excess2 = 0, ref_kl = 0;
+PPO_CLONES PolicySums policy_block(const PolicyBlock<T>& in, const PolicyOptions<T>& o, T* grads) {
+  T loss = 0, count = 0, d = 0, d2 = 0, k3 = 0, excess = 0, excess2 = 0;
   T high = 0, low = 0, dual = 0, clamped = 0, ratio_max = -1;
-  T grads[kBlock], kl_grads[kBlock];
+  const T *logp = in.logp, *old = in.old, *adv = in.adv, *weights = in.weights;
+  const uint8_t* mask = in.mask;
 #pragma omp simd reduction(+ : loss, count, d, d2, k3, excess, excess2, high, low, dual, clamped) \
     reduction(max : ratio_max)
   for (int64_t i = 0; i < in.n; ++i) {
-    const bool valid = in.mask[i] != 0;
-    const T one = valid ? T(1) : T(0);
-    const PolicyTerm<T> term = policy_term(valid ? in.logp[i] : T(0), valid ? in.old[i] : T(0),
-                                           valid ? in.adv[i] : T(0), valid ? in.weights[i] : T(0), o);
+    const T l = logp[i], l_old = old[i], a = adv[i], w = weights[i];
+    const T one = mask[i] != 0 ? T(1) : T(0);
+    const bool valid = is_valid<T>(mask[i]);
+    const PolicyTerm<T> term =
+        policy_term(valid ? l : T(0), valid ? l_old : T(0), valid ? a : T(0), valid ? w : T(0), o);
     loss += term.loss;
     grads[i] = term.grad;
     count += one;
@@ -49,38 +51,27 @@ PPO_CLONES PolicySums policy_block(const PolicyBlock<T>& in, const PolicyOptions
     k3 += term.k3;
     excess += term.ratio_minus_1;
     excess2 += term.ratio_minus_1 * term.ratio_minus_1;
-    high += term.high ? T(1) : T(0);
-    low += term.low ? T(1) : T(0);
-    dual += term.dual ? T(1) : T(0);
-    clamped += term.clamped ? T(1) : T(0);
+    high += term.high;
+    low += term.low;
+    dual += term.dual;
+    clamped += term.clamped;
     const T above = valid ? term.ratio_minus_1 : T(-1);
     ratio_max = above > ratio_max ? above : ratio_max;
   }
-  if (in.ref != nullptr) {
-#pragma omp simd reduction(+ : ref_kl)
-    for (int64_t i = 0; i < in.n; ++i) {
-      const bool valid = in.mask[i] != 0;
-      const KlTerm<T> term = kl_term(valid ? in.logp[i] : T(0), valid ? in.ref[i] : T(0), o.kl_estimator,
-                                     o.kl_log_clamp, o.kl_clamp);
-      ref_kl += term.value;
-      kl_grads[i] = o.kl_coef * term.grad;
-    }
-  } else {
-    std::fill(kl_grads, kl_grads + in.n, T(0));
-  }
-  if (in.grad != nullptr) {
-#pragma omp simd
-    for (int64_t i = 0; i < in.n; ++i) {
-      in.grad[i] = in.mask[i] != 0 ? (grads[i] + kl_grads[i]) * in.row_weight : T(0);
-    }
-  }
   PolicySums sums;
-  sums.loss = (static_cast<double>(loss) + static_cast<double>(o.kl_coef) * ref_kl) * in.row_weight;
-  sums.count = count, sums.d = d, sums.d2 = d2, sums.k3 = k3, sums.excess = excess, sums.excess2 = excess2;
-  sums.ref_kl = ref_kl, sums.high = high, sums.low = low, sums.dual = dual, sums.clamped = clamped;
+  sums.loss = loss, sums.count = count, sums.d = d, sums.d2 = d2, sums.k3 = k3;
+  sums.excess = excess, sums.excess2 = excess2;
+  sums.high = high, sums.low = low, sums.dual = dual, sums.clamped = clamped;
   sums.ratio_max = std::isnan(excess) ? excess : static_cast<double>(ratio_max) + 1.0;
   return sums;
 }
+
+template <class T>
+struct KlOptions {
+  T coef;
+  int64_t estimator;
+  T log_clamp, value_clamp;
+};
 
 template <class T>
 struct PolicyInputs {
@@ -91,9 +82,21 @@ struct PolicyInputs {
 };
 
 template <class T>
-PolicySums policy_piece(const PolicyInputs<T>& in, const Rows& rows, const Piece& piece, const PolicyOptions<T>& o) {
-  T adv[kBlock], weights[kBlock];
+PPO_CLONES void combine_gradients(const T* surrogate, const T* kl, const uint8_t* mask, int64_t n, T row_weight,
+                                  T* grad) {
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) {
+    const T g = (surrogate[i] + kl[i]) * row_weight;
+    grad[i] = is_valid<T>(mask[i]) ? g : T(0);
+  }
+}
+
+template <class T>
+PolicySums policy_piece(const PolicyInputs<T>& in, const Rows& rows, const Piece& piece, const PolicyOptions<T>& o,
+                        const KlOptions<T>& kl) {
+  T adv[kBlock], weights[kBlock], grads[kBlock], kl_grads[kBlock], unused[kBlock];
   uint8_t ones[kBlock];
+  std::fill(kl_grads, kl_grads + kBlock, T(0));
   PolicySums sums;
   const T row_weight = in.row_weight ? in.row_weight[piece.row] : T(1);
   for (int64_t begin = piece.begin; begin < piece.begin + piece.length; begin += kBlock) {
@@ -101,12 +104,23 @@ PolicySums policy_piece(const PolicyInputs<T>& in, const Rows& rows, const Piece
     const auto at = [&](const auto& view, auto absent, auto* scratch) {
       return block_of(view, rows, piece.row, begin, n, absent, scratch);
     };
-    sums.add(policy_block<T>({in.logp.row(rows, piece.row) + begin, in.old.row(rows, piece.row) + begin,
-                              at(in.adv, T(0), adv), at(in.weights, T(1), weights),
-                              in.ref.data ? in.ref.row(rows, piece.row) + begin : nullptr,
-                              at(in.mask, uint8_t(1), ones),
-                              in.grad ? in.grad + rows.start(piece.row) + begin : nullptr, n, row_weight},
-                             o));
+    const T* logp = in.logp.row(rows, piece.row) + begin;
+    const uint8_t* mask = at(in.mask, uint8_t(1), ones);
+    PolicySums block = policy_block<T>({logp, in.old.row(rows, piece.row) + begin, at(in.adv, T(0), adv),
+                                        at(in.weights, T(1), weights), mask, n},
+                                       o, grads);
+    if (in.ref.data != nullptr) {
+      block.ref_kl = dispatch_estimator(kl.estimator, [&](auto estimator) {
+        return kl_block<estimator()>(logp, in.ref.row(rows, piece.row) + begin, mask, n, kl.log_clamp, kl.value_clamp,
+                                     kl.coef, unused, kl_grads);
+      });
+      block.loss += static_cast<double>(kl.coef) * block.ref_kl;
+    }
+    block.loss *= row_weight;
+    sums.add(block);
+    if (in.grad != nullptr) {
+      combine_gradients(grads, kl_grads, mask, n, row_weight, in.grad + rows.start(piece.row) + begin);
+    }
   }
   return sums;
 }
@@ -124,9 +138,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> policy_loss(
       return token_view<T>(x, logprobs, rows, per_row);
     };
     const PolicyOptions<T> options{static_cast<T>(1.0 - cliprange_low), static_cast<T>(1.0 + cliprange_high),
-                                   static_cast<T>(dual_clip),           static_cast<T>(log_ratio_clamp),
-                                   static_cast<T>(kl_coef),             kl_estimator,
-                                   static_cast<T>(kl_log_clamp),        static_cast<T>(kl_clamp)};
+                                   static_cast<T>(dual_clip), static_cast<T>(log_ratio_clamp)};
+    const KlOptions<T> kl{static_cast<T>(kl_coef), kl_estimator, static_cast<T>(kl_log_clamp),
+                          static_cast<T>(kl_clamp)};
     Tensor gradient = new_gradient(logprobs, grad);
     const PolicyInputs<T> in{view(logprobs),
                              view(old_logprobs),
@@ -140,7 +154,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> policy_loss(
     std::vector<PolicySums> parts(pieces.size());
     const int64_t mean_length = logprobs.numel() / std::max<int64_t>(pieces.size(), 1);
     for_each(pieces.size(), 4096 / std::max<int64_t>(mean_length, 1),
-             [&](int64_t i) { parts[i] = policy_piece(in, rows, pieces[i], options); });
+             [&](int64_t i) { parts[i] = policy_piece(in, rows, pieces[i], options, kl); });
     PolicySums s;
     for (const PolicySums& part : parts) s.add(part);
 

@@ -12,6 +12,10 @@ namespace {
 constexpr int64_t kBlock = 2048;    // logits; a function of nothing, so that a row's bits depend on the row alone
 constexpr double kNotRead = -1.0;   // log_sum of a row that is masked or ignored: no softmax has a negative one
 
+// 2^this is 0. An exponent is not let below it, because 0 * -inf would be NaN.
+template <class T>
+constexpr T kNegligible = std::is_same_v<T, float> ? T(-200) : T(-2000);
+
 template <class T>
 using Scratch = std::array<T, kBlock>;
 
@@ -41,7 +45,7 @@ PPO_CLONES SoftmaxPart sum_block_with_entropy(const T* z, int64_t n, T max, T c)
 #pragma omp simd reduction(+ : sum, weighted)
   for (int64_t i = 0; i < n; ++i) {
     T x = (z[i] - max) * c;
-    x = x < T(-200) ? T(-200) : x;  // 2^-200 is 0 in float32, and 0 * -inf would be NaN
+    x = x < kNegligible<T> ? kNegligible<T> : x;
     const T e = exp2_fast(x);
     sum += e;
     weighted += e * x;
@@ -86,7 +90,7 @@ PPO_CLONES void gradient_block(const In* in, int64_t n, T max, T c, T a, T b, T 
 #pragma omp simd
   for (int64_t i = 0; i < n; ++i) {
     T x = (widen(in[i]) - max) * c;
-    x = x < T(-200) ? T(-200) : x;
+    x = x < kNegligible<T> ? kNegligible<T> : x;
     narrow(exp2_fast(x) * (a + b * (x + k)), out[i]);
   }
 }

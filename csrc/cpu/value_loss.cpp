@@ -1,6 +1,7 @@
 // The clipped value loss on CPU tensors: loss, statistics and gradient from one pass.
 #include "math/value_loss.h"
 
+#include "cpu/block.h"
 #include "cpu/loss.h"
 #include "math/moments.h"
 
@@ -31,15 +32,19 @@ PPO_CLONES ValueSums value_block(const ValueBlock<T>& in, T clip) {
   T loss = 0, clipped = 0;
   double count = 0.0, error_sum = 0.0, target_sum = 0.0, error_m2 = 0.0, target_m2 = 0.0;
   T grads[kBlock];
+  const T *values = in.values, *old = in.old, *returns = in.returns;
+  const uint8_t* mask = in.mask;
 #pragma omp simd reduction(+ : loss, clipped, count, error_sum, target_sum)
   for (int64_t i = 0; i < in.n; ++i) {
-    const bool valid = in.mask[i] != 0;
-    const T value = valid ? in.values[i] : T(0), target = valid ? in.returns[i] : T(0);
-    const ValueTerm<T> term = value_term(value, valid ? in.old[i] : T(0), target, clip);
+    const T v = values[i], v_old = old[i], r = returns[i];
+    const T one = mask[i] != 0 ? T(1) : T(0);
+    const bool valid = is_valid<T>(mask[i]);
+    const T value = valid ? v : T(0), target = valid ? r : T(0);
+    const ValueTerm<T> term = value_term(value, valid ? v_old : T(0), target, clip);
     loss += term.loss;
     grads[i] = term.grad;
-    clipped += term.clipped ? T(1) : T(0);
-    count += valid ? 1.0 : 0.0;
+    clipped += term.clipped;
+    count += one;
     error_sum += static_cast<double>(value) - static_cast<double>(target);
     target_sum += static_cast<double>(target);
   }
@@ -50,12 +55,11 @@ PPO_CLONES ValueSums value_block(const ValueBlock<T>& in, T clip) {
   const double error_mean = error_sum / count, target_mean = target_sum / count;
 #pragma omp simd reduction(+ : error_m2, target_m2)
   for (int64_t i = 0; i < in.n; ++i) {
-    const bool valid = in.mask[i] != 0;
-    const double value = valid ? static_cast<double>(in.values[i]) : 0.0;
-    const double target = valid ? static_cast<double>(in.returns[i]) : 0.0;
-    const double e = valid ? value - target - error_mean : 0.0, r = valid ? target - target_mean : 0.0;
-    error_m2 += e * e;
-    target_m2 += r * r;
+    const double v = values[i], r = returns[i];
+    const double one = mask[i] != 0 ? 1.0 : 0.0;
+    const double error = one != 0.0 ? v - r - error_mean : 0.0, target = one != 0.0 ? r - target_mean : 0.0;
+    error_m2 += error * error;
+    target_m2 += target * target;
   }
   if (in.grad != nullptr) {
 #pragma omp simd

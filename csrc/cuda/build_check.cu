@@ -20,7 +20,6 @@ __attribute__((visibility("default"))) void ppo_kernels_build_check(float* out, 
   void* stream = nullptr;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
   constexpr int kThreads = 256;
-  fill_kernel<<<(n + kThreads - 1) / kThreads, kThreads, 0, static_cast<cudaStream_t>(stream)>>>(out, n,
-                                                                                                 1.0f);
+  fill_kernel<<<(n + kThreads - 1) / kThreads, kThreads, 0, static_cast<cudaStream_t>(stream)>>>(out, n, 1.0f);
   STD_CUDA_KERNEL_LAUNCH_CHECK();
 }

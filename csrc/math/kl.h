@@ -20,17 +20,23 @@ struct KlTerm {
 
 // x = ref - logp, bounded to +-log_clamp; the estimate is bounded to +-value_clamp. torch.clamp passes the gradient at
 // its bounds, and so does this.
-template <class T>
-PPO_INLINE KlTerm<T> kl_term(T logp, T ref, int64_t estimator, T log_clamp, T value_clamp) {
+template <KlEstimator kEstimator, class T>
+PPO_INLINE KlTerm<T> kl_term(T logp, T ref, T log_clamp, T value_clamp) {
   const T raw = ref - logp;
   const T x = clamp(raw, log_clamp);
-  const T e = exp_fast(x);
-  const T k3 = expm1_minus(x, e);
-  const T sign = x > T(0) ? T(1) : (x < T(0) ? T(-1) : T(0));
-  T k = estimator == kK1 ? -x : (estimator == kAbs ? x * sign : (estimator == kK2 ? T(0.5) * x * x : k3));
-  T slope = estimator == kK1 ? T(1) : (estimator == kAbs ? -sign : (estimator == kK2 ? -x : -(k3 + x)));
-  const bool inside = raw >= -log_clamp && raw <= log_clamp && k >= -value_clamp && k <= value_clamp;
-  return {clamp(k, value_clamp), inside ? slope : T(0)};
+  T k, slope;
+  if constexpr (kEstimator == kK1) {
+    k = -x, slope = T(1);
+  } else if constexpr (kEstimator == kAbs) {
+    k = x < T(0) ? -x : x, slope = x > T(0) ? T(-1) : (x < T(0) ? T(1) : T(0));
+  } else if constexpr (kEstimator == kK2) {
+    k = T(0.5) * x * x, slope = -x;
+  } else {
+    k = expm1_minus(x, exp_fast(x)), slope = -(k + x);
+  }
+  slope = raw < -log_clamp ? T(0) : (raw > log_clamp ? T(0) : slope);
+  slope = k < -value_clamp ? T(0) : (k > value_clamp ? T(0) : slope);
+  return {clamp(k, value_clamp), slope};
 }
 
 }  // namespace ppo

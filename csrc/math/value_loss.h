@@ -8,7 +8,7 @@ namespace ppo {
 template <class T>
 struct ValueTerm {
   T loss, grad;  // grad = d loss / d value
-  bool clipped;  // the clipped term is the larger
+  T clipped;     // 1 where the clipped term is the larger, else 0
 };
 
 // With an infinite clip the two terms are equal and the result is the plain squared error. Ties as autograd has them.
@@ -19,9 +19,10 @@ PPO_INLINE ValueTerm<T> value_term(T value, T old, T target, T clip) {
   const T error = value - target, bounded_error = bounded - target;
   const T plain = error * error, clipped = bounded_error * bounded_error;
   const T from_plain = plain > clipped ? T(1) : (plain == clipped ? T(0.5) : T(0));
-  const T inside = value >= low && value <= high ? T(1) : T(0);
+  const T inside = value < low ? T(0) : (value > high ? T(0) : T(1));
   return {T(0.5) * (plain > clipped ? plain : clipped),
-          from_plain * error + (T(1) - from_plain) * inside * bounded_error, clipped > plain};
+          from_plain * error + (T(1) - from_plain) * inside * bounded_error,
+          clipped > plain ? T(1) : T(0)};
 }
 
 }  // namespace ppo

@@ -37,7 +37,7 @@ def gae(
     boot = torch.zeros((), dtype=torch.float64, device=v.device)
     if bootstrap_value is not None:
         boot = bootstrap_value.to(torch.float64)[rows.row]
-    lam_t = lam.to(torch.float64)[rows.row] if isinstance(lam, Tensor) else lam
+    lam_t = lam.to(torch.float64)[rows.row] if isinstance(lam, Tensor) else torch.full_like(v, lam)
 
     following = _next_live(live)
     same_row = (following < tokens) & (rows.row[following.clamp(max=tokens - 1)] == rows.row)

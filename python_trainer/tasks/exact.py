@@ -1,7 +1,7 @@
 """A task small enough to enumerate, so that the optimum is a number and not an opinion.
 
-Four prompts, responses of up to five tokens that may end early. Every response is scored by the trained and by
-the reference policy, which gives E[r], KL and J = E[r] - kl_coef·KL exactly, next to the best J there is,
+Four prompts, responses of up to five tokens that may end early. Every response is scored by the trained and
+by the reference policy, which gives E[r], KL and J = E[r] - kl_coef·KL exactly, next to the best J there is,
 J* = kl_coef · log Σ_y π_ref(y) exp(r(y) / kl_coef). Reward alone proves nothing: a flipped KL sign raises it.
 """
 
@@ -58,7 +58,12 @@ class Exact(Task):
             best = kl_coef * torch.logsumexp(ref + reward / kl_coef, dim=0)
             probability = logp.exp()
             totals += torch.stack(
-                [(probability * reward).sum(), (probability * (logp - ref)).sum(), (ref.exp() * reward).sum(), best]
+                [
+                    (probability * reward).sum(),
+                    (probability * (logp - ref)).sum(),
+                    (ref.exp() * reward).sum(),
+                    best,
+                ]
             )
         reward, kl, at_reference, optimum = (totals / len(PROMPTS)).tolist()
         objective = reward - kl_coef * kl
@@ -83,5 +88,7 @@ class Exact(Task):
 
 
 def _sequence_logprobs(policy: Policy, rollout: Rollout) -> torch.Tensor:
-    parts = [score_tokens(policy, rollout[rows]).sum(dim=1) for rows in torch.arange(len(rollout)).split(2048)]
+    parts = [
+        score_tokens(policy, rollout[rows]).sum(dim=1) for rows in torch.arange(len(rollout)).split(2048)
+    ]
     return torch.cat(parts).double().cpu()

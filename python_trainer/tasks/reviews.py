@@ -1,7 +1,7 @@
-"""Real text with human ratings: movie-review snippets, each rated by about twenty people (Hutto & Gilbert, 2014).
+"""Real text with human ratings: movie-review snippets, each rated by twenty people (Hutto & Gilbert 2014).
 
-The ratings are in the source package of vaderSentiment 3.3.2 (MIT licence), not in its wheel. pip fetches that
-package once, checked against its hash; only the ratings file is taken out of it, into a cache.
+The ratings are in the source package of vaderSentiment 3.3.2 (MIT licence), not in its wheel. pip fetches it
+once, checked against its hash; only the ratings file is taken out of it, into a cache.
 """
 
 import csv
@@ -38,7 +38,7 @@ WORD = re.compile(r"[a-z0-9][a-z0-9']*|[.,!?;:]")
 
 
 class Reviews(Task):
-    """Continue the first words of a review; people's ratings are the preference, VADER the independent judge."""
+    """Continue the first words of a review; people's ratings are the preference, VADER the judge."""
 
     def __init__(self, data_path: str | None = None) -> None:
         rated = read_ratings(Path(data_path) if data_path else fetch_ratings())
@@ -55,7 +55,9 @@ class Reviews(Task):
             vocab_size=VOCABULARY, special_tokens=[PAD, EOS, UNKNOWN], show_progress=False
         )
         words.train_from_iterator((text for text, _ in self.train), trainer)
-        return PreTrainedTokenizerFast(tokenizer_object=words, pad_token=PAD, eos_token=EOS, unk_token=UNKNOWN)
+        return PreTrainedTokenizerFast(
+            tokenizer_object=words, pad_token=PAD, eos_token=EOS, unk_token=UNKNOWN
+        )
 
     def texts(self) -> tuple[list[str], list[str]]:
         return [text for text, _ in self.train], [text for text, _ in self.heldout]
@@ -87,7 +89,9 @@ def read_ratings(path: Path) -> list[tuple[str, float]]:
         if len(words) > PROMPT_WORDS:
             rated.append((" ".join(words), float(row[1])))
     if len(rated) < 10:
-        raise UserError(f"{path} holds {len(rated)} usable lines; expected: id, mean rating and text, tab-separated")
+        raise UserError(
+            f"{path} holds {len(rated)} usable lines; expected: id, mean rating and text, tab-separated"
+        )
     return rated
 
 

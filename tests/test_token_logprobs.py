@@ -1,0 +1,425 @@
+"""Log-probabilities and entropy of the sampled tokens: values and gradients."""
+
+import math
+
+import numpy as np
+import oracle
+import pytest
+import torch
+from helpers import (
+    INF,
+    MASK_DTYPES,
+    NAN,
+    assert_close_to_oracle,
+    bit_equal,
+    eager_entropy,
+    eager_logprobs,
+    out_dtype,
+    strided,
+)
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ppo_kernels import token_logprobs
+
+OP = "token_logprobs"
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+def make(rows, vocab, dtype=torch.float32, scale=4.0, shift=0.0, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    logits = (torch.randn(rows, vocab, generator=g) * scale + shift).clamp(-6e4, 6e4).to(dtype)
+    return logits, torch.randint(0, vocab, (rows,), generator=g)
+
+
+def noise_ceiling(logits, floor):
+    """The ceiling for |z| <= 64; beyond, the spacing of the logits themselves rules."""
+    if logits.dtype == torch.float64:
+        return 1e-11 * max(float(logits.nan_to_num(0, 0, 0).abs().max()) / 64, 1.0) if logits.numel() else 1e-11
+    finite = logits.double().masked_fill(logits.isinf() | logits.isnan(), 0.0)
+    return floor * max(float(finite.abs().max()) / 64 if logits.numel() else 1.0, 1.0)
+
+
+def check(impl, logits, labels, temperature=1.0, entropy=True, eager=True, **options):
+    """Forward and backward against the oracle, with random upstream gradients."""
+    leaf = logits.detach().clone(memory_format=torch.preserve_format).requires_grad_()
+    logp, h = token_logprobs(leaf, labels, temperature=temperature, entropy=entropy, impl=impl, **options)
+    dtype = out_dtype(logits.dtype)
+    g1, g2 = torch.randn(2, *labels.shape, dtype=torch.float64).to(dtype)
+    if entropy == "detached":
+        assert not h.requires_grad
+        torch.autograd.backward(logp, g1)
+    else:
+        torch.autograd.backward((logp, h), (g1, g2))
+    want, want_h, want_grad = oracle.token_logprobs(
+        logits,
+        labels,
+        temperature=temperature,
+        grad_logp=g1,
+        grad_entropy=None if entropy == "detached" else g2,
+        **options,
+    )
+    assert logp.dtype == h.dtype == dtype
+    assert leaf.grad.dtype == logits.dtype
+    assert leaf.grad.shape == logits.shape
+    tau = float(torch.as_tensor(temperature).min())
+    base = (eager_logprobs(logits, labels, temperature), eager_entropy(logits, temperature)) if eager else (None, None)
+    for name, got, oracle_value, e, floor in (("logp", logp, want, base[0], 5e-6), ("entropy", h, want_h, base[1], 1e-5)):
+        ceiling = noise_ceiling(logits, floor) / min(tau, 1.0)
+        if impl == "torch" and logits.dim() and logits.size(-1) > 10000 and dtype == torch.float32:
+            ceiling *= 100  # eager log_softmax misses the ceilings here: the second bound below is the one that holds
+        if e is not None:
+            e = torch.where(torch.isnan(torch.as_tensor(oracle_value)), NAN, e.double())
+        assert_close_to_oracle(got.detach(), oracle_value, ceiling=ceiling, what=name)
+        if e is not None and got.numel():
+            slack = 3e-7 if name == "logp" and dtype == torch.float32 else 2e-6 if dtype == torch.float32 else 1e-13
+            within = np.nanmax(np.abs(e.numpy() - oracle_value), initial=0.0, where=np.isfinite(oracle_value))
+            assert_close_to_oracle(got.detach(), oracle_value, ceiling=2 * within + slack * max(1.0, ceiling / floor), what=name)
+    size = max(float(np.abs(want_grad[np.isfinite(want_grad)]).max(initial=0.0)), 1e-30)
+    fraction = {torch.float64: 1e-10, torch.float32: 2e-5}.get(logits.dtype, 2e-5 + torch.finfo(logits.dtype).eps)
+    least = torch.finfo(logits.dtype).smallest_normal
+    ceiling = (fraction * ceiling / floor if logits.dtype != torch.float64 else fraction) + least / size
+    assert_close_to_oracle(leaf.grad, want_grad, ceiling=ceiling, scale=size, what="gradient")
+    assert not (logp > 0).any(), "a probability above 1"
+    return logp.detach(), h.detach(), leaf.grad
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("vocab", [1, 2, 3, 7, 31, 64, 127, 128, 129, 1000, 1023, 1025, 4097, 50257])
+def test_matches_the_oracle(impl, vocab, dtype):
+    check(impl, *make(3 if vocab > 40000 else 7, vocab, dtype))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_vocabulary_of_151936(impl, dtype):
+    check(impl, *make(2, 151936, dtype))
+
+
+@pytest.mark.parametrize("vocab", [50257, 256000])
+def test_kernels_hold_the_ceilings_at_64_nats(require_impl, vocab):
+    """Ceilings alone, and for kernels alone: at these sizes the eager error is far above them."""
+    impl = require_impl(OP, "cpu")
+    logits = torch.empty(2, vocab).uniform_(-64, 64)
+    logits[1] = torch.randn(vocab) * 0.01 + 60
+    labels = torch.tensor([int(logits[0].argmax()), 5])
+    logp, h = token_logprobs(logits, labels, entropy=True, impl=impl)
+    want, want_h, _ = oracle.token_logprobs(logits, labels)
+    assert_close_to_oracle(logp, want, ceiling=5e-6, what="logp")
+    assert_close_to_oracle(h, want_h, ceiling=1e-5, what="entropy")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shift", [-100.0, 100.0, -1e4, 1e4, -5e4])
+@pytest.mark.parametrize("vocab", [5, 127, 1001])
+def test_shifted_rows(impl, dtype, shift, vocab):
+    """Rows far below zero show columns that were padded with 0, and a running maximum that starts at 0."""
+    check(impl, *make(4, vocab, dtype, scale=1.0, shift=shift))
+
+
+@pytest.mark.parametrize("scale", [0.0, 1e-3, 30.0, 1e3])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_flat_and_peaked_rows(impl, scale, dtype):
+    check(impl, *make(6, 777, dtype, scale=scale))
+
+
+@pytest.mark.parametrize("temperature", [0.3, 0.7, 1.0, 1.7, 100, "tensor", "rows", "broadcast", "half"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_temperature_as_number_tensor_and_per_row(impl, temperature, dtype):
+    logits, labels = make(12, 130, dtype)
+    logits, labels = logits.view(3, 4, 130), labels.view(3, 4)
+    forms = {
+        "tensor": torch.tensor(0.7),
+        "rows": torch.rand(3, 4) + 0.4,
+        "broadcast": torch.rand(3, 1) + 0.4,
+        "half": (torch.rand(4) + 0.4).to(torch.bfloat16),
+    }
+    check(impl, logits, labels, temperature=forms.get(temperature, temperature))
+
+
+@pytest.mark.parametrize("gap", [5.0, 17.0, 20.0, 30.0, 40.0, 87.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_kernels_keep_the_digits_of_logp_near_probability_one(require_impl, gap, dtype):
+    """log p = -log1p(sum of the others), and the target's gradient is -expm1(log p); eager log_softmax says 0."""
+    impl = require_impl(OP, "cpu")
+    vocab = 33
+    logits = torch.zeros(3, vocab)
+    logits[0, 0], logits[1, 17], logits[2, vocab - 1] = gap, gap, gap
+    logits = (logits - torch.tensor([[0.0], [50.0], [-50.0]])).to(dtype)
+    labels = torch.tensor([0, 17, vocab - 1])
+    leaf = logits.clone().requires_grad_()
+    logp = token_logprobs(leaf, labels, impl=impl)
+    logp.sum().backward()
+    want, _, want_grad = oracle.token_logprobs(logits, labels)
+    np.testing.assert_allclose(logp.detach().double().numpy(), want, rtol=2e-6, atol=1e-44)
+    if dtype == torch.float32:
+        target = leaf.grad.gather(1, labels[:, None]).double().numpy()
+        exact = np.take_along_axis(want_grad, labels[:, None].numpy(), 1)
+        np.testing.assert_allclose(target, exact, rtol=1e-5, atol=1e-44)
+        np.testing.assert_allclose(leaf.grad.double().numpy(), want_grad, rtol=1e-5, atol=1e-37)
+
+
+def minus_infinity_rows(vocab, dtype):
+    """Leading, trailing and middle blocks, all but one, all but two, and every other column at -inf."""
+    logits, _ = make(8, vocab, dtype)
+    keep = torch.zeros(8, vocab, dtype=torch.bool)
+    keep[0, vocab // 2 :] = keep[1, : vocab // 2] = keep[2, : vocab // 4] = keep[2, -vocab // 4 :] = True
+    keep[3, vocab // 2] = keep[4, [0, -1]] = keep[5, ::2] = keep[6, -1] = keep[7, 0] = True
+    logits[~keep] = -INF
+    return logits, keep.float().argmax(-1)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("vocab", [8, 64, 1000, 5000, 16384])
+@pytest.mark.parametrize("entropy", [True, "detached"])
+def test_minus_infinity_anywhere(impl, vocab, dtype, entropy):
+    logits, labels = minus_infinity_rows(vocab, dtype)
+    logp, h, grad = check(impl, logits, labels, entropy=entropy)
+    assert logp.isfinite().all()
+    assert (h >= -1e-6).all()
+    assert not grad[logits == -INF].any()
+    assert logp[[3, 6, 7]].tolist() == [0.0] * 3, "certain tokens"
+
+
+def test_a_label_at_minus_infinity_has_logp_minus_infinity(impl):
+    logits, labels = make(3, 40)
+    logits[1, labels[1]] = -INF
+    logp, h, _ = check(impl, logits, labels, eager=False)
+    assert logp[1] == -INF
+    assert h.isfinite().all()
+
+
+@pytest.mark.parametrize("poison", ["all -inf", INF, NAN])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("at_label", [False, True])
+def test_a_row_without_a_distribution_is_nan_alone(impl, poison, dtype, at_label):
+    logits, labels = make(5, 300, dtype)
+    clean = check(impl, logits, labels)
+    if poison == "all -inf":
+        logits[2] = -INF
+    else:
+        logits[2, int(labels[2]) if at_label else (int(labels[2]) + 1) % 300] = poison
+    torch.manual_seed(0)
+    logp, h, grad = check(impl, logits, labels, eager=False)
+    for got in (logp, h, grad):
+        assert got[2].isnan().all()
+    others = [0, 1, 3, 4]
+    assert bit_equal(logp[others], clean[0][others])
+    assert bit_equal(h[others], clean[1][others])
+
+
+@pytest.mark.parametrize("bad", [-1, -2, 300, 301, 2**31 - 1, -(2**31), 2**31, 2**40, -(2**62), 2**62])
+@pytest.mark.parametrize("label_dtype", [torch.int32, torch.int64])
+def test_a_label_outside_the_vocabulary_is_nan_in_its_row_alone(impl, bad, label_dtype):
+    if label_dtype == torch.int32 and not -(2**31) <= bad < 2**31:
+        bad = bad % 1000 + 1000
+    logits, labels = make(4, 300)
+    labels[1] = bad
+    logp, h, grad = check(impl, logits, labels.to(label_dtype), eager=False)
+    assert logp[1].isnan()
+    assert h[1].isnan()
+    assert grad[1].isnan().all()
+    assert logp.isnan().sum() == 1
+    assert grad.isnan().sum() == 300
+
+
+@pytest.mark.parametrize("label_dtype", [torch.int32, torch.int64])
+@pytest.mark.parametrize("ignore_index", [-100, -1, 7, 2**31 - 1])
+@pytest.mark.parametrize("junk", [NAN, INF, -INF])
+def test_ignored_rows_are_not_read(impl, label_dtype, ignore_index, junk):
+    logits, labels = make(6, 33)
+    labels[[1, 4]] = ignore_index
+    if ignore_index == 7:
+        labels[[0, 2, 3, 5]] = 8
+    logits[[1, 4]] = junk
+    logp, h, grad = check(impl, logits, labels.to(label_dtype), eager=False, ignore_index=ignore_index)
+    for got in (logp, h, grad):
+        assert not got[[1, 4]].any()
+        assert got[[0, 2, 3, 5]].any(-1).all() if got.dim() > 1 else got[[0, 2, 3, 5]].all()
+
+
+@pytest.mark.parametrize("mask_dtype", MASK_DTYPES)
+@pytest.mark.parametrize("junk", [NAN, INF, -INF, 1e30])
+def test_masked_rows_are_not_read(impl, mask_dtype, junk):
+    logits, labels = make(9, 65)
+    mask = torch.tensor([1, 0, 1, 1, 0, 0, 1, 1, 0], dtype=torch.bool)
+    torch.manual_seed(0)
+    clean = check(impl, logits, labels, mask=mask, eager=False)
+    logits[~mask], labels[~mask] = junk, 2**40
+    torch.manual_seed(0)
+    dirty = check(impl, logits, labels, mask=mask.to(mask_dtype), eager=False)
+    assert bit_equal(clean, dirty)
+    for got in dirty:
+        assert not got[~mask].any()
+
+
+@pytest.mark.parametrize("shape", [(0, 5), (0, 3, 5), (2, 0, 5), (5,), (2, 3, 4, 5), (0, 1)])
+def test_any_leading_shape_and_empty_batches(impl, shape):
+    logits = torch.randn(shape)
+    labels = torch.randint(0, shape[-1], shape[:-1])
+    logp, h, grad = check(impl, logits, labels)
+    assert logp.shape == h.shape == shape[:-1]
+    assert grad.shape == shape
+
+
+def test_all_masked_batch_gives_zeros(impl):
+    logits, labels = make(4, 9)
+    for got in check(impl, logits * NAN, labels, mask=torch.zeros(4), eager=False):
+        assert not got.any()
+
+
+VIEWS = {
+    "shifted logits[:, :-1]": lambda x: torch.cat([x, torch.full_like(x[:, :1], NAN)], 1)[:, :-1],
+    "sliced vocabulary": lambda x: torch.cat([x, torch.full_like(x[..., :3], NAN)], -1)[..., :-3],
+    "off a vector boundary": lambda x: strided(x, pad=5, offset=1),
+    "transposed leading dims": lambda x: x.transpose(0, 1).contiguous().transpose(0, 1),
+    "last stride not 1": lambda x: x.transpose(0, 2).contiguous().transpose(0, 2),
+    "every second row": lambda x: torch.stack([x, x * NAN], 2)[:, :, 0],
+}
+
+
+@pytest.mark.parametrize("view", VIEWS)
+@pytest.mark.parametrize("vocab", [7, 64, 1003])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_strides_change_no_bit(impl, view, vocab, dtype):
+    logits, labels = make(12, vocab, dtype)
+    logits, labels = logits.view(3, 4, vocab), labels.view(3, 4)
+    results = []
+    for form in (logits, VIEWS[view](logits)):
+        leaf = form.detach().requires_grad_()
+        logp, h = token_logprobs(leaf, labels, entropy=True, impl=impl)
+        (logp.sum() + 0.5 * h.sum()).backward()
+        results.append((logp.detach(), h.detach(), leaf.grad.contiguous()))
+    assert torch.equal(form.detach(), logits)
+    assert bit_equal(*results)
+
+
+@pytest.mark.parametrize("lead", [1, 2, 3, 5, 8])
+def test_every_alignment_of_rows_and_base(impl, lead):
+    for vocab in range(60, 76):
+        logits, labels = make(3, vocab, torch.bfloat16)
+        plain = token_logprobs(logits, labels, impl=impl)
+        assert bit_equal(plain, token_logprobs(strided(logits, pad=lead, offset=lead), labels, impl=impl))
+
+
+def test_expanded_logits_and_labels(impl):
+    logits, labels = make(1, 50)
+    wide, many = logits.expand(4, 50), labels.expand(4)
+    leaf = logits.clone().requires_grad_()
+    token_logprobs(leaf.expand(4, 50), many, impl=impl).sum().backward()
+    one = logits.clone().requires_grad_()
+    token_logprobs(one, labels, impl=impl).sum().backward()
+    assert bit_equal(token_logprobs(wide, many, impl=impl), token_logprobs(logits, labels, impl=impl).expand(4))
+    torch.testing.assert_close(leaf.grad, 4 * one.grad)
+
+
+UPSTREAM = {
+    "expanded": lambda n: torch.ones(()).expand(n),
+    "sliced": lambda n: torch.full((2 * n,), 1.0)[::2],
+    "reversed order": lambda n: torch.ones(n).flip(0),
+}
+
+
+@pytest.mark.parametrize("form", UPSTREAM)
+@pytest.mark.parametrize("entropy", [False, True])
+def test_strided_upstream_gradients(impl, form, entropy):
+    logits, labels = make(6, 70)
+    grads = []
+    for upstream in (torch.ones(6), UPSTREAM[form](6)):
+        leaf = logits.clone().requires_grad_()
+        out = token_logprobs(leaf, labels, entropy=entropy, impl=impl)
+        out = out if isinstance(out, tuple) else (out,)
+        torch.autograd.backward(out, tuple(upstream for _ in out))
+        grads.append(leaf.grad)
+    assert bit_equal(*grads)
+
+
+def test_upstream_gradient_of_one_output_alone(impl):
+    logits, labels = make(5, 60)
+    for weights in ((1.0, 0.0), (0.0, 1.0)):
+        leaf = logits.clone().requires_grad_()
+        logp, h = token_logprobs(leaf, labels, entropy=True, impl=impl)
+        (logp if weights[0] else h).sum().backward()
+        ones = torch.ones(5)
+        want = oracle.token_logprobs(logits, labels, grad_logp=ones * weights[0], grad_entropy=ones * weights[1])[2]
+        assert_close_to_oracle(leaf.grad, want, ceiling=1e-6, what="gradient")
+
+
+def test_entropy_modes(impl):
+    logits, labels = make(5, 60)
+    leaf = logits.clone().requires_grad_()
+    logp = token_logprobs(leaf, labels, impl=impl)
+    assert torch.is_tensor(logp)
+    with_h, h = token_logprobs(leaf, labels, entropy=True, impl=impl)
+    detached, metric = token_logprobs(leaf, labels, entropy="detached", impl=impl)
+    assert bit_equal((logp, h), (with_h, metric))
+    assert bit_equal(logp, detached)
+    assert h.requires_grad
+    assert detached.requires_grad
+    assert not metric.requires_grad
+
+
+def test_shift_invariance_and_vocabulary_permutation(impl):
+    logits, labels = make(6, 515)
+    logp, h = token_logprobs(logits, labels, entropy=True, impl=impl)
+    exact = torch.randint(-8, 8, (6, 1)).float() * 16
+    halves = (logits * 256).round() / 256
+    base, moved = (token_logprobs(x, labels, entropy=True, impl=impl) for x in (halves, halves + exact))
+    torch.testing.assert_close(moved[0], base[0], rtol=0, atol=2e-6)
+    torch.testing.assert_close(moved[1], base[1], rtol=0, atol=5e-6)
+    order = torch.randperm(515)
+    shuffled = token_logprobs(logits[:, order], order.argsort()[labels], entropy=True, impl=impl)
+    torch.testing.assert_close(shuffled[0], logp, rtol=0, atol=3e-6)
+    torch.testing.assert_close(shuffled[1], h, rtol=0, atol=5e-6)
+
+
+def test_gradients_of_a_row_sum_to_zero_and_padding_the_vocabulary_adds_nothing(impl):
+    logits, labels = make(6, 515)
+    logp, h, grad = check(impl, logits, labels)
+    assert grad.double().sum(1).abs().max() < 1e-6
+    wide = torch.cat([logits, torch.full((6, 77), -INF)], 1)
+    torch.manual_seed(0)
+    wide_logp, wide_h, wide_grad = check(impl, wide, labels)
+    torch.testing.assert_close(wide_logp, logp, rtol=0, atol=2e-6)
+    torch.testing.assert_close(wide_h, h, rtol=0, atol=4e-6)
+    assert not wide_grad[:, 515:].any()
+
+
+def test_equals_a_categorical_distribution(impl):
+    logits, labels = make(6, 97, torch.float64)
+    d = torch.distributions.Categorical(logits=logits)
+    logp, h = token_logprobs(logits, labels, entropy=True, impl=impl)
+    torch.testing.assert_close((logp, h), (d.log_prob(labels), d.entropy()), rtol=0, atol=1e-12)
+
+
+def test_uniform_and_single_word_rows_are_exact(impl):
+    logp, h = token_logprobs(torch.full((2, 1024), 3.0), torch.tensor([0, 1023]), entropy=True, impl=impl)
+    assert logp.tolist() == pytest.approx([-math.log(1024)] * 2, rel=1e-6)
+    assert h.tolist() == pytest.approx([math.log(1024)] * 2, rel=1e-6)
+    logp, h = token_logprobs(torch.tensor([[-7.0], [9.0]]), torch.tensor([0, 0]), entropy=True, impl=impl)
+    assert logp.tolist() == h.tolist() == [0.0, 0.0]
+
+
+@settings(max_examples=100, deadline=None, derandomize=True)
+@given(data=st.data())
+def test_any_batch_matches_the_oracle(require_impl, data):
+    impl = require_impl(OP, data.draw(st.sampled_from(["cpu", "torch"])))
+    rows = data.draw(st.integers(0, 4))
+    vocab = data.draw(st.one_of(st.integers(1, 9), st.integers(120, 136), st.sampled_from([1000, 1023, 2049, 4099])))
+    dtype, seed = data.draw(st.sampled_from(DTYPES)), data.draw(st.integers(0, 2**20))
+    scale, shift = data.draw(st.sampled_from([0.0, 1e-3, 1.0, 30.0])), data.draw(st.sampled_from([0.0, -100.0, 1e4]))
+    logits, labels = make(rows, vocab, dtype, scale, shift, seed)
+    g = torch.Generator().manual_seed(seed)
+    lost = torch.rand(rows, vocab, generator=g) < data.draw(st.sampled_from([0.0, 0.3, 0.99]))
+    lost.scatter_(1, labels[:, None], False)
+    logits = logits.masked_fill(lost, -INF)
+    if rows and data.draw(st.booleans()):
+        labels[0] = data.draw(st.sampled_from([-100, -1, vocab, 2**40]))
+    mask = torch.rand(rows, generator=g) < 0.8 if data.draw(st.booleans()) else None
+    check(
+        impl,
+        strided(logits, data.draw(st.integers(0, 7)), data.draw(st.integers(0, 3))),
+        labels,
+        temperature=data.draw(st.sampled_from([0.7, 1.0, 1.3])),
+        eager=False,
+        mask=mask,
+    )

@@ -1,0 +1,94 @@
+"""What is wrong is said in one line, before or instead of training."""
+
+import json
+
+import pytest
+import torch
+from python_trainer.config import UserError
+from python_trainer.models import checked
+
+from .conftest import TINY, as_options, command
+
+
+def write(folder, name, rows):
+    (folder / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def files(folder):
+    """Settings that make a model of the exact task's kind serve prompts from a folder."""
+    return {"task": "files", "data_path": str(folder)}
+
+
+@pytest.fixture
+def model(tiny, tmp_path):
+    """A saved policy with its tokenizer."""
+    from python_trainer.models import save_model
+
+    trainer = tiny()
+    save_model(trainer.actor.model, trainer.tokenizer, tmp_path / "model")
+    return str(tmp_path / "model")
+
+
+@pytest.mark.parametrize(
+    ("prompts", "message"),
+    [
+        (None, "cannot read .*prompts.jsonl"),
+        ([], "prompt set is empty"),
+        ([{"prompt": "a " * 12}], "prompt of 12 tokens and response_length 5 exceed"),
+        ([{"prompt": ""}], "has no tokens"),
+        ([{"question": "a"}], "line 1: expected a JSON object with prompt"),
+    ],
+)
+def test_bad_prompts(tiny, model, tmp_path, prompts, message):
+    if prompts is not None:
+        write(tmp_path, "prompts.jsonl", prompts)
+    with pytest.raises(UserError, match=message):
+        tiny(**files(tmp_path), sft_model_path=model)
+
+
+def test_missing_model(tiny, tmp_path):
+    with pytest.raises(UserError, match="cannot load a model from"):
+        tiny(sft_model_path=str(tmp_path / "nothing"))
+
+
+def test_missing_reward_model(tiny, model, tmp_path):
+    write(tmp_path, "prompts.jsonl", [{"prompt": "a"}, {"prompt": "b"}])
+    with pytest.raises(UserError, match="no reward model"):
+        tiny(**files(tmp_path), sft_model_path=model)
+
+
+def test_pad_equal_to_end_is_refused(tiny):
+    tokenizer = tiny().tokenizer
+    tokenizer.pad_token = tokenizer.eos_token
+    with pytest.raises(UserError, match="pad and end token are both"):
+        checked(tokenizer)
+
+
+def test_nan_reward_stops_before_the_weights(tiny):
+    trainer = tiny()
+    trainer.judge = lambda rollout: torch.full((len(rollout),), float("nan"))
+    before = [p.clone() for p in trainer.actor.module.parameters()]
+    with pytest.raises(UserError, match="score of 16 of 16 responses is not finite"):
+        trainer.step()
+    assert all(torch.equal(a, b) for a, b in zip(before, trainer.actor.module.parameters(), strict=True))
+
+
+def test_run_stops_after_too_many_skipped_updates(tiny, monkeypatch):
+    trainer = tiny(max_skipped_steps=2, total_steps=5)
+    plain = trainer.algorithm.policy_loss
+
+    def poisoned(*arguments):
+        loss, stats = plain(*arguments)
+        return loss * float("nan"), stats
+
+    monkeypatch.setattr(trainer.algorithm, "policy_loss", poisoned)
+    with pytest.raises(UserError, match="2 updates had a non-finite"):
+        trainer.train()
+
+
+def test_command_says_it_in_one_line(tmp_path):
+    result = command("train", *as_options(TINY | {"output_dir": tmp_path, "kl_coeff": 1}))
+    assert result.returncode == 1
+    assert result.stderr.splitlines()[-1] == "error: unknown setting 'kl_coeff'; did you mean 'kl_coef'?"
+    assert "Traceback" not in result.stderr
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,102 @@
+"""What one step must be: on-policy at its start, blind to padding and to how the batch is cut."""
+
+import pytest
+import torch
+from python_trainer.experience import score_tokens
+from python_trainer.models import Trainable
+from python_trainer.rollout import InverseCdf, Rollout, left_pad
+
+
+def weights(trainer) -> torch.Tensor:
+    return torch.cat([p.detach().flatten().double() for m in trainer.trained.values() for p in m.module.parameters()])
+
+
+def test_first_update_is_on_policy(tiny):
+    """One epoch in one minibatch: every ratio of the step is that of the sampling policy."""
+    row = tiny().step()
+    assert row["val/ratio"] == pytest.approx(1, abs=1e-6)
+    assert row["val/ratio_var"] == pytest.approx(0, abs=1e-10)
+    assert row["policy/clipfrac_avg"] == 0
+    assert row["policy/approxkl_avg"] == pytest.approx(0, abs=1e-10)
+    assert row["objective/kl"] == 0
+    assert row["loss/policy_avg"] == pytest.approx(0, abs=1e-6)  # minus the mean of whitened advantages
+
+
+def test_a_policy_that_changed_before_its_first_update_is_noticed(tiny):
+    trainer = tiny()
+    experience = trainer.rollout()
+    with torch.no_grad():
+        next(trainer.actor.module.parameters()).mul_(1.1)
+    with pytest.raises(RuntimeError, match="log-ratio is off"):
+        trainer.update(experience)
+
+
+@pytest.mark.parametrize("micro", [2, 16])
+def test_step_does_not_depend_on_the_micro_batch(tiny, micro):
+    one, other = tiny(num_mini_batches=2), tiny(num_mini_batches=2, per_device_train_batch_size=micro)
+    for _ in range(2):
+        one.step(), other.step()
+    torch.testing.assert_close(weights(one), weights(other), atol=1e-6, rtol=0)
+
+
+def test_same_step_with_reference_ops_and_with_the_chosen_ones(tiny):
+    plain, fused = tiny(ops_impl="torch"), tiny(ops_impl="auto")
+    for _ in range(3):
+        rows = plain.step(), fused.step()
+        for name in ("loss/policy_avg", "loss/value_avg", "objective/kl", "policy/entropy_avg"):
+            assert rows[0][name] == pytest.approx(rows[1][name], abs=2e-6), name
+    torch.testing.assert_close(weights(plain), weights(fused), atol=2e-6, rtol=0)
+
+
+def test_left_padding_changes_no_score(tiny):
+    trainer = tiny()
+    prompts = [[2, 3, 4], [5]]
+    responses = torch.tensor([[2, 3, 1, 0, 0], [3, 2, 4, 5, 6]])
+    together = Rollout.of(*left_pad(prompts, 0), responses, 1)
+    padded = score_tokens(trainer.reference, together)
+    for row, prompt in enumerate(prompts):
+        alone = Rollout.of(*left_pad([prompt], 0), responses[row : row + 1], 1)
+        torch.testing.assert_close(padded[row : row + 1], score_tokens(trainer.reference, alone), atol=1e-6, rtol=0)
+    assert padded[0, 3:].eq(0).all()
+    assert padded[0, 2] != 0  # the end token is inside the mask
+
+
+def test_sampling_follows_the_softmax():
+    logits = torch.tensor([1.0, -1.0, float("-inf"), 0.5])
+    uniforms = (torch.arange(20_000, dtype=torch.float64)[:, None] + 0.5) / 20_000
+    for temperature in (0.5, 1.0):
+        drawn = InverseCdf(uniforms, 3, temperature)(torch.zeros(20_000, 3), logits.expand(20_000, -1)).argmax(1)
+        share = torch.bincount(drawn, minlength=4) / 20_000
+        torch.testing.assert_close(share, (logits / temperature).softmax(0), atol=1e-4, rtol=0)
+
+
+def test_samples_are_those_of_the_scored_distribution(tiny):
+    """Mean log-probability of samples equals minus the entropy, at a temperature that is not 1."""
+    trainer = tiny(batch_size=2048, temperature=0.7, per_device_train_batch_size=2048)
+    row = trainer.step()
+    tokens = 2048 * row["val/response_length"]
+    assert row["objective/entropy"] * 2048 / tokens == pytest.approx(row["policy/entropy_avg"], abs=0.03)
+
+
+def test_missing_end_is_penalised(tiny):
+    plain, strict = tiny().rollout(), tiny(missing_eos_penalty=1.0).rollout()
+    ended = plain.rollout.ended(1)
+    assert ended.any()
+    assert not ended.all()
+    torch.testing.assert_close(plain.scores - strict.scores, (~ended).float())
+
+
+def test_non_finite_gradient_never_reaches_the_weights(tiny):
+    trainer = tiny()
+    before = weights(trainer)
+    model: Trainable = trainer.trained["actor"]
+    inputs = {"input_ids": torch.tensor([[2, 3]])}
+    for bad in (float("nan"), float("inf")):
+        model.backward(model(**inputs).logits.sum() * bad)
+        model.step()
+    assert model.skipped == 2
+    assert torch.equal(weights(trainer), before)
+    model.backward(model(**inputs).logits.sum())
+    model.step()
+    assert model.skipped == 2
+    assert not torch.equal(weights(trainer), before)
