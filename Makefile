@@ -5,7 +5,8 @@
 #   VENV=none                        use $(PYTHON) as it is: install nothing, only build the extension in place
 PYTHON ?= python3
 VENV ?= .venv
-TORCH ?= torch==2.13.0
+PINNED_TORCH := $(shell grep "^torch==" constraints.txt)
+TORCH ?= $(PINNED_TORCH)
 PIP_ARGS ?=
 DEMO_CONFIG ?= python_trainer/configs/reviews_cpu.yaml
 ARGS ?=
@@ -37,7 +38,7 @@ else
 BIN := $(VENV)/bin/
 RUN := $(VENV)/bin/python
 STATE := $(VENV)
-INSTALLED := $(VENV)/.installed-$(subst =,-,$(TORCH))
+INSTALLED := $(VENV)/.installed-$(shell echo "$(TORCH)" | cksum | cut -d " " -f 1)
 PIP := $(RUN) -m pip --disable-pip-version-check install --quiet --constraint $(VENV)/constraints.txt $(PIP_ARGS)
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
@@ -45,7 +46,7 @@ $(INSTALLED): constraints.txt pyproject.toml
 	@PYTHON="$(PYTHON)" .ci/preflight
 	@rm -f $(VENV)/.installed-* && test -x $(RUN) || $(PYTHON) -m venv $(VENV)
 	@cp constraints.txt $(VENV)/constraints.txt
-	@test "$(TORCH)" = "torch==2.13.0" || sed -i.all -e '/^torch==/d' -e '/^triton==/d' $(VENV)/constraints.txt
+	@test "$(TORCH)" = "$(PINNED_TORCH)" || sed -i.all -e '/^torch==/d' -e '/^triton==/d' $(VENV)/constraints.txt
 	@echo "Setting up $(VENV), once: $(TORCH) and its libraries (the large download)"
 	@$(PIP) "$(TORCH)"
 	@echo "Setting up $(VENV), once: build tools, then DeepSpeed, transformers and the test tools (about a minute)"
@@ -54,11 +55,14 @@ $(INSTALLED): constraints.txt pyproject.toml
 	@touch $@
 endif
 
-setup: $(INSTALLED)
-build: $(STATE)/.built
+BUILT := $(STATE)/.built-$(PPO_KERNELS_CUDA)-$(PPO_KERNELS_SANITIZE)
 
-$(STATE)/.built: $(INSTALLED) $(SOURCES)
+setup: $(INSTALLED)
+build: $(BUILT)
+
+$(BUILT): $(INSTALLED) $(SOURCES)
 	@echo "Building the extension"
+	@rm -f $(STATE)/.built-*
 	@$(RUN) setup.py --quiet build_ext --inplace
 	@touch $@
 
@@ -74,7 +78,8 @@ bench: build
 lint: setup
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
-	find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' | xargs $(BIN)clang-format --dry-run -Werror
+	find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' | \
+	  xargs $(BIN)clang-format --dry-run -Werror
 	$(RUN) -m mypy ppo_kernels python_trainer
 
 env: build

@@ -72,7 +72,7 @@ def _why_not(op: str, impl: str, device_type: str) -> str:
     if impl not in NAMES:
         return f"is not one of {NAMES}"
     if impl not in PREFERENCE.get(device_type, ("torch",)):
-        return f"does not serve {device_type} tensors; move the inputs or use impl=\"auto\""
+        return f'does not serve {device_type} tensors; move the inputs or use impl="auto"'
     if impl == "triton":
         return "has no kernel for this op here"
     error = _native.CPU_ERROR if impl == "cpu" else _native.CUDA_ERROR

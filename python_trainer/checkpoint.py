@@ -161,8 +161,9 @@ def _load_without_code(model: Trainable, folder: str, tag: str) -> None:
             with torch.serialization.safe_globals([fragment_address, LossScaler, ZeroStageEnum]):
                 return torch.load(path, map_location=map_location, weights_only=True)
 
-    model.engine.checkpoint_engine = WeightsOnly()
+    own, model.engine.checkpoint_engine = model.engine.checkpoint_engine, WeightsOnly()
     path, _ = model.engine.load_checkpoint(folder, tag=tag)
+    model.engine.checkpoint_engine = own
     if path is None:
         raise UserError(f"{folder} holds no state for {tag}")
 

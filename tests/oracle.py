@@ -331,9 +331,8 @@ def token_logprobs(
     z = np.array(logits.detach().double().reshape(-1, vocab).numpy())
     y = [int(v) for v in labels.reshape(-1).tolist()]
     valid = bools(mask, labels)
-    taus = [float(temperature)] * len(y)
-    if hasattr(temperature, "shape"):
-        taus = floats(temperature.expand(labels.shape))
+    per_row = hasattr(temperature, "expand")
+    taus = floats(temperature.expand(labels.shape)) if per_row else [float(temperature)] * len(y)
     g1 = [1.0] * len(y) if grad_logp is None else floats(grad_logp)
     g2 = [0.0] * len(y) if grad_entropy is None else floats(grad_entropy)
     logp, entropy, grad = np.zeros(len(y)), np.zeros(len(y)), np.zeros_like(z)

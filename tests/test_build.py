@@ -27,7 +27,12 @@ def run(*command: object, cwd: Path, ok: bool = True, **env: str) -> subprocess.
     inherited = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "PPO_KERNELS_CUDA")}
     inherited["PATH"] = sysconfig.get_path("scripts") + os.pathsep + inherited["PATH"]
     done = subprocess.run(
-        [str(part) for part in command], cwd=cwd, env={**inherited, **env}, capture_output=True, text=True
+        [str(part) for part in command],
+        cwd=cwd,
+        env={**inherited, **env},
+        capture_output=True,
+        text=True,
+        timeout=600,
     )
     if ok:
         assert done.returncode == 0, f"{command} failed:\n{done.stdout}\n{done.stderr}"

@@ -1,9 +1,9 @@
 """The functions of ``trl.trainer.utils`` (TRL 1.16), with its names and arguments.
 
-    import trl.trainer.grpo_trainer as grpo_trainer
-    from ppo_kernels.integrations import trl as fused
+import trl.trainer.grpo_trainer as grpo_trainer
+from ppo_kernels.integrations import trl as fused
 
-    grpo_trainer.selective_log_softmax = fused.selective_log_softmax
+grpo_trainer.selective_log_softmax = fused.selective_log_softmax
 """
 
 from __future__ import annotations

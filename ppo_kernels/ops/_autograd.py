@@ -17,6 +17,11 @@ def refuse_double_backward(op: str) -> None:
         raise RuntimeError(f"{op}: differentiating twice is not supported; call backward without create_graph=True")
 
 
+def fake_loss(x: Tensor, stats: int, grad: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The outputs of a loss kernel, for tracing: loss, stats, gradient, 1 / normalizer."""
+    return x.new_empty(()), x.new_empty(stats), x.new_empty(x.shape if grad else 0), x.new_empty(())
+
+
 class ScaledGradient(torch.autograd.Function):
     """A scalar loss whose kernel already wrote d(loss * normalizer)/dx: backward only scales it, on the device."""
 

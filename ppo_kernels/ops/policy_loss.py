@@ -5,16 +5,14 @@ from __future__ import annotations
 from torch import Tensor
 
 from ppo_kernels import backends, reference
-from ppo_kernels.ops._autograd import ScaledGradient
+from ppo_kernels.ops._autograd import ScaledGradient, fake_loss
 from ppo_kernels.ops._inputs import Tokens, bound, check_choice, check_floating, check_number
 from ppo_kernels.reference.kl_rewards import KL_ESTIMATORS
 from ppo_kernels.reference.policy_loss import PolicyStats
 
 
 def _fake(logprobs, *inputs_and_options):
-    grad = inputs_and_options[-1]
-    stats = logprobs.new_empty(len(PolicyStats._fields))
-    return logprobs.new_empty(()), stats, logprobs.new_empty(logprobs.shape if grad else 0), logprobs.new_empty(())
+    return fake_loss(logprobs, len(PolicyStats._fields), grad=inputs_and_options[-1])
 
 
 backends.declare(

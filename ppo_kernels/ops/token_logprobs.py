@@ -200,9 +200,7 @@ def _check_overwritable(logits: Tensor) -> None:
         raise ValueError("token_logprobs: inplace_backward=True needs logits with a last stride of 1")
 
 
-def _validate(
-    logits: Tensor, labels: Tensor, mask: Tensor | None, rows: Tensor | None, ignore_index: int
-) -> None:
+def _validate(logits: Tensor, labels: Tensor, mask: Tensor | None, rows: Tensor | None, ignore_index: int) -> None:
     live = labels != ignore_index
     if mask is not None:
         live = live & (mask != 0)

@@ -109,17 +109,13 @@ def whiten(
     impl = backends.choose("whiten", impl, x.device.type, x.dtype)
     if impl == "torch":
         backends.count_torch_call("whiten")
-        return reference.whiten(
-            x, mask, shift_mean=shift_mean, unbiased=unbiased, eps=eps, statistics=statistics
-        )
+        return reference.whiten(x, mask, shift_mean=shift_mean, unbiased=unbiased, eps=eps, statistics=statistics)
     return backends.kernel("whiten", impl)(
         x, mask, *(statistics or (None, None, None)), bool(shift_mean), bool(unbiased), eps
     )
 
 
-def _shared_moments(
-    x: Tensor, mask: Tensor | None, group: ProcessGroup, impl: str
-) -> tuple[Tensor, Tensor, Tensor]:
+def _shared_moments(x: Tensor, mask: Tensor | None, group: ProcessGroup, impl: str) -> tuple[Tensor, Tensor, Tensor]:
     mine = torch.stack(moments(x, mask, impl=impl))
     parts = [torch.empty_like(mine) for _ in range(torch.distributed.get_world_size(group))]
     torch.distributed.all_gather(parts, mine, group=group)

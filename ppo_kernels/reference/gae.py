@@ -5,7 +5,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ppo_kernels.reference.rows import Rows, compute_dtype, find_rows, last_valid, select, valid_tokens
+from ppo_kernels.reference.rows import (
+    Rows,
+    compute_dtype,
+    find_rows,
+    last_valid,
+    select,
+    spread,
+    valid_tokens,
+)
 
 INTERIORS = ("carry", "decay", "ignore")
 
@@ -29,15 +37,15 @@ def gae(
     if tokens == 0 or rows.count == 0:
         return torch.zeros_like(rewards, dtype=dtype), torch.zeros_like(rewards, dtype=dtype)
     position = torch.arange(tokens, device=valid.device)
-    until_last = rows.owned & (position <= last_valid(valid, rows)[rows.row])
+    until_last = rows.owned & (position <= spread(last_valid(valid, rows), rows))
     live = valid if interior == "carry" else until_last
     read = until_last if interior == "ignore" else valid
     # A float32 carry misses the error bound at gamma * lam = 1 and large T.
     r, v = select(rewards, read, torch.float64), select(values, read, torch.float64)
     boot = torch.zeros((), dtype=torch.float64, device=v.device)
     if bootstrap_value is not None:
-        boot = bootstrap_value.to(torch.float64)[rows.row]
-    lam_t = lam.to(torch.float64)[rows.row] if isinstance(lam, Tensor) else torch.full_like(v, lam)
+        boot = spread(bootstrap_value.to(torch.float64), rows)
+    lam_t = spread(lam.to(torch.float64), rows) if isinstance(lam, Tensor) else torch.full_like(v, lam)
 
     following = _next_live(live)
     same_row = (following < tokens) & (rows.row[following.clamp(max=tokens - 1)] == rows.row)
@@ -59,8 +67,8 @@ def _next_live(live: Tensor) -> Tensor:
 
 def _reverse_affine_scan(a: Tensor, b: Tensor, rows: Rows) -> Tensor:
     """``y_t = b_t + a_t y_{t+1}`` within each row, by doubling: log2(longest row) vectorised steps."""
-    step = 1
-    while step < min(rows.longest, b.numel()):
+    step, longest = 1, b.numel() if rows.length is None else rows.length
+    while step < longest:
         joined = rows.row[step:] == rows.row[:-step]
         b_next = torch.where(joined, a[:-step] * b[step:], 0.0)
         a_next = torch.where(joined, a[step:], 0.0)

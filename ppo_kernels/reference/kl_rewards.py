@@ -8,10 +8,10 @@ from torch import Tensor
 from ppo_kernels.reference.rows import (
     compute_dtype,
     find_rows,
-    first_owned,
     last_valid,
     row_sum,
     select,
+    spread,
     valid_tokens,
 )
 
@@ -59,15 +59,10 @@ def kl_rewards(
     logp, ref = select(logprobs, valid, dtype), select(ref_logprobs, valid, dtype)
     k = torch.where(valid, kl_estimate(logp, ref, kl_estimator, kl_log_clamp, kl_clamp), 0.0)
 
-    position = torch.arange(valid.numel(), device=valid.device)
-    if score_index is None:
-        at = last_valid(valid, rows)
-    else:
-        lengths = row_sum(rows.owned.to(torch.int64), rows)
-        first = first_owned(rows)
-        placed = (score_index >= 0) & (score_index < lengths) & (row_sum(valid.to(torch.int64), rows) > 0)
-        at = torch.where(placed, first + score_index, -1)
-    score = clamp(scores.to(dtype), score_clip)
-    here = rows.owned & (position == at[rows.row]) if rows.count else rows.owned
-    bonus = torch.where(here, score[rows.row], 0.0) if rows.count else torch.zeros_like(k)
+    at = last_valid(valid, rows)
+    if score_index is not None:
+        inside = (score_index >= 0) & (score_index < rows.end - rows.start)
+        at = torch.where(inside & (at >= 0), rows.start + score_index, -1)
+    here = rows.owned & (torch.arange(valid.numel(), device=valid.device) == spread(at, rows))
+    bonus = torch.where(here, spread(clamp(scores.to(dtype), score_clip), rows), 0.0)
     return (bonus - kl_coef * k).reshape(logprobs.shape), row_sum(k, rows)

@@ -13,28 +13,33 @@ class Rows(NamedTuple):
 
     row: Tensor  # [N] int64, clamped to [0, B)
     owned: Tensor  # [N] bool
-    count: int  # B
-    longest: int  # an upper bound of the row length
+    start: Tensor  # [B] int64, flat position of the first token
+    end: Tensor  # [B] int64, one past the last token
+    length: int | None  # of every row if padded, None if packed
+
+    @property
+    def count(self) -> int:
+        return self.start.numel()
 
 
 def compute_dtype(*tensors: Tensor | None) -> torch.dtype:
     """float64 if any of the tensors is float64, else float32."""
-    return (
-        torch.float64 if any(t is not None and t.dtype == torch.float64 for t in tensors) else torch.float32
-    )
+    return torch.float64 if any(t is not None and t.dtype == torch.float64 for t in tensors) else torch.float32
 
 
 def find_rows(x: Tensor, cu_seqlens: Tensor | None) -> Rows:
     if cu_seqlens is None:
         batch, length = x.shape
         row = torch.arange(batch, device=x.device).repeat_interleave(length)
-        return Rows(row, torch.ones_like(row, dtype=torch.bool), batch, length)
-    tokens, batch = x.numel(), cu_seqlens.numel() - 1
-    position = torch.arange(tokens, device=x.device)
-    ends = cu_seqlens[1:].to(torch.int64).cummax(0).values
-    row = torch.searchsorted(ends, position, right=True)
-    owned = (row < batch) & (position >= cu_seqlens[0])
-    return Rows(row.clamp(max=max(batch - 1, 0)), owned, batch, tokens)
+        start = torch.arange(batch, device=x.device) * length
+        return Rows(row, torch.ones_like(row, dtype=torch.bool), start, start + length, length)
+    # Forced into order and into [0, N], so that no value can make two rows overlap or leave the tensor.
+    bounds = cu_seqlens.to(torch.int64).clamp(0, x.numel()).cummax(0).values
+    position = torch.arange(x.numel(), device=x.device)
+    row = torch.searchsorted(bounds[1:].contiguous(), position, right=True)
+    batch = cu_seqlens.numel() - 1
+    owned = (row < batch) & (position >= bounds[0])
+    return Rows(row.clamp(max=max(batch - 1, 0)), owned, bounds[:-1], bounds[1:], None)
 
 
 def valid_tokens(x: Tensor, mask: Tensor | None, rows: Rows) -> Tensor:
@@ -45,29 +50,34 @@ def select(x: Tensor, valid: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.where(valid, x.reshape(-1).to(dtype), 0.0)
 
 
+def spread(x: Tensor, rows: Rows) -> Tensor:
+    """One value per row, ``[B]``, as one per token."""
+    return x[rows.row] if rows.count else x.new_zeros(rows.row.shape)
+
+
 def per_token(x: Tensor, like: Tensor, rows: Rows, dtype: torch.dtype) -> Tensor:
     """Flatten a token-level tensor, or spread a ``[B]`` or ``[B, 1]`` one over the tokens of its rows."""
-    if x.shape == like.shape:
-        return x.reshape(-1).to(dtype)
-    return x.reshape(-1).to(dtype)[rows.row]
+    x, token_level = x.to(dtype), x.shape == like.shape
+    return x.reshape(-1) if token_level else spread(x.reshape(-1), rows)
 
 
 def row_sum(x: Tensor, rows: Rows) -> Tensor:
-    return x.new_zeros(rows.count).index_add(0, rows.row, x)
+    """``[B]``: sums of a floating flat tensor over the tokens of each row, in an order that does not vary."""
+    if rows.length is not None:
+        return x.reshape(rows.count, rows.length).sum(1)
+    if rows.count == 0:
+        return x.new_zeros(0)
+    return torch.segment_reduce(x, "sum", lengths=rows.end - rows.start, unsafe=True, initial=0.0)
 
 
 def last_valid(valid: Tensor, rows: Rows) -> Tensor:
     """``[B]``: flat position of each row's last valid token, -1 where it has none."""
     position = torch.where(valid, torch.arange(valid.numel(), device=valid.device), -1)
+    if rows.length is not None:
+        position = torch.nn.functional.pad(position.reshape(rows.count, rows.length), (0, 1), value=-1)
+        return position.amax(1)
     last = torch.full((rows.count,), -1, dtype=torch.int64, device=valid.device)
-    return last.scatter_reduce(0, rows.row, position, "amax")
-
-
-def first_owned(rows: Rows) -> Tensor:
-    tokens = rows.row.numel()
-    position = torch.where(rows.owned, torch.arange(tokens, device=rows.row.device), tokens)
-    first = torch.full((rows.count,), tokens, dtype=torch.int64, device=rows.row.device)
-    return first.scatter_reduce(0, rows.row, position, "amin")
+    return last.scatter_reduce(0, rows.row, position, "amax") if rows.count else last
 
 
 def reduce_loss(
@@ -76,7 +86,7 @@ def reduce_loss(
     """``sum(valid * row_weight * loss) / normalizer`` (0 if the normalizer is 0), and the valid-token count."""
     count = valid.sum().to(loss.dtype)
     if row_weight is not None:
-        loss = loss * row_weight.detach().to(loss.dtype)[rows.row]
+        loss = loss * spread(row_weight.detach().to(loss.dtype), rows)
     total = torch.where(valid, loss, 0.0).sum()
     scale = count if normalizer is None else torch.as_tensor(normalizer, dtype=loss.dtype, device=loss.device)
     return total * torch.where(scale == 0, 0.0, 1.0 / scale), count

@@ -2,23 +2,32 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
 from python_trainer import checkpoint
-from python_trainer.config import UserError
+from python_trainer.config import PPOConfig, UserError
+from python_trainer.loop import Trainer
 from safetensors.torch import load_file
 
-from .conftest import metric_rows
+from .conftest import TINY, metric_rows
 
 FOUR = {"total_steps": 4, "num_ppo_epochs": 2, "num_mini_batches": 2, "save_steps": 2}
 
 
-@pytest.fixture
-def finished(tiny, tmp_path):
+@pytest.fixture(scope="module")
+def original(tmp_path_factory):
     """A run of four steps with checkpoints after two and four."""
-    tiny(**FOUR).train()
-    return tmp_path / "run"
+    folder = tmp_path_factory.mktemp("original") / "run"
+    Trainer(PPOConfig(**TINY | FOUR | {"output_dir": str(folder)})).train()
+    return folder
+
+
+@pytest.fixture
+def finished(original, tmp_path):
+    """A copy of it, to be damaged."""
+    return Path(shutil.copytree(original, tmp_path / "run"))
 
 
 @pytest.mark.parametrize("stage", [0, 2])
@@ -87,7 +96,7 @@ def test_a_crash_while_saving_leaves_the_last_checkpoint(finished, tiny, monkeyp
     trainer = tiny(**FOUR, resume_from_checkpoint="latest")
     folder = finished / "train" / "checkpoints"
 
-    def crash(*_):
+    def crash(*_, **__):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(torch, "save", crash)

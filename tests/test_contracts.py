@@ -1,0 +1,257 @@
+"""What every op promises to PyTorch: gradients, tracing, determinism, dtypes, and that it leaves its inputs alone."""
+
+import cases
+import pytest
+import torch
+from cases import DIFFERENTIABLE, NAMES, run
+from helpers import bit_equal
+
+import ppo_kernels as pk
+from ppo_kernels import backends
+
+
+@pytest.fixture(params=["cpu", "torch"])
+def impl_of(request, require_impl):
+    """``impl_of(case name)``: one of the implementations, which must be there."""
+    return lambda name: require_impl(name.partition(":")[0], request.param)
+
+
+@pytest.mark.parametrize("name", DIFFERENTIABLE)
+def test_gradcheck(impl_of, name):
+    impl, case = impl_of(name), cases.make(name, torch.float64, batch=3, length=5)
+
+    def fn(x):
+        out = case.call(case.tensors | {case.leaf: x}, impl)
+        return tuple(y for y in out if y.requires_grad)
+
+    assert torch.autograd.gradcheck(fn, case.tensors[case.leaf].clone().requires_grad_(), fast_mode=True)
+
+
+@pytest.mark.parametrize("name", ["policy_loss", "value_loss"])
+@pytest.mark.parametrize("without", ["mask", "row_weight", "normalizer", "weights"])
+def test_gradcheck_without_an_optional_input(impl_of, name, without):
+    impl, case = impl_of(name), cases.make(name, torch.float64, batch=3, length=5, seed=3)
+    tensors = {k: v for k, v in case.tensors.items() if k != without}
+    leaf = tensors[case.leaf].clone().requires_grad_()
+    assert torch.autograd.gradcheck(lambda x: case.call(tensors | {case.leaf: x}, impl)[0], leaf, fast_mode=True)
+
+
+@pytest.mark.parametrize("name", DIFFERENTIABLE)
+def test_double_backward_raises(impl_of, name):
+    impl, case = impl_of(name), cases.make(name, torch.float64, batch=2, length=4)
+    leaf = case.tensors[case.leaf].clone().requires_grad_()
+    out = case.call(case.tensors | {case.leaf: leaf}, impl)
+    with pytest.raises(RuntimeError, match="twice|double|second"):
+        (grad,) = torch.autograd.grad(out[0].sum(), leaf, create_graph=True)
+        grad.square().sum().backward()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_outputs_require_grad_only_where_the_op_is_differentiable(impl_of, name):
+    case = cases.make(name)
+    tensors = {k: x.requires_grad_() if x.is_floating_point() else x for k, x in case.tensors.items()}
+    flags = [x.requires_grad for x in case.call(tensors, impl_of(name))]
+    differentiable = 2 if name == "token_logprobs:entropy" else int(case.leaf is not None)
+    assert flags == [i < differentiable for i in range(len(flags))]
+    with torch.no_grad():
+        assert not any(x.requires_grad for x in case.call(tensors, impl_of(name)))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_no_grad_inference_mode_and_training_give_the_same_bits(impl_of, name):
+    impl, case = impl_of(name), cases.make(name)
+    with torch.no_grad():
+        plain = case.call(case.tensors, impl)
+    with torch.inference_mode():
+        assert bit_equal(case.call(case.tensors, impl), plain)
+    assert bit_equal(run(case, impl)[: len(plain)], plain)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_inputs_are_never_mutated(impl_of, name):
+    case = cases.make(name)
+    copies = {k: x.clone() for k, x in case.tensors.items()}
+    versions = {k: x._version for k, x in case.tensors.items()}
+    leaf = case.tensors[case.leaf].requires_grad_() if case.leaf else None
+    out = case.call(case.tensors, impl_of(name))
+    if leaf is not None:
+        out[0].sum().backward()
+    for k, x in case.tensors.items():
+        assert bit_equal(x.detach(), copies[k]), k
+        assert x._version == versions[k], k
+    pointers = {x.data_ptr() for x in case.tensors.values()}
+    assert not pointers & {x.data_ptr() for x in out}, "an output is an input"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_runs_repeat_bit_by_bit(impl_of, name):
+    impl, case = impl_of(name), cases.make(name, batch=7, length=130)
+    first = run(case, impl)
+    for _ in range(20):
+        assert bit_equal(run(case, impl), first)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_one_and_two_threads_give_the_same_bits(require_impl, name, dtype):
+    impl = require_impl(name.partition(":")[0], "cpu")
+    small = name.startswith("token_logprobs")
+    case = cases.make(name, dtype, batch=32, length=96 if small else 1100)
+    before, results = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            results.append(run(case, impl))
+    finally:
+        torch.set_num_threads(before)
+    assert bit_equal(results[0], results[1])
+    assert bit_equal(results[0], results[2])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("vocab", [33, 5000])
+def test_a_row_of_token_logprobs_does_not_depend_on_its_neighbours(require_impl, dtype, vocab):
+    impl = require_impl("token_logprobs", "cpu")
+    logits, labels = torch.randn(9, vocab).to(dtype), torch.randint(0, vocab, (9,))
+    whole = run(_logprob_case(logits, labels), impl)
+    for i in (0, 4, 8):
+        alone = run(_logprob_case(logits[i : i + 1], labels[i : i + 1]), impl)
+        assert bit_equal(alone, tuple(x[i : i + 1] for x in whole))
+    order = torch.randperm(9)
+    assert bit_equal(run(_logprob_case(logits[order], labels[order]), impl), tuple(x[order] for x in whole))
+
+
+def _logprob_case(logits, labels):
+    def call(t, impl):
+        return pk.token_logprobs(t["logits"], t["labels"], entropy=True, impl=impl)
+
+    return cases.Case("token_logprobs", {"logits": logits, "labels": labels}, call, "logits")
+
+
+@pytest.mark.parametrize("name", ["gae", "kl_rewards"])
+def test_a_row_of_gae_or_rewards_does_not_depend_on_its_neighbours(require_impl, name):
+    impl, case = require_impl(name, "cpu"), cases.make(name, batch=6, length=1500)
+    whole = case.call(case.tensors, impl)
+    for i in (0, 3, 5):
+        alone = case.call({k: x[i : i + 1] for k, x in case.tensors.items()}, impl)
+        assert bit_equal(alone, tuple(x[i : i + 1] for x in whole))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_status_counts_each_call_once(impl_of, name):
+    impl, case = impl_of(name), cases.make(name)
+    before = _counts()
+    case.call(case.tensors, impl)
+    assert _counts_since(before) == {(case.op, impl): 1}
+    before = _counts()
+    case.call(case.tensors, "auto")
+    assert _counts_since(before) == {(case.op, backends.implementations(case.op, "cpu")[0]): 1}
+    with pytest.raises(ValueError, match="nonsense"):
+        case.call(case.tensors, "nonsense")
+    assert _counts_since(before) == {(case.op, backends.implementations(case.op, "cpu")[0]): 1}
+
+
+def _counts():
+    return {(op, impl): n for op, calls in pk.status().items() for impl, n in calls.items()}
+
+
+def _counts_since(before):
+    return {key: n - before.get(key, 0) for key, n in _counts().items() if n != before.get(key, 0)}
+
+
+@pytest.mark.parametrize("name", ["token_logprobs", "policy_loss"])
+def test_status_counts_backward_kernels(require_impl, name):
+    impl, case = require_impl(name, "cpu"), cases.make(name)
+    before = _counts()
+    run(case, impl)
+    extra = {("token_logprobs_backward", "cpu"): 1} if name == "token_logprobs" else {}
+    assert _counts_since(before) == {(case.op, "cpu"): 1} | extra
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_an_implementation_that_cannot_serve_is_refused_with_a_remedy(name):
+    case = cases.make(name)
+    for impl in ("cuda", "triton", "nonsense", "", "CPU"):
+        with pytest.raises(ValueError, match="auto") as caught:
+            case.call(case.tensors, impl)
+        assert repr(impl)[1:-1] in str(caught.value)
+        assert "'torch'" in str(caught.value)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_output_dtypes_follow_the_widest_input(impl_of, name):
+    impl, wide = impl_of(name), {"moments": torch.float64}.get(name)
+    for dtype in (torch.bfloat16, torch.float16, torch.float32, torch.float64):
+        expected = wide or (torch.float64 if dtype == torch.float64 else torch.float32)
+        case = cases.make(name, dtype)
+        assert {x.dtype for x in case.call(case.tensors, impl)} == {expected}
+        if case.leaf:
+            assert run(case, impl)[-1].dtype == dtype
+
+
+@pytest.mark.parametrize("name", ["kl_rewards", "gae", "policy_loss", "value_loss"])
+def test_one_float64_input_is_enough(impl_of, name):
+    case = cases.make(name, torch.bfloat16)
+    tokens = [k for k, x in case.tensors.items() if x.dim() == 2 and k != "mask"]
+    for key in tokens:
+        out = case.call(case.tensors | {key: case.tensors[key].double()}, impl_of(name))
+        assert {x.dtype for x in out} == {torch.float64}, key
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("low", [torch.bfloat16, torch.float16])
+def test_autocast_changes_nothing(impl_of, name, low):
+    impl, case = impl_of(name), cases.make(name)
+    plain = run(case, impl)
+    with torch.autocast("cpu", low):
+        assert bit_equal(run(case, impl), plain)
+
+
+def test_autocast_logits_of_a_linear_layer(impl_of):
+    impl, layer, x = impl_of("token_logprobs"), torch.nn.Linear(16, 50), torch.randn(6, 16)
+    labels = torch.randint(0, 50, (6,))
+    with torch.autocast("cpu", torch.bfloat16):
+        logits = layer(x)
+        assert logits.dtype == torch.bfloat16
+        logp = pk.token_logprobs(logits, labels, impl=impl)
+        loss, _ = pk.policy_loss(logp[None], logp.detach()[None], torch.randn(1, 6), impl=impl)
+    assert logp.dtype == loss.dtype == torch.float32
+    loss.backward()
+    assert layer.weight.grad.dtype == torch.float32
+    assert layer.weight.grad.abs().max() > 0
+
+
+@pytest.mark.parametrize("name", DIFFERENTIABLE)
+def test_gradients_accumulate_and_undefined_ones_are_none(impl_of, name):
+    impl, case = impl_of(name), cases.make(name)
+    leaf = case.tensors[case.leaf].clone().requires_grad_()
+    out = case.call(case.tensors | {case.leaf: leaf}, impl)
+    out[0].sum().backward(retain_graph=True)
+    once = leaf.grad.clone()
+    out[0].sum().backward()
+    torch.testing.assert_close(leaf.grad, 2 * once)
+    assert torch.autograd.grad((leaf * 2).sum(), leaf)[0].eq(2).all()
+
+
+@pytest.mark.parametrize("name", DIFFERENTIABLE)
+def test_saved_tensor_hooks_see_every_saved_tensor(impl_of, name):
+    impl, case = impl_of(name), cases.make(name)
+    plain = run(case, impl)
+    packed = []
+
+    def pack(x):
+        packed.append(x)
+        return x.clone()
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        assert bit_equal(run(case, impl), plain)
+    assert packed
+
+
+def test_public_names():
+    for name in pk.__all__:
+        assert getattr(pk, name) is not None
+    for op in (*backends.OPS, "aggregation_weights"):
+        doc = getattr(pk, op).__doc__
+        for word in ("Args:", "Returns:", "Raises:"):
+            assert word in doc, (op, word)

@@ -1,0 +1,274 @@
+"""Token log-probabilities as a function in a program: views, upstream gradients, in-place, TRL's names, errors."""
+
+import inspect
+
+import oracle
+import pytest
+import torch
+from helpers import NAN, assert_close_to_oracle, assert_raises, bit_equal, strided
+from test_token_logprobs import make
+
+import ppo_kernels
+from ppo_kernels import selective_log_softmax, selective_log_softmax_and_entropy, token_logprobs
+from ppo_kernels.integrations import trl
+
+OP = "token_logprobs"
+
+
+VIEWS = {
+    "shifted logits[:, :-1]": lambda x: torch.cat([x, torch.full_like(x[:, :1], NAN)], 1)[:, :-1],
+    "sliced vocabulary": lambda x: torch.cat([x, torch.full_like(x[..., :3], NAN)], -1)[..., :-3],
+    "off a vector boundary": lambda x: strided(x, pad=5, offset=1),
+    "transposed leading dims": lambda x: x.transpose(0, 1).contiguous().transpose(0, 1),
+    "last stride not 1": lambda x: x.transpose(0, 2).contiguous().transpose(0, 2),
+    "every second row": lambda x: torch.stack([x, x * NAN], 2)[:, :, 0],
+}
+
+
+@pytest.mark.parametrize("view", VIEWS)
+@pytest.mark.parametrize("vocab", [7, 64, 1003])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_strides_change_no_bit(impl, view, vocab, dtype):
+    logits, labels = make(12, vocab, dtype)
+    logits, labels = logits.view(3, 4, vocab), labels.view(3, 4)
+    results = []
+    for form in (logits, VIEWS[view](logits)):
+        leaf = form.detach().requires_grad_()
+        logp, h = token_logprobs(leaf, labels, entropy=True, impl=impl)
+        (logp.sum() + 0.5 * h.sum()).backward()
+        results.append((logp.detach(), h.detach(), leaf.grad.contiguous()))
+    assert torch.equal(form.detach(), logits)
+    assert bit_equal(*results)
+
+
+@pytest.mark.parametrize("lead", [1, 2, 3, 5, 8])
+def test_every_alignment_of_rows_and_base(impl, lead):
+    for vocab in range(60, 76):
+        logits, labels = make(3, vocab, torch.bfloat16)
+        plain = token_logprobs(logits, labels, impl=impl)
+        assert bit_equal(plain, token_logprobs(strided(logits, pad=lead, offset=lead), labels, impl=impl))
+
+
+def test_expanded_logits_and_labels(impl):
+    logits, labels = make(1, 50)
+    wide, many = logits.expand(4, 50), labels.expand(4)
+    leaf = logits.clone().requires_grad_()
+    token_logprobs(leaf.expand(4, 50), many, impl=impl).sum().backward()
+    one = logits.clone().requires_grad_()
+    token_logprobs(one, labels, impl=impl).sum().backward()
+    assert bit_equal(token_logprobs(wide, many, impl=impl), token_logprobs(logits, labels, impl=impl).expand(4))
+    torch.testing.assert_close(leaf.grad, 4 * one.grad)
+
+
+UPSTREAM = {
+    "expanded": lambda n: torch.ones(()).expand(n),
+    "sliced": lambda n: torch.full((2 * n,), 1.0)[::2],
+    "reversed order": lambda n: torch.ones(n).flip(0),
+}
+
+
+@pytest.mark.parametrize("form", UPSTREAM)
+@pytest.mark.parametrize("entropy", [False, True])
+def test_strided_upstream_gradients(impl, form, entropy):
+    logits, labels = make(6, 70)
+    grads = []
+    for upstream in (torch.ones(6), UPSTREAM[form](6)):
+        leaf = logits.clone().requires_grad_()
+        out = token_logprobs(leaf, labels, entropy=entropy, impl=impl)
+        out = out if isinstance(out, tuple) else (out,)
+        torch.autograd.backward(out, tuple(upstream for _ in out))
+        grads.append(leaf.grad)
+    assert bit_equal(*grads)
+
+
+def test_upstream_gradient_of_one_output_alone(impl):
+    logits, labels = make(5, 60)
+    for weights in ((1.0, 0.0), (0.0, 1.0)):
+        leaf = logits.clone().requires_grad_()
+        logp, h = token_logprobs(leaf, labels, entropy=True, impl=impl)
+        (logp if weights[0] else h).sum().backward()
+        ones = torch.ones(5)
+        want = oracle.token_logprobs(logits, labels, grad_logp=ones * weights[0], grad_entropy=ones * weights[1])[2]
+        assert_close_to_oracle(leaf.grad, want, ceiling=1e-6, what="gradient")
+
+
+def test_entropy_modes(impl):
+    logits, labels = make(5, 60)
+    leaf = logits.clone().requires_grad_()
+    logp = token_logprobs(leaf, labels, impl=impl)
+    assert torch.is_tensor(logp)
+    with_h, h = token_logprobs(leaf, labels, entropy=True, impl=impl)
+    detached, metric = token_logprobs(leaf, labels, entropy="detached", impl=impl)
+    assert bit_equal((logp, h), (with_h, metric))
+    assert bit_equal(logp, detached)
+    assert h.requires_grad
+    assert detached.requires_grad
+    assert not metric.requires_grad
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("entropy", [False, True, "detached"])
+def test_inplace_backward_writes_the_gradient_over_the_logits(require_impl, dtype, entropy):
+    impl = require_impl(OP, "cpu")
+    values, labels = make(5, 70, dtype)
+    labels[2] = -100
+    results = []
+    for inplace in (False, True):
+        leaf = values.clone().requires_grad_()
+        logits = leaf * 1
+        version = logits._version
+        out = token_logprobs(logits, labels, entropy=entropy, inplace_backward=inplace, impl=impl)
+        assert torch.equal(logits, values), "the forward writes nothing"
+        torch.autograd.backward([x.sum() for x in (out if entropy else (out,)) if x.requires_grad])
+        results.append(leaf.grad)
+        assert (logits._version > version) == inplace
+        assert bit_equal(logits.detach(), leaf.grad if inplace else values)
+    assert bit_equal(*results)
+
+
+def test_inplace_backward_stays_inside_a_view(require_impl):
+    impl = require_impl(OP, "cpu")
+    whole = torch.randn(3, 5, 20)
+    leaf = whole.clone().requires_grad_()
+    full = leaf * 1
+    logits, labels = full[:, :-1, :17], torch.randint(0, 17, (3, 4))
+    token_logprobs(logits, labels, inplace_backward=True, impl=impl).sum().backward()
+    want = oracle.token_logprobs(whole[:, :-1, :17], labels)[2]
+    assert_close_to_oracle(full.detach()[:, :-1, :17].contiguous(), want, ceiling=1e-6)
+    assert torch.equal(full.detach()[:, -1], whole[:, -1])
+    assert torch.equal(full.detach()[..., 17:], whole[..., 17:])
+    assert not leaf.grad[:, -1].any()
+
+
+def test_whoever_needs_overwritten_logits_is_told(require_impl):
+    impl = require_impl(OP, "cpu")
+    values, labels = make(4, 30)
+    logits = values.clone().requires_grad_() * 1
+    other = (logits * logits).sum()
+    logp = token_logprobs(logits, labels, inplace_backward=True, impl=impl)
+    logp.sum().backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="inplace operation"):
+        other.backward()
+    with pytest.raises(RuntimeError, match="inplace operation"):
+        logp.sum().backward()
+
+
+def test_inplace_backward_is_refused_where_it_would_destroy_something(impl):
+    values, labels = make(4, 30)
+    leaf = values.clone().requires_grad_()
+    call = {"inplace_backward": True, "impl": impl}
+    assert_raises(ValueError, lambda: token_logprobs(leaf, labels, **call), "inplace_backward", "leaf")
+    wide = (leaf * 1)[:1].expand(4, 30)
+    assert_raises(ValueError, lambda: token_logprobs(wide, labels, **call), "inplace_backward", "expanded")
+    token_logprobs(values, labels, **call)
+    with torch.no_grad():
+        token_logprobs(leaf * 1, labels, **call)
+    assert torch.equal(leaf.detach(), values)
+
+
+@pytest.mark.parametrize("shape", [(40,), (5, 40), (2, 3, 40)])
+@pytest.mark.parametrize("many", [None, 1, 3])
+@pytest.mark.parametrize("index_dtype", [torch.int32, torch.int64])
+def test_selective_log_softmax_is_a_gather_of_log_softmax(shape, many, index_dtype):
+    logits = torch.randn(shape).requires_grad_()
+    index = torch.randint(0, 40, shape[:-1] if many is None else (*shape[:-1], many)).to(index_dtype)
+    got = selective_log_softmax(logits, index)
+    log_p = torch.log_softmax(logits, -1)
+    want = log_p.gather(-1, (index[..., None] if many is None else index).long()).reshape(index.shape)
+    torch.testing.assert_close(got, want, rtol=0, atol=2e-6)
+    upstream = torch.randn(index.shape)
+    grads = [torch.autograd.grad(x, logits, upstream)[0] for x in (got, want)]
+    torch.testing.assert_close(*grads, rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize("temperature", [0.7, "0-d", "rows"])
+@pytest.mark.parametrize("many", [None, 3])
+def test_selective_log_softmax_with_temperature_and_row_mask(temperature, many):
+    logits = torch.randn(2, 3, 40)
+    tau = {"0-d": torch.tensor(0.7), "rows": torch.rand(2, 3) + 0.5}.get(temperature, temperature)
+    index = torch.randint(0, 40, (2, 3) if many is None else (2, 3, many))
+    mask = torch.tensor([[1, 0, 1], [0, 1, 1]])
+    logits[mask == 0] = NAN
+    got = selective_log_softmax(logits, index, tau, mask)
+    wide = index[..., None] if many is None else index
+    rows_tau = tau[..., None] if temperature == "rows" else tau
+    want = torch.log_softmax(logits / rows_tau, -1).gather(-1, wide)
+    want = want.masked_fill(mask[..., None] == 0, 0.0).reshape(index.shape)
+    torch.testing.assert_close(got, want, rtol=0, atol=3e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_selective_log_softmax_and_entropy_of_trl_kernels(dtype):
+    names = ["logits", "index", "temperature", "row_mask"]
+    for fn in (selective_log_softmax, selective_log_softmax_and_entropy):
+        parameters = inspect.signature(fn).parameters
+        assert list(parameters)[:4] == names
+        assert [parameters[n].default for n in names[2:]] == [1.0, None]
+    logits, index = make(6, 40, dtype)
+    mask = torch.tensor([1, 0, 1, 1, 1, 0])
+    leaf = logits.clone().requires_grad_()
+    logp, h = selective_log_softmax_and_entropy(leaf, index, 0.7, mask)
+    assert logp.dtype == h.dtype == torch.float32
+    assert h.requires_grad
+    assert bit_equal((logp, h), token_logprobs(leaf, index, temperature=0.7, mask=mask, entropy=True))
+    assert ppo_kernels.selective_log_softmax_and_entropy is selective_log_softmax_and_entropy
+
+
+def test_selective_log_softmax_and_entropy_of_trl_trainer_utils():
+    assert list(inspect.signature(trl.selective_log_softmax_and_entropy).parameters)[2] == "entropy_requires_grad"
+    assert trl.selective_log_softmax is selective_log_softmax
+    logits, index = make(6, 40)
+    leaf = logits.clone().requires_grad_()
+    for wanted in (True, False):
+        logp, h = trl.selective_log_softmax_and_entropy(leaf, index, wanted, temperature=0.7, row_mask=torch.ones(6))
+        assert logp.requires_grad
+        assert h.requires_grad == wanted
+        assert bit_equal((logp, h), selective_log_softmax_and_entropy(leaf, index, 0.7))
+
+
+@pytest.mark.parametrize("bad", [-1, 30, 2**40, -101])
+def test_validate_names_a_bad_label(impl, bad):
+    logits, labels = make(4, 30)
+    labels[2] = bad
+    call = {"validate": True, "impl": impl}
+    assert_raises(ValueError, lambda: token_logprobs(logits, labels, **call), "labels", str(bad), "30", "-100")
+    assert token_logprobs(logits, labels, mask=torch.tensor([1, 1, 0, 1]), **call).isfinite().all()
+    assert token_logprobs(logits, labels, ignore_index=bad, **call).isfinite().all()
+    assert_raises(ValueError, lambda: token_logprobs(logits, torch.ones_like(labels), temperature=-torch.ones(4), **call), "temperature")
+
+
+LABELS = torch.zeros(3, dtype=torch.int64)
+WRONG = [
+    ({"logits": torch.ones(3, 4, dtype=torch.int64)}, TypeError, ("logits", "bfloat16", "int64")),
+    ({"logits": [[1.0]]}, TypeError, ("logits", "Tensor", "list")),
+    ({"logits": torch.tensor(1.0)}, ValueError, ("logits", "[..., V]", "()")),
+    ({"logits": torch.ones(3, 0)}, ValueError, ("logits", "V >= 1", "(3, 0)")),
+    ({"labels": torch.zeros(4, dtype=torch.int64)}, ValueError, ("labels", "(3,)", "(4,)")),
+    ({"labels": torch.zeros(3, 1, dtype=torch.int64)}, ValueError, ("labels", "(3,)", "(3, 1)")),
+    ({"labels": torch.zeros(3)}, TypeError, ("labels", "int64", "float32")),
+    ({"labels": torch.zeros(3, dtype=torch.uint8)}, TypeError, ("labels", "int64", "uint8")),
+    ({"labels": torch.zeros(3, dtype=torch.int64, device="meta")}, ValueError, ("labels", "meta", "cpu")),
+    ({"temperature": 0.0}, ValueError, ("temperature", "> 0", "0.0")),
+    ({"temperature": -1}, ValueError, ("temperature", "> 0", "-1")),
+    ({"temperature": NAN}, ValueError, ("temperature", "nan")),
+    ({"temperature": None}, TypeError, ("temperature", "number", "NoneType")),
+    ({"temperature": torch.ones(2)}, ValueError, ("temperature", "(3,)", "(2,)")),
+    ({"temperature": torch.ones(3, dtype=torch.int64)}, TypeError, ("temperature", "int64")),
+    ({"mask": torch.ones(4)}, ValueError, ("mask", "(3,)", "(4,)")),
+    ({"mask": torch.ones(3, dtype=torch.complex64)}, TypeError, ("mask", "complex64")),
+    ({"ignore_index": 1.5}, TypeError, ("ignore_index", "int", "float")),
+    ({"entropy": "yes"}, ValueError, ("entropy", "detached", "yes")),
+    ({"impl": "cuda"}, ValueError, ("cuda", "cpu", "auto")),
+    ({"impl": "nonsense"}, ValueError, ("nonsense", "torch")),
+]
+
+
+@pytest.mark.parametrize(("change", "error", "mentions"), WRONG)
+def test_wrong_arguments_are_named(impl, change, error, mentions):
+    arguments = {"logits": torch.randn(3, 4), "labels": LABELS, "impl": impl} | change
+    assert_raises(error, lambda: token_logprobs(arguments.pop("logits"), arguments.pop("labels"), **arguments), *mentions)
+
+
+@pytest.mark.parametrize("index", [torch.zeros(4, dtype=torch.int64), torch.zeros(3, 2, 2, dtype=torch.int64), torch.zeros(())])
+def test_wrong_trl_index_is_named(index):
+    assert_raises((TypeError, ValueError), lambda: selective_log_softmax(torch.randn(3, 4), index), "(3,)")

@@ -1,0 +1,114 @@
+"""The reviews task: where its data comes from, and the whole pipeline on a few made-up snippets."""
+
+import hashlib
+import json
+import random
+import subprocess
+
+import pytest
+from python_trainer.config import EvalConfig, PPOConfig, RewardConfig, SftConfig, UserError
+from python_trainer.loop import Trainer
+from python_trainer.pipeline import compare
+from python_trainer.supervised import reward, sft
+from python_trainer.tasks import reviews
+
+from .conftest import command
+
+MODEL = json.dumps({"model_type": "gpt2", "n_positions": 32, "n_embd": 16, "n_layer": 1, "n_head": 2})
+
+
+@pytest.fixture
+def ratings(tmp_path):
+    """Praise rated high, blame rated low, in the layout of the real file."""
+    draw = random.Random(0)
+    lines = []
+    for number in range(200):
+        good = number % 2 == 0
+        word = draw.choice(["great", "moving", "brilliant"] if good else ["awful", "boring", "terrible"])
+        subject = draw.choice(["the film", "the cast", "this movie"])
+        rating = draw.uniform(1, 3) * (1 if good else -1)
+        lines.append(f"{number}\t{rating}\tI must say {subject} is really {word} , and {word} again .\r\n")
+    path = tmp_path / "ratings.txt"
+    path.write_text("".join(lines), encoding="utf-8")
+    return path
+
+
+def test_pipeline_on_small_data(ratings, tmp_path):
+    common = {
+        "task": "reviews",
+        "data_path": str(ratings),
+        "output_dir": str(tmp_path / "run"),
+        "model_config": MODEL,
+        "disable_tqdm": True,
+    }
+    training = {"batch_size": 32, "per_device_train_batch_size": 16, "learning_rate": 1e-2}
+    assert sft(SftConfig(**common, **training, max_steps=60))["eval/perplexity"] < 10
+    accuracy = reward(RewardConfig(**common, **training, max_steps=30))["eval/accuracy"]
+    assert accuracy > 0.8
+    sampling = {"response_length": 8, "eval_prompts": 20}
+    trainer = Trainer(PPOConfig(**common, **training, **sampling, total_steps=2, value_model_init="reward"))
+    before, after = trainer.train()
+    assert before.metrics["eval/kl"] == 0
+    assert after.metrics["eval/kl"] > 0
+    assert -1 <= after.metrics["eval/gold"] <= 1
+    reference, policy = compare(EvalConfig(**common, **sampling))
+    assert reference.metrics["eval/gold"] == before.metrics["eval/gold"]
+    assert policy.metrics["eval/gold"] == pytest.approx(after.metrics["eval/gold"], abs=1e-6)
+    assert policy.completions == after.completions
+
+
+def test_demo_fails_when_nothing_is_learned(ratings, tmp_path):
+    """A demonstration that cannot fail demonstrates nothing."""
+    config = tmp_path / "demo.yaml"
+    stage = {"max_steps": 1, "batch_size": 8}
+    config.write_text(
+        json.dumps(
+            {
+                "task": "reviews",
+                "data_path": str(ratings),
+                "output_dir": str(tmp_path / "run"),
+                "model_config": json.loads(MODEL),
+                "sft": stage,
+                "reward": stage,
+                "train": {"total_steps": 1, "batch_size": 8, "response_length": 4, "eval_prompts": 8},
+            }
+        )
+    )
+    result = command("demo", "--config", str(config))
+    assert result.returncode == 1
+    assert "error: the demonstration failed: the gold score rose by" in result.stderr
+    assert "completions of held-out prompts" in result.stdout
+
+
+def test_without_a_network_the_wanted_file_is_named(tmp_path, monkeypatch):
+    monkeypatch.setenv("PPO_KERNELS_CACHE", str(tmp_path))
+    failure = subprocess.CompletedProcess([], 1, "", "ERROR: no matching distribution\n")
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: failure)
+    with pytest.raises(UserError, match=f"no matching distribution.*{reviews.RATINGS}.*put it at {tmp_path}"):
+        reviews.fetch_ratings()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_ratings_file_that_is_not_one_is_refused(tmp_path):
+    path = tmp_path / "other.txt"
+    path.write_text("some text\n" * 20)
+    with pytest.raises(UserError, match="0 usable lines"):
+        reviews.Reviews(str(path))
+    with pytest.raises(UserError, match="cannot read the ratings file"):
+        reviews.Reviews(str(tmp_path / "nothing"))
+
+
+def test_real_ratings(tmp_path, monkeypatch):
+    monkeypatch.setenv("PPO_KERNELS_CACHE", str(tmp_path))
+    try:
+        path = reviews.fetch_ratings()
+    except UserError as error:
+        pytest.skip(f"the ratings cannot be fetched here: {error}")
+    assert [file.name for file in tmp_path.iterdir()] == [reviews.RATINGS]
+    assert hashlib.sha256(path.read_bytes()).hexdigest().startswith("c8293b0d942e90e2")
+    task = reviews.Reviews()
+    assert len(task.train) + len(task.heldout) > 10_000
+    assert not {text for text, _ in task.heldout} & {text for text, _ in task.train}
+    chosen, rejected = task.pairs()[0][0]
+    rating = dict(task.train)
+    assert rating[chosen] > rating[rejected]
