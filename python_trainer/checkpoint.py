@@ -122,9 +122,7 @@ def claim(folder: Path, *, overwrite: bool, resume: bool) -> None:
 
 def refuse_existing(folder: Path, *, overwrite: bool, resume: bool) -> None:
     if (folder / "metrics.jsonl").exists() and not (overwrite or resume):
-        raise UserError(
-            f"{folder} holds an earlier run: resume it, or set another output_dir, or overwrite_output_dir"
-        )
+        raise UserError(f"{folder} holds an earlier run: resume it, or set another output_dir, or overwrite_output_dir")
 
 
 def barrier() -> None:

@@ -27,12 +27,8 @@ class UserError(Exception):
 class RunConfig:
     """What every command needs to know."""
 
-    output_dir: str = HfArg(
-        default="runs/default", help="Folder of the run; each command writes its own subfolder."
-    )
-    overwrite_output_dir: bool = HfArg(
-        default=False, help="Replace the results of an earlier run of this command."
-    )
+    output_dir: str = HfArg(default="runs/default", help="Folder of the run; each command writes its own subfolder.")
+    overwrite_output_dir: bool = HfArg(default=False, help="Replace the results of an earlier run of this command.")
     seed: int = HfArg(default=0, help="Seed of initial weights, data order and sampling.")
     task: Literal["reviews", "exact", "files"] = HfArg(
         default="files", help="Where texts, pairs and prompts come from."
@@ -45,17 +41,11 @@ class RunConfig:
     model_config: str | None = HfArg(
         default=None, help="Architecture of a model that starts from random weights (a mapping, or JSON)."
     )
-    ops_impl: str = HfArg(
-        default="auto", help="The `impl` of every ppo_kernels op: auto, torch, cpu, triton or cuda."
-    )
+    ops_impl: str = HfArg(default="auto", help="The `impl` of every ppo_kernels op: auto, torch, cpu, triton or cuda.")
     bf16: bool = HfArg(default=False, help="Train in bfloat16 with float32 optimizer state.")
-    deepspeed: str = HfArg(
-        default="ds_zero0.json", help="DeepSpeed configuration: a path, or a name in configs/."
-    )
+    deepspeed: str = HfArg(default="ds_zero0.json", help="DeepSpeed configuration: a path, or a name in configs/.")
     disable_tqdm: bool = HfArg(default=False, help="No progress bar; the lines of text stay.")
-    ddp_timeout: int = HfArg(
-        default=600, help="Seconds after which a rank that hears nothing from the others stops."
-    )
+    ddp_timeout: int = HfArg(default=600, help="Seconds after which a rank that hears nothing from the others stops.")
 
     def __post_init__(self) -> None:
         if self.model_config is not None and not isinstance(json.loads(self.model_config), dict):
@@ -74,9 +64,7 @@ class OptimizerConfig(RunConfig):
     adam_beta2: float = HfArg(default=0.95, help="AdamW beta2.")
     adam_epsilon: float = HfArg(default=1e-5, help="AdamW epsilon; 1e-5 tames the first PPO updates.")
     max_grad_norm: float = HfArg(default=1.0, help="Gradient norm to clip at; 0 switches clipping off.")
-    max_skipped_steps: int = HfArg(
-        default=3, help="Stop once this many updates had a non-finite loss or gradient."
-    )
+    max_skipped_steps: int = HfArg(default=3, help="Stop once this many updates had a non-finite loss or gradient.")
     batch_size: int = HfArg(default=64, help="Samples per step over all ranks.")
     per_device_train_batch_size: int = HfArg(
         default=64, help="Samples per micro-batch. Memory and speed only: the step does not depend on it."
@@ -87,9 +75,7 @@ class OptimizerConfig(RunConfig):
 class SftConfig(OptimizerConfig):
     """Supervised fine-tuning on texts."""
 
-    model_path: str | None = HfArg(
-        default=None, help="Model to start from; without it, model_config is initialised."
-    )
+    model_path: str | None = HfArg(default=None, help="Model to start from; without it, model_config is initialised.")
     max_length: int = HfArg(default=32, help="Texts are cut to this many tokens, end token included.")
     max_steps: int = HfArg(default=500, help="Optimizer steps.")
 
@@ -135,25 +121,17 @@ class PPOConfig(SamplingConfig, OptimizerConfig):
     total_steps: int = HfArg(default=100, help="PPO steps (rollout and updates).")
     num_ppo_epochs: int = HfArg(default=4, help="Passes over each rollout.")
     num_mini_batches: int = HfArg(default=1, help="Optimizer steps per pass.")
-    kl_coef: float = HfArg(
-        default=0.05, help="Weight of the KL penalty against the reference, inside the reward."
-    )
-    kl_estimator: Literal["k1", "k3"] = HfArg(
-        default="k1", help="Estimator of that penalty; k1 is the exact one."
-    )
+    kl_coef: float = HfArg(default=0.05, help="Weight of the KL penalty against the reference, inside the reward.")
+    kl_estimator: Literal["k1", "k3"] = HfArg(default="k1", help="Estimator of that penalty; k1 is the exact one.")
     score_clip: float | None = HfArg(default=None, help="Bound on the score's magnitude.")
-    missing_eos_penalty: float | None = HfArg(
-        default=None, help="Subtracted from the score of an unfinished response."
-    )
+    missing_eos_penalty: float | None = HfArg(default=None, help="Subtracted from the score of an unfinished response.")
     cliprange: float = HfArg(default=0.2, help="Clip range of the policy ratio.")
     cliprange_value: float = HfArg(default=0.2, help="Clip range of the value.")
     gamma: float = HfArg(default=1.0, help="Discount.")
     lam: float = HfArg(default=0.95, help="GAE lambda.")
     whiten_rewards: bool = HfArg(default=False, help="Scale rewards to unit variance, keeping their mean.")
     eval_steps: int = HfArg(default=0, help="Evaluate every so many steps; 0 means before and after only.")
-    save_steps: int = HfArg(
-        default=0, help="Checkpoint every so many steps; 0 means none but the final model."
-    )
+    save_steps: int = HfArg(default=0, help="Checkpoint every so many steps; 0 means none but the final model.")
     save_total_limit: int = HfArg(default=2, help="Committed checkpoints to keep.")
     resume_from_checkpoint: str | None = HfArg(default=None, help="A checkpoint's path, or `latest`.")
 
@@ -164,9 +142,7 @@ class PPOConfig(SamplingConfig, OptimizerConfig):
                 f"batch_size {self.batch_size} must be a multiple of num_mini_batches {self.num_mini_batches}"
             )
         if self.temperature <= 0:
-            raise ValueError(
-                f"temperature must be positive, not {self.temperature}: responses are always sampled"
-            )
+            raise ValueError(f"temperature must be positive, not {self.temperature}: responses are always sampled")
 
 
 COMMANDS: dict[str, type[RunConfig]] = {

@@ -62,9 +62,7 @@ class Files(Task):
         return self._split([text for (text,) in self._read("texts.jsonl", "text")])
 
     def pairs(self) -> tuple[list[Pair], list[Pair]]:
-        return self._split(
-            [(chosen, rejected) for chosen, rejected in self._read("pairs.jsonl", "chosen", "rejected")]
-        )
+        return self._split([(chosen, rejected) for chosen, rejected in self._read("pairs.jsonl", "chosen", "rejected")])
 
     def prompts(self) -> tuple[list[str], list[str]]:
         return self._split([prompt for (prompt,) in self._read("prompts.jsonl", "prompt")])
@@ -100,9 +98,7 @@ def load_task(config: RunConfig) -> Task:
 
         return Exact()
     if config.data_path is None:
-        raise UserError(
-            "task files needs data_path, the folder of texts.jsonl, pairs.jsonl and prompts.jsonl"
-        )
+        raise UserError("task files needs data_path, the folder of texts.jsonl, pairs.jsonl and prompts.jsonl")
     return Files(config.data_path)
 
 
@@ -124,15 +120,11 @@ def encode_prompts(
     return encoded
 
 
-def encode_texts(
-    texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, max_length: int
-) -> list[list[int]]:
+def encode_texts(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, max_length: int) -> list[list[int]]:
     """Token ids with the end token; a text cut at max_length has none, since it does not end there."""
     if not texts:
         raise UserError("the text set is empty")
-    ids = [
-        tokenizer(text, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id] for text in texts
-    ]
+    ids = [tokenizer(text, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id] for text in texts]
     return [row[:max_length] for row in ids]
 
 
@@ -154,8 +146,6 @@ def shuffled_positions(count: int, seed: int, start: int, size: int) -> list[int
     for index in range(start, start + size):
         epoch, offset = divmod(index, count)
         if offset == 0 or not positions:
-            order = torch.randperm(
-                count, generator=torch.Generator().manual_seed(seed_of(seed, epoch))
-            ).tolist()
+            order = torch.randperm(count, generator=torch.Generator().manual_seed(seed_of(seed, epoch))).tolist()
         positions.append(order[offset])
     return positions

@@ -5,6 +5,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
+
 from ppo_kernels import kl_rewards, token_logprobs
 
 from . import launch
@@ -41,18 +42,20 @@ class Experience:
 
 def score_tokens(policy: Policy, rollout: Rollout) -> torch.Tensor:
     """[B, T] log-probabilities of the sampled tokens at the sampling temperature."""
-    return token_logprobs(
+    logprobs = token_logprobs(
         _response_logits(policy, rollout),
         rollout.responses,
         temperature=policy.temperature,
         mask=rollout.mask,
         impl=policy.impl,
     )
+    assert isinstance(logprobs, torch.Tensor)
+    return logprobs
 
 
 def score_tokens_and_entropy(policy: Policy, rollout: Rollout) -> tuple[torch.Tensor, torch.Tensor]:
     """The same, with the entropy of each token's distribution as a metric."""
-    return token_logprobs(
+    logprobs, entropy = token_logprobs(
         _response_logits(policy, rollout),
         rollout.responses,
         temperature=policy.temperature,
@@ -60,6 +63,7 @@ def score_tokens_and_entropy(policy: Policy, rollout: Rollout) -> tuple[torch.Te
         entropy="detached",
         impl=policy.impl,
     )
+    return logprobs, entropy
 
 
 def _response_logits(policy: Policy, rollout: Rollout) -> torch.Tensor:
@@ -108,9 +112,7 @@ def collect(
     scores = by_rows(judge, rollout, rows).to(logprobs)
     if not scores.isfinite().all():
         bad = int((~scores.isfinite()).sum())
-        raise UserError(
-            f"the score of {bad} of {len(scores)} responses is not finite; the weights are untouched"
-        )
+        raise UserError(f"the score of {bad} of {len(scores)} responses is not finite; the weights are untouched")
     if config.missing_eos_penalty is not None:
         scores = scores - config.missing_eos_penalty * ~rollout.ended(eos)
     rewards, kl = kl_rewards(

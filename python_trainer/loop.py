@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import torch
+
 from ppo_kernels import kl_rewards, moments
 
 from . import checkpoint, launch, metrics
@@ -81,12 +82,8 @@ class Trainer:
         self.critic = None
         if self.algorithm.needs_critic:
             from_reward = config.value_model_init == "reward"
-            critic = (
-                load_scalar(self._reward_path()) if from_reward else ScalarModel.on(policy, zero_head=True)
-            )
-            rate = (
-                config.learning_rate if config.critic_learning_rate is None else config.critic_learning_rate
-            )
+            critic = load_scalar(self._reward_path()) if from_reward else ScalarModel.on(policy, zero_head=True)
+            rate = config.learning_rate if config.critic_learning_rate is None else config.critic_learning_rate
             self.critic = Trainable(critic, config, rate, updates)
         self.actor = Policy(
             Trainable(policy, config, config.learning_rate, updates), config.temperature, config.ops_impl
@@ -119,9 +116,7 @@ class Trainer:
         checkpoint.claim(self.folder, overwrite=config.overwrite_output_dir, resume=resumed > 0)
         if launch.is_main():
             save(config, self.folder)
-        log = metrics.Log(
-            self.folder, config.total_steps, start=resumed, title="ppo", disable=config.disable_tqdm
-        )
+        log = metrics.Log(self.folder, config.total_steps, start=resumed, title="ppo", disable=config.disable_tqdm)
         before = self.evaluate(self.reference)
         if not resumed:
             log.record(0, before.metrics)
@@ -200,9 +195,7 @@ class Trainer:
         first = True
         for epoch in range(config.num_ppo_epochs):
             order = launch.seed_of(config.seed, self.done, 2, epoch)
-            for rows in minibatches(
-                len(experience.mask), self.algorithm.group_size, config.num_mini_batches, order
-            ):
+            for rows in minibatches(len(experience.mask), self.algorithm.group_size, config.num_mini_batches, order):
                 # DeepSpeed averages gradients over ranks, so each rank divides by its share of the tokens.
                 normalizer = experience.mask[rows].sum() / launch.world_size()
                 for micro in rows[shard(len(rows))].split(config.per_device_train_batch_size):
@@ -219,9 +212,7 @@ class Trainer:
                     model.step()
         return averages.reduce()
 
-    def _backward(
-        self, batch: Experience, normalizer: torch.Tensor
-    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    def _backward(self, batch: Experience, normalizer: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """Add this micro-batch's gradients; returns its log-probabilities and statistics."""
         rollout, per_token = batch.rollout, normalizer / batch.mask.sum().clamp(min=1)
         logprobs, entropy = score_tokens_and_entropy(self.actor, rollout)

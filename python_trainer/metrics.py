@@ -62,9 +62,7 @@ class Averages:
 class Log:
     """metrics.jsonl and the terminal; silent on every rank but the first."""
 
-    def __init__(
-        self, folder: Path, total: int, *, start: int = 0, title: str = "", disable: bool = False
-    ) -> None:
+    def __init__(self, folder: Path, total: int, *, start: int = 0, title: str = "", disable: bool = False) -> None:
         self.path = folder / "metrics.jsonl"
         self._file = None
         hidden = True if disable or not launch.is_main() else None  # None: shown on a terminal only
@@ -110,9 +108,7 @@ def read(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def completions_table(
-    prompts: Sequence[str], columns: Mapping[str, Sequence[tuple[str, float | None]]]
-) -> None:
+def completions_table(prompts: Sequence[str], columns: Mapping[str, Sequence[tuple[str, float | None]]]) -> None:
     """Each prompt with what the policies made of it, and the gold score of each where there is one."""
     table = Table(title="completions of held-out prompts", show_lines=True)
     table.add_column("prompt")
@@ -144,9 +140,7 @@ def plot(folder: Path) -> Path:
                 steps, values = zip(*points, strict=True)
                 errors = [row.get(f"{key}_se", 0.0) for row in rows if key in row]
                 marker = "held-out" if key and key.startswith("eval/") else "rollout"
-                axis.errorbar(
-                    steps, values, yerr=errors if any(errors) else None, fmt=style, label=marker, capsize=3
-                )
+                axis.errorbar(steps, values, yerr=errors if any(errors) else None, fmt=style, label=marker, capsize=3)
         axis.set_xlabel("PPO step")
         axis.set_ylabel(label)
         axis.grid(alpha=0.3)

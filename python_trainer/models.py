@@ -42,9 +42,7 @@ class ScalarModel(torch.nn.Module):
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__()
         if not hasattr(model, "score"):
-            raise UserError(
-                f"{type(model).__name__} has no `score` head and cannot serve as reward or value model"
-            )
+            raise UserError(f"{type(model).__name__} has no `score` head and cannot serve as reward or value model")
         self.model = model
 
     def forward(self, **inputs: Any) -> torch.Tensor:
@@ -64,9 +62,7 @@ class ScalarModel(torch.nn.Module):
 class Trainable:
     """A DeepSpeed engine whose gradients add up plainly until `step`, which is never a non-finite one."""
 
-    def __init__(
-        self, model: torch.nn.Module, config: OptimizerConfig, learning_rate: float, updates: int
-    ) -> None:
+    def __init__(self, model: torch.nn.Module, config: OptimizerConfig, learning_rate: float, updates: int) -> None:
         import deepspeed
 
         optimizer = torch.optim.AdamW(
@@ -149,9 +145,7 @@ def frozen(model: torch.nn.Module, config: RunConfig) -> Any:
         return deepspeed.initialize(model=model, config=settings)[0]
 
 
-def load_policy(
-    path: str | Path | None, config: RunConfig, tokenizer: PreTrainedTokenizerBase
-) -> PreTrainedModel:
+def load_policy(path: str | Path | None, config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
     """From a saved model, or random weights of the configured architecture."""
     if path is not None:
         model = _from_pretrained(AutoModelForCausalLM, path)
@@ -166,9 +160,7 @@ def load_policy(
         model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**architecture))
     else:
         raise UserError("no model to start from: give a path or model_config")
-    model.generation_config = GenerationConfig(
-        pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id
-    )
+    model.generation_config = GenerationConfig(pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id)
     return without_dropout(model)
 
 
@@ -193,9 +185,7 @@ def checked(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
     if tokenizer.eos_token_id is None or tokenizer.pad_token_id is None:
         raise UserError("the tokenizer needs both a pad and an end token")
     if tokenizer.pad_token_id == tokenizer.eos_token_id:
-        raise UserError(
-            f"pad and end token are both {tokenizer.eos_token!r}; give the tokenizer its own pad token"
-        )
+        raise UserError(f"pad and end token are both {tokenizer.eos_token!r}; give the tokenizer its own pad token")
     return tokenizer
 
 
@@ -224,9 +214,9 @@ def whole(module: torch.nn.Module) -> Iterator[None]:
         yield
 
 
-def save_model(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+def save_model(model: "torch.nn.Module | Trainable", tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     """In the transformers format; called on every rank."""
-    module = getattr(model, "module", model)
+    module: Any = model.module if isinstance(model, Trainable) else model
     with whole(module):
         if launch.is_main():
             (module.model if isinstance(module, ScalarModel) else module).save_pretrained(folder)

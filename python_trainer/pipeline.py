@@ -49,9 +49,7 @@ def compare(config: EvalConfig) -> tuple[Evaluation, Evaluation]:
         response_length=config.response_length,
         context=policy.module.config.max_position_embeddings,
     )
-    before, after = (
-        evaluate(p, reference, prompts, task, tokenizer, None, config) for p in (reference, policy)
-    )
+    before, after = (evaluate(p, reference, prompts, task, tokenizer, None, config) for p in (reference, policy))
     return before, after
 
 

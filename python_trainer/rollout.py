@@ -23,9 +23,7 @@ class Rollout:
     mask: torch.Tensor  # [B, T] bool: the sampled tokens, the end token among them
 
     @classmethod
-    def of(
-        cls, prompts: torch.Tensor, prompt_mask: torch.Tensor, responses: torch.Tensor, eos: int
-    ) -> "Rollout":
+    def of(cls, prompts: torch.Tensor, prompt_mask: torch.Tensor, responses: torch.Tensor, eos: int) -> "Rollout":
         """Lengths come from the first end token, never from comparing with the pad id."""
         ended = (responses == eos).cumsum(dim=1)
         mask = (ended - (responses == eos).long()) == 0

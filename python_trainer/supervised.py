@@ -4,8 +4,9 @@ import math
 from pathlib import Path
 
 import torch
-from ppo_kernels import token_logprobs
 from transformers import PreTrainedTokenizerBase
+
+from ppo_kernels import token_logprobs
 
 from . import checkpoint, launch, metrics
 from .config import RewardConfig, SftConfig, UserError, save
@@ -107,7 +108,9 @@ def reward(config: RewardConfig) -> dict[str, float]:
 def _text_logprobs(policy: Trainable, rows: list[list[int]], pad: int, impl: str) -> torch.Tensor:
     ids, mask = (x.to(launch.device()) for x in pad_right(rows, pad))
     logits = policy(input_ids=ids, attention_mask=mask.long(), use_cache=False).logits[:, :-1]
-    return token_logprobs(logits, ids[:, 1:], mask=mask[:, 1:], impl=impl)
+    logprobs = token_logprobs(logits, ids[:, 1:], mask=mask[:, 1:], impl=impl)
+    assert isinstance(logprobs, torch.Tensor)
+    return logprobs
 
 
 def _pair_scores(
@@ -125,9 +128,7 @@ def _pair_scores(
 def _start(config: SftConfig, stage: str) -> Path:
     launch.start(config.seed, config.ddp_timeout)
     if config.batch_size % launch.world_size():
-        raise UserError(
-            f"batch_size {config.batch_size} must be a multiple of the {launch.world_size()} ranks"
-        )
+        raise UserError(f"batch_size {config.batch_size} must be a multiple of the {launch.world_size()} ranks")
     folder = Path(config.output_dir) / stage
     checkpoint.refuse_existing(folder, overwrite=config.overwrite_output_dir, resume=False)
     return folder
@@ -147,9 +148,7 @@ def _batch(rows: list, config: SftConfig, step: int) -> list:
 
 def _stop_if_unhealthy(model: Trainable, config: SftConfig) -> None:
     if model.skipped >= config.max_skipped_steps:
-        raise UserError(
-            f"{model.skipped} updates had a non-finite loss or gradient and were skipped; stopped"
-        )
+        raise UserError(f"{model.skipped} updates had a non-finite loss or gradient and were skipped; stopped")
 
 
 def _finish(

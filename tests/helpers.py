@@ -137,18 +137,12 @@ def eager_policy_terms(logp, old, adv, low=0.2, high=0.2):
     return torch.max(-adv * ratio, -adv * ratio.clamp(1 - low, 1 + high))
 
 
-def forked(target):
-    """Run the test in a fresh process: a wild read then fails the test and not the session."""
-
-    @functools.wraps(target)
-    def run(*args, **kwargs):
-        context = torch.multiprocessing.get_context("spawn")
-        process = context.Process(target=target, args=args, kwargs=kwargs)
-        process.start()
-        process.join(120)
-        assert process.exitcode == 0, f"exit code {process.exitcode}"
-
-    return run
+def in_fresh_process(target, *args) -> None:
+    """Run ``target(*args)`` in a process of its own: a wild read then fails the test and not the session."""
+    process = torch.multiprocessing.get_context("spawn").Process(target=target, args=args)
+    process.start()
+    process.join(120)
+    assert process.exitcode == 0, f"{target.__name__}: exit code {process.exitcode}"
 
 
 def row_scale(*arrays: np.ndarray) -> np.ndarray:

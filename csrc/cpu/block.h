@@ -46,10 +46,14 @@ PPO_CLONES double kl_block(const T* logp, const T* ref, const uint8_t* mask, int
 template <class F>
 auto dispatch_estimator(int64_t estimator, F&& f) {
   switch (estimator) {
-    case kK1: return f(std::integral_constant<KlEstimator, kK1>{});
-    case kAbs: return f(std::integral_constant<KlEstimator, kAbs>{});
-    case kK2: return f(std::integral_constant<KlEstimator, kK2>{});
-    default: STD_TORCH_CHECK(estimator == kK3, "unknown KL estimator ", estimator);
+    case kK1:
+      return f(std::integral_constant<KlEstimator, kK1>{});
+    case kAbs:
+      return f(std::integral_constant<KlEstimator, kAbs>{});
+    case kK2:
+      return f(std::integral_constant<KlEstimator, kK2>{});
+    default:
+      STD_TORCH_CHECK(estimator == kK3, "unknown KL estimator ", estimator);
   }
   return f(std::integral_constant<KlEstimator, kK3>{});
 }

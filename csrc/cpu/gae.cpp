@@ -1,7 +1,6 @@
 // Generalised advantage estimation on CPU tensors: one backward walk per row, with a float64 carry.
-#include "math/affine_scan.h"
-
 #include "checks.h"
+#include "math/affine_scan.h"
 
 namespace ppo {
 namespace {
@@ -36,8 +35,8 @@ void gae_row(const GaeRow<T>& in, T* advantages, T* returns) {
 }
 
 std::tuple<Tensor, Tensor> gae(const Tensor& rewards, const Tensor& values, const OptTensor& mask,
-                               const OptTensor& lam_rows, const OptTensor& bootstrap_value,
-                               const OptTensor& cu_seqlens, double gamma, double lam, int64_t interior) {
+                               const OptTensor& lam_rows, const OptTensor& bootstrap_value, const OptTensor& cu_seqlens,
+                               double gamma, double lam, int64_t interior) {
   PPO_COUNT("gae");
   const Rows rows(rewards, cu_seqlens);
   return dispatch_compute(rewards, [&](auto zero) {

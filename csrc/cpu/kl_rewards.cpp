@@ -17,10 +17,10 @@ double penalty_row(const TokenView<T>& logp, const TokenView<T>& ref, const Toke
   double sum = 0.0;
   for (int64_t begin = 0; begin < rows.length(row); begin += kBlock) {
     const int64_t n = std::min(kBlock, rows.length(row) - begin);
-    sum += kl_block<kEstimator>(logp.row(rows, row) + begin, ref.row(rows, row) + begin,
-                                block_of(mask, rows, row, begin, n, uint8_t(1), ones), n,
-                                static_cast<T>(o.kl_log_clamp), static_cast<T>(o.kl_clamp),
-                                static_cast<T>(-o.kl_coef), rewards + begin, unused);
+    sum +=
+        kl_block<kEstimator>(logp.row(rows, row) + begin, ref.row(rows, row) + begin,
+                             block_of(mask, rows, row, begin, n, uint8_t(1), ones), n, static_cast<T>(o.kl_log_clamp),
+                             static_cast<T>(o.kl_clamp), static_cast<T>(-o.kl_coef), rewards + begin, unused);
   }
   return sum;
 }
@@ -32,9 +32,9 @@ int64_t last_valid(const uint8_t* mask, int64_t n) {
 }
 
 std::tuple<Tensor, Tensor> kl_rewards(const Tensor& logprobs, const Tensor& ref_logprobs, const Tensor& scores,
-                                      const OptTensor& mask, const OptTensor& score_index,
-                                      const OptTensor& cu_seqlens, double kl_coef, int64_t kl_estimator,
-                                      double score_clip, double kl_log_clamp, double kl_clamp) {
+                                      const OptTensor& mask, const OptTensor& score_index, const OptTensor& cu_seqlens,
+                                      double kl_coef, int64_t kl_estimator, double score_clip, double kl_log_clamp,
+                                      double kl_clamp) {
   PPO_COUNT("kl_rewards");
   const Rows rows(logprobs, cu_seqlens);
   const KlOptions options{kl_coef, score_clip, kl_log_clamp, kl_clamp};

@@ -106,9 +106,9 @@ PolicySums policy_piece(const PolicyInputs<T>& in, const Rows& rows, const Piece
     };
     const T* logp = in.logp.row(rows, piece.row) + begin;
     const uint8_t* mask = at(in.mask, uint8_t(1), ones);
-    PolicySums block = policy_block<T>({logp, in.old.row(rows, piece.row) + begin, at(in.adv, T(0), adv),
-                                        at(in.weights, T(1), weights), mask, n},
-                                       o, grads);
+    PolicySums block = policy_block<T>(
+        {logp, in.old.row(rows, piece.row) + begin, at(in.adv, T(0), adv), at(in.weights, T(1), weights), mask, n}, o,
+        grads);
     if (in.ref.data != nullptr) {
       block.ref_kl = dispatch_estimator(kl.estimator, [&](auto estimator) {
         return kl_block<estimator()>(logp, in.ref.row(rows, piece.row) + begin, mask, n, kl.log_clamp, kl.value_clamp,
@@ -116,7 +116,7 @@ PolicySums policy_piece(const PolicyInputs<T>& in, const Rows& rows, const Piece
       });
       block.loss += static_cast<double>(kl.coef) * block.ref_kl;
     }
-    block.loss *= row_weight;
+    block.loss = block.count > 0.0 ? block.loss * row_weight : 0.0;
     sums.add(block);
     if (in.grad != nullptr) {
       combine_gradients(grads, kl_grads, mask, n, row_weight, in.grad + rows.start(piece.row) + begin);
@@ -161,10 +161,18 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> policy_loss(
     std::vector<double> stats(12, 0.0);
     if (const double n = s.count; n > 0.0) {
       const double excess = s.excess / n;
-      stats = {-s.d / n,       0.5 * s.d2 / n, s.k3 / n,     1.0 + excess,
+      stats = {-s.d / n,
+               0.5 * s.d2 / n,
+               s.k3 / n,
+               1.0 + excess,
                std::fmax(s.excess2 / n - excess * excess, 0.0),
-               s.ratio_max,    s.high / n,     s.low / n,    s.dual / n,
-               s.ref_kl / n,   s.clamped / n,  n};
+               s.ratio_max,
+               s.high / n,
+               s.low / n,
+               s.dual / n,
+               s.ref_kl / n,
+               s.clamped / n,
+               n};
     }
     LossOutputs out = finish_loss<T>(s.loss, s.count, normalizer, stats, gradient, logprobs);
     return std::make_tuple(out.loss, out.stats, out.grad, out.inv_normalizer);

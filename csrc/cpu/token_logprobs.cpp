@@ -1,16 +1,15 @@
 // Token log-probabilities and entropy on CPU tensors: one pass over the logits, in blocks that stay in the L1 cache.
-#include "math/online_softmax.h"
-
 #include <array>
 
 #include "checks.h"
 #include "cpu/half.h"
+#include "math/online_softmax.h"
 
 namespace ppo {
 namespace {
 
-constexpr int64_t kBlock = 2048;    // logits; a function of nothing, so that a row's bits depend on the row alone
-constexpr double kNotRead = -1.0;   // log_sum of a row that is masked or ignored: no softmax has a negative one
+constexpr int64_t kBlock = 2048;   // logits; a function of nothing, so that a row's bits depend on the row alone
+constexpr double kNotRead = -1.0;  // log_sum of a row that is masked or ignored: no softmax has a negative one
 
 // 2^this is 0. An exponent is not let below it, because 0 * -inf would be NaN.
 template <class T>
@@ -125,10 +124,14 @@ class RowOffsets {
 template <class F>
 auto dispatch_logits(const Tensor& logits, F&& f) {
   switch (logits.scalar_type()) {
-    case ScalarType::BFloat16: return f(BFloat16{}, float{});
-    case ScalarType::Half: return f(Float16{}, float{});
-    case ScalarType::Float: return f(float{}, float{});
-    default: STD_TORCH_CHECK(logits.scalar_type() == ScalarType::Double, "expected floating logits");
+    case ScalarType::BFloat16:
+      return f(BFloat16{}, float{});
+    case ScalarType::Half:
+      return f(Float16{}, float{});
+    case ScalarType::Float:
+      return f(float{}, float{});
+    default:
+      STD_TORCH_CHECK(logits.scalar_type() == ScalarType::Double, "expected floating logits");
   }
   return f(double{}, double{});
 }
@@ -201,8 +204,8 @@ void backward_row(const In* in, int64_t vocab, int64_t label, Upstream g, double
   const T a = static_cast<T>(-g.logp * scale), b = static_cast<T>(-g.entropy * scale * kLn2);
   const T k = static_cast<T>((h - log_sum) * kLog2E);
   for (int64_t begin = 0; begin < vocab; begin += kBlock) {
-    gradient_block<In, T>(in + begin, std::min(kBlock, vocab - begin), static_cast<T>(row_max), static_cast<T>(c), a,
-                          b, k, out + begin);
+    gradient_block<In, T>(in + begin, std::min(kBlock, vocab - begin), static_cast<T>(row_max), static_cast<T>(c), a, b,
+                          k, out + begin);
   }
   if (label < 0 || label >= vocab) return;  // the row is NaN already
   const double p = std::exp(logp);
@@ -249,8 +252,7 @@ Tensor token_logprobs_backward(const Tensor& logits, const Tensor& labels, const
 
 void token_logprobs_backward_(const Tensor& logits, const Tensor& labels, const OptTensor& temperature_rows,
                               const OptTensor& grad_logprobs, const OptTensor& grad_entropy, const Tensor& logprobs,
-                              const Tensor& entropy, const Tensor& row_max, const Tensor& log_sum,
-                              double temperature) {
+                              const Tensor& entropy, const Tensor& row_max, const Tensor& log_sum, double temperature) {
   PPO_COUNT("token_logprobs_backward_");
   backward_into(logits, labels, temperature_rows, grad_logprobs, grad_entropy, logprobs, entropy, row_max, log_sum,
                 temperature, logits);

@@ -41,7 +41,8 @@ PPO_CLONES void whiten_chunk(const T* x, const uint8_t* mask, int64_t n, double 
 const uint8_t* mask_data(const Tensor& x, const OptTensor& mask) {
   STD_TORCH_CHECK(x.is_contiguous(), "expected a contiguous tensor");
   if (!mask.has_value()) return nullptr;
-  STD_TORCH_CHECK(mask->scalar_type() == ScalarType::Bool || mask->scalar_type() == ScalarType::Byte, "masks are bytes");
+  STD_TORCH_CHECK(mask->scalar_type() == ScalarType::Bool || mask->scalar_type() == ScalarType::Byte,
+                  "masks are bytes");
   STD_TORCH_CHECK(mask->is_contiguous(), "expected a contiguous mask");
   check_same_shape(*mask, x);
   return static_cast<const uint8_t*>(mask->data_ptr());

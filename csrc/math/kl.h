@@ -12,14 +12,20 @@ PPO_INLINE T clamp(T x, T bound) {  // NaN stays NaN, an infinite bound does not
   return x < -bound ? -bound : (x > bound ? bound : x);
 }
 
+// The gradient that torch.clamp lets through: at its bounds too, for a NaN only when it is off.
+template <class T>
+PPO_INLINE T clamp_gradient(T x, T bound, T gradient) {
+  const T within = x >= -bound ? (x <= bound ? gradient : T(0)) : T(0);
+  return bound == std::numeric_limits<T>::infinity() ? gradient : within;
+}
+
 template <class T>
 struct KlTerm {
   T value;
   T grad;  // d value / d logp, 0 beyond a clamp
 };
 
-// x = ref - logp, bounded to +-log_clamp; the estimate is bounded to +-value_clamp. torch.clamp passes the gradient at
-// its bounds, and so does this.
+// x = ref - logp, bounded to +-log_clamp; the estimate is bounded to +-value_clamp.
 template <KlEstimator kEstimator, class T>
 PPO_INLINE KlTerm<T> kl_term(T logp, T ref, T log_clamp, T value_clamp) {
   const T raw = ref - logp;
@@ -34,9 +40,7 @@ PPO_INLINE KlTerm<T> kl_term(T logp, T ref, T log_clamp, T value_clamp) {
   } else {
     k = expm1_minus(x, exp_fast(x)), slope = -(k + x);
   }
-  slope = raw < -log_clamp ? T(0) : (raw > log_clamp ? T(0) : slope);
-  slope = k < -value_clamp ? T(0) : (k > value_clamp ? T(0) : slope);
-  return {clamp(k, value_clamp), slope};
+  return {clamp(k, value_clamp), clamp_gradient(raw, log_clamp, clamp_gradient(k, value_clamp, slope))};
 }
 
 }  // namespace ppo

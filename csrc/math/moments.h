@@ -16,9 +16,7 @@ struct Moments {
     count = total;
   }
 
-  PPO_INLINE double variance(bool unbiased) const {
-    return count > 1.0 ? m2 / (unbiased ? count - 1.0 : count) : 0.0;
-  }
+  PPO_INLINE double variance(bool unbiased) const { return count > 1.0 ? m2 / (unbiased ? count - 1.0 : count) : 0.0; }
 };
 
 }  // namespace ppo

@@ -39,8 +39,8 @@ struct SoftmaxRow {
 PPO_INLINE SoftmaxRow finish_row(const SoftmaxPart& others, double target, double c) {
   const double nan = std::numeric_limits<double>::quiet_NaN();
   const SoftmaxPart one = {target, target == -std::numeric_limits<double>::infinity() ? 0.0 : 1.0, 0.0};
-  const bool poisoned = !(others.sum < std::numeric_limits<double>::infinity()) ||
-                        !(target < std::numeric_limits<double>::infinity());
+  const bool poisoned =
+      !(others.sum < std::numeric_limits<double>::infinity()) || !(target < std::numeric_limits<double>::infinity());
   const SoftmaxPart all = merge(others, one, c);
   if (poisoned || all.sum == 0.0) return {nan, nan, nan, nan};
   SoftmaxRow row;

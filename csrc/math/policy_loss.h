@@ -38,18 +38,19 @@ PPO_INLINE PolicyTerm<T> policy_term(T logp, T old, T adv, T weight, const Polic
   share = loss < ceiling ? share : (loss > ceiling ? T(0) : T(0.5) * share);
   loss = loss > ceiling ? ceiling : loss;
 
-  const T passes = raw < -o.log_ratio_clamp ? T(0) : (raw > o.log_ratio_clamp ? T(0) : T(1));
+  const T slope = -adv * ratio * share * weight;
+  const T beyond = raw < -o.log_ratio_clamp ? T(1) : (raw > o.log_ratio_clamp ? T(1) : T(0));
   const T k3 = expm1_minus(d, ratio);
   const T high = ratio > o.high ? T(1) : T(0), low = ratio < o.low ? T(1) : T(0);
   return {loss * weight,
-          -adv * ratio * (share * passes) * weight,
+          clamp_gradient(raw, o.log_ratio_clamp, slope),
           d,
           k3 + d,
           k3,
           adv > T(0) ? high : T(0),
           adv < T(0) ? low : T(0),
           dual,
-          T(1) - passes};
+          beyond};
 }
 
 }  // namespace ppo

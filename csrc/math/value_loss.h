@@ -21,8 +21,7 @@ PPO_INLINE ValueTerm<T> value_term(T value, T old, T target, T clip) {
   const T from_plain = plain > clipped ? T(1) : (plain == clipped ? T(0.5) : T(0));
   const T inside = value < low ? T(0) : (value > high ? T(0) : T(1));
   return {T(0.5) * (plain > clipped ? plain : clipped),
-          from_plain * error + (T(1) - from_plain) * inside * bounded_error,
-          clipped > plain ? T(1) : T(0)};
+          from_plain * error + (T(1) - from_plain) * inside * bounded_error, clipped > plain ? T(1) : T(0)};
 }
 
 }  // namespace ppo

@@ -26,7 +26,7 @@ class ScaledGradient(torch.autograd.Function):
     """A scalar loss whose kernel already wrote d(loss * normalizer)/dx: backward only scales it, on the device."""
 
     @staticmethod
-    def forward(ctx, op: str, impl: str, x: Tensor, arguments: tuple):
+    def forward(ctx, op, impl, x, arguments):
         ctx.set_materialize_grads(False)
         ctx.op = op
         loss, stats, grad, inv_normalizer = backends.kernel(op, impl)(x, *arguments, ctx.needs_input_grad[2])
@@ -35,7 +35,7 @@ class ScaledGradient(torch.autograd.Function):
         return loss, stats
 
     @staticmethod
-    def backward(ctx, grad_loss: Tensor | None, _grad_stats: Tensor | None):
+    def backward(ctx, grad_loss, _grad_stats):
         refuse_double_backward(ctx.op)
         if grad_loss is None:
             return None, None, None, None

@@ -47,7 +47,7 @@ def check_choice(op: str, name: str, value: object, allowed: Sequence[str]) -> i
     """The position of ``value`` in ``allowed``: the code by which a kernel knows it."""
     if value not in allowed:
         raise ValueError(f"{op}: {name} must be one of {tuple(allowed)}, got {value!r}")
-    return allowed.index(value)  # type: ignore[arg-type]
+    return allowed.index(value)
 
 
 def check_number(
@@ -92,7 +92,7 @@ class Tokens:
     one floating dtype, contiguous last dimension, masks as bytes.
     """
 
-    def __init__(self, op: str, cu_seqlens: Tensor | None, *, extra: Sequence[Tensor | None] = (), **tensors: object):
+    def __init__(self, op: str, cu_seqlens: Tensor | None, *, extra: Sequence[object] = (), **tensors: object):
         self.op = op
         checked = {name: check_floating(op, name, x) for name, x in tensors.items()}
         first_name, first = next(iter(checked.items()))
@@ -116,7 +116,7 @@ class Tokens:
             check_device(op, name, x, first.device)
         self.like = first
         self.cu_seqlens = None if cu_seqlens is None else cu_seqlens.to(torch.int64)
-        self.dtype = compute_dtype(*checked.values(), *extra)
+        self.dtype = compute_dtype(*checked.values(), *(x for x in extra if isinstance(x, Tensor)))
 
     def cast(self, x: Tensor) -> Tensor:
         return unit_last_stride(x.to(self.dtype))

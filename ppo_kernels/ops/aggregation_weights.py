@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ppo_kernels.ops._inputs import check_choice, check_number, check_tensor
+from ppo_kernels.ops._inputs import check_choice, check_integer, check_number, check_tensor
 from ppo_kernels.reference.rows import find_rows, row_sum
 
 MODES = ("token-mean", "token-sum", "seq-mean-token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm")
@@ -50,6 +50,8 @@ def aggregation_weights(
     op = "aggregation_weights"
     check_tensor(op, "mask", mask)
     check_choice(op, "mode", mode, MODES)
+    if cu_seqlens is not None:
+        check_integer(op, "cu_seqlens", cu_seqlens)
     if mask.dim() != (2 if cu_seqlens is None else 1):
         raise ValueError(f"{op}: mask must be [B, T], or [N] with cu_seqlens; got shape {tuple(mask.shape)}")
     if max_length is not None:

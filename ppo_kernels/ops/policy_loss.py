@@ -95,6 +95,8 @@ def policy_loss(
     if ref_logprobs is not None:
         tensors["ref_logprobs"] = ref_logprobs
     tokens = Tokens(op, cu_seqlens, **tensors, extra=(advantages, weights))
+    if isinstance(cliprange, (tuple, list)) and len(cliprange) != 2:
+        raise ValueError(f"policy_loss: cliprange must be a number or (low, high), got {cliprange}")
     low, high = cliprange if isinstance(cliprange, (tuple, list)) else (cliprange, cliprange)
     check_number(op, "cliprange (low)", low, least=0.0)
     check_number(op, "cliprange (high)", high, least=0.0)

@@ -34,7 +34,7 @@ def gae(
     rows = find_rows(rewards, cu_seqlens)
     valid = valid_tokens(rewards, mask, rows)
     tokens = valid.numel()
-    if tokens == 0 or rows.count == 0:
+    if tokens == 0 or rows.batch == 0:
         return torch.zeros_like(rewards, dtype=dtype), torch.zeros_like(rewards, dtype=dtype)
     position = torch.arange(tokens, device=valid.device)
     until_last = rows.owned & (position <= spread(last_valid(valid, rows), rows))

@@ -36,7 +36,7 @@ class PolicyStats(NamedTuple):
     dual_clipfrac: Tensor  #: share whose loss the dual clip lowered
     ref_kl: Tensor  #: mean KL estimate against ref_logprobs (0 without them)
     clamped: Tensor  #: share with |logprobs - old_logprobs| > log_ratio_clamp
-    count: Tensor  #: number of valid tokens
+    count: Tensor  # type: ignore[assignment]  #: number of valid tokens
 
 
 def policy_loss(

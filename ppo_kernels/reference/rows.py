@@ -18,7 +18,7 @@ class Rows(NamedTuple):
     length: int | None  # of every row if padded, None if packed
 
     @property
-    def count(self) -> int:
+    def batch(self) -> int:
         return self.start.numel()
 
 
@@ -52,7 +52,7 @@ def select(x: Tensor, valid: Tensor, dtype: torch.dtype) -> Tensor:
 
 def spread(x: Tensor, rows: Rows) -> Tensor:
     """One value per row, ``[B]``, as one per token."""
-    return x[rows.row] if rows.count else x.new_zeros(rows.row.shape)
+    return x[rows.row] if rows.batch else x.new_zeros(rows.row.shape)
 
 
 def per_token(x: Tensor, like: Tensor, rows: Rows, dtype: torch.dtype) -> Tensor:
@@ -64,8 +64,8 @@ def per_token(x: Tensor, like: Tensor, rows: Rows, dtype: torch.dtype) -> Tensor
 def row_sum(x: Tensor, rows: Rows) -> Tensor:
     """``[B]``: sums of a floating flat tensor over the tokens of each row, in an order that does not vary."""
     if rows.length is not None:
-        return x.reshape(rows.count, rows.length).sum(1)
-    if rows.count == 0:
+        return x.reshape(rows.batch, rows.length).sum(1)
+    if rows.batch == 0:
         return x.new_zeros(0)
     return torch.segment_reduce(x, "sum", lengths=rows.end - rows.start, unsafe=True, initial=0.0)
 
@@ -74,10 +74,10 @@ def last_valid(valid: Tensor, rows: Rows) -> Tensor:
     """``[B]``: flat position of each row's last valid token, -1 where it has none."""
     position = torch.where(valid, torch.arange(valid.numel(), device=valid.device), -1)
     if rows.length is not None:
-        position = torch.nn.functional.pad(position.reshape(rows.count, rows.length), (0, 1), value=-1)
+        position = torch.nn.functional.pad(position.reshape(rows.batch, rows.length), (0, 1), value=-1)
         return position.amax(1)
-    last = torch.full((rows.count,), -1, dtype=torch.int64, device=valid.device)
-    return last.scatter_reduce(0, rows.row, position, "amax") if rows.count else last
+    last = torch.full((rows.batch,), -1, dtype=torch.int64, device=valid.device)
+    return last.scatter_reduce(0, rows.row, position, "amax") if rows.batch else last
 
 
 def reduce_loss(

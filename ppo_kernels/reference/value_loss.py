@@ -23,7 +23,7 @@ class ValueStats(NamedTuple):
     clipfrac: Tensor  #: share where the clipped term is the larger
     error_mean: Tensor  #: mean of values - returns
     explained_variance: Tensor  #: 1 - Var(returns - values) / Var(returns); 0 where Var(returns) is 0
-    count: Tensor  #: number of valid tokens
+    count: Tensor  # type: ignore[assignment]  #: number of valid tokens
 
 
 def value_loss(

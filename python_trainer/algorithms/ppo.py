@@ -1,6 +1,7 @@
 """Proximal policy optimisation (Schulman et al., 2017), KL inside the reward (Ziegler et al., 2019)."""
 
 import torch
+
 from ppo_kernels import gae, policy_loss, value_loss, whiten
 
 from .. import launch

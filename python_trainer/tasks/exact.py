@@ -88,7 +88,5 @@ class Exact(Task):
 
 
 def _sequence_logprobs(policy: Policy, rollout: Rollout) -> torch.Tensor:
-    parts = [
-        score_tokens(policy, rollout[rows]).sum(dim=1) for rows in torch.arange(len(rollout)).split(2048)
-    ]
+    parts = [score_tokens(policy, rollout[rows]).sum(dim=1) for rows in torch.arange(len(rollout)).split(2048)]
     return torch.cat(parts).double().cpu()

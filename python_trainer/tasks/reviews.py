@@ -55,9 +55,7 @@ class Reviews(Task):
             vocab_size=VOCABULARY, special_tokens=[PAD, EOS, UNKNOWN], show_progress=False
         )
         words.train_from_iterator((text for text, _ in self.train), trainer)
-        return PreTrainedTokenizerFast(
-            tokenizer_object=words, pad_token=PAD, eos_token=EOS, unk_token=UNKNOWN
-        )
+        return PreTrainedTokenizerFast(tokenizer_object=words, pad_token=PAD, eos_token=EOS, unk_token=UNKNOWN)
 
     def texts(self) -> tuple[list[str], list[str]]:
         return [text for text, _ in self.train], [text for text, _ in self.heldout]
@@ -89,9 +87,7 @@ def read_ratings(path: Path) -> list[tuple[str, float]]:
         if len(words) > PROMPT_WORDS:
             rated.append((" ".join(words), float(row[1])))
     if len(rated) < 10:
-        raise UserError(
-            f"{path} holds {len(rated)} usable lines; expected: id, mean rating and text, tab-separated"
-        )
+        raise UserError(f"{path} holds {len(rated)} usable lines; expected: id, mean rating and text, tab-separated")
     return rated
 
 

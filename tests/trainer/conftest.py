@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+
 from python_trainer.config import PPOConfig
 from python_trainer.loop import Trainer
 

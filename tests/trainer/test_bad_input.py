@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+
 from python_trainer.config import UserError
 from python_trainer.models import checked
 

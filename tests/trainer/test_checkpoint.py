@@ -6,10 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
+
 from python_trainer import checkpoint
 from python_trainer.config import PPOConfig, UserError
 from python_trainer.loop import Trainer
-from safetensors.torch import load_file
 
 from .conftest import TINY, metric_rows
 

@@ -2,6 +2,7 @@
 
 import pytest
 import yaml
+
 from python_trainer.config import PPOConfig, SftConfig, UserError, load
 
 FILE = {"seed": 3, "model_config": {"model_type": "gpt2"}, "train": {"kl_coef": 0.2, "learning_rate": "1e-4"}}

@@ -2,7 +2,8 @@
 
 import pytest
 import yaml
-from python_trainer.config import CONFIGS, load, PPOConfig
+
+from python_trainer.config import CONFIGS, PPOConfig, load
 from python_trainer.loop import Trainer
 
 
@@ -29,6 +30,7 @@ def test_shipped_configurations_name_known_settings():
 def test_probabilities_of_all_responses_sum_to_one(tiny):
     """The enumeration misses no response and counts none twice."""
     import torch
+
     from python_trainer.tasks.exact import PROMPTS, _sequence_logprobs
 
     trainer = tiny()

@@ -6,6 +6,7 @@ import random
 import subprocess
 
 import pytest
+
 from python_trainer.config import EvalConfig, PPOConfig, RewardConfig, SftConfig, UserError
 from python_trainer.loop import Trainer
 from python_trainer.pipeline import compare

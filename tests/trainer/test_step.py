@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from python_trainer.experience import score_tokens
 from python_trainer.models import Trainable
 from python_trainer.rollout import InverseCdf, Rollout, left_pad
