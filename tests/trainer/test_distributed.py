@@ -16,7 +16,7 @@ LAUNCHERS = {
 }
 
 
-@pytest.mark.parametrize(("launcher", "stage"), [("torchrun", 0), ("deepspeed", 2)])
+@pytest.mark.parametrize(("launcher", "stage"), [("torchrun", 0), ("deepspeed", 2), ("torchrun", 3)])
 def test_two_processes_make_the_step_of_one(tiny, tmp_path, launcher, stage):
     """Two micro-batches in one process, or one in each of two: three updates, the same weights."""
     settings = TINY | {"deepspeed": f"ds_zero{stage}.json"}
