@@ -42,14 +42,26 @@ inline void check_unit_stride(const Tensor& x) {
   STD_TORCH_CHECK(last < 0 || x.size(last) <= 1 || x.stride(last) == 1, "the last dimension must be contiguous");
 }
 
-// A [B] vector or a 0-d tensor that a kernel reads through a plain pointer.
+// A [B] vector, a [...] row value or a 0-d tensor, read through a plain pointer; a strided one is copied. Keeps the
+// memory alive, and is false for an absent tensor.
 template <class T>
-const T* dense_data(const OptTensor& x, int64_t count, ScalarType dtype) {
-  if (!x.has_value()) return nullptr;
-  check_dtype(*x, dtype);
-  STD_TORCH_CHECK(x->numel() == count && x->is_contiguous(), "expected ", count, " contiguous elements");
-  return static_cast<const T*>(x->data_ptr());
-}
+class Dense {
+ public:
+  Dense(const OptTensor& x, int64_t count, ScalarType dtype) {
+    if (!x.has_value()) return;
+    check_dtype(*x, dtype);
+    STD_TORCH_CHECK(x->numel() == count, "expected ", count, " elements, got ", x->numel());
+    held_ = x->is_contiguous() ? *x : torch::stable::contiguous(*x);
+    data_ = static_cast<const T*>(held_->data_ptr());
+  }
+  explicit operator bool() const { return held_.has_value(); }
+  const T& operator[](int64_t i) const { return data_[i]; }
+  const T* data() const { return data_; }
+
+ private:
+  OptTensor held_;
+  const T* data_ = nullptr;
+};
 
 inline Tensor empty(torch::headeronly::IntHeaderOnlyArrayRef sizes, ScalarType dtype, const Tensor& like) {
   return torch::stable::new_empty(like, sizes, dtype);

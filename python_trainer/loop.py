@@ -120,7 +120,7 @@ class Trainer:
         before = self.evaluate(self.reference)
         if not resumed:
             log.record(0, before.metrics)
-        after = before
+        after = self.evaluate(self.actor) if resumed else before
         while self.done < config.total_steps:
             row = self.step()
             due = config.eval_steps and self.done % config.eval_steps == 0

@@ -64,7 +64,9 @@ def make(name: str, dtype=torch.float32, batch=4, length=33, seed=0) -> Case:
         tensors["normalizer"] = torch.tensor(17.0)
         options, leaf = {"cliprange": (0.2, 0.3), "dual_clip": 3.0, "kl_coef": 0.1, "kl_estimator": "k3"}, "logprobs"
     elif op == "value_loss":
-        tensors = _tokens(dtype, batch, length, g, ("values", "old_values", "returns")) | _rows(dtype, batch, g, "row_weight")
+        tensors = _tokens(dtype, batch, length, g, ("values", "old_values", "returns")) | _rows(
+            dtype, batch, g, "row_weight"
+        )
         options, leaf = {"cliprange_value": 0.3}, "values"
     else:
         raise AssertionError(name)

@@ -75,7 +75,9 @@ def test_packed_equals_padded_and_mask_dtypes_agree(mode):
     plain = aggregation_weights(mask, mode, max_length=9)
     assert bit_equal(plain, aggregation_weights(pack(mask, lengths), mode, max_length=9, cu_seqlens=cu(lengths)))
     for dtype in MASK_DTYPES:
-        assert bit_equal(plain, aggregation_weights(mask.to(dtype) * 3 if dtype != torch.bool else mask, mode, max_length=9))
+        assert bit_equal(
+            plain, aggregation_weights(mask.to(dtype) * 3 if dtype != torch.bool else mask, mode, max_length=9)
+        )
 
 
 @pytest.mark.parametrize("mode", MODES)

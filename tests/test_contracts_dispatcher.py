@@ -70,7 +70,9 @@ def test_opcheck_on_every_registered_op(require_impl, dtype):
             assert set(result.values()) == {"SUCCESS"}, name
 
 
-@pytest.mark.parametrize("op", ["token_logprobs", "kl_rewards", "gae", "moments", "whiten", "policy_loss", "value_loss"])
+@pytest.mark.parametrize(
+    "op", ["token_logprobs", "kl_rewards", "gae", "moments", "whiten", "policy_loss", "value_loss"]
+)
 def test_fake_tensors_have_the_shapes_and_dtypes_of_real_ones(require_impl, op):
     from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -187,3 +189,29 @@ def test_no_op_reads_outside_its_inputs(require_impl, front):
 def test_garbage_labels_and_offsets_read_nothing_outside(require_impl, front):
     require_impl("gae", "cpu")
     in_fresh_process(garbage_between_guard_pages, front)
+
+
+def far_rows(x: torch.Tensor, stride: int) -> torch.Tensor:
+    """The rows of x, ``stride`` elements apart, in memory that the system provides only where it is touched."""
+    size = ((x.size(0) - 1) * stride + x.size(1)) * x.element_size()
+    area = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0))
+    whole = torch.frombuffer(area, dtype=x.dtype, count=size // x.element_size())
+    return whole.as_strided(x.shape, (stride, 1)).copy_(x)
+
+
+@pytest.mark.parametrize("stride", [2**31 - 40, 2**31 + 40])
+def test_rows_further_apart_than_32_bits_count(require_impl, stride):
+    require_impl("gae", "cpu")
+    logits, labels = torch.randn(2, 33, dtype=torch.bfloat16), torch.tensor([3, 30])
+    far = far_rows(logits, stride)
+    near = pk.token_logprobs(logits, labels, entropy=True, impl="cpu")
+    assert bit_equal(pk.token_logprobs(far, labels, entropy=True, impl="cpu"), near)
+    grads = [torch.empty_like(x) for x in (logits, far)]
+    for x, grad in zip((logits, far), grads, strict=True):
+        leaf = x.detach().requires_grad_()
+        pk.token_logprobs(leaf, labels, impl="cpu").sum().backward()
+        grad.copy_(leaf.grad)
+    assert bit_equal(*grads)
+    rewards, values = torch.randn(2, 2, 33)
+    want = pk.gae(rewards, values, impl="cpu")
+    assert bit_equal(pk.gae(far_rows(rewards, stride), far_rows(values, stride), impl="cpu"), want)

@@ -59,13 +59,15 @@ def check(impl, logp, ref, scores, mask=None, **options):
 
 @pytest.mark.parametrize("estimator", ESTIMATORS)
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("length", [1, 2, 33, 128, 257])
+@pytest.mark.parametrize("length", [1, 2, 33, 128, 257, 1500])
 def test_matches_the_loop(impl, length, dtype, estimator):
     check(impl, *make(6, length, dtype), holey_mask(6, length), kl_estimator=estimator, kl_coef=0.3)
 
 
 @pytest.mark.parametrize("estimator", ESTIMATORS)
-@pytest.mark.parametrize(("log_clamp", "value_clamp"), [(20.0, 10.0), (None, 10.0), (0.25, None), (0.5, 0.125), (0.0, 0.0)])
+@pytest.mark.parametrize(
+    ("log_clamp", "value_clamp"), [(20.0, 10.0), (None, 10.0), (0.25, None), (0.5, 0.125), (0.0, 0.0)]
+)
 def test_clamps_bound_the_log_ratio_before_and_the_estimate_after(impl, estimator, log_clamp, value_clamp):
     logp, ref, scores = make(5, 40, spread=30.0)
     options = {"kl_estimator": estimator, "kl_log_clamp": log_clamp, "kl_clamp": value_clamp}
@@ -193,7 +195,9 @@ def test_empty_and_all_masked_batches(impl, shape):
 @pytest.mark.parametrize("rows", [0, 3])
 def test_packed_without_tokens(impl, rows):
     none = torch.empty(0)
-    rewards, kl = kl_rewards(none, none, torch.ones(rows), cu_seqlens=torch.zeros(rows + 1, dtype=torch.int64), impl=impl)
+    rewards, kl = kl_rewards(
+        none, none, torch.ones(rows), cu_seqlens=torch.zeros(rows + 1, dtype=torch.int64), impl=impl
+    )
     assert rewards.shape == (0,)
     assert kl.tolist() == [0.0] * rows
 
@@ -206,7 +210,9 @@ def test_padded_rows_and_transposed_inputs(impl, pad):
     wide_mask = torch.ones(5, 19 + pad, dtype=torch.bool)
     wide_mask[:, :19] = mask
     every_other = torch.stack([scores, torch.full_like(scores, NAN)], 1)[:, 0]
-    assert bit_equal(plain, kl_rewards(strided(logp, pad), strided(ref, pad, 2), every_other, wide_mask[:, :19], impl=impl))
+    assert bit_equal(
+        plain, kl_rewards(strided(logp, pad), strided(ref, pad, 2), every_other, wide_mask[:, :19], impl=impl)
+    )
     assert bit_equal(plain, kl_rewards(logp.t().contiguous().t(), ref, scores, mask.t().contiguous().t(), impl=impl))
 
 
@@ -221,7 +227,9 @@ def test_nan_in_a_valid_token_stays_in_its_row(impl):
     assert bit_equal(rewards[[0, 2]], clean[0][[0, 2]])
 
 
-@pytest.mark.parametrize("bounds", [[-5, 3, 12], [0, 100, 7], [0, 9, 4, 12], [2**40, -(2**40), 12], [3, 3, 3], [12, 0], [5]])
+@pytest.mark.parametrize(
+    "bounds", [[-5, 3, 12], [0, 100, 7], [0, 9, 4, 12], [2**40, -(2**40), 12], [3, 3, 3], [12, 0], [5]]
+)
 @pytest.mark.parametrize("index", [None, 2**62, -(2**62), 11, 3])
 def test_wrong_cu_seqlens_and_score_index_never_read_outside(impl, bounds, index):
     rows = len(bounds) - 1
@@ -233,7 +241,11 @@ def test_wrong_cu_seqlens_and_score_index_never_read_outside(impl, bounds, index
     assert kl.shape == (rows,)
     assert rewards.isfinite().all()
     assert_raises(
-        ValueError, lambda: kl_rewards(x, x, torch.ones(rows), validate=True, **call), "cu_seqlens", "12", str(bounds[0])
+        ValueError,
+        lambda: kl_rewards(x, x, torch.ones(rows), validate=True, **call),
+        "cu_seqlens",
+        "12",
+        str(bounds[0]),
     )
 
 

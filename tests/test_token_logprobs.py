@@ -71,7 +71,10 @@ def check(impl, logits, labels, temperature=1.0, entropy=True, eager=True, **opt
     largest = float(logits.double().nan_to_num(0.0, 0.0, 0.0).abs().max()) / coldest if logits.numel() else 1.0
     stretch = max(largest / 64.0, 1.0)  # the ceilings are for |z| <= 64; beyond, the spacing of the logits rules
     vast = impl == "torch" and vocab_of(logits) > 10000  # eager log_softmax misses the ceilings here
-    for name, got, oracle_value, eager_fn in (("logp", logp, want, eager_logprobs), ("entropy", h, want_h, eager_entropy)):
+    for name, got, oracle_value, eager_fn in (
+        ("logp", logp, want, eager_logprobs),
+        ("entropy", h, want_h, eager_entropy),
+    ):
         ceiling = CEILINGS[name, dtype] * stretch
         if not vast:
             assert_close_to_oracle(got.detach(), oracle_value, ceiling=ceiling, what=name)

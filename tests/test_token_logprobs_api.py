@@ -234,7 +234,11 @@ def test_validate_names_a_bad_label(impl, bad):
     assert_raises(ValueError, lambda: token_logprobs(logits, labels, **call), "labels", str(bad), "30", "-100")
     assert token_logprobs(logits, labels, mask=torch.tensor([1, 1, 0, 1]), **call).isfinite().all()
     assert token_logprobs(logits, labels, ignore_index=bad, **call).isfinite().all()
-    assert_raises(ValueError, lambda: token_logprobs(logits, torch.ones_like(labels), temperature=-torch.ones(4), **call), "temperature")
+    assert_raises(
+        ValueError,
+        lambda: token_logprobs(logits, torch.ones_like(labels), temperature=-torch.ones(4), **call),
+        "temperature",
+    )
 
 
 LABELS = torch.zeros(3, dtype=torch.int64)
@@ -266,9 +270,13 @@ WRONG = [
 @pytest.mark.parametrize(("change", "error", "mentions"), WRONG)
 def test_wrong_arguments_are_named(impl, change, error, mentions):
     arguments = {"logits": torch.randn(3, 4), "labels": LABELS, "impl": impl} | change
-    assert_raises(error, lambda: token_logprobs(arguments.pop("logits"), arguments.pop("labels"), **arguments), *mentions)
+    assert_raises(
+        error, lambda: token_logprobs(arguments.pop("logits"), arguments.pop("labels"), **arguments), *mentions
+    )
 
 
-@pytest.mark.parametrize("index", [torch.zeros(4, dtype=torch.int64), torch.zeros(3, 2, 2, dtype=torch.int64), torch.zeros(())])
+@pytest.mark.parametrize(
+    "index", [torch.zeros(4, dtype=torch.int64), torch.zeros(3, 2, 2, dtype=torch.int64), torch.zeros(())]
+)
 def test_wrong_trl_index_is_named(index):
     assert_raises((TypeError, ValueError), lambda: selective_log_softmax(torch.randn(3, 4), index), "(3,)")

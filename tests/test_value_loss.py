@@ -62,7 +62,7 @@ def check(impl, values, old, returns, mask=None, upstream=None, **options):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("clip", [0.2, 0.0, None, 5.0])
-@pytest.mark.parametrize("shape", [(1, 1), (4, 2), (6, 33), (5, 128), (3, 1025)])
+@pytest.mark.parametrize("shape", [(1, 1), (4, 2), (6, 33), (5, 128), (3, 1025), (2, 9001)])
 def test_matches_the_loop(impl, shape, clip, dtype):
     data = make(*shape, dtype)
     check(impl, *data, cliprange_value=clip)
@@ -135,9 +135,7 @@ def test_explained_variance_with_a_large_mean(impl):
 def test_what_lies_under_the_mask_does_not_matter(impl, junk):
     values, old, returns = make(6, 37)
     mask, row_weight = holey_mask(6, 37), torch.rand(6)
-    (loss, stats), grad = grad_of(
-        lambda x: value_loss(x, old, returns, mask, row_weight=row_weight, impl=impl), values
-    )
+    (loss, stats), grad = grad_of(lambda x: value_loss(x, old, returns, mask, row_weight=row_weight, impl=impl), values)
     dirty = [with_junk(x, mask, j) for x, j in ((values, junk), (old, -junk), (returns, junk))]
     row_weight = torch.where(mask.any(1), row_weight, junk)
     for kind in MASK_DTYPES:

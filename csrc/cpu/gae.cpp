@@ -43,8 +43,8 @@ std::tuple<Tensor, Tensor> gae(const Tensor& rewards, const Tensor& values, cons
     using T = decltype(zero);
     const auto r = token_view<T>(rewards, rewards, rows), v = token_view<T>(values, rewards, rows);
     const auto m = token_view<uint8_t>(mask, rewards, rows);
-    const T* lams = dense_data<T>(lam_rows, rows.count(), dtype_of<T>());
-    const T* bootstraps = dense_data<T>(bootstrap_value, rows.count(), dtype_of<T>());
+    const Dense<T> lams(lam_rows, rows.count(), dtype_of<T>());
+    const Dense<T> bootstraps(bootstrap_value, rows.count(), dtype_of<T>());
     Tensor advantages = torch::stable::new_zeros(rewards, rewards.sizes());
     Tensor returns = torch::stable::new_zeros(rewards, rewards.sizes());
     T* adv = static_cast<T*>(advantages.data_ptr());

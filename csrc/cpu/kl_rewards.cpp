@@ -42,8 +42,8 @@ std::tuple<Tensor, Tensor> kl_rewards(const Tensor& logprobs, const Tensor& ref_
     using T = decltype(zero);
     const auto logp = token_view<T>(logprobs, logprobs, rows), ref = token_view<T>(ref_logprobs, logprobs, rows);
     const auto m = token_view<uint8_t>(mask, logprobs, rows);
-    const T* score = dense_data<T>(scores, rows.count(), dtype_of<T>());
-    const int64_t* index = dense_data<int64_t>(score_index, rows.count(), ScalarType::Long);
+    const Dense<T> score(scores, rows.count(), dtype_of<T>());
+    const Dense<int64_t> index(score_index, rows.count(), ScalarType::Long);
     Tensor rewards = torch::stable::new_zeros(logprobs, logprobs.sizes());
     Tensor kl = empty({rows.count()}, dtype_of<T>(), logprobs);
     T* out = static_cast<T*>(rewards.data_ptr());
@@ -57,7 +57,7 @@ std::tuple<Tensor, Tensor> kl_rewards(const Tensor& logprobs, const Tensor& ref_
         return static_cast<T>(penalty_row<estimator()>(logp, ref, m, rows, b, options, row));
       });
       const int64_t last = last_valid(row_mask, length);
-      const int64_t at = last < 0 || index == nullptr ? last : index[b];
+      const int64_t at = last < 0 || !index ? last : index[b];
       if (at >= 0 && at < length) row[at] += clamp(score[b], static_cast<T>(score_clip));
     });
     return std::make_tuple(rewards, kl);

@@ -29,8 +29,8 @@ struct LossOutputs {
 template <class T>
 LossOutputs finish_loss(double total, double count, const OptTensor& normalizer, const std::vector<double>& stats,
                         Tensor grad, const Tensor& like) {
-  const double* given = dense_data<double>(normalizer, 1, ScalarType::Double);
-  const double scale = given ? *given : count;
+  const Dense<double> given(normalizer, 1, ScalarType::Double);
+  const double scale = given ? given[0] : count;
   const double inverse = scale == 0.0 ? 0.0 : 1.0 / scale;
   const auto filled = [&](torch::headeronly::IntHeaderOnlyArrayRef sizes, const double* values, int64_t n) {
     Tensor t = empty(sizes, dtype_of<T>(), like);

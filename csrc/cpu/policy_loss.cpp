@@ -141,15 +141,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> policy_loss(
                                    static_cast<T>(dual_clip), static_cast<T>(log_ratio_clamp)};
     const KlOptions<T> kl{static_cast<T>(kl_coef), kl_estimator, static_cast<T>(kl_log_clamp),
                           static_cast<T>(kl_clamp)};
+    const Dense<T> row_weights(row_weight, rows.count(), dtype_of<T>());
     Tensor gradient = new_gradient(logprobs, grad);
-    const PolicyInputs<T> in{view(logprobs),
-                             view(old_logprobs),
-                             view(advantages, true),
-                             view(weights, true),
-                             view(ref_logprobs),
-                             token_view<uint8_t>(mask, logprobs, rows),
-                             dense_data<T>(row_weight, rows.count(), dtype_of<T>()),
-                             grad ? static_cast<T*>(gradient.data_ptr()) : nullptr};
+    const PolicyInputs<T> in{view(logprobs),         view(old_logprobs),
+                             view(advantages, true), view(weights, true),
+                             view(ref_logprobs),     token_view<uint8_t>(mask, logprobs, rows),
+                             row_weights.data(),     grad ? static_cast<T*>(gradient.data_ptr()) : nullptr};
     const std::vector<Piece> pieces = cut_rows(rows);
     std::vector<PolicySums> parts(pieces.size());
     const int64_t mean_length = logprobs.numel() / std::max<int64_t>(pieces.size(), 1);

@@ -153,13 +153,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> token_logprobs(const Tensor& logits, 
   return dispatch_logits(logits, [&](auto in_zero, auto zero) {
     using In = decltype(in_zero);
     using T = decltype(zero);
-    const auto* label = dense_data<int64_t>(labels, rows, ScalarType::Long);
-    const auto* tau = dense_data<T>(temperature_rows, rows, dtype_of<T>());
-    const uint8_t* valid = nullptr;
-    if (mask.has_value()) {
-      STD_TORCH_CHECK(mask->element_size() == 1, "masks are bytes");
-      valid = dense_data<uint8_t>(mask, rows, mask->scalar_type());
-    }
+    const Dense<int64_t> label(labels, rows, ScalarType::Long);
+    const Dense<T> tau(temperature_rows, rows, dtype_of<T>());
+    STD_TORCH_CHECK(!mask.has_value() || mask->element_size() == 1, "masks are bytes");
+    const Dense<uint8_t> valid(mask, rows, mask.has_value() ? mask->scalar_type() : ScalarType::Byte);
     const auto row_value = [&] { return empty(labels.sizes(), dtype_of<T>(), logits); };
     Tensor logp_out = row_value(), max_out = row_value(), sum_out = row_value();
     Tensor entropy_out = entropy ? row_value() : empty({0}, dtype_of<T>(), logits);
@@ -170,7 +167,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> token_logprobs(const Tensor& logits, 
     const auto* data = static_cast<const In*>(logits.data_ptr());
     for_each(rows, row_grain(vocab), [&](int64_t i) {
       SoftmaxRow row{0.0, 0.0, 0.0, kNotRead};
-      if (label[i] != ignore_index && (valid == nullptr || valid[i] != 0)) {
+      if (label[i] != ignore_index && (!valid || valid[i] != 0)) {
         T target = std::numeric_limits<T>::quiet_NaN();  // stays so for a label outside the row
         const double c = kLog2E / (tau ? static_cast<double>(tau[i]) : temperature);
         SoftmaxPart others = empty_softmax();
@@ -223,11 +220,11 @@ void backward_into(const Tensor& logits, const Tensor& labels, const OptTensor& 
   dispatch_logits(logits, [&](auto in_zero, auto zero) {
     using In = decltype(in_zero);
     using T = decltype(zero);
-    const auto row_data = [&](const OptTensor& x) { return dense_data<T>(x, rows, dtype_of<T>()); };
-    const auto* label = dense_data<int64_t>(labels, rows, ScalarType::Long);
-    const T *tau = row_data(temperature_rows), *g_logp = row_data(grad_logprobs), *g_h = row_data(grad_entropy);
-    const T *logp = row_data(logprobs), *max = row_data(row_max), *sum = row_data(log_sum);
-    const T* h = g_h ? row_data(entropy) : nullptr;
+    const auto row_data = [&](const OptTensor& x) { return Dense<T>(x, rows, dtype_of<T>()); };
+    const Dense<int64_t> label(labels, rows, ScalarType::Long);
+    const Dense<T> tau = row_data(temperature_rows), g_logp = row_data(grad_logprobs), g_h = row_data(grad_entropy);
+    const Dense<T> logp = row_data(logprobs), max = row_data(row_max), sum = row_data(log_sum);
+    const Dense<T> h = row_data(grad_entropy.has_value() ? OptTensor(entropy) : std::nullopt);
     const auto* data = static_cast<const In*>(logits.data_ptr());
     auto* gradient = static_cast<In*>(out.data_ptr());
     for_each(rows, row_grain(vocab), [&](int64_t i) {

@@ -105,12 +105,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> value_loss(const Tensor& values, cons
   const Rows rows(values, cu_seqlens);
   return dispatch_compute(values, [&](auto zero) {
     using T = decltype(zero);
+    const Dense<T> row_weights(row_weight, rows.count(), dtype_of<T>());
     Tensor gradient = new_gradient(values, grad);
     const ValueInputs<T> in{token_view<T>(values, values, rows),
                             token_view<T>(old_values, values, rows),
                             token_view<T>(returns, values, rows),
                             token_view<uint8_t>(mask, values, rows),
-                            dense_data<T>(row_weight, rows.count(), dtype_of<T>()),
+                            row_weights.data(),
                             grad ? static_cast<T*>(gradient.data_ptr()) : nullptr};
     const std::vector<Piece> pieces = cut_rows(rows);
     std::vector<ValueSums> parts(pieces.size());

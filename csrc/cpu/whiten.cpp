@@ -89,8 +89,8 @@ Tensor whiten(const Tensor& x, const OptTensor& mask, const OptTensor& count, co
     Moments stats;
     if (count.has_value()) {
       STD_TORCH_CHECK(mean.has_value() && m2.has_value(), "count, mean and m2 come together");
-      stats = {*dense_data<double>(count, 1, ScalarType::Double), *dense_data<double>(mean, 1, ScalarType::Double),
-               *dense_data<double>(m2, 1, ScalarType::Double)};
+      const auto scalar = [](const OptTensor& t) { return Dense<double>(t, 1, ScalarType::Double)[0]; };
+      stats = {scalar(count), scalar(mean), scalar(m2)};
     } else {
       stats = all_moments<T>(x, m);
     }

@@ -17,6 +17,23 @@ def refuse_double_backward(op: str) -> None:
         raise RuntimeError(f"{op}: differentiating twice is not supported; call backward without create_graph=True")
 
 
+class _FirstOrderOnly(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, op, x):
+        ctx.op = op
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        refuse_double_backward(ctx.op)
+        return None, grad
+
+
+def first_order_only(op: str, x: Tensor) -> Tensor:
+    """``x`` for the reference, which autograd could differentiate twice; a switch of ``impl`` changes no contract."""
+    return _FirstOrderOnly.apply(op, x) if x.requires_grad else x
+
+
 def fake_loss(x: Tensor, stats: int, grad: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The outputs of a loss kernel, for tracing: loss, stats, gradient, 1 / normalizer."""
     return x.new_empty(()), x.new_empty(stats), x.new_empty(x.shape if grad else 0), x.new_empty(())

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from ppo_kernels import backends, reference
-from ppo_kernels.ops._autograd import ScaledGradient, fake_loss
+from ppo_kernels.ops._autograd import ScaledGradient, fake_loss, first_order_only
 from ppo_kernels.ops._inputs import Tokens, bound, check_choice, check_floating, check_number
 from ppo_kernels.reference.kl_rewards import KL_ESTIMATORS
 from ppo_kernels.reference.policy_loss import PolicyStats
@@ -125,7 +125,7 @@ def policy_loss(
     if impl == "torch":
         backends.count_torch_call(op)
         return reference.policy_loss(
-            logprobs,
+            first_order_only(op, logprobs),
             old_logprobs,
             advantages,
             mask,

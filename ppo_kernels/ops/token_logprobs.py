@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ppo_kernels import backends, reference
-from ppo_kernels.ops._autograd import refuse_double_backward
+from ppo_kernels.ops._autograd import first_order_only, refuse_double_backward
 from ppo_kernels.ops._inputs import (
     check_device,
     check_floating,
@@ -60,17 +60,21 @@ class _TokenLogprobs(torch.autograd.Function):
     @staticmethod
     def forward(ctx, impl, logits, labels, mask, temperature_rows, temperature, ignore_index, entropy, inplace):
         ctx.set_materialize_grads(False)
-        ctx.impl, ctx.temperature, ctx.inplace = impl, temperature, inplace
+        ctx.impl, ctx.temperature, ctx.entropy, ctx.inplace = impl, temperature, entropy, inplace
         logprobs, h, row_max, log_sum = backends.kernel("token_logprobs", impl)(
-            logits, labels, mask, temperature_rows, temperature, ignore_index, entropy
+            logits, labels, mask, temperature_rows, temperature, ignore_index, entropy is not False
         )
         ctx.save_for_backward(logits, labels, temperature_rows, logprobs, h, row_max, log_sum)
+        if entropy is not True:
+            ctx.mark_non_differentiable(h)
         return logprobs, h
 
     @staticmethod
     def backward(ctx, grad_logprobs, grad_entropy):
         refuse_double_backward("token_logprobs")
         none = (None,) * 7
+        if ctx.entropy is not True:
+            grad_entropy = None  # a traced graph passes zeros
         if grad_logprobs is None and grad_entropy is None:
             return None, None, *none
         logits, labels, temperature_rows, logprobs, h, row_max, log_sum = ctx.saved_tensors
@@ -155,7 +159,7 @@ def token_logprobs(
     if impl == "torch":
         backends.count_torch_call(op)
         return reference.token_logprobs(
-            logits,
+            first_order_only(op, logits),
             labels,
             temperature=temperature if rows is None else rows,
             mask=mask,
@@ -170,12 +174,12 @@ def token_logprobs(
         rows,
         1.0 if rows is not None else temperature,
         ignore_index,
-        entropy is not False,
+        entropy,
         inplace_backward,
     )
     if entropy is False:
         return logprobs
-    return logprobs, h.detach() if entropy == "detached" else h
+    return logprobs, h
 
 
 def _temperature_rows(temperature: Tensor, logits: Tensor, labels: Tensor) -> Tensor:

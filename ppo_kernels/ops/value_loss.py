@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from ppo_kernels import backends, reference
-from ppo_kernels.ops._autograd import ScaledGradient, fake_loss
+from ppo_kernels.ops._autograd import ScaledGradient, fake_loss, first_order_only
 from ppo_kernels.ops._inputs import Tokens, bound
 from ppo_kernels.reference.value_loss import ValueStats
 
@@ -77,7 +77,7 @@ def value_loss(
     if impl == "torch":
         backends.count_torch_call(op)
         return reference.value_loss(
-            values,
+            first_order_only(op, values),
             old_values,
             returns,
             mask,

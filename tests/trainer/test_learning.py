@@ -7,13 +7,13 @@ from python_trainer.config import CONFIGS, PPOConfig, load
 from python_trainer.loop import Trainer
 
 
-@pytest.mark.parametrize("seed", [0])
+@pytest.mark.parametrize("seed", [0, 1])
 def test_ppo_comes_close_to_the_optimum(tmp_path, seed):
     options = [f"--output_dir={tmp_path}", f"--seed={seed}", "--disable_tqdm"]
     before, after = Trainer(load("train", "exact_cpu.yaml", options, PPOConfig)).train()
     assert abs(before.metrics["exact/score"]) < 1e-9
     assert before.metrics["exact/kl"] == 0
-    assert after.metrics["exact/score"] >= 0.85
+    assert after.metrics["exact/score"] >= 0.9
     assert after.metrics["exact/objective"] <= after.metrics["exact/optimum"]
     assert (tmp_path / "train" / "curves.png").stat().st_size > 10_000
     assert (tmp_path / "train" / "model" / "model.safetensors").exists()
