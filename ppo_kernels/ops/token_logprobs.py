@@ -227,7 +227,11 @@ def selective_log_softmax(
     """
     if index.dim() == logits.dim() - 1:
         return token_logprobs(logits, index, temperature=temperature, mask=row_mask)  # type: ignore[return-value]
-    check_shape("selective_log_softmax", "index[..., 0]", index[..., 0], logits.shape[:-1], "the logits without V")
+    if index.dim() != logits.dim() or index.shape[:-1] != logits.shape[:-1]:
+        raise ValueError(
+            f"selective_log_softmax: index must have the shape of the logits without V {tuple(logits.shape[:-1])},"
+            f" or that and K labels per row; got {tuple(index.shape)}"
+        )
     if isinstance(temperature, Tensor):
         temperature = temperature.expand(index.shape[:-1])[..., None]
     mask = None if row_mask is None else row_mask[..., None].expand(index.shape)
