@@ -249,6 +249,20 @@ def test_wrong_cu_seqlens_and_score_index_never_read_outside(impl, bounds, index
     )
 
 
+@pytest.mark.parametrize("bounds", [[0, 9, 4, 12], [0, 12, 0, 12], [6, 3, 9, -1, 12], [0, 2**40, 0, 12]])
+def test_with_wrong_cu_seqlens_no_kernel_counts_a_token_twice(require_impl, bounds):
+    x, rows, impl = torch.randn(12), len(bounds) - 1, require_impl(OP, "cpu")
+    options = {
+        "kl_estimator": "abs",
+        "kl_coef": 1.0,
+        "score_clip": 0.0,
+        "cu_seqlens": torch.tensor(bounds),
+        "impl": impl,
+    }
+    rewards, kl = kl_rewards(x, torch.zeros(12), torch.ones(rows), **options)
+    torch.testing.assert_close(kl.sum(), -rewards.sum())
+
+
 @pytest.mark.parametrize("index", [4, -2, 2**40, -(2**40)])
 def test_score_index_outside_the_row_places_no_score_and_validate_says_so(impl, index):
     zero = torch.zeros(2, 4)
