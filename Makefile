@@ -13,7 +13,7 @@ ARGS ?=
 
 SOURCES := $(shell find csrc -type f) csrc/cpu csrc/cuda CMakeLists.txt setup.py
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint bench setup build env clean
+.PHONY: missing help demo test lint bench setup build env clean
 
 help:
 	@echo "make demo    train a small model on a CPU and plot its learning"
@@ -28,8 +28,9 @@ help:
 ifeq ($(VENV),none)
 BIN :=
 RUN := $(PYTHON)
-STATE := build
-INSTALLED := build/.checked
+# One stamp for each Python and torch that is used as it is.
+STATE := build/with-$(shell $(PYTHON) -c "import sys, importlib.metadata as m; print(sys.implementation.cache_tag + '-torch' + m.version('torch'))")
+INSTALLED := $(STATE)/.checked
 
 $(INSTALLED):
 	@PYTHON="$(PYTHON)" .ci/preflight none
@@ -60,7 +61,7 @@ BUILT := $(STATE)/.built-$(PPO_KERNELS_CUDA)-$(PPO_KERNELS_SANITIZE)
 setup: $(INSTALLED)
 build: $(BUILT)
 
-$(BUILT): $(INSTALLED) $(SOURCES)
+$(BUILT): $(INSTALLED) $(SOURCES) $(if $(wildcard ppo_kernels/_C.*.so),,missing)
 	@echo "Building the extension"
 	@rm -f $(STATE)/.built-*
 	@$(RUN) setup.py --quiet build_ext --inplace

@@ -52,7 +52,8 @@ class CMakeBuild(build_ext):
             "TORCH_CUDA": version.get("cuda") or "",
             "PPO_KERNELS_CUDA": os.environ.get("PPO_KERNELS_CUDA", "AUTO"),
             "PPO_KERNELS_SANITIZE": os.environ.get("PPO_KERNELS_SANITIZE", ""),
-            **({"PPO_KERNELS_INPLACE": "ON"} if self.in_source else {}),
+            "PPO_KERNELS_INPLACE": "ON" if self.in_source else "OFF",
+            **({"CMAKE_CXX_COMPILER": os.environ["CXX"]} if "CXX" in os.environ else {}),  # else CMake keeps its first
         }
         define = [f"-D{name}={value}" for name, value in options.items()]
         for step in (["-S", ROOT, "-B", self.cmake_dir, "-G", "Ninja", *define], ["--build", self.cmake_dir]):

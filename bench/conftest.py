@@ -30,7 +30,7 @@ def commit() -> str:
 
 @pytest.fixture
 def measure(benchmark, commit):
-    """``measure(call, provider, tokens_bytes)``: assert that ``call(impl)`` is right, then time it."""
+    """``measure(group, provider, call, moved_bytes, tolerance)``: check ``call(impl)`` against the reference, then time it."""
 
     def run(group: str, provider: str, call: Callable[[str], object], moved_bytes: int, tolerance: float) -> None:
         if provider == "torch.compile":

@@ -2,6 +2,7 @@
 # The hash is computed again by ppo_kernels/_native.py, which must walk the same files in the same order.
 file(GLOB_RECURSE sources RELATIVE ${SOURCE_DIR} ${SOURCE_DIR}/csrc/*)
 list(FILTER sources INCLUDE REGEX "\\.(cpp|cu|cuh|h|in|cmake)$")
+list(FILTER sources EXCLUDE REGEX "(^|/)\\.[^/]*$")
 list(APPEND sources CMakeLists.txt)
 list(SORT sources COMPARE STRING)
 set(listing "")

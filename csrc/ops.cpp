@@ -5,8 +5,8 @@
 #include <torch/csrc/stable/library.h>
 
 STABLE_TORCH_LIBRARY(ppo_kernels, m) {
-  // logits [..., V]; labels, mask, temperature_rows and every output [...]; entropy is empty unless asked for.
-  // log_sum is -1 for a row that was not read, row_max is NaN for a row without a distribution.
+  // logits [..., V]; labels, mask, temperature_rows (float64) and every output [...]; entropy is empty unless asked
+  // for. log_sum is -1 for a row that was not read, row_max is NaN for a row without a distribution.
   m.def(
       "token_logprobs(Tensor logits, Tensor labels, Tensor? mask, Tensor? temperature_rows, float temperature,"
       " int ignore_index, bool entropy) -> (Tensor logprobs, Tensor entropy, Tensor row_max, Tensor log_sum)");
@@ -19,13 +19,13 @@ STABLE_TORCH_LIBRARY(ppo_kernels, m) {
       " Tensor? grad_entropy, Tensor logprobs, Tensor entropy, Tensor row_max, Tensor log_sum, float temperature)"
       " -> ()");
 
-  // scores, score_index, kl [B].
+  // scores, score_index, kl [B]. kl_coef_tensor, float64 0-d, takes the place of kl_coef where it is given.
   m.def(
       "kl_rewards(Tensor logprobs, Tensor ref_logprobs, Tensor scores, Tensor? mask, Tensor? score_index,"
-      " Tensor? cu_seqlens, float kl_coef, int kl_estimator, float score_clip, float kl_log_clamp, float kl_clamp)"
-      " -> (Tensor rewards, Tensor kl)");
+      " Tensor? cu_seqlens, Tensor? kl_coef_tensor, float kl_coef, int kl_estimator, float score_clip,"
+      " float kl_log_clamp, float kl_clamp) -> (Tensor rewards, Tensor kl)");
 
-  // lam_rows, bootstrap_value [B].
+  // lam_rows [B] float64, bootstrap_value [B].
   m.def(
       "gae(Tensor rewards, Tensor values, Tensor? mask, Tensor? lam_rows, Tensor? bootstrap_value,"
       " Tensor? cu_seqlens, float gamma, float lam, int interior) -> (Tensor advantages, Tensor returns)");
@@ -40,9 +40,9 @@ STABLE_TORCH_LIBRARY(ppo_kernels, m) {
   // tokens). grad is d(loss * normalizer)/d(first argument), empty unless asked for; stats as in the Python tuples.
   m.def(
       "policy_loss(Tensor logprobs, Tensor old_logprobs, Tensor advantages, Tensor? mask, Tensor? weights,"
-      " Tensor? ref_logprobs, Tensor? row_weight, Tensor? normalizer, Tensor? cu_seqlens, float cliprange_low,"
-      " float cliprange_high, float dual_clip, float log_ratio_clamp, float kl_coef, int kl_estimator,"
-      " float kl_log_clamp, float kl_clamp, bool grad)"
+      " Tensor? ref_logprobs, Tensor? row_weight, Tensor? normalizer, Tensor? cu_seqlens, Tensor? kl_coef_tensor,"
+      " float cliprange_low, float cliprange_high, float dual_clip, float log_ratio_clamp, float kl_coef,"
+      " int kl_estimator, float kl_log_clamp, float kl_clamp, bool grad)"
       " -> (Tensor loss, Tensor stats, Tensor grad, Tensor inv_normalizer)");
   m.def(
       "value_loss(Tensor values, Tensor old_values, Tensor returns, Tensor? mask, Tensor? row_weight,"

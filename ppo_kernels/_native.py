@@ -37,7 +37,8 @@ def source_hash(root: Path = PACKAGE.parent) -> str | None:
     """The hash that a binary built from this checkout would carry; None without sources (a wheel)."""
     if not (root / "csrc").is_dir() or not (root / "CMakeLists.txt").is_file():
         return None
-    files = [path for path in (root / "csrc").rglob("*") if path.suffix in _SOURCE_SUFFIXES]
+    found = (path for path in (root / "csrc").rglob("*") if path.suffix in _SOURCE_SUFFIXES)
+    files = [path for path in found if not path.name.startswith(".")]  # an editor's own
     names = sorted(path.relative_to(root).as_posix() for path in (*files, root / "CMakeLists.txt"))
     listing = "".join(f"{name} {hashlib.sha256((root / name).read_bytes()).hexdigest()}\n" for name in names)
     return hashlib.sha256(listing.encode()).hexdigest()

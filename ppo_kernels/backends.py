@@ -33,7 +33,11 @@ def declare(schema: str, fake: Callable) -> None:
     """Make the compiled op with this schema callable and traceable, if the binaries that are here define it."""
     name = schema.partition("(")[0]
     for impl, error in (("cpu", _native.CPU_ERROR), ("cuda", _native.CUDA_ERROR)):
-        if error is None and _native.check_schema(name, schema) and _has_kernel(name, impl.upper()):
+        if error is not None:
+            continue
+        if not _native.check_schema(name, schema):
+            _kernels.clear()  # one op that differs makes the whole binary suspect
+        elif _has_kernel(name, impl.upper()):
             _kernels[impl, name] = getattr(torch.ops.ppo_kernels, name).default
     if ("cpu", name) in _kernels or ("cuda", name) in _kernels:
         torch.library.register_fake(f"ppo_kernels::{name}", fake)
@@ -87,7 +91,7 @@ def count_torch_call(op: str) -> None:
 
 
 def status() -> dict[str, dict[str, int]]:
-    """Calls so far per op and implementation, for example ``{"gae": {"cpu": 3}, "gae_backward": ...}``.
+    """Calls so far per op and implementation, for example ``{"gae": {"cpu": 3}, "token_logprobs": {"torch": 1}}``.
 
     Kernels count inside the registered op, so compiled graphs count too; "torch" counts eager calls only.
     """

@@ -81,7 +81,7 @@ def kl_rewards(
     score_index=None,
     cu_seqlens=None,
 ) -> tuple[np.ndarray, np.ndarray]:
-    logp, ref, valid = floats(logprobs), floats(ref_logprobs), bools(mask, logprobs)
+    logp, ref, valid, kl_coef = floats(logprobs), floats(ref_logprobs), bools(mask, logprobs), float(kl_coef)
     rewards, sums = [0.0] * len(logp), []
     for b, row in enumerate(rows_of(logprobs, cu_seqlens)):
         total, last = 0.0, None
@@ -206,6 +206,7 @@ def policy_loss(
     cu_seqlens=None,
 ) -> tuple[float, dict[str, float], np.ndarray]:
     """Loss, statistics and d loss / d logprobs."""
+    kl_coef = float(kl_coef)
     low, high = cliprange if isinstance(cliprange, tuple) else (cliprange, cliprange)
     rows = rows_of(logprobs, cu_seqlens)
     logp, old, valid = floats(logprobs), floats(old_logprobs), bools(mask, logprobs)

@@ -39,8 +39,8 @@ def samples(dtype):
         "token_logprobs_backward": [(logits, labels, None, y, z, *saved), (logits, labels, None, y, None, *saved)],
         "token_logprobs_backward_": [(logits.clone(), labels, None, y, z, *saved)],
         "kl_rewards": [
-            (x, y, row, mask, torch.tensor([0, -1, 3]), None, 0.1, 3, 5.0, 20.0, 10.0),
-            (flat, flat + 1, row, None, None, bounds, 0.1, 0, INF, INF, INF),
+            (x, y, row, mask, torch.tensor([0, -1, 3]), None, one, 0.0, 3, 5.0, 20.0, 10.0),
+            (flat, flat + 1, row, None, None, bounds, None, 0.1, 0, INF, INF, INF),
         ],
         "gae": [
             (x, y, mask, row, row, None, 0.9, 0.0, 0),
@@ -49,8 +49,8 @@ def samples(dtype):
         "moments": [(x, mask), (flat, None)],
         "whiten": [(x, mask, None, None, None, True, True, 1e-8), (flat, None, *moments, False, False, 1e-8)],
         "policy_loss": [
-            (x, y, z, mask, y, z, row, one, None, *clips, True),
-            (flat, flat, row[:, None], None, None, None, None, None, bounds, *clips, False),
+            (x, y, z, mask, y, z, row, one, None, one, *clips, True),
+            (flat, flat, row[:, None], None, None, None, None, None, bounds, None, *clips, False),
         ],
         "value_loss": [
             (x, y, z, mask, row, one, None, 0.2, True),

@@ -76,6 +76,11 @@ def test_clamps_bound_the_log_ratio_before_and_the_estimate_after(impl, estimato
         assert (kl.abs() <= value_clamp * 40 + 1e-4).all()
 
 
+@pytest.mark.parametrize("coef", [torch.tensor(0.7), torch.tensor([0.7]).double(), torch.tensor(0.0)])
+def test_kl_coef_may_be_a_tensor(impl, coef):
+    check(impl, *make(4, 30), holey_mask(4, 30), kl_coef=coef)
+
+
 def test_hand_computed_values(impl):
     logp, ref = torch.tensor([[-1.0, -2.0, -3.0]]), torch.tensor([[-1.5, -1.0, -3.0]])
     want = {"k1": [0.5, -1.0, 0.0], "abs": [0.5, 1.0, 0.0], "k2": [0.125, 0.5, 0.0]}

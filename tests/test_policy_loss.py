@@ -32,7 +32,7 @@ OP = "policy_loss"
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 FIELDS = (
     "kl_k1 kl_k2 kl_k3 ratio_mean ratio_var ratio_max clipfrac_high clipfrac_low dual_clipfrac ref_kl clamped count"
-).split()
+)
 
 
 def make(batch, length, dtype=torch.float32, seed=0, spread=0.4):
@@ -58,7 +58,7 @@ def check(impl, logp, old, adv, mask=None, upstream=None, **options):
     tensors = (logp, old, adv, options.get("weights"), options.get("ref_logprobs"))
     dtype = out_dtype(*(x.dtype for x in tensors if x is not None))
     assert isinstance(stats, PolicyStats)
-    assert stats._fields == tuple(FIELDS)
+    assert " ".join(stats._fields) == FIELDS
     assert loss.dtype == dtype
     assert grad.dtype == logp.dtype
     limit = 2e-6 if dtype == torch.float32 else 1e-11
@@ -112,6 +112,12 @@ def test_the_kl_term_and_its_clamps(impl, estimator, log_clamp, value_clamp):
     check(impl, logp, old, adv, holey_mask(4, 30), kl_coef=0.7, **options)
     stats = policy_loss(logp, old, adv, impl=impl, **options)[1]
     assert float(stats.ref_kl) != 0.0, "a metric with kl_coef = 0"
+
+
+@pytest.mark.parametrize("coef", [torch.tensor(0.7), torch.tensor([0.7]).double(), torch.tensor(0.0)])
+def test_kl_coef_may_be_a_tensor(impl, coef):
+    logp, old, adv = make(4, 30)
+    check(impl, logp, old, adv, holey_mask(4, 30), kl_coef=coef, ref_logprobs=logp + torch.randn(4, 30))
 
 
 def test_the_kl_term_is_not_weighted(impl):
@@ -224,9 +230,8 @@ def test_without_active_clips_it_is_the_importance_weighted_advantage(impl):
 
 def test_kl_k3_keeps_its_digits_near_zero(impl):
     logp = torch.full((1, 1), 1e-4)
-    stats = policy_loss(logp, torch.zeros(1, 1), torch.ones(1, 1), impl=impl)[1]
-    exact = math.expm1(float(logp)) - float(logp)
-    assert abs(float(stats.kl_k3) / exact - 1) < 2e-3
+    k3 = policy_loss(logp, torch.zeros(1, 1), torch.ones(1, 1), impl=impl)[1].kl_k3
+    assert abs(float(k3) / (math.expm1(float(logp)) - float(logp)) - 1) < 2e-3
 
 
 def test_huge_gaps_are_clamped_and_counted(impl):
@@ -339,7 +344,6 @@ def test_wrong_cu_seqlens_never_read_outside(impl, bounds):
 
 WRONG = [
     ({"dual_clip": 1.0}, ValueError, ("dual_clip", "> 1", "1.0")),
-    ({"dual_clip": 0.5}, ValueError, ("dual_clip", "0.5")),
     ({"cliprange": -0.1}, ValueError, ("cliprange", "0", "-0.1")),
     ({"cliprange": (0.1, -0.2)}, ValueError, ("cliprange", "-0.2")),
     ({"cliprange": (0.1, 0.2, 0.3)}, (ValueError, TypeError), ("cliprange", "low, high")),
@@ -351,7 +355,6 @@ WRONG = [
     ({"advantages": torch.randn(1, 4)}, ValueError, ("advantages", "(3, 4)", "(1, 4)")),
     ({"advantages": 1.0}, TypeError, ("advantages", "Tensor", "float")),
     ({"weights": torch.ones(3, 4, dtype=torch.int32)}, TypeError, ("weights", "int32")),
-    ({"weights": torch.ones(2)}, ValueError, ("weights", "[3]", "(2,)")),
     ({"old_logprobs": torch.randn(4, 3)}, ValueError, ("old_logprobs", "(3, 4)", "(4, 3)")),
     ({"ref_logprobs": torch.randn(4, 3)}, ValueError, ("ref_logprobs", "(3, 4)", "(4, 3)")),
     ({"mask": torch.ones(4, 3)}, ValueError, ("mask", "(3, 4)", "(4, 3)")),

@@ -42,6 +42,11 @@ PPO_CLONES double kl_block(const T* logp, const T* ref, const uint8_t* mask, int
   return static_cast<double>(sum);
 }
 
+// Before any loop: an exception that crosses parallel_for loses its text.
+inline void check_estimator(int64_t estimator) {
+  STD_TORCH_CHECK(estimator >= kK1 && estimator <= kK3, "unknown KL estimator ", estimator);
+}
+
 // Calls f with the estimator as a compile-time constant.
 template <class F>
 auto dispatch_estimator(int64_t estimator, F&& f) {
@@ -53,9 +58,8 @@ auto dispatch_estimator(int64_t estimator, F&& f) {
     case kK2:
       return f(std::integral_constant<KlEstimator, kK2>{});
     default:
-      STD_TORCH_CHECK(estimator == kK3, "unknown KL estimator ", estimator);
+      return f(std::integral_constant<KlEstimator, kK3>{});
   }
-  return f(std::integral_constant<KlEstimator, kK3>{});
 }
 
 }  // namespace ppo

@@ -38,12 +38,13 @@ std::tuple<Tensor, Tensor> gae(const Tensor& rewards, const Tensor& values, cons
                                const OptTensor& lam_rows, const OptTensor& bootstrap_value, const OptTensor& cu_seqlens,
                                double gamma, double lam, int64_t interior) {
   PPO_COUNT("gae");
+  STD_TORCH_CHECK(interior >= kCarry && interior <= kIgnore, "unknown interior ", interior);
   const Rows rows(rewards, cu_seqlens);
   return dispatch_compute(rewards, [&](auto zero) {
     using T = decltype(zero);
     const auto r = token_view<T>(rewards, rewards, rows), v = token_view<T>(values, rewards, rows);
     const auto m = token_view<uint8_t>(mask, rewards, rows);
-    const Dense<T> lams(lam_rows, rows.count(), dtype_of<T>());
+    const Dense<double> lams(lam_rows, rows.count(), ScalarType::Double);
     const Dense<T> bootstraps(bootstrap_value, rows.count(), dtype_of<T>());
     Tensor advantages = torch::stable::new_zeros(rewards, rewards.sizes());
     Tensor returns = torch::stable::new_zeros(rewards, rewards.sizes());
@@ -56,7 +57,7 @@ std::tuple<Tensor, Tensor> gae(const Tensor& rewards, const Tensor& values, cons
                          m.data ? m.row(rows, b) : nullptr,
                          rows.length(b),
                          gamma,
-                         lams ? static_cast<double>(lams[b]) : lam,
+                         lams ? lams[b] : lam,
                          bootstraps ? static_cast<double>(bootstraps[b]) : 0.0,
                          interior};
       gae_row(in, adv + rows.start(b), ret + rows.start(b));

@@ -33,11 +33,13 @@ int64_t last_valid(const uint8_t* mask, int64_t n) {
 
 std::tuple<Tensor, Tensor> kl_rewards(const Tensor& logprobs, const Tensor& ref_logprobs, const Tensor& scores,
                                       const OptTensor& mask, const OptTensor& score_index, const OptTensor& cu_seqlens,
-                                      double kl_coef, int64_t kl_estimator, double score_clip, double kl_log_clamp,
-                                      double kl_clamp) {
+                                      const OptTensor& kl_coef_tensor, double kl_coef, int64_t kl_estimator,
+                                      double score_clip, double kl_log_clamp, double kl_clamp) {
   PPO_COUNT("kl_rewards");
+  check_estimator(kl_estimator);
   const Rows rows(logprobs, cu_seqlens);
-  const KlOptions options{kl_coef, score_clip, kl_log_clamp, kl_clamp};
+  const Dense<double> coef(kl_coef_tensor, 1, ScalarType::Double);
+  const KlOptions options{coef ? coef[0] : kl_coef, score_clip, kl_log_clamp, kl_clamp};
   return dispatch_compute(logprobs, [&](auto zero) {
     using T = decltype(zero);
     const auto logp = token_view<T>(logprobs, logprobs, rows), ref = token_view<T>(ref_logprobs, logprobs, rows);

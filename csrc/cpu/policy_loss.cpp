@@ -5,19 +5,21 @@
 
 #include "cpu/block.h"
 #include "cpu/loss.h"
+#include "math/moments.h"
 
 namespace ppo {
 namespace {
 
 struct PolicySums {
-  double loss = 0.0, count = 0.0, d = 0.0, d2 = 0.0, k3 = 0.0, excess = 0.0, excess2 = 0.0, ref_kl = 0.0;
-  double high = 0.0, low = 0.0, dual = 0.0, clamped = 0.0;
-  double ratio_max = 0.0;
+  double loss = 0.0, d = 0.0, d2 = 0.0, k3 = 0.0, ref_kl = 0.0;
+  double high = 0.0, low = 0.0, dual = 0.0, clamped = 0.0, ratio_max = 0.0;
+  Moments excess;  // of ratio - 1; its count is the number of valid tokens
 
   void add(const PolicySums& o) {
-    loss += o.loss, count += o.count, d += o.d, d2 += o.d2, k3 += o.k3, excess += o.excess, excess2 += o.excess2;
-    ref_kl += o.ref_kl, high += o.high, low += o.low, dual += o.dual, clamped += o.clamped;
+    loss += o.loss, d += o.d, d2 += o.d2, k3 += o.k3, ref_kl += o.ref_kl;
+    high += o.high, low += o.low, dual += o.dual, clamped += o.clamped;
     ratio_max = o.ratio_max > ratio_max || std::isnan(o.ratio_max) ? o.ratio_max : ratio_max;
+    excess.merge(o.excess);
   }
 };
 
@@ -31,12 +33,12 @@ struct PolicyBlock {
 // Sums over one block, and the gradient of each token's surrogate.
 template <class T>
 PPO_CLONES PolicySums policy_block(const PolicyBlock<T>& in, const PolicyOptions<T>& o, T* grads) {
-  T loss = 0, count = 0, d = 0, d2 = 0, k3 = 0, excess = 0, excess2 = 0;
+  T loss = 0, count = 0, d = 0, d2 = 0, k3 = 0, excess = 0;
   T high = 0, low = 0, dual = 0, clamped = 0, ratio_max = -1;
   const T *logp = in.logp, *old = in.old, *adv = in.adv, *weights = in.weights;
   const uint8_t* mask = in.mask;
-#pragma omp simd reduction(+ : loss, count, d, d2, k3, excess, excess2, high, low, dual, clamped) \
-    reduction(max : ratio_max)
+  T excesses[kBlock];
+#pragma omp simd reduction(+ : loss, count, d, d2, k3, excess, high, low, dual, clamped) reduction(max : ratio_max)
   for (int64_t i = 0; i < in.n; ++i) {
     const T l = logp[i], l_old = old[i], a = adv[i], w = weights[i];
     const T one = mask[i] != 0 ? T(1) : T(0);
@@ -50,7 +52,7 @@ PPO_CLONES PolicySums policy_block(const PolicyBlock<T>& in, const PolicyOptions
     d2 += term.d * term.d;
     k3 += term.k3;
     excess += term.ratio_minus_1;
-    excess2 += term.ratio_minus_1 * term.ratio_minus_1;
+    excesses[i] = term.ratio_minus_1;
     high += term.high;
     low += term.low;
     dual += term.dual;
@@ -59,15 +61,23 @@ PPO_CLONES PolicySums policy_block(const PolicyBlock<T>& in, const PolicyOptions
     ratio_max = above > ratio_max ? above : ratio_max;
   }
   PolicySums sums;
-  sums.loss = loss, sums.count = count, sums.d = d, sums.d2 = d2, sums.k3 = k3;
-  sums.excess = excess, sums.excess2 = excess2;
+  if (count == T(0)) return sums;
+  const double mean = static_cast<double>(excess) / static_cast<double>(count);
+  double m2 = 0.0;
+#pragma omp simd reduction(+ : m2)
+  for (int64_t i = 0; i < in.n; ++i) {
+    const double e = static_cast<double>(excesses[i]) - mean;
+    m2 += is_valid<double>(mask[i]) ? e * e : 0.0;
+  }
+  sums.loss = loss, sums.d = d, sums.d2 = d2, sums.k3 = k3;
+  sums.excess = {static_cast<double>(count), mean, m2};
   sums.high = high, sums.low = low, sums.dual = dual, sums.clamped = clamped;
-  sums.ratio_max = std::isnan(excess) ? excess : static_cast<double>(ratio_max) + 1.0;
+  sums.ratio_max = std::isnan(excess) ? static_cast<double>(excess) : static_cast<double>(ratio_max) + 1.0;
   return sums;
 }
 
 template <class T>
-struct KlOptions {
+struct KlPenalty {
   T coef;
   int64_t estimator;
   T log_clamp, value_clamp;
@@ -93,7 +103,7 @@ PPO_CLONES void combine_gradients(const T* surrogate, const T* kl, const uint8_t
 
 template <class T>
 PolicySums policy_piece(const PolicyInputs<T>& in, const Rows& rows, const Piece& piece, const PolicyOptions<T>& o,
-                        const KlOptions<T>& kl) {
+                        const KlPenalty<T>& kl) {
   T adv[kBlock], weights[kBlock], grads[kBlock], kl_grads[kBlock], unused[kBlock];
   uint8_t ones[kBlock];
   std::fill(kl_grads, kl_grads + kBlock, T(0));
@@ -116,7 +126,7 @@ PolicySums policy_piece(const PolicyInputs<T>& in, const Rows& rows, const Piece
       });
       block.loss += static_cast<double>(kl.coef) * block.ref_kl;
     }
-    block.loss = block.count > 0.0 ? block.loss * row_weight : 0.0;
+    block.loss = block.excess.count > 0.0 ? block.loss * row_weight : 0.0;
     sums.add(block);
     if (in.grad != nullptr) {
       combine_gradients(grads, kl_grads, mask, n, row_weight, in.grad + rows.start(piece.row) + begin);
@@ -125,12 +135,16 @@ PolicySums policy_piece(const PolicyInputs<T>& in, const Rows& rows, const Piece
   return sums;
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> policy_loss(
-    const Tensor& logprobs, const Tensor& old_logprobs, const Tensor& advantages, const OptTensor& mask,
-    const OptTensor& weights, const OptTensor& ref_logprobs, const OptTensor& row_weight, const OptTensor& normalizer,
-    const OptTensor& cu_seqlens, double cliprange_low, double cliprange_high, double dual_clip, double log_ratio_clamp,
-    double kl_coef, int64_t kl_estimator, double kl_log_clamp, double kl_clamp, bool grad) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> policy_loss(const Tensor& logprobs, const Tensor& old_logprobs,
+                                                       const Tensor& advantages, const OptTensor& mask,
+                                                       const OptTensor& weights, const OptTensor& ref_logprobs,
+                                                       const OptTensor& row_weight, const OptTensor& normalizer,
+                                                       const OptTensor& cu_seqlens, const OptTensor& kl_coef_tensor,
+                                                       double cliprange_low, double cliprange_high, double dual_clip,
+                                                       double log_ratio_clamp, double kl_coef, int64_t kl_estimator,
+                                                       double kl_log_clamp, double kl_clamp, bool grad) {
   PPO_COUNT("policy_loss");
+  check_estimator(kl_estimator);
   const Rows rows(logprobs, cu_seqlens);
   return dispatch_compute(logprobs, [&](auto zero) {
     using T = decltype(zero);
@@ -139,7 +153,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> policy_loss(
     };
     const PolicyOptions<T> options{static_cast<T>(1.0 - cliprange_low), static_cast<T>(1.0 + cliprange_high),
                                    static_cast<T>(dual_clip), static_cast<T>(log_ratio_clamp)};
-    const KlOptions<T> kl{static_cast<T>(kl_coef), kl_estimator, static_cast<T>(kl_log_clamp),
+    const Dense<double> coef(kl_coef_tensor, 1, ScalarType::Double);
+    const KlPenalty<T> kl{static_cast<T>(coef ? coef[0] : kl_coef), kl_estimator, static_cast<T>(kl_log_clamp),
                           static_cast<T>(kl_clamp)};
     const Dense<T> row_weights(row_weight, rows.count(), dtype_of<T>());
     Tensor gradient = new_gradient(logprobs, grad);
@@ -156,22 +171,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> policy_loss(
     for (const PolicySums& part : parts) s.add(part);
 
     std::vector<double> stats(12, 0.0);
-    if (const double n = s.count; n > 0.0) {
-      const double excess = s.excess / n;
-      stats = {-s.d / n,
-               0.5 * s.d2 / n,
-               s.k3 / n,
-               1.0 + excess,
-               std::fmax(s.excess2 / n - excess * excess, 0.0),
-               s.ratio_max,
-               s.high / n,
-               s.low / n,
-               s.dual / n,
-               s.ref_kl / n,
-               s.clamped / n,
-               n};
+    const double n = s.excess.count;
+    if (n > 0.0) {
+      stats = {-s.d / n,   0.5 * s.d2 / n, s.k3 / n,   1.0 + s.excess.mean, s.excess.m2 / n, s.ratio_max,
+               s.high / n, s.low / n,      s.dual / n, s.ref_kl / n,        s.clamped / n,   n};
     }
-    LossOutputs out = finish_loss<T>(s.loss, s.count, normalizer, stats, gradient, logprobs);
+    LossOutputs out = finish_loss<T>(s.loss, n, normalizer, stats, gradient, logprobs);
     return std::make_tuple(out.loss, out.stats, out.grad, out.inv_normalizer);
   });
 }

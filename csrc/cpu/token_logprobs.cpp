@@ -8,15 +8,15 @@
 namespace ppo {
 namespace {
 
-constexpr int64_t kBlock = 2048;   // logits; a function of nothing, so that a row's bits depend on the row alone
-constexpr double kNotRead = -1.0;  // log_sum of a row that is masked or ignored: no softmax has a negative one
+constexpr int64_t kLogitBlock = 2048;  // logits; a function of nothing, so that a row's bits depend on the row alone
+constexpr double kNotRead = -1.0;      // log_sum of a row that is masked or ignored: no softmax has a negative one
 
 // 2^this is 0. An exponent is not let below it, because 0 * -inf would be NaN.
 template <class T>
 constexpr T kNegligible = std::is_same_v<T, float> ? T(-200) : T(-2000);
 
 template <class T>
-using Scratch = std::array<T, kBlock>;
+using Scratch = std::array<T, kLogitBlock>;
 
 template <class In, class T>
 PPO_CLONES T widen_block(const In* x, int64_t n, T* z) {
@@ -30,26 +30,41 @@ PPO_CLONES T widen_block(const In* x, int64_t n, T* z) {
   return max;
 }
 
+// Sums go to float64 every kSpan logits: each float32 lane adds few terms, whatever the instruction set, and a bias in
+// their rounding cannot add up over a vocabulary.
+constexpr int64_t kSpan = 256;
+
 template <class T>
-PPO_CLONES T sum_block(const T* z, int64_t n, T max, T c) {
-  T sum = 0;
+PPO_CLONES double sum_block(const T* z, int64_t n, T max, T c) {
+  double total = 0.0;
+  for (int64_t begin = 0; begin < n; begin += kSpan) {
+    const int64_t end = std::min(n, begin + kSpan);
+    T sum = 0;
 #pragma omp simd reduction(+ : sum)
-  for (int64_t i = 0; i < n; ++i) sum += exp2_fast((z[i] - max) * c);
-  return sum;
+    for (int64_t i = begin; i < end; ++i) sum += exp2_fast((z[i] - max) * c);
+    total += static_cast<double>(sum);
+  }
+  return total;
 }
 
 template <class T>
 PPO_CLONES SoftmaxPart sum_block_with_entropy(const T* z, int64_t n, T max, T c) {
-  T sum = 0, weighted = 0;
+  SoftmaxPart total{static_cast<double>(max), 0.0, 0.0};
+  for (int64_t begin = 0; begin < n; begin += kSpan) {
+    const int64_t end = std::min(n, begin + kSpan);
+    T sum = 0, weighted = 0;
 #pragma omp simd reduction(+ : sum, weighted)
-  for (int64_t i = 0; i < n; ++i) {
-    T x = (z[i] - max) * c;
-    x = x < kNegligible<T> ? kNegligible<T> : x;
-    const T e = exp2_fast(x);
-    sum += e;
-    weighted += e * x;
+    for (int64_t i = begin; i < end; ++i) {
+      T x = (z[i] - max) * c;
+      x = x < kNegligible<T> ? kNegligible<T> : x;
+      const T e = exp2_fast(x);
+      sum += e;
+      weighted += e * x;
+    }
+    total.sum += static_cast<double>(sum);
+    total.weighted += static_cast<double>(weighted);
   }
-  return {static_cast<double>(max), static_cast<double>(sum), static_cast<double>(weighted)};
+  return total;
 }
 
 // The statistics of all logits but the target, whose value goes to *target.
@@ -57,8 +72,8 @@ template <class In, class T>
 SoftmaxPart scan_row(const In* x, int64_t vocab, int64_t label, double c, bool entropy, T* target) {
   Scratch<T> z;
   SoftmaxPart others = empty_softmax();
-  for (int64_t begin = 0; begin < vocab; begin += kBlock) {
-    const int64_t n = std::min(kBlock, vocab - begin);
+  for (int64_t begin = 0; begin < vocab; begin += kLogitBlock) {
+    const int64_t n = std::min(kLogitBlock, vocab - begin);
     T max = widen_block(x + begin, n, z.data());
     if (label >= begin && label < begin + n) {
       T& taken = z[label - begin];
@@ -154,7 +169,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> token_logprobs(const Tensor& logits, 
     using In = decltype(in_zero);
     using T = decltype(zero);
     const Dense<int64_t> label(labels, rows, ScalarType::Long);
-    const Dense<T> tau(temperature_rows, rows, dtype_of<T>());
+    const Dense<double> tau(temperature_rows, rows, ScalarType::Double);
     STD_TORCH_CHECK(!mask.has_value() || mask->element_size() == 1, "masks are bytes");
     const Dense<uint8_t> valid(mask, rows, mask.has_value() ? mask->scalar_type() : ScalarType::Byte);
     const auto row_value = [&] { return empty(labels.sizes(), dtype_of<T>(), logits); };
@@ -169,7 +184,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> token_logprobs(const Tensor& logits, 
       SoftmaxRow row{0.0, 0.0, 0.0, kNotRead};
       if (label[i] != ignore_index && (!valid || valid[i] != 0)) {
         T target = std::numeric_limits<T>::quiet_NaN();  // stays so for a label outside the row
-        const double c = kLog2E / (tau ? static_cast<double>(tau[i]) : temperature);
+        const double c = kLog2E / (tau ? tau[i] : temperature);
         SoftmaxPart others = empty_softmax();
         if (label[i] >= 0 && label[i] < vocab) {
           others = scan_row(data + offsets(i), vocab, label[i], c, entropy, &target);
@@ -200,9 +215,9 @@ void backward_row(const In* in, int64_t vocab, int64_t label, Upstream g, double
   const double c = kLog2E / tau, scale = std::exp(-log_sum) / tau;
   const T a = static_cast<T>(-g.logp * scale), b = static_cast<T>(-g.entropy * scale * kLn2);
   const T k = static_cast<T>((h - log_sum) * kLog2E);
-  for (int64_t begin = 0; begin < vocab; begin += kBlock) {
-    gradient_block<In, T>(in + begin, std::min(kBlock, vocab - begin), static_cast<T>(row_max), static_cast<T>(c), a, b,
-                          k, out + begin);
+  for (int64_t begin = 0; begin < vocab; begin += kLogitBlock) {
+    gradient_block<In, T>(in + begin, std::min(kLogitBlock, vocab - begin), static_cast<T>(row_max), static_cast<T>(c),
+                          a, b, k, out + begin);
   }
   if (label < 0 || label >= vocab) return;  // the row is NaN already
   const double p = std::exp(logp);
@@ -222,15 +237,16 @@ void backward_into(const Tensor& logits, const Tensor& labels, const OptTensor& 
     using T = decltype(zero);
     const auto row_data = [&](const OptTensor& x) { return Dense<T>(x, rows, dtype_of<T>()); };
     const Dense<int64_t> label(labels, rows, ScalarType::Long);
-    const Dense<T> tau = row_data(temperature_rows), g_logp = row_data(grad_logprobs), g_h = row_data(grad_entropy);
+    const Dense<double> tau(temperature_rows, rows, ScalarType::Double);
+    const Dense<T> g_logp = row_data(grad_logprobs), g_h = row_data(grad_entropy);
     const Dense<T> logp = row_data(logprobs), max = row_data(row_max), sum = row_data(log_sum);
     const Dense<T> h = row_data(grad_entropy.has_value() ? OptTensor(entropy) : std::nullopt);
     const auto* data = static_cast<const In*>(logits.data_ptr());
     auto* gradient = static_cast<In*>(out.data_ptr());
     for_each(rows, row_grain(vocab), [&](int64_t i) {
       const Upstream g{g_logp ? static_cast<double>(g_logp[i]) : 0.0, g_h ? static_cast<double>(g_h[i]) : 0.0};
-      backward_row<In, T>(data + offsets(i), vocab, label[i], g, tau ? static_cast<double>(tau[i]) : temperature,
-                          logp[i], h ? h[i] : T(0), max[i], sum[i], gradient + out_offsets(i));
+      backward_row<In, T>(data + offsets(i), vocab, label[i], g, tau ? tau[i] : temperature, logp[i], h ? h[i] : T(0),
+                          max[i], sum[i], gradient + out_offsets(i));
     });
     return 0;
   });

@@ -23,7 +23,7 @@ constexpr double kLn2 = 0.6931471805599453;
 
 constexpr float kRoundToInt = 12582912.0f;  // 1.5 * 2^23: adding it leaves the nearest integer in the low bits
 
-// 2^f * 2^n for |f| <= 1/2, with n given as n + kRoundToInt, -126 <= n <= 128. The polynomial is the relative minimax
+// 2^f * 2^n for |f| <= 1/2, with n given as n + kRoundToInt, -125 <= n <= 128. The polynomial is the relative minimax
 // one of degree 6 that is 1 at 0; its error in float32 is 1e-7.
 PPO_INLINE float exp2_parts(float f, float rounded_n) {
   float p = 0x1.41fbbcp-13f;

@@ -45,7 +45,7 @@ PPO_INLINE PolicyTerm<T> policy_term(T logp, T old, T adv, T weight, const Polic
   return {loss * weight,
           clamp_gradient(raw, o.log_ratio_clamp, slope),
           d,
-          k3 + d,
+          d > T(-0.5) && d < T(0.5) ? k3 + d : ratio - T(1),
           k3,
           adv > T(0) ? high : T(0),
           adv < T(0) ? low : T(0),

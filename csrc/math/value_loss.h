@@ -1,6 +1,8 @@
 // The clipped squared error of one token and its gradient.
 #pragma once
 
+#include <limits>
+
 #include "macros.h"
 
 namespace ppo {
@@ -14,12 +16,14 @@ struct ValueTerm {
 // With an infinite clip the two terms are equal and the result is the plain squared error. Ties as autograd has them.
 template <class T>
 PPO_INLINE ValueTerm<T> value_term(T value, T old, T target, T clip) {
-  const T low = old - clip, high = old + clip;
-  const T bounded = value < low ? low : (value > high ? high : value);
+  const bool off = clip == std::numeric_limits<T>::infinity();
+  const T low = off ? -clip : old - clip, high = off ? clip : old + clip;
+  const T within = value < low ? low : (value > high ? high : value);
+  const T bounded = low == low ? within : low;  // a NaN among the old values must show
   const T error = value - target, bounded_error = bounded - target;
   const T plain = error * error, clipped = bounded_error * bounded_error;
   const T from_plain = plain > clipped ? T(1) : (plain == clipped ? T(0.5) : T(0));
-  const T inside = value < low ? T(0) : (value > high ? T(0) : T(1));
+  const T inside = value >= low ? (value <= high ? T(1) : T(0)) : T(0);
   return {T(0.5) * (plain > clipped ? plain : clipped),
           from_plain * error + (T(1) - from_plain) * inside * bounded_error, clipped > plain ? T(1) : T(0)};
 }

@@ -23,5 +23,6 @@ def selective_log_softmax_and_entropy(
     row_mask: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Log-probabilities and entropy; the entropy carries a gradient only with ``entropy_requires_grad``."""
-    entropy = True if entropy_requires_grad else "detached"
-    return token_logprobs(logits, index, temperature=temperature, mask=row_mask, entropy=entropy)  # type: ignore[return-value]
+    if entropy_requires_grad:
+        return token_logprobs(logits, index, temperature=temperature, mask=row_mask, entropy=True)
+    return token_logprobs(logits, index, temperature=temperature, mask=row_mask, entropy="detached")

@@ -55,16 +55,33 @@ def check_number(
 ) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float, torch.SymFloat, torch.SymInt)):
         raise TypeError(f"{op}: {name} must be a number, got {type(value).__name__}")
-    if not (value > above and value >= least and value <= most):
+    if not (value > above and value >= least and value <= most and -math.inf < value < math.inf):
         limits = [f"> {above}"] * (above > -math.inf) + [f">= {least}"] * (least > -math.inf)
         limits += [f"<= {most}"] * (most < math.inf)
-        raise ValueError(f"{op}: {name} must be {' and '.join(limits) or 'a number'}, got {value}")
+        raise ValueError(f"{op}: {name} must be {' and '.join(limits) or 'finite'}, got {value}")
     return value  # type: ignore[return-value]
+
+
+def number_or_tensor(op: str, name: str, value: object, device: torch.device) -> tuple[float, Tensor | None]:
+    """A number that may change from call to call, as ``(float, None)`` or ``(0.0, 0-d float64 tensor)``.
+
+    The tensor is for a value that lives on the device, and for traced graphs: a float would become a constant of the
+    graph, and every new value a compilation.
+    """
+    if isinstance(value, Tensor):
+        check_floating(op, name, value)
+        if value.numel() != 1:
+            raise ValueError(f"{op}: {name} must be a number or one element, got shape {tuple(value.shape)}")
+        return 0.0, value.detach().to(device=device, dtype=torch.float64).reshape(())
+    value = check_number(op, name, value)
+    if torch.compiler.is_compiling():
+        return 0.0, torch.full((), value, dtype=torch.float64, device=device)
+    return value, None
 
 
 def bound(op: str, name: str, value: float | None) -> float:
     """A clamp's bound as kernels take it: infinity where the clamp is off."""
-    return math.inf if value is None else check_number(op, name, value, least=0.0)
+    return math.inf if value is None or value == math.inf else check_number(op, name, value, least=0.0)
 
 
 def to_mask(op: str, mask: object, like: Tensor) -> Tensor | None:
@@ -147,8 +164,11 @@ class Tokens:
         if value is None:
             return None
         if isinstance(value, Tensor):
-            if value.numel() != 1:
-                raise ValueError(f"{self.op}: normalizer must be a number or one element, got {tuple(value.shape)}")
+            if value.numel() != 1 or value.is_complex():
+                raise ValueError(
+                    f"{self.op}: normalizer must be a number or one real element,"
+                    f" got {tuple(value.shape)} {value.dtype}"
+                )
             return value.detach().to(device=self.like.device, dtype=torch.float64).reshape(())
         value = check_number(self.op, "normalizer", value, least=0.0)
         return torch.full((), value, dtype=torch.float64, device=self.like.device)

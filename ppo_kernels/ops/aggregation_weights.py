@@ -41,8 +41,8 @@ def aggregation_weights(
         cu_seqlens: ``[B+1]`` int32 or int64, row starts and the end of a packed batch.
 
     Returns:
-        ``row_weight [B]`` (0 for a row without valid tokens in "seq-mean-token-mean") and a 0-d ``normalizer``, both
-        float32, on the mask's device, without a synchronisation.
+        ``row_weight [B]`` float32 (0 for a row without valid tokens in "seq-mean-token-mean") and a 0-d ``normalizer``
+        float64 (a count beyond 2**24 is exact), on the mask's device, without a synchronisation.
 
     Raises:
         TypeError: not a tensor. ValueError: an unknown mode, a wrong shape or max_length.
@@ -52,21 +52,23 @@ def aggregation_weights(
     check_choice(op, "mode", mode, MODES)
     if cu_seqlens is not None:
         check_integer(op, "cu_seqlens", cu_seqlens)
+        if cu_seqlens.dim() != 1 or cu_seqlens.numel() < 1:
+            raise ValueError(f"{op}: cu_seqlens must be [B+1], got shape {tuple(cu_seqlens.shape)}")
     if mask.dim() != (2 if cu_seqlens is None else 1):
         raise ValueError(f"{op}: mask must be [B, T], or [N] with cu_seqlens; got shape {tuple(mask.shape)}")
     if max_length is not None:
         check_number(op, "max_length", max_length, above=0.0)
     rows = find_rows(mask, cu_seqlens)
-    counts = row_sum((rows.owned & (mask != 0).reshape(-1)).to(torch.float32), rows)
-    weight = torch.ones_like(counts)
+    counts = row_sum((rows.owned & (mask != 0).reshape(-1)).to(torch.float64), rows)
+    weight = torch.ones_like(counts, dtype=torch.float32)
     if mode == "token-mean":
         return weight, counts.sum()
     if mode == "token-sum":
-        return weight, torch.ones((), device=mask.device)
+        return weight, torch.ones((), dtype=torch.float64, device=mask.device)
     if mode == "seq-mean-token-mean":
-        weight = torch.where(counts > 0, 1.0 / counts, 0.0)
+        weight = torch.where(counts > 0, 1.0 / counts, 0.0).to(torch.float32)
     elif mode == "seq-mean-token-sum-norm":
         if max_length is None and cu_seqlens is not None:
             raise ValueError(f"{op}: a packed mask needs max_length for {mode!r}")
         weight = weight / max(mask.size(1) if max_length is None else max_length, 1)
-    return weight, (counts > 0).sum().to(torch.float32)
+    return weight, (counts > 0).sum().to(torch.float64)

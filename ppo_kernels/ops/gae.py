@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from ppo_kernels import backends, reference
@@ -63,15 +64,17 @@ def gae(
 
     Source: Schulman et al., "High-Dimensional Continuous Control Using Generalized Advantage Estimation" (2015).
     """
-    tokens = Tokens("gae", cu_seqlens, rewards=rewards, values=values, extra=(bootstrap_value,))
+    tokens = Tokens("gae", cu_seqlens, rewards=rewards, values=values, extra=(bootstrap_value, lam))
     check_number("gae", "gamma", gamma, least=0.0, most=1.0)
     code = check_choice("gae", "interior", interior, INTERIORS)
     mask = tokens.mask(mask)
     lam_rows = None
     if isinstance(lam, Tensor):
-        lam_rows = tokens.per_row("lam", lam)
+        lam_rows = tokens.per_row("lam", lam).detach().to(torch.float64)
     else:
         check_number("gae", "lam", lam, least=0.0, most=1.0)
+        if torch.compiler.is_compiling():  # a float would become a constant of the graph
+            lam_rows = torch.full((tokens.rows,), lam, dtype=torch.float64, device=tokens.like.device)
     if bootstrap_value is not None:
         bootstrap_value = tokens.per_row("bootstrap_value", bootstrap_value).detach()
     if validate:
@@ -97,7 +100,7 @@ def gae(
         rewards,
         values,
         mask,
-        None if lam_rows is None else lam_rows.detach(),
+        lam_rows,
         bootstrap_value,
         tokens.cu_seqlens,
         gamma,

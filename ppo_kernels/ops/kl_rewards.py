@@ -5,7 +5,15 @@ from __future__ import annotations
 from torch import Tensor
 
 from ppo_kernels import backends, reference
-from ppo_kernels.ops._inputs import Tokens, bound, check_choice, check_device, check_integer, check_number, check_shape
+from ppo_kernels.ops._inputs import (
+    Tokens,
+    bound,
+    check_choice,
+    check_device,
+    check_integer,
+    check_shape,
+    number_or_tensor,
+)
 from ppo_kernels.reference.kl_rewards import KL_ESTIMATORS
 
 
@@ -15,8 +23,8 @@ def _fake(logprobs, ref_logprobs, scores, *rest):
 
 backends.declare(
     "kl_rewards(Tensor logprobs, Tensor ref_logprobs, Tensor scores, Tensor? mask, Tensor? score_index,"
-    " Tensor? cu_seqlens, float kl_coef, int kl_estimator, float score_clip, float kl_log_clamp, float kl_clamp)"
-    " -> (Tensor rewards, Tensor kl)",
+    " Tensor? cu_seqlens, Tensor? kl_coef_tensor, float kl_coef, int kl_estimator, float score_clip,"
+    " float kl_log_clamp, float kl_clamp) -> (Tensor rewards, Tensor kl)",
     _fake,
 )
 
@@ -27,7 +35,7 @@ def kl_rewards(
     scores: Tensor,
     mask: Tensor | None = None,
     *,
-    kl_coef: float = 0.1,
+    kl_coef: float | Tensor = 0.1,
     kl_estimator: str = "k1",
     score_clip: float | None = 5.0,
     kl_log_clamp: float | None = None,
@@ -48,7 +56,7 @@ def kl_rewards(
         logprobs, ref_logprobs: ``[B, T]`` with any row stride, or packed ``[N]`` with ``cu_seqlens``; floating; nats.
         scores: ``[B]`` floating, one score per sequence.
         mask: same shape as the log-probabilities; non-zero = valid. None means all valid.
-        kl_coef: weight of the penalty (reward per nat).
+        kl_coef: weight of the penalty (reward per nat), a number or a one-element tensor.
         kl_estimator: "k1", "abs", "k2" or "k3".
         score_clip: bound of the score; None switches it off.
         kl_log_clamp, kl_clamp: bounds of the log-ratio and of the estimate; None switches them off.
@@ -73,7 +81,7 @@ def kl_rewards(
     op = "kl_rewards"
     tokens = Tokens(op, cu_seqlens, logprobs=logprobs, ref_logprobs=ref_logprobs, extra=(scores,))
     scores = tokens.per_row("scores", scores).detach()
-    check_number(op, "kl_coef", kl_coef)
+    coef, coef_tensor = number_or_tensor(op, "kl_coef", kl_coef, tokens.like.device)
     code = check_choice(op, "kl_estimator", kl_estimator, KL_ESTIMATORS)
     bounds = (
         bound(op, "score_clip", score_clip),
@@ -108,7 +116,7 @@ def kl_rewards(
             cu_seqlens=tokens.cu_seqlens,
         )
     return backends.kernel(op, impl)(
-        logprobs, ref_logprobs, scores, mask, score_index, tokens.cu_seqlens, kl_coef, code, *bounds
+        logprobs, ref_logprobs, scores, mask, score_index, tokens.cu_seqlens, coef_tensor, coef, code, *bounds
     )
 
 

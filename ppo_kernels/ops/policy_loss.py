@@ -6,7 +6,7 @@ from torch import Tensor
 
 from ppo_kernels import backends, reference
 from ppo_kernels.ops._autograd import ScaledGradient, fake_loss, first_order_only
-from ppo_kernels.ops._inputs import Tokens, bound, check_choice, check_floating, check_number
+from ppo_kernels.ops._inputs import Tokens, bound, check_choice, check_floating, check_number, number_or_tensor
 from ppo_kernels.reference.kl_rewards import KL_ESTIMATORS
 from ppo_kernels.reference.policy_loss import PolicyStats
 
@@ -17,8 +17,8 @@ def _fake(logprobs, *inputs_and_options):
 
 backends.declare(
     "policy_loss(Tensor logprobs, Tensor old_logprobs, Tensor advantages, Tensor? mask, Tensor? weights,"
-    " Tensor? ref_logprobs, Tensor? row_weight, Tensor? normalizer, Tensor? cu_seqlens, float cliprange_low,"
-    " float cliprange_high, float dual_clip, float log_ratio_clamp, float kl_coef, int kl_estimator,"
+    " Tensor? ref_logprobs, Tensor? row_weight, Tensor? normalizer, Tensor? cu_seqlens, Tensor? kl_coef_tensor,"
+    " float cliprange_low, float cliprange_high, float dual_clip, float log_ratio_clamp, float kl_coef, int kl_estimator,"
     " float kl_log_clamp, float kl_clamp, bool grad)"
     " -> (Tensor loss, Tensor stats, Tensor grad, Tensor inv_normalizer)",
     _fake,
@@ -36,7 +36,7 @@ def policy_loss(
     log_ratio_clamp: float | None = 20.0,
     weights: Tensor | None = None,
     ref_logprobs: Tensor | None = None,
-    kl_coef: float = 0.0,
+    kl_coef: float | Tensor = 0.0,
     kl_estimator: str = "k2",
     kl_log_clamp: float | None = 20.0,
     kl_clamp: float | None = None,
@@ -62,14 +62,16 @@ def policy_loss(
     Args:
         logprobs, old_logprobs: ``[B, T]`` with any row stride, or packed ``[N]`` with ``cu_seqlens``; floating; nats.
             The gradient flows to ``logprobs`` alone.
-        advantages: the tokens' shape, or one per row ``[B]`` or ``[B, 1]``.
+        advantages: the tokens' shape, or one per row ``[B]`` or ``[B, 1]`` (in a packed batch with N = B tokens, ``[N]``
+            is token-level).
         mask: the tokens' shape; non-zero = valid. None means all valid.
         cliprange: a number, or ``(low, high)``; each >= 0.
         dual_clip: > 1, or None (off).
         log_ratio_clamp: bound of the log-ratio before exp, or None (off).
         weights: importance weights that multiply the surrogate, shaped like ``advantages``.
         ref_logprobs: log-probabilities of the reference policy; needed if ``kl_coef`` is not 0.
-        kl_coef, kl_estimator, kl_log_clamp, kl_clamp: the KL penalty in the loss; see ``kl_rewards``.
+        kl_coef: weight of the KL penalty in the loss, a number or a one-element tensor.
+        kl_estimator, kl_log_clamp, kl_clamp: see ``kl_rewards``.
         row_weight: ``[B]``, one weight per row.
         normalizer: what the sum is divided by, a number or a one-element tensor such as a count over all ranks.
             None means the number of valid tokens. 0 gives loss 0.
@@ -94,7 +96,7 @@ def policy_loss(
     tensors = {"logprobs": logprobs, "old_logprobs": old_logprobs}
     if ref_logprobs is not None:
         tensors["ref_logprobs"] = ref_logprobs
-    tokens = Tokens(op, cu_seqlens, **tensors, extra=(advantages, weights))
+    tokens = Tokens(op, cu_seqlens, **tensors, extra=(advantages, weights, row_weight))
     if isinstance(cliprange, (tuple, list)) and len(cliprange) != 2:
         raise ValueError(f"policy_loss: cliprange must be a number or (low, high), got {cliprange}")
     low, high = cliprange if isinstance(cliprange, (tuple, list)) else (cliprange, cliprange)
@@ -102,8 +104,8 @@ def policy_loss(
     check_number(op, "cliprange (high)", high, least=0.0)
     if dual_clip is not None:
         check_number(op, "dual_clip", dual_clip, above=1.0)
-    check_number(op, "kl_coef", kl_coef)
-    if ref_logprobs is None and kl_coef != 0:
+    coef, coef_tensor = number_or_tensor(op, "kl_coef", kl_coef, tokens.like.device)
+    if ref_logprobs is None and (isinstance(kl_coef, Tensor) or kl_coef != 0):
         raise ValueError(f"policy_loss: kl_coef={kl_coef} needs ref_logprobs; pass them or set kl_coef=0")
     code = check_choice(op, "kl_estimator", kl_estimator, KL_ESTIMATORS)
     log_bound = bound(op, "log_ratio_clamp", log_ratio_clamp)
@@ -142,7 +144,9 @@ def policy_loss(
             normalizer=normalizer,
             cu_seqlens=tokens.cu_seqlens,
         )
-    tensors_in = (old_logprobs, advantages, mask, weights, ref_logprobs, row_weight, normalizer, tokens.cu_seqlens)
-    options = (low, high, float("inf") if dual_clip is None else dual_clip, log_bound, kl_coef, code, *kl_bounds)
-    loss, stats = ScaledGradient.apply(op, impl, logprobs, (*tensors_in, *options))
+    rows = (row_weight, normalizer, tokens.cu_seqlens, coef_tensor)
+    options = (low, high, float("inf") if dual_clip is None else dual_clip, log_bound, coef, code, *kl_bounds)
+    loss, stats = ScaledGradient.apply(
+        op, impl, logprobs, (old_logprobs, advantages, mask, weights, ref_logprobs, *rows, *options)
+    )
     return loss, PolicyStats(*stats.unbind(0))

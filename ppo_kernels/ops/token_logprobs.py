@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+from typing import Literal, overload
 
 import torch
 from torch import Tensor
@@ -89,6 +89,36 @@ class _TokenLogprobs(torch.autograd.Function):
         return None, backends.kernel("token_logprobs_backward", ctx.impl)(logits, *rest), *none
 
 
+@overload
+def token_logprobs(
+    logits: Tensor,
+    labels: Tensor,
+    *,
+    temperature: float | Tensor = ...,
+    mask: Tensor | None = ...,
+    ignore_index: int = ...,
+    entropy: Literal[False] = ...,
+    inplace_backward: bool = ...,
+    impl: str = ...,
+    validate: bool = ...,
+) -> Tensor: ...
+
+
+@overload
+def token_logprobs(
+    logits: Tensor,
+    labels: Tensor,
+    *,
+    temperature: float | Tensor = ...,
+    mask: Tensor | None = ...,
+    ignore_index: int = ...,
+    entropy: Literal[True, "detached"],
+    inplace_backward: bool = ...,
+    impl: str = ...,
+    validate: bool = ...,
+) -> tuple[Tensor, Tensor]: ...
+
+
 def token_logprobs(
     logits: Tensor,
     labels: Tensor,
@@ -139,17 +169,21 @@ def token_logprobs(
         raise ValueError(f"{op}: logits must be [..., V] with V >= 1, got shape {tuple(logits.shape)}")
     check_shape(op, "labels", labels, logits.shape[:-1], "the logits without V")
     check_device(op, "labels", labels, logits.device)
-    if entropy not in (False, True, "detached"):
+    if not (entropy is False or entropy is True or (isinstance(entropy, str) and entropy == "detached")):
         raise ValueError(f'{op}: entropy must be False, True or "detached", got {entropy!r}')
     if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
         raise TypeError(f"{op}: ignore_index must be an int, got {type(ignore_index).__name__}")
+    if not -(2**63) <= ignore_index < 2**63:
+        raise ValueError(f"{op}: ignore_index must fit an int64, got {ignore_index}")
     mask = to_mask(op, mask, labels)
     rows = None
     if isinstance(temperature, Tensor):
         rows = _temperature_rows(temperature, logits, labels)
     else:
-        check_number(op, "temperature", temperature, above=0.0, most=math.inf)
-    if inplace_backward:
+        check_number(op, "temperature", temperature, above=0.0)
+        if torch.compiler.is_compiling():  # a float would become a constant of the graph
+            rows = torch.full(labels.shape, temperature, dtype=torch.float64, device=logits.device)
+    if inplace_backward and not torch.compiler.is_compiling():
         _check_overwritable(logits)
     if validate:
         _validate(logits, labels, mask, rows, ignore_index)
@@ -186,7 +220,7 @@ def _temperature_rows(temperature: Tensor, logits: Tensor, labels: Tensor) -> Te
     check_floating("token_logprobs", "temperature", temperature)
     check_device("token_logprobs", "temperature", temperature, logits.device)
     try:
-        rows = temperature.detach().to(compute_dtype(logits)).expand(labels.shape)
+        rows = temperature.detach().to(torch.float64).expand(labels.shape)
     except RuntimeError as error:
         raise ValueError(
             f"token_logprobs: temperature must broadcast to the labels' shape {tuple(labels.shape)},"
@@ -196,10 +230,19 @@ def _temperature_rows(temperature: Tensor, logits: Tensor, labels: Tensor) -> Te
 
 
 def _check_overwritable(logits: Tensor) -> None:
-    if logits.requires_grad and logits.is_leaf:
-        raise ValueError("token_logprobs: inplace_backward=True would overwrite a leaf; pass the output of a layer")
-    if any(stride == 0 and size > 1 for stride, size in zip(logits.stride(), logits.shape, strict=True)):
-        raise ValueError("token_logprobs: inplace_backward=True needs logits that do not overlap (expanded given)")
+    base = logits._base if logits._is_view() and logits._base is not None else logits
+    if base.requires_grad and base.is_leaf:
+        raise ValueError(
+            "token_logprobs: inplace_backward=True would overwrite a leaf (or a view of one); pass a layer's output"
+        )
+    reach = 0  # of the dimensions with smaller strides
+    for stride, size in sorted(zip(logits.stride(), logits.shape, strict=True)):
+        if size > 1 and stride <= reach:
+            raise ValueError(
+                "token_logprobs: inplace_backward=True needs logits that do not overlap themselves; got shape"
+                f" {tuple(logits.shape)} with strides {logits.stride()} (expanded or unfolded)"
+            )
+        reach += (size - 1) * stride
     if logits.stride(-1) != 1 and logits.size(-1) > 1:
         raise ValueError("token_logprobs: inplace_backward=True needs logits with a last stride of 1")
 
@@ -223,20 +266,31 @@ def selective_log_softmax(
 ) -> Tensor:
     """TRL's name and arguments for :func:`token_logprobs`: ``index`` is ``[...]`` or ``[..., K]`` for K labels a row.
 
-    Returns float32 (float64 for float64 logits) of the shape of ``index``, whatever the logits' dtype.
+    Returns float32 (float64 for float64 logits) of the shape of ``index``, whatever the logits' dtype. The logits are
+    read once, whatever K is.
     """
     if index.dim() == logits.dim() - 1:
-        return token_logprobs(logits, index, temperature=temperature, mask=row_mask)  # type: ignore[return-value]
-    if index.dim() != logits.dim() or index.shape[:-1] != logits.shape[:-1]:
+        return token_logprobs(logits, index, temperature=temperature, mask=row_mask)
+    op = "selective_log_softmax"
+    check_integer(op, "index", index)
+    if index.dim() != logits.dim() or index.shape[:-1] != logits.shape[:-1] or index.size(-1) == 0:
         raise ValueError(
-            f"selective_log_softmax: index must have the shape of the logits without V {tuple(logits.shape[:-1])},"
-            f" or that and K labels per row; got {tuple(index.shape)}"
+            f"{op}: index must have the shape of the logits without V {tuple(logits.shape[:-1])}, or that and K >= 1"
+            f" labels per row; got {tuple(index.shape)}"
         )
+    # The labels of a row share its normalizer: log p_k = log p_a + (z_k - z_a) / tau, with a the likeliest of them.
+    inside = (index >= 0) & (index < logits.size(-1))
+    z = logits.gather(-1, torch.where(inside, index, 0).long()).to(compute_dtype(logits))
+    at = z.detach().masked_fill(~inside, -torch.inf).argmax(-1, keepdim=True)
+    anchor = index.gather(-1, at).squeeze(-1)
+    logp_a = token_logprobs(logits, anchor, temperature=temperature, mask=row_mask)[..., None]
+    tau = temperature
     if isinstance(temperature, Tensor):
-        temperature = temperature.expand(index.shape[:-1])[..., None]
-    mask = None if row_mask is None else row_mask[..., None].expand(index.shape)
-    wide = logits.unsqueeze(-2).expand(*index.shape, logits.size(-1))
-    return token_logprobs(wide, index, temperature=temperature, mask=mask)  # type: ignore[return-value]
+        tau = _temperature_rows(temperature, logits, anchor)[..., None].to(z.dtype)
+    apart = torch.where(z == -torch.inf, -torch.inf, z - z.gather(-1, at)) / tau
+    logp = torch.where(at == torch.arange(index.size(-1), device=index.device), logp_a, logp_a + apart)
+    logp = logp * torch.where(inside, 1.0, float("nan"))
+    return logp if row_mask is None else torch.where(row_mask[..., None] != 0, logp, 0.0)
 
 
 def selective_log_softmax_and_entropy(
@@ -247,4 +301,4 @@ def selective_log_softmax_and_entropy(
     The form of ``trl.trainer.utils``, whose third argument is ``entropy_requires_grad``, is in
     ``ppo_kernels.integrations.trl``.
     """
-    return token_logprobs(logits, index, temperature=temperature, mask=row_mask, entropy=True)  # type: ignore[return-value]
+    return token_logprobs(logits, index, temperature=temperature, mask=row_mask, entropy=True)

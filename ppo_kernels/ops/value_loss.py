@@ -62,7 +62,7 @@ def value_loss(
     Source: OpenAI baselines ppo2 (value clipping); Ziegler et al. (2019).
     """
     op = "value_loss"
-    tokens = Tokens(op, cu_seqlens, values=values, old_values=old_values, returns=returns)
+    tokens = Tokens(op, cu_seqlens, values=values, old_values=old_values, returns=returns, extra=(row_weight,))
     clip = bound(op, "cliprange_value", cliprange_value)
     mask = tokens.mask(mask)
     if row_weight is not None:

@@ -45,7 +45,7 @@ def kl_rewards(
     scores: Tensor,
     mask: Tensor | None = None,
     *,
-    kl_coef: float = 0.1,
+    kl_coef: float | Tensor = 0.1,
     kl_estimator: str = "k1",
     score_clip: float | None = 5.0,
     kl_log_clamp: float | None = None,

@@ -50,7 +50,7 @@ def policy_loss(
     log_ratio_clamp: float | None = 20.0,
     weights: Tensor | None = None,
     ref_logprobs: Tensor | None = None,
-    kl_coef: float = 0.0,
+    kl_coef: float | Tensor = 0.0,
     kl_estimator: str = "k2",
     kl_log_clamp: float | None = 20.0,
     kl_clamp: float | None = None,

@@ -27,6 +27,11 @@ def compute_dtype(*tensors: Tensor | None) -> torch.dtype:
     return torch.float64 if any(t is not None and t.dtype == torch.float64 for t in tensors) else torch.float32
 
 
+def scalar(x: float | Tensor, dtype: torch.dtype) -> float | Tensor:
+    """A coefficient that takes part in no type promotion."""
+    return x.detach().to(dtype).reshape(()) if isinstance(x, Tensor) else x
+
+
 def find_rows(x: Tensor, cu_seqlens: Tensor | None) -> Rows:
     if cu_seqlens is None:
         batch, length = x.shape
@@ -67,7 +72,9 @@ def row_sum(x: Tensor, rows: Rows) -> Tensor:
         return x.reshape(rows.batch, rows.length).sum(1)
     if rows.batch == 0:
         return x.new_zeros(0)
-    return torch.segment_reduce(x, "sum", lengths=rows.end - rows.start, unsafe=True, initial=0.0)
+    # The segments have to begin at token 0: what lies before the first row is one of its own.
+    lengths = torch.cat([rows.start[:1], rows.end - rows.start])
+    return torch.segment_reduce(x, "sum", lengths=lengths, unsafe=True, initial=0.0)[1:]
 
 
 def last_valid(valid: Tensor, rows: Rows) -> Tensor:
