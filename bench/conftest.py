@@ -30,7 +30,7 @@ def commit() -> str:
 
 @pytest.fixture
 def measure(benchmark, commit):
-    """``measure(group, provider, call, moved_bytes, tolerance)``: check ``call(impl)`` against the reference, then time it."""
+    """``measure(group, provider, call, moved_bytes, tolerance)``: check ``call(impl)``, then time it."""
 
     def run(group: str, provider: str, call: Callable[[str], object], moved_bytes: int, tolerance: float) -> None:
         if provider == "torch.compile":

@@ -33,7 +33,7 @@ def samples(dtype):
     moments = tuple(torch.tensor(v, dtype=torch.float64) for v in (10.0, 0.5, 3.0))
     return {
         "token_logprobs": [
-            (logits, labels, mask, y.abs() + 0.5, 1.0, -100, True),
+            (logits, labels, mask, y.abs().double() + 0.5, 1.0, -100, True),
             (logits[0], labels[0], None, None, 0.7, -100, False),
         ],
         "token_logprobs_backward": [(logits, labels, None, y, z, *saved), (logits, labels, None, y, None, *saved)],
@@ -43,7 +43,7 @@ def samples(dtype):
             (flat, flat + 1, row, None, None, bounds, None, 0.1, 0, INF, INF, INF),
         ],
         "gae": [
-            (x, y, mask, row, row, None, 0.9, 0.0, 0),
+            (x, y, mask, row.double(), row, None, 0.9, 0.0, 0),
             (flat, flat + 1, None, None, None, bounds, 0.9, 0.95, 2),
         ],
         "moments": [(x, mask), (flat, None)],

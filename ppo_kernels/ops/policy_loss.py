@@ -18,8 +18,8 @@ def _fake(logprobs, *inputs_and_options):
 backends.declare(
     "policy_loss(Tensor logprobs, Tensor old_logprobs, Tensor advantages, Tensor? mask, Tensor? weights,"
     " Tensor? ref_logprobs, Tensor? row_weight, Tensor? normalizer, Tensor? cu_seqlens, Tensor? kl_coef_tensor,"
-    " float cliprange_low, float cliprange_high, float dual_clip, float log_ratio_clamp, float kl_coef, int kl_estimator,"
-    " float kl_log_clamp, float kl_clamp, bool grad)"
+    " float cliprange_low, float cliprange_high, float dual_clip, float log_ratio_clamp, float kl_coef,"
+    " int kl_estimator, float kl_log_clamp, float kl_clamp, bool grad)"
     " -> (Tensor loss, Tensor stats, Tensor grad, Tensor inv_normalizer)",
     _fake,
 )
@@ -62,8 +62,8 @@ def policy_loss(
     Args:
         logprobs, old_logprobs: ``[B, T]`` with any row stride, or packed ``[N]`` with ``cu_seqlens``; floating; nats.
             The gradient flows to ``logprobs`` alone.
-        advantages: the tokens' shape, or one per row ``[B]`` or ``[B, 1]`` (in a packed batch with N = B tokens, ``[N]``
-            is token-level).
+        advantages: the tokens' shape, or one per row ``[B]`` or ``[B, 1]`` (where N = B in a packed
+            batch, ``[N]`` is token-level).
         mask: the tokens' shape; non-zero = valid. None means all valid.
         cliprange: a number, or ``(low, high)``; each >= 0.
         dual_clip: > 1, or None (off).

@@ -10,6 +10,7 @@ from ppo_kernels.reference.rows import (
     find_rows,
     last_valid,
     row_sum,
+    scalar,
     select,
     spread,
     valid_tokens,
@@ -65,4 +66,4 @@ def kl_rewards(
         at = torch.where(inside & (at >= 0), rows.start + score_index, -1)
     here = rows.owned & (torch.arange(valid.numel(), device=valid.device) == spread(at, rows))
     bonus = torch.where(here, spread(clamp(scores.to(dtype), score_clip), rows), 0.0)
-    return (bonus - kl_coef * k).reshape(logprobs.shape), row_sum(k, rows)
+    return (bonus - scalar(kl_coef, dtype) * k).reshape(logprobs.shape), row_sum(k, rows)

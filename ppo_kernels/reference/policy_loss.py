@@ -14,6 +14,7 @@ from ppo_kernels.reference.rows import (
     masked_mean,
     per_token,
     reduce_loss,
+    scalar,
     select,
     valid_tokens,
 )
@@ -80,7 +81,7 @@ def policy_loss(
     if ref_logprobs is not None:
         ref = select(ref_logprobs.detach(), valid, dtype)
         ref_kl = kl_estimate(logp, ref, kl_estimator, kl_log_clamp, kl_clamp)
-        loss = loss + kl_coef * ref_kl
+        loss = loss + scalar(kl_coef, dtype) * ref_kl
     total, count = reduce_loss(loss, valid, rows, row_weight, normalizer)
 
     with torch.no_grad():
