@@ -23,7 +23,7 @@ def samples(dtype):
     """Arguments of each registered op: with every optional tensor, and with none."""
     x, y, z = torch.randn(3, 3, 7, dtype=dtype)
     mask = (torch.rand(3, 7) < 0.7).to(torch.uint8)
-    row, one = torch.rand(3, dtype=dtype), torch.tensor(5.0, dtype=torch.float64)
+    row, one, tau = torch.rand(3, dtype=dtype), torch.tensor(5.0).double(), y.double().abs() + 0.5
     flat, bounds = torch.randn(21, dtype=dtype), cu([7, 0, 14], torch.int64)
     logits, labels = torch.randn(3, 7, 33, dtype=dtype), torch.randint(0, 33, (3, 7))
     forward = pk.backends.kernel("token_logprobs", "cpu")
@@ -36,7 +36,7 @@ def samples(dtype):
             (logits, labels, mask, y.abs().double() + 0.5, 1.0, -100, True),
             (logits[0], labels[0], None, None, 0.7, -100, False),
         ],
-        "token_logprobs_backward": [(logits, labels, None, y, z, *saved), (logits, labels, None, y, None, *saved)],
+        "token_logprobs_backward": [(logits, labels, tau, y, z, *saved), (logits, labels, None, y, None, *saved)],
         "token_logprobs_backward_": [(logits.clone(), labels, None, y, z, *saved)],
         "kl_rewards": [
             (x, y, row, mask, torch.tensor([0, -1, 3]), None, one, 0.0, 3, 5.0, 20.0, 10.0),

@@ -276,7 +276,8 @@ def test_wrong_arguments_are_named(impl, change, error, mentions):
 
 
 @pytest.mark.parametrize(
-    "index", [torch.zeros(4, dtype=torch.int64), torch.zeros(3, 2, 2, dtype=torch.int64), torch.zeros(())]
+    "index",
+    [torch.zeros(4, dtype=torch.int64), torch.zeros(3, 2, 2, dtype=torch.int64), torch.zeros((), dtype=torch.int64)],
 )
 def test_wrong_trl_index_is_named(index):
     assert_raises((TypeError, ValueError), lambda: selective_log_softmax(torch.randn(3, 4), index), "(3,)")

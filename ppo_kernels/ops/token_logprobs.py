@@ -272,12 +272,12 @@ def selective_log_softmax(
     if index.dim() == logits.dim() - 1:
         return token_logprobs(logits, index, temperature=temperature, mask=row_mask)
     op = "selective_log_softmax"
-    check_integer(op, "index", index)
     if index.dim() != logits.dim() or index.shape[:-1] != logits.shape[:-1] or index.size(-1) == 0:
         raise ValueError(
             f"{op}: index must have the shape of the logits without V {tuple(logits.shape[:-1])}, or that and K >= 1"
             f" labels per row; got {tuple(index.shape)}"
         )
+    check_integer(op, "index", index)
     # The labels of a row share its normalizer: log p_k = log p_a + (z_k - z_a) / tau, with a the likeliest of them.
     inside = (index >= 0) & (index < logits.size(-1))
     z = logits.gather(-1, torch.where(inside, index, 0).long()).to(compute_dtype(logits))
