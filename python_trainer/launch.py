@@ -1,6 +1,8 @@
 """One process or many: the same start under plain python, torchrun and the deepspeed launcher."""
 
 import contextlib
+import fcntl
+import hashlib
 import io
 import logging
 import os
@@ -40,9 +42,15 @@ def start(seed: int, timeout_s: int) -> None:
         # Without a launcher DeepSpeed would look for MPI. A store inside the process also needs no port.
         os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
-    _announce_compilation()
+    if not torch.cuda.is_available():
+        _compile_cpu_communication()
     with quiet():
         deepspeed.init_distributed(dist_backend=backend, timeout=timedelta(seconds=timeout_s))
+
+
+def cache_folder() -> Path:
+    """Where what is fetched or compiled once stays."""
+    return Path(os.environ.get("PPO_KERNELS_CACHE", Path.home() / ".cache" / "ppo_kernels"))
 
 
 def device() -> torch.device:
@@ -99,9 +107,24 @@ def _find_build_tools() -> None:
         os.environ["PATH"] = os.pathsep.join([folder, os.environ.get("PATH", "")])
 
 
-def _announce_compilation() -> None:
-    from torch.utils.cpp_extension import get_default_build_root
+def _compile_cpu_communication() -> None:
+    """Build the op that DeepSpeed would build at its start, one process at a time.
 
-    root = Path(os.environ.get("TORCH_EXTENSIONS_DIR", get_default_build_root()))
-    if is_main() and not torch.cuda.is_available() and not any(root.rglob("deepspeed_shm_comm.so")):
-        print("DeepSpeed compiles its CPU communication op: about 30 seconds, once.", flush=True)
+    torch guards such builds with a file that outlives a killed process, and then waits for it forever. In a folder of
+    our own, under a lock that dies with its process, a guard that is found was left behind and can go.
+    """
+    from deepspeed.comm.torch import build_shm_op
+
+    environment = hashlib.sha256(f"{sys.prefix} {torch.__version__}".encode()).hexdigest()[:12]
+    folder = cache_folder() / "torch_extensions" / environment
+    if os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(folder)) != str(folder):
+        return  # somebody else's to manage
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".building").open("w") as handle:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        for guard in folder.glob("*/lock"):
+            guard.unlink()
+        if is_main() and not any(folder.glob("*/*.so")):
+            print("DeepSpeed compiles its CPU communication op: about 30 seconds, once.", flush=True)
+        with quiet():
+            build_shm_op()

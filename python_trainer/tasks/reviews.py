@@ -20,6 +20,7 @@ from pathlib import Path
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from .. import launch
 from ..config import UserError
 from ..data import Pair, Task
 
@@ -93,7 +94,7 @@ def read_ratings(path: Path) -> list[tuple[str, float]]:
 
 def fetch_ratings() -> Path:
     """The ratings file in the cache, fetched if it is not there."""
-    cache = Path(os.environ.get("PPO_KERNELS_CACHE", Path.home() / ".cache" / "ppo_kernels"))
+    cache = launch.cache_folder()
     path = cache / RATINGS
     if path.exists():
         return path
