@@ -1,17 +1,29 @@
 """python -m python_trainer sft|reward|train|eval|demo --config file.yaml [--key value ...]"""
 
+import argparse
 import sys
 from collections.abc import Sequence
 
-from .config import COMMANDS, UserError
+from .config import COMMANDS, CONFIGS, UserError
+
+HELP = f"""{__doc__}
+
+  sft      imitate texts                          -> <output_dir>/sft/model
+  reward   a reward model from preference pairs   -> <output_dir>/reward/model
+  train    reinforcement learning                 -> <output_dir>/train/model, metrics.jsonl, curves.png
+  eval     a trained policy beside its reference  -> <output_dir>/eval/metrics.json
+  demo     sft, reward and train on real reviews; fails if nothing is learned. Replaces its earlier results.
+
+Shipped configurations: {", ".join(sorted(path.name for path in CONFIGS.glob("*.yaml")))}
+Every setting of a command: python -m python_trainer <command> --help"""
 
 
 def main(arguments: Sequence[str]) -> int:
-    if not arguments or arguments[0] in ("-h", "--help"):
-        print(__doc__)
-        return 0 if arguments else 2
     # The deepspeed launcher puts its --local_rank=N before everything else; the environment says the same.
-    rest = [argument for argument in arguments if not argument.startswith("--local_rank")]
+    rest = [argument for argument in map(_underscored, arguments) if not argument.startswith("--local_rank")]
+    if not rest or rest[0] in ("-h", "--help"):
+        print(HELP)
+        return 0 if rest else 2
     command, *rest = rest
     try:
         return _run(command, rest)
@@ -20,19 +32,24 @@ def main(arguments: Sequence[str]) -> int:
         return 1
 
 
+def _underscored(argument: str) -> str:
+    """--output-dir is --output_dir; the value behind a = stays as it is."""
+    name, equals, value = argument.partition("=")
+    return "--" + name[2:].replace("-", "_") + equals + value if name.startswith("--") else argument
+
+
 def _run(command: str, rest: list[str]) -> int:
     if command not in (*COMMANDS, "demo"):
         raise UserError(f"unknown command {command!r}; choose from {', '.join(COMMANDS)}, demo")
     from . import pipeline
 
-    path = None
-    if "--config" in rest:
-        at = rest.index("--config")
-        if at + 1 == len(rest):
-            raise UserError("--config needs a file")
-        path = rest[at + 1]
-        del rest[at : at + 2]
-    return pipeline.run(command, path, rest)
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    parser.add_argument("--config")
+    try:
+        given, rest = parser.parse_known_args(rest)
+    except argparse.ArgumentError as error:
+        raise UserError(str(error)) from error
+    return pipeline.run(command, given.config, rest)
 
 
 if __name__ == "__main__":

@@ -6,25 +6,44 @@ damage, not tampering; loading executes nothing, whatever the files hold.
 """
 
 import contextlib
+import dataclasses
+import fcntl
 import hashlib
 import json
 import os
-import random
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 
 from . import launch
-from .config import UserError
-from .models import Trainable
+from .config import PPOConfig, UserError
+
+if TYPE_CHECKING:
+    from .models import Trainable
 
 MANIFEST = "manifest.json"
 TEMPORARY = ".tmp-"
+RETIRED = f"{TEMPORARY}old-"
+
+# What may change when a run continues: how long, how often, where, and how fast; not what it computes.
+FREE_TO_CHANGE = {
+    "total_steps",
+    "eval_steps",
+    "save_steps",
+    "save_total_limit",
+    "disable_tqdm",
+    "ddp_timeout",
+    "output_dir",
+    "overwrite_output_dir",
+    "resume_from_checkpoint",
+    "per_device_train_batch_size",
+    "local_rollout_forward_batch_size",
+    "ops_impl",
+}
 
 
 @contextlib.contextmanager
@@ -46,23 +65,29 @@ def committed(folder: Path) -> Iterator[Path]:
 def verify(folder: Path) -> None:
     """Refuse a folder that is incomplete or whose bytes are not those that were written."""
     try:
-        files: dict[str, dict[str, Any]] = json.loads((folder / MANIFEST).read_text())["files"]
+        listing = json.loads((folder / MANIFEST).read_text())["files"]
+        files = {name: (int(entry["bytes"]), str(entry["sha256"])) for name, entry in listing.items()}
     except FileNotFoundError as error:
-        raise UserError(f"{folder} is not a complete checkpoint: it has no {MANIFEST}") from error
-    except (ValueError, KeyError) as error:
+        raise UserError(f"{folder} is not complete: it has no {MANIFEST}") from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{folder / MANIFEST} is damaged") from error
-    for name, expected in files.items():
+    if not files:
+        raise UserError(f"{folder / MANIFEST} is damaged: it lists no files")
+    for name, (expected, sha256) in files.items():
         path = folder / name
         size = path.stat().st_size if path.is_file() else None
-        if size != expected["bytes"]:
+        if size != expected:
             found = "is missing" if size is None else f"has {size} bytes"
-            raise UserError(f"checkpoint refused: {path} {found}, expected {expected['bytes']} bytes")
-        if _sha256(path) != expected["sha256"]:
-            raise UserError(f"checkpoint refused: the content of {path} has changed since it was written")
+            raise UserError(f"{folder} refused: {path} {found}, expected {expected} bytes")
+        if _sha256(path) != sha256:
+            raise UserError(f"{folder} refused: the content of {path} has changed since it was written")
 
 
-def save(folder: Path, step: int, trained: dict[str, Trainable], keep: int) -> None:
-    """Commit the state after `step`, then drop the oldest checkpoints beyond `keep`."""
+def save(folder: Path, step: int, trained: "dict[str, Trainable]", config: PPOConfig) -> None:
+    """Commit the state after `step`, then drop the oldest checkpoints beyond `save_total_limit`.
+
+    No generator's state is saved: every draw of a step has its own seed, made from the run's and the step's number.
+    """
     with committed(folder / f"step-{step:06d}") as place:
         with launch.quiet():
             for name, model in trained.items():
@@ -71,16 +96,17 @@ def save(folder: Path, step: int, trained: dict[str, Trainable], keep: int) -> N
             "step": step,
             "world_size": launch.world_size(),
             "skipped": {name: model.skipped for name, model in trained.items()},
-            "random": _random_state(),
+            "config": dataclasses.asdict(config),
         }
         torch.save(state, place / f"trainer-rank{launch.rank()}.pt")
     if launch.is_main():
-        for old in _steps(folder)[:-keep]:
-            shutil.rmtree(old)
+        for old in _steps(folder)[: -config.save_total_limit]:
+            if _number(old) != step:
+                shutil.rmtree(old)
 
 
-def load(folder: Path, trained: dict[str, Trainable]) -> int:
-    """Bring every model, optimizer, schedule and generator to the saved state; returns the step."""
+def load(folder: Path, trained: "dict[str, Trainable]", config: PPOConfig) -> int:
+    """Bring every model, optimizer and schedule to the saved state; returns the step."""
     verify(folder)
     path = folder / f"trainer-rank{launch.rank()}.pt"
     if not path.exists():
@@ -89,11 +115,11 @@ def load(folder: Path, trained: dict[str, Trainable]) -> int:
     if state["world_size"] != launch.world_size():
         writers, ranks = state["world_size"], launch.world_size()
         raise UserError(f"{folder} was written by {writers} ranks, this run has {ranks}")
+    _refuse_changes(folder, state["config"], dataclasses.asdict(config))
     with launch.quiet():
         for name, model in trained.items():
             _load_without_code(model, str(folder), name)
             model.skipped = state["skipped"][name]
-    _set_random_state(state["random"])
     return state["step"]
 
 
@@ -107,17 +133,26 @@ def find(request: str, folder: Path) -> Path:
     return steps[-1]
 
 
-def claim(folder: Path, *, overwrite: bool, resume: bool) -> None:
-    """Make the folder of a command ready: sweep stumps, and never mix two runs."""
-    if launch.is_main():
-        folder.mkdir(parents=True, exist_ok=True)
-        for stump in [*folder.glob(TEMPORARY + "*"), *folder.glob(f"*/{TEMPORARY}*")]:
-            shutil.rmtree(stump)
-        if overwrite and not resume:
-            for name in ("checkpoints", "model"):
-                shutil.rmtree(folder / name, ignore_errors=True)
-            (folder / "metrics.jsonl").unlink(missing_ok=True)
-    barrier()
+@contextlib.contextmanager
+def claimed(folder: Path, *, overwrite: bool, done: int = 0) -> Iterator[None]:
+    """The folder of a command, for this run alone until the block is left; the record goes on after step `done`."""
+    with contextlib.ExitStack() as held:
+        taken = False
+        if launch.is_main():
+            folder.mkdir(parents=True, exist_ok=True)
+            lock = held.enter_context((folder / ".lock").open("w"))
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                taken = True
+        if launch.gather_rows(torch.tensor([int(taken)], device=launch.device())).any():
+            raise UserError(f"another run is at work in {folder}")
+        refuse_existing(folder, overwrite=overwrite, resume=done > 0)
+        barrier()
+        if launch.is_main():
+            _sweep(folder, overwrite=overwrite, done=done)
+        barrier()
+        yield
 
 
 def refuse_existing(folder: Path, *, overwrite: bool, resume: bool) -> None:
@@ -139,7 +174,7 @@ def _commit(place: Path, folder: Path) -> None:
     (place / MANIFEST).write_text(json.dumps({"files": listing}, indent=1))
     for path in [*place.rglob("*"), place]:
         _flush(path)
-    retired = folder.parent / f"{TEMPORARY}old-{folder.name}"
+    retired = folder.parent / (RETIRED + folder.name)
     if folder.exists():
         folder.rename(retired)
     place.rename(folder)
@@ -147,7 +182,32 @@ def _commit(place: Path, folder: Path) -> None:
     shutil.rmtree(retired, ignore_errors=True)
 
 
-def _load_without_code(model: Trainable, folder: str, tag: str) -> None:
+def _sweep(folder: Path, *, overwrite: bool, done: int) -> None:
+    """Clear stumps and, so that two runs never mix, what is overwritten or was written after step `done`."""
+    for retired in [*folder.glob(RETIRED + "*"), *folder.glob(f"*/{RETIRED}*")]:
+        original = retired.with_name(retired.name.removeprefix(RETIRED))
+        if not original.exists():  # a crash between the two renames of a commit
+            retired.rename(original)
+    for stump in [*folder.glob(TEMPORARY + "*"), *folder.glob(f"*/{TEMPORARY}*")]:
+        shutil.rmtree(stump)
+    if done:
+        for checkpoint in _steps(folder / "checkpoints"):
+            if _number(checkpoint) > done:
+                shutil.rmtree(checkpoint)
+    elif overwrite:
+        for name in ("checkpoints", "model"):
+            shutil.rmtree(folder / name, ignore_errors=True)
+        (folder / "metrics.jsonl").unlink(missing_ok=True)
+
+
+def _refuse_changes(folder: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
+    changed = [name for name in now if name not in FREE_TO_CHANGE and before.get(name) != now[name]]
+    if changed:
+        differences = ", ".join(f"{name} (was {before.get(name)}, is {now[name]})" for name in changed)
+        raise UserError(f"cannot resume from {folder} with other settings: {differences}")
+
+
+def _load_without_code(model: "Trainable", folder: str, tag: str) -> None:
     """DeepSpeed unpickles with full rights; its files need no more than tensors and these three names."""
     from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine
     from deepspeed.runtime.fp16.loss_scaler import LossScaler
@@ -167,26 +227,11 @@ def _load_without_code(model: Trainable, folder: str, tag: str) -> None:
 
 
 def _steps(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.glob("step-*") if (path / MANIFEST).exists())
+    return sorted((path for path in folder.glob("step-*") if (path / MANIFEST).exists()), key=_number)
 
 
-def _random_state() -> dict[str, Any]:
-    name, keys, *rest = cast(tuple[Any, ...], np.random.get_state(legacy=True))
-    return {
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
-        "python": random.getstate(),
-        "numpy": [str(name), torch.from_numpy(keys.astype(np.int64)), *rest],
-    }
-
-
-def _set_random_state(state: dict[str, Any]) -> None:
-    torch.set_rng_state(state["torch"])
-    if state["cuda"]:
-        torch.cuda.set_rng_state_all(state["cuda"])
-    random.setstate(state["python"])
-    name, keys, *rest = state["numpy"]
-    np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
+def _number(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix("step-"))
 
 
 def _sha256(path: Path) -> str:

@@ -7,16 +7,37 @@ Field names are those TRL and transformers users know. In the file, a mapping na
 import dataclasses
 import difflib
 import json
-from collections.abc import Sequence
+import math
+import os
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NoReturn, TypeVar
 
 import yaml
-from transformers import HfArgumentParser
+from transformers import CONFIG_MAPPING, HfArgumentParser
 from transformers.hf_argparser import HfArg
 
 CONFIGS = Path(__file__).parent / "configs"
+
+
+Test = Callable[[float], bool]
+RANGES: dict[str, tuple[Test, str]] = {}
+for _names, _test, _allowed in (
+    ("batch_size per_device_train_batch_size num_mini_batches num_ppo_epochs", lambda x: x >= 1, "at least 1"),
+    ("max_steps total_steps save_total_limit max_skipped_steps ddp_timeout", lambda x: x >= 1, "at least 1"),
+    ("response_length local_rollout_forward_batch_size", lambda x: x >= 1, "at least 1"),
+    ("eval_prompts eval_pairs", lambda x: x >= 1, "at least 1"),
+    ("max_length", lambda x: x >= 2, "at least 2"),
+    ("seed warmup_steps eval_steps save_steps", lambda x: x >= 0, "at least 0"),
+    ("weight_decay max_grad_norm cliprange cliprange_value", lambda x: 0 <= x < math.inf, "at least 0 and finite"),
+    ("missing_eos_penalty kl_coef", math.isfinite, "finite"),
+    ("learning_rate critic_learning_rate adam_epsilon score_clip", lambda x: 0 < x < math.inf, "positive and finite"),
+    ("adam_beta1 adam_beta2", lambda x: 0 <= x < 1, "at least 0 and below 1"),
+    ("gamma lam", lambda x: 0 <= x <= 1, "from 0 to 1"),
+    ("temperature", lambda x: 0 < x < math.inf, "positive and finite: responses are always sampled"),
+):
+    RANGES |= dict.fromkeys(_names.split(), (_test, _allowed))
 
 
 class UserError(Exception):
@@ -35,21 +56,39 @@ class RunConfig:
     )
     data_path: str | None = HfArg(
         default=None,
-        help="For task files: a folder with texts.jsonl, pairs.jsonl and prompts.jsonl. "
+        help="For task files: a folder with texts.jsonl, pairs.jsonl and prompts.jsonl. Of each, a tenth is held out, "
+        "drawn by a fixed seed: the same rows at every stage. "
         "For task reviews: the ratings file, instead of the copy fetched with pip.",
     )
     model_config: str | None = HfArg(
         default=None, help="Architecture of a model that starts from random weights (a mapping, or JSON)."
     )
-    ops_impl: str = HfArg(default="auto", help="The `impl` of every ppo_kernels op: auto, torch, cpu, triton or cuda.")
+    ops_impl: Literal["auto", "torch", "cpu", "triton", "cuda"] = HfArg(
+        default="auto", help="The `impl` of every ppo_kernels op."
+    )
     bf16: bool = HfArg(default=False, help="Train in bfloat16 with float32 optimizer state.")
     deepspeed: str = HfArg(default="ds_zero0.json", help="DeepSpeed configuration: a path, or a name in configs/.")
     disable_tqdm: bool = HfArg(default=False, help="No progress bar; the lines of text stay.")
     ddp_timeout: int = HfArg(default=600, help="Seconds after which a rank that hears nothing from the others stops.")
 
     def __post_init__(self) -> None:
-        if self.model_config is not None and not isinstance(json.loads(self.model_config), dict):
-            raise ValueError("model_config must be a mapping")
+        for name, (test, allowed) in RANGES.items():
+            value = getattr(self, name, None)
+            if value is not None and not test(value):
+                raise ValueError(f"{name} must be {allowed}, not {value}")
+        if self.model_config is not None:
+            architecture = _json("model_config", self.model_config)
+            self.model_config = json.dumps(architecture)  # one spelling, so that two runs can be compared
+            kind = architecture.get("model_type")
+            if kind not in CONFIG_MAPPING:
+                raise ValueError(f"model_config needs a model_type that transformers knows, not {kind!r}")
+        settings = _json(f"the file of deepspeed, {self.deepspeed},", resolve(self.deepspeed).read_text())
+        if (settings.get("fp16") or {}).get("enabled"):
+            raise ValueError(f"deepspeed: {self.deepspeed} enables fp16; train in bf16 (bf16: true) or in float32")
+        folder = Path(self.output_dir).absolute()
+        there = next(path for path in (folder, *folder.parents) if os.path.exists(path))
+        if not (there.is_dir() and os.access(there, os.W_OK | os.X_OK)):
+            raise ValueError(f"output_dir {self.output_dir} cannot be written: {there} is no writable folder")
 
 
 @dataclass
@@ -57,7 +96,9 @@ class OptimizerConfig(RunConfig):
     """AdamW and its schedule."""
 
     learning_rate: float = HfArg(default=3e-6, help="Peak learning rate.")
-    lr_scheduler_type: str = HfArg(default="linear", help="Schedule by its transformers name.")
+    lr_scheduler_type: Literal[
+        "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup", "inverse_sqrt"
+    ] = HfArg(default="linear", help="Schedule by its transformers name.")
     warmup_steps: int = HfArg(default=0, help="Optimizer steps of linear warm-up.")
     weight_decay: float = HfArg(default=0.0, help="AdamW weight decay.")
     adam_beta1: float = HfArg(default=0.9, help="AdamW beta1.")
@@ -95,6 +136,7 @@ class SamplingConfig(RunConfig):
     temperature: float = HfArg(default=1.0, help="Temperature of sampling and of scoring alike.")
     local_rollout_forward_batch_size: int = HfArg(default=64, help="Rows per forward pass without gradient.")
     eval_prompts: int = HfArg(default=500, help="Held-out prompts used for evaluation.")
+    kl_coef: float = HfArg(default=0.05, help="Weight of the KL penalty against the reference, inside the reward.")
     sft_model_path: str | None = HfArg(
         default=None,
         help="Reference policy, and the policy's start. Default: the result of sft, or model_config.",
@@ -103,7 +145,7 @@ class SamplingConfig(RunConfig):
 
 @dataclass
 class EvalConfig(SamplingConfig):
-    """Gold score and KL of a trained policy."""
+    """Gold score and KL of a trained policy. What is not given is as it was in the run under output_dir."""
 
     model_path: str | None = HfArg(default=None, help="Policy to evaluate. Default: the result of train.")
 
@@ -121,7 +163,6 @@ class PPOConfig(SamplingConfig, OptimizerConfig):
     total_steps: int = HfArg(default=100, help="PPO steps (rollout and updates).")
     num_ppo_epochs: int = HfArg(default=4, help="Passes over each rollout.")
     num_mini_batches: int = HfArg(default=1, help="Optimizer steps per pass.")
-    kl_coef: float = HfArg(default=0.05, help="Weight of the KL penalty against the reference, inside the reward.")
     kl_estimator: Literal["k1", "k3"] = HfArg(default="k1", help="Estimator of that penalty; k1 is the exact one.")
     score_clip: float | None = HfArg(default=None, help="Bound on the score's magnitude.")
     missing_eos_penalty: float | None = HfArg(default=None, help="Subtracted from the score of an unfinished response.")
@@ -141,8 +182,6 @@ class PPOConfig(SamplingConfig, OptimizerConfig):
             raise ValueError(
                 f"batch_size {self.batch_size} must be a multiple of num_mini_batches {self.num_mini_batches}"
             )
-        if self.temperature <= 0:
-            raise ValueError(f"temperature must be positive, not {self.temperature}: responses are always sampled")
 
 
 COMMANDS: dict[str, type[RunConfig]] = {
@@ -161,23 +200,32 @@ class _Parser(HfArgumentParser):
 
 
 C = TypeVar("C", bound=RunConfig)
+NOT_OF_A_RUN = {"output_dir", "overwrite_output_dir", "disable_tqdm"}
+OF_THE_REFERENCE = {"seed", "model_config", "temperature"}
 
 
 def load(command: str, path: str | None, overrides: Sequence[str], kind: type[C]) -> C:
-    """The configuration of `command`: defaults, then the file, then the command line."""
+    """The configuration of `command`: defaults, then the file, then the command line.
+
+    `eval` is about a run: the settings it was trained with stand above those the file has for all commands, and the
+    ones that make its reference what it is cannot be changed.
+    """
     common, own = _read(path, command)
     if path is not None:
         everywhere = {field.name for cls in COMMANDS.values() for field in dataclasses.fields(cls)}
         _refuse_unknown(list(common), everywhere | set(COMMANDS), path)
     known = {field.name for field in dataclasses.fields(kind)}
-    from_file = {key: value for key, value in common.items() if key in known} | own
-    parser = _Parser(kind, allow_abbrev=False, prog=f"python -m python_trainer {command}")
-    arguments = [*_as_arguments(from_file), *overrides]
-    _refuse_unknown([a[2:].split("=")[0] for a in arguments if a.startswith("--")], known | {"help"}, path)
-    try:
-        (config,) = parser.parse_args_into_dataclasses(arguments, look_for_args_file=False)
-    except ValueError as error:
-        raise UserError(str(error)) from error
+    from_file = {key: value for key, value in common.items() if key in known}
+    _refuse_unknown([*own, *(a[2:].split("=")[0] for a in overrides if a.startswith("--"))], known | {"help"}, path)
+    config = _parse(command, kind, from_file | own, overrides)
+    trained = Path(config.output_dir) / "train" / "config.yaml"
+    if command != "eval" or not trained.is_file():
+        return config
+    of_run = {key: value for key, value in _read(str(trained), "")[0].items() if key in known - NOT_OF_A_RUN}
+    config = _parse(command, kind, from_file | of_run | own, overrides)
+    for key in OF_THE_REFERENCE & of_run.keys():
+        if getattr(config, key) != of_run[key]:
+            raise UserError(f"{key} {getattr(config, key)} is not that of the run, {of_run[key]} (see {trained})")
     return config
 
 
@@ -196,17 +244,40 @@ def save(config: RunConfig, folder: Path) -> None:
     (folder / "config.yaml").write_text(yaml.safe_dump(dataclasses.asdict(config), sort_keys=False))
 
 
+def _parse(command: str, kind: type[C], settings: dict[str, Any], overrides: Sequence[str]) -> C:
+    parser = _Parser(kind, allow_abbrev=False, prog=f"python -m python_trainer {command}")
+    try:
+        arguments = [*_as_arguments(settings), *overrides]
+        (config,) = parser.parse_args_into_dataclasses(arguments, look_for_args_file=False)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    return config
+
+
+def _json(name: str, text: str) -> dict[str, Any]:
+    try:
+        content = json.loads(text)
+    except ValueError as error:
+        raise ValueError(f"{name} is not JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{name} must be a mapping")
+    return content
+
+
 def _read(path: str | None, command: str) -> tuple[dict[str, Any], dict[str, Any]]:
     if path is None:
         return {}, {}
     file = resolve(path)
     try:
         content = yaml.safe_load(file.read_text()) or {}
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(content, dict):
         raise UserError(f"{path} must hold a mapping of settings")
     sections = {name: content.get(name) or {} for name in COMMANDS if name in content}
+    for name, section in sections.items():
+        if not isinstance(section, dict):
+            raise UserError(f"{name} in {path} must be a mapping of settings, not {section!r}")
     return {key: value for key, value in content.items() if key not in sections}, sections.get(command, {})
 
 

@@ -1,6 +1,7 @@
 """What a task provides, tokenisation, and tasks made of JSON-lines files."""
 
 import json
+import random
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
@@ -23,6 +24,7 @@ class Task:
     """Texts, pairs and prompts, each as (training, held-out); a task overrides what it has."""
 
     verifiable = False  # True: `score` is the reward and no reward model is needed
+    holds_out = True  # False: evaluated on the training prompts, where those are all there are
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The tokenizer of a model that starts from random weights."""
@@ -59,33 +61,43 @@ class Files(Task):
         self.heldout = heldout
 
     def texts(self) -> tuple[list[str], list[str]]:
-        return self._split([text for (text,) in self._read("texts.jsonl", "text")])
+        return self._split("texts.jsonl", [text for (text,) in self._read("texts.jsonl", "text")])
 
     def pairs(self) -> tuple[list[Pair], list[Pair]]:
-        return self._split([(chosen, rejected) for chosen, rejected in self._read("pairs.jsonl", "chosen", "rejected")])
+        rows = [(chosen, rejected) for chosen, rejected in self._read("pairs.jsonl", "chosen", "rejected")]
+        return self._split("pairs.jsonl", rows)
 
     def prompts(self) -> tuple[list[str], list[str]]:
-        return self._split([prompt for (prompt,) in self._read("prompts.jsonl", "prompt")])
+        return self._split("prompts.jsonl", [prompt for (prompt,) in self._read("prompts.jsonl", "prompt")])
 
-    def _split(self, rows: list[T]) -> tuple[list[T], list[T]]:
+    def _split(self, name: str, rows: list[T]) -> tuple[list[T], list[T]]:
+        if len(rows) < 2:
+            raise UserError(f"{self.folder / name} holds {len(rows)} rows; two are needed, as one is held out")
+        random.Random(0).shuffle(rows)  # files are often sorted; one split for all stages and seeds  # noqa: S311
         cut = max(1, round(len(rows) * self.heldout))
-        return rows[cut:] or rows, rows[:cut]
+        return rows[cut:], rows[:cut]
 
     def _read(self, name: str, *keys: str) -> Iterator[tuple[str, ...]]:
         path = self.folder / name
         try:
-            lines = path.read_text(encoding="utf-8").splitlines()
+            content = path.read_text(encoding="utf-8")
         except OSError as error:
             raise UserError(f"cannot read {path}: {error.strerror}") from error
-        for number, line in enumerate(lines, 1):
+        except UnicodeDecodeError as error:
+            raise UserError(f"{path} is not UTF-8: {error}") from error
+        for number, line in enumerate(content.split("\n"), 1):  # JSON may hold what splitlines calls a line's end
             if not line.strip():
                 continue
             try:
                 record = json.loads(line)
-                yield tuple(str(record[key]) for key in keys)
+                values = tuple(record[key] for key in keys)
             except (json.JSONDecodeError, KeyError, TypeError) as error:
                 wanted = ", ".join(keys)
                 raise UserError(f"{path}, line {number}: expected a JSON object with {wanted}") from error
+            for key, value in zip(keys, values, strict=True):
+                if not isinstance(value, str):
+                    raise UserError(f"{path}, line {number}: {key} must be text, not {value!r}")
+            yield values
 
 
 def load_task(config: RunConfig) -> Task:
@@ -96,7 +108,7 @@ def load_task(config: RunConfig) -> Task:
     if config.task == "exact":
         from .tasks.exact import Exact
 
-        return Exact()
+        return Exact(config)
     if config.data_path is None:
         raise UserError("task files needs data_path, the folder of texts.jsonl, pairs.jsonl and prompts.jsonl")
     return Files(config.data_path)

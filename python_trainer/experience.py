@@ -110,9 +110,10 @@ def collect(
     if critic is not None:
         values = by_rows(lambda part: score_values(critic, part), rollout, rows)
     scores = by_rows(judge, rollout, rows).to(logprobs)
-    if not scores.isfinite().all():
-        bad = int((~scores.isfinite()).sum())
-        raise UserError(f"the score of {bad} of {len(scores)} responses is not finite; the weights are untouched")
+    finite = launch.gather_rows(scores).isfinite()  # all ranks stop together, or none
+    if not finite.all():
+        bad = int((~finite).sum())
+        raise UserError(f"the score of {bad} of {len(finite)} responses is not finite; the weights are untouched")
     if config.missing_eos_penalty is not None:
         scores = scores - config.missing_eos_penalty * ~rollout.ended(eos)
     rewards, kl = kl_rewards(

@@ -71,7 +71,7 @@ class Trainer:
         self.done = 0
         if config.resume_from_checkpoint is not None:
             source = checkpoint.find(config.resume_from_checkpoint, self.folder / "checkpoints")
-            self.done = checkpoint.load(source, self.trained)
+            self.done = checkpoint.load(source, self.trained, config)
 
     def _build(self, policy: torch.nn.Module, reference: torch.nn.Module) -> None:
         config = self.config
@@ -112,8 +112,11 @@ class Trainer:
 
     def train(self) -> tuple[Evaluation, Evaluation]:
         """All remaining steps; returns the evaluations of the reference and of the trained policy."""
+        with checkpoint.claimed(self.folder, overwrite=self.config.overwrite_output_dir, done=self.done):
+            return self._train()
+
+    def _train(self) -> tuple[Evaluation, Evaluation]:
         config, resumed = self.config, self.done
-        checkpoint.claim(self.folder, overwrite=config.overwrite_output_dir, resume=resumed > 0)
         if launch.is_main():
             save(config, self.folder)
         log = metrics.Log(self.folder, config.total_steps, start=resumed, title="ppo", disable=config.disable_tqdm)
@@ -130,7 +133,7 @@ class Trainer:
             log.step(self.done, row)
             self._stop_if_unhealthy()
             if config.save_steps and self.done % config.save_steps == 0:
-                checkpoint.save(self.folder / "checkpoints", self.done, self.trained, config.save_total_limit)
+                checkpoint.save(self.folder / "checkpoints", self.done, self.trained, config)
         log.close()
         with checkpoint.committed(self.folder / "model") as place:
             save_model(self.actor.model, self.tokenizer, place)
@@ -150,13 +153,14 @@ class Trainer:
         started = time.perf_counter()
         experience = self.rollout()
         rolled_out = time.perf_counter()
+        learning_rate = self.trained["actor"].learning_rate  # the schedule moves on with each update
         averages = self.update(experience)
         self.done += 1
         return (
             self._summary(experience)
             | averages
             | {
-                "lr": self.trained["actor"].learning_rate,
+                "lr": learning_rate,
                 "episode": self.done * self.config.batch_size,
                 "val/skipped_updates": sum(model.skipped for model in self.trained.values()),
                 "time/rollout": rolled_out - started,
@@ -206,7 +210,7 @@ class Trainer:
                         change = ((logprobs - batch.logprobs).abs() * batch.mask).max()
                         drift = torch.maximum(drift, change)
                 if first:
-                    self._check_ratio(drift.item())
+                    self._check_ratio(launch.gather_rows(drift[None]).max().item())
                     first = False
                 for model in self.trained.values():
                     model.step()

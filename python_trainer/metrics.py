@@ -1,6 +1,7 @@
 """What a person sees: a line and a bar per step, metrics.jsonl, a table of completions, curves.png."""
 
 import json
+import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,6 +14,7 @@ from rich.table import Table
 from tqdm import tqdm
 
 from . import launch
+from .config import UserError
 
 LINE = (
     "objective/kl",
@@ -36,16 +38,22 @@ PANELS = (
 
 
 class Averages:
-    """Means weighted by token counts over micro-batches and ranks, reduced once per step."""
+    """Means weighted by token counts over micro-batches and ranks, reduced once per step.
+
+    The variances of parts do not average: `x_var`, beside `x`, adds up as the mean square and ends as the variance.
+    """
 
     def __init__(self) -> None:
         self._sums: dict[str, torch.Tensor] = {}
         self._weights: dict[str, torch.Tensor] = {}
 
     def add(self, values: Mapping[str, torch.Tensor], weight: torch.Tensor) -> None:
-        for name, value in values.items():
+        exact = {name: value.detach().double() for name, value in values.items()}
+        for name, value in exact.items():
+            if name.endswith("_var"):
+                value = value + exact[name.removesuffix("_var")] ** 2
             # No valid token, no say: its statistics are 0, and 0·NaN never enters.
-            term = torch.where(weight > 0, value.detach().double() * weight, 0.0)
+            term = torch.where(weight > 0, value * weight, 0.0)
             self._sums[name] = self._sums.get(name, 0.0) + term
             self._weights[name] = self._weights.get(name, 0.0) + weight.double()
 
@@ -55,8 +63,11 @@ class Averages:
         pair = torch.stack([torch.stack(list(x.values())) for x in (self._sums, self._weights)])
         if launch.world_size() > 1:
             dist.all_reduce(pair)
-        means = (pair[0] / pair[1].clamp(min=1)).tolist()
-        return dict(zip(self._sums, means, strict=True))
+        means = dict(zip(self._sums, (pair[0] / pair[1].clamp(min=1)).tolist(), strict=True))
+        return {
+            name: max(mean - means[name.removesuffix("_var")] ** 2, 0.0) if name.endswith("_var") else mean
+            for name, mean in means.items()
+        }
 
 
 class Log:
@@ -73,7 +84,8 @@ class Log:
 
     def record(self, step: int, metrics: Mapping[str, float]) -> None:
         if self._file is not None:
-            self._file.write(json.dumps({"step": step, **metrics}) + "\n")
+            finite = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
+            self._file.write(json.dumps({"step": step, **finite}) + "\n")  # JSON has no NaN
             self._file.flush()
 
     def step(self, step: int, metrics: Mapping[str, float], line: Sequence[str] = LINE) -> None:
@@ -98,14 +110,22 @@ class Log:
         """A resumed run continues the record at its checkpoint: what came after it never happened."""
         if not self.path.exists():
             return
-        kept = [line for line in self.path.read_text().splitlines() if json.loads(line)["step"] <= step]
+        kept = [row for row in read(self.path) if row["step"] <= step]
         temporary = self.path.with_suffix(".tmp")
-        temporary.write_text("".join(line + "\n" for line in kept))
+        temporary.write_text("".join(json.dumps(row) + "\n" for row in kept))
         os.replace(temporary, self.path)
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
+    """The rows of metrics.jsonl, without a last one that a crash cut short."""
+    rows, lines = [], path.read_text().splitlines()
+    for number, line in enumerate(lines, start=1):
+        try:
+            rows.append(json.loads(line))
+        except ValueError as error:
+            if number < len(lines):
+                raise UserError(f"{path}, line {number} is not JSON") from error
+    return rows
 
 
 def completions_table(prompts: Sequence[str], columns: Mapping[str, Sequence[tuple[str, float | None]]]) -> None:
@@ -135,10 +155,11 @@ def plot(folder: Path) -> Path:
     figure, axes = pyplot.subplots(2, 3, figsize=(13, 7), layout="constrained")
     for axis, (name, heldout, label) in zip(axes.flat, panels, strict=False):
         for key, style in ((name, "-"), (heldout, "o--")):
-            points = [(row["step"], row[key]) for row in rows if key in row]
+            points = [
+                (row["step"], row[key], row.get(f"{key}_se") or 0.0) for row in rows if key and row.get(key) is not None
+            ]
             if points:
-                steps, values = zip(*points, strict=True)
-                errors = [row.get(f"{key}_se", 0.0) for row in rows if key in row]
+                steps, values, errors = zip(*points, strict=True)
                 marker = "held-out" if key and key.startswith("eval/") else "rollout"
                 axis.errorbar(steps, values, yerr=errors if any(errors) else None, fmt=style, label=marker, capsize=3)
         axis.set_xlabel("PPO step")

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -20,6 +21,7 @@ from transformers import (
 )
 
 from . import launch
+from .checkpoint import MANIFEST, verify
 from .config import OptimizerConfig, RunConfig, UserError, resolve
 
 
@@ -33,7 +35,7 @@ class Policy:
 
     @property
     def module(self) -> PreTrainedModel:
-        return self.model.module if isinstance(self.model, Trainable) else self.model
+        return getattr(self.model, "module", self.model)  # inside an engine, trained or frozen
 
 
 class ScalarModel(torch.nn.Module):
@@ -166,10 +168,17 @@ def load_policy(path: str | Path | None, config: RunConfig, tokenizer: PreTraine
 
 def stage_model(config: RunConfig, stage: str, given: str | None) -> Path | None:
     """The model a person named, or else the one an earlier command of this run left."""
-    if given is not None:
-        return Path(given)
-    left = Path(config.output_dir) / stage / "model"
-    return left if left.exists() else None
+    path = Path(config.output_dir) / stage / "model" if given is None else Path(given)
+    if given is None and not path.exists():
+        return None
+    return undamaged(path)
+
+
+def undamaged(path: Path) -> Path:
+    """The same path, once its files are those of the manifest that our commands write beside a model."""
+    if (path / MANIFEST).exists():
+        verify(path)
+    return path
 
 
 def load_scalar(path: str | Path) -> ScalarModel:
@@ -191,16 +200,12 @@ def checked(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
 
 def without_dropout(model: PreTrainedModel) -> PreTrainedModel:
     """Dropout makes the ratio noise: old and new log-probabilities would come from different networks."""
-    for module in model.modules():
-        if isinstance(module, torch.nn.Dropout):
-            module.p = 0.0
-    for name, value in vars(model.config).items():
-        if isinstance(value, float) and (name.endswith("pdrop") or "dropout" in name):
-            setattr(model.config, name, 0.0)
-    for module in model.modules():
-        for name in ("attention_dropout", "dropout_p"):
-            if isinstance(getattr(module, name, None), float):
-                setattr(module, name, 0.0)
+    for holder in (model.config, *model.modules()):
+        if isinstance(holder, torch.nn.Dropout):
+            holder.p = 0.0
+        for name, value in vars(holder).items():
+            if isinstance(value, float) and "drop" in name:
+                setattr(holder, name, 0.0)
     return model
 
 
@@ -227,6 +232,6 @@ def _from_pretrained(kind: Any, path: str | Path) -> Any:
     extra = {} if kind is AutoTokenizer else {"dtype": torch.float32}
     try:
         return kind.from_pretrained(str(path), **extra)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0]
         raise UserError(f"cannot load a model from {path}: {reason}") from error

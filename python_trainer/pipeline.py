@@ -1,11 +1,16 @@
 """The commands, and the demonstration that runs them in a row."""
 
+import json
 import time
 from collections.abc import Sequence
+from pathlib import Path
 
-from . import launch, metrics
-from .config import EvalConfig, PPOConfig, RewardConfig, RunConfig, SftConfig, UserError, load
-from .data import encode_prompts, load_task
+from rich.console import Console
+from rich.table import Table
+
+from . import launch
+from .config import EvalConfig, PPOConfig, RewardConfig, RunConfig, SftConfig, UserError, load, save
+from .data import Task, encode_prompts, load_task
 from .evaluation import Evaluation, evaluate
 from .loop import Trainer
 from .models import Policy, frozen, load_policy, load_tokenizer, stage_model
@@ -23,17 +28,18 @@ def run(command: str, path: str | None, overrides: Sequence[str]) -> int:
     elif command == "reward":
         _say(_figures("reward", reward(load("reward", path, overrides, RewardConfig))))
     elif command == "train":
-        before, after = Trainer(load("train", path, overrides, PPOConfig)).train()
-        _report(before, after)
+        trainer = Trainer(load("train", path, overrides, PPOConfig))
+        _report(trainer.task, *trainer.train())
     elif command == "eval":
-        _report(*compare(load("eval", path, overrides, EvalConfig)))
+        config = load("eval", path, overrides, EvalConfig)
+        _report(load_task(config), *compare(config))
     else:
         demo(path or DEMO_CONFIG, overrides)
     return 0
 
 
 def compare(config: EvalConfig) -> tuple[Evaluation, Evaluation]:
-    """The reference and a trained policy on the same held-out prompts with the same noise."""
+    """The reference and a trained policy on the same prompts with the same noise; the figures are kept."""
     launch.start(config.seed, config.ddp_timeout)
     trained = stage_model(config, "train", config.model_path)
     if trained is None:
@@ -43,19 +49,30 @@ def compare(config: EvalConfig) -> tuple[Evaluation, Evaluation]:
     models = [frozen(load_policy(path, config, tokenizer), config) for path in (start, trained)]
     reference, policy = (Policy(model, config.temperature, config.ops_impl) for model in models)
     task = load_task(config)
+    judge = task.score if task.verifiable else None
     prompts = encode_prompts(
         task.prompts()[1],
         tokenizer,
         response_length=config.response_length,
         context=policy.module.config.max_position_embeddings,
     )
-    before, after = (evaluate(p, reference, prompts, task, tokenizer, None, config) for p in (reference, policy))
+    before, after = (evaluate(p, reference, prompts, task, tokenizer, judge, config) for p in (reference, policy))
+    for result, of in ((before, reference), (after, policy)):
+        result.metrics |= task.exact(of, reference, config.kl_coef)
+    if launch.is_main():
+        folder = Path(config.output_dir) / "eval"
+        save(config, folder)
+        figures = {"reference": before.metrics, "policy": after.metrics}
+        (folder / "metrics.json").write_text(json.dumps(figures, indent=2) + "\n")
     return before, after
 
 
 def demo(path: str, overrides: Sequence[str]) -> None:
     """sft, reward and PPO on real reviews; fails unless an independent judge likes the result better."""
-    load("demo", path, overrides, RunConfig)  # only what all stages share can be set for all of them
+    overrides = ["--overwrite_output_dir=True", *overrides]
+    shared = load("demo", path, overrides, RunConfig)  # only what all stages share can be set for all of them
+    if load_task(shared).gold([]) is None:
+        raise UserError(f"the demonstration needs a task with an independent judge; task {shared.task} has none")
     settings = (
         load("sft", path, overrides, SftConfig),
         load("reward", path, overrides, RewardConfig),
@@ -66,22 +83,30 @@ def demo(path: str, overrides: Sequence[str]) -> None:
     _say(_figures("reward", reward(settings[1])) + f"  ({time.perf_counter() - started:.0f} s so far)")
     trainer = Trainer(settings[2])
     before, after = trainer.train()
-    _report(before, after)
+    _report(trainer.task, before, after)
     _say(f"curves: {trainer.folder / 'curves.png'}   time: {time.perf_counter() - started:.0f} s")
+    refuse_failure(before, after)
+
+
+def refuse_failure(before: Evaluation, after: Evaluation) -> None:
     gain = after.metrics["eval/gold"] - before.metrics["eval/gold"]
     kl = after.metrics["eval/kl"]
-    if gain < LEAST_GOLD_GAIN or kl > MOST_KL:
+    if not (gain >= LEAST_GOLD_GAIN and kl <= MOST_KL):  # NaN fails too
         raise UserError(
             f"the demonstration failed: the gold score rose by {gain:.3f} (at least {LEAST_GOLD_GAIN} expected), "
             f"the KL is {kl:.1f} (at most {MOST_KL})"
         )
 
 
-def _report(before: Evaluation, after: Evaluation) -> None:
+def _report(task: Task, before: Evaluation, after: Evaluation) -> None:
     if not launch.is_main():
         return
-    columns = {"before": before.completions[:SHOWN], "after": after.completions[:SHOWN]}
-    metrics.completions_table(before.prompts[:SHOWN], columns)
+    table = Table(title=f"completions of {'held-out ' if task.holds_out else ''}prompts", show_lines=True)
+    for name in ("prompt", "before", "after"):
+        table.add_column(name)
+    for prompt, *completions in list(zip(before.prompts, before.completions, after.completions, strict=True))[:SHOWN]:
+        table.add_row(prompt, *(text if gold is None else f"{text} ({gold:+.2f})" for text, gold in completions))
+    Console().print(table, markup=False)
     for name in sorted(after.metrics):
         if name.endswith("_se"):
             continue

@@ -1,6 +1,8 @@
 """The two stages before reinforcement learning: imitation of texts, and a reward model from pairs."""
 
+import contextlib
 import math
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -19,6 +21,7 @@ from .models import (
     load_tokenizer,
     save_model,
     stage_model,
+    undamaged,
 )
 from .rollout import shard
 
@@ -27,38 +30,41 @@ def sft(config: SftConfig) -> dict[str, float]:
     """Train on texts; returns the perplexity on held-out ones."""
     folder = _start(config, "sft")
     task = load_task(config)
+    if config.model_path is not None:
+        undamaged(Path(config.model_path))
     tokenizer = checked(task.tokenizer()) if config.model_path is None else load_tokenizer(config.model_path)
     train, heldout = (encode_texts(texts, tokenizer, config.max_length) for texts in task.texts())
     policy = Trainable(
         load_policy(config.model_path, config, tokenizer), config, config.learning_rate, config.max_steps
     )
-    log = _claim(config, folder, "sft")
     pad = tokenizer.pad_token_id
-    for step in range(config.max_steps):
-        rows = _batch(train, config, step)
-        tokens = sum(len(row) - 1 for row in rows)
-        mine = rows[shard(len(rows))]
-        total = 0.0
-        for start in range(0, len(mine), config.per_device_train_batch_size):
-            micro = mine[start : start + config.per_device_train_batch_size]
-            loss = -_text_logprobs(policy, micro, pad, config.ops_impl).sum() / (tokens / launch.world_size())
-            policy.backward(loss)
-            total += loss.item()
-        policy.step()
-        _stop_if_unhealthy(policy, config)
-        log.record(step + 1, {"loss": total, "lr": policy.learning_rate})
-        log.progress(step + 1)
-    with torch.no_grad():
-        figures = [
-            (
-                _text_logprobs(policy, heldout[i : i + 64], pad, config.ops_impl).sum().item(),
-                len(heldout[i : i + 64]),
-            )
-            for i in range(0, len(heldout), 64)
-        ]
-    scored = sum(len(row) - 1 for row in heldout)
-    result = {"eval/perplexity": math.exp(-sum(total for total, _ in figures) / scored)}
-    _finish(policy, tokenizer, folder, log, config.max_steps, result)
+    with _claimed(config, folder, "sft") as log:
+        for step in range(config.max_steps):
+            rows = _batch(train, config, step)
+            tokens = sum(len(row) - 1 for row in rows)
+            mine = rows[shard(len(rows))]
+            total = 0.0
+            for start in range(0, len(mine), config.per_device_train_batch_size):
+                micro = mine[start : start + config.per_device_train_batch_size]
+                loss = -_text_logprobs(policy, micro, pad, config.ops_impl).sum() / (tokens / launch.world_size())
+                policy.backward(loss)
+                total += loss.item()
+            learning_rate = policy.learning_rate
+            policy.step()
+            _stop_if_unhealthy(policy, config)
+            log.record(step + 1, {"loss": total, "lr": learning_rate})
+            log.progress(step + 1)
+        with torch.no_grad():
+            figures = [
+                (
+                    _text_logprobs(policy, heldout[i : i + 64], pad, config.ops_impl).sum().item(),
+                    len(heldout[i : i + 64]),
+                )
+                for i in range(0, len(heldout), 64)
+            ]
+        scored = sum(len(row) - 1 for row in heldout)
+        result = {"eval/perplexity": math.exp(-sum(total for total, _ in figures) / scored)}
+        _finish(policy, tokenizer, folder, log, config.max_steps, result)
     return result
 
 
@@ -76,32 +82,33 @@ def reward(config: RewardConfig) -> dict[str, float]:
     train, heldout = task.pairs()
     if not train:
         raise UserError("the set of preference pairs is empty")
-    log = _claim(config, folder, "reward")
-    for step in range(config.max_steps):
-        pairs = _batch(train, config, step)
-        mine = pairs[shard(len(pairs))]
-        total = 0.0
-        for start in range(0, len(mine), config.per_device_train_batch_size):
-            micro = mine[start : start + config.per_device_train_batch_size]
-            chosen, rejected = _pair_scores(judge, micro, tokenizer, config)
-            share = len(pairs) / launch.world_size()
-            loss = -torch.nn.functional.logsigmoid(chosen - rejected).sum() / share
-            judge.backward(loss)
-            total += loss.item()
-        judge.step()
-        _stop_if_unhealthy(judge, config)
-        log.record(step + 1, {"loss": total, "lr": judge.learning_rate})
-        log.progress(step + 1)
-    heldout = heldout[: config.eval_pairs]
-    right = 0
-    with torch.no_grad():
-        for start in range(0, len(heldout), 64):
-            chosen, rejected = _pair_scores(judge, heldout[start : start + 64], tokenizer, config)
-            right += int((chosen > rejected).sum())
-    accuracy = right / len(heldout)
-    error = (accuracy * (1 - accuracy) / len(heldout)) ** 0.5
-    result = {"eval/accuracy": accuracy, "eval/accuracy_se": error}
-    _finish(judge, tokenizer, folder, log, config.max_steps, result)
+    with _claimed(config, folder, "reward") as log:
+        for step in range(config.max_steps):
+            pairs = _batch(train, config, step)
+            mine = pairs[shard(len(pairs))]
+            total = 0.0
+            for start in range(0, len(mine), config.per_device_train_batch_size):
+                micro = mine[start : start + config.per_device_train_batch_size]
+                chosen, rejected = _pair_scores(judge, micro, tokenizer, config)
+                share = len(pairs) / launch.world_size()
+                loss = -torch.nn.functional.logsigmoid(chosen - rejected).sum() / share
+                judge.backward(loss)
+                total += loss.item()
+            learning_rate = judge.learning_rate
+            judge.step()
+            _stop_if_unhealthy(judge, config)
+            log.record(step + 1, {"loss": total, "lr": learning_rate})
+            log.progress(step + 1)
+        heldout = heldout[: config.eval_pairs]
+        right = 0
+        with torch.no_grad():
+            for start in range(0, len(heldout), 64):
+                chosen, rejected = _pair_scores(judge, heldout[start : start + 64], tokenizer, config)
+                right += int((chosen > rejected).sum())
+        accuracy = right / len(heldout)
+        error = (accuracy * (1 - accuracy) / len(heldout)) ** 0.5
+        result = {"eval/accuracy": accuracy, "eval/accuracy_se": error}
+        _finish(judge, tokenizer, folder, log, config.max_steps, result)
     return result
 
 
@@ -134,11 +141,12 @@ def _start(config: SftConfig, stage: str) -> Path:
     return folder
 
 
-def _claim(config: SftConfig, folder: Path, title: str) -> metrics.Log:
-    checkpoint.claim(folder, overwrite=config.overwrite_output_dir, resume=False)
-    if launch.is_main():
-        save(config, folder)
-    return metrics.Log(folder, config.max_steps, title=title, disable=config.disable_tqdm)
+@contextlib.contextmanager
+def _claimed(config: SftConfig, folder: Path, title: str) -> Iterator[metrics.Log]:
+    with checkpoint.claimed(folder, overwrite=config.overwrite_output_dir):
+        if launch.is_main():
+            save(config, folder)
+        yield metrics.Log(folder, config.max_steps, title=title, disable=config.disable_tqdm)
 
 
 def _batch(rows: list, config: SftConfig, step: int) -> list:

@@ -11,6 +11,8 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from .. import launch
+from ..config import RunConfig, UserError
 from ..data import Task
 from ..experience import score_tokens
 from ..models import Policy
@@ -18,6 +20,13 @@ from ..rollout import Rollout, left_pad
 
 RESPONSE_LENGTH = 5
 PAD, EOS, *CONTENT = "<pad>", "<eos>", "a", "b", "c", "d", "e"
+OBJECTIVE = {  # another value would move the optimum away from J*
+    "response_length": RESPONSE_LENGTH,
+    "missing_eos_penalty": None,
+    "score_clip": None,
+    "gamma": 1.0,
+    "kl_estimator": "k1",
+}
 PROMPTS = ["a", "b a", "c", "d b"]  # two lengths, so that left padding and position ids take part
 
 
@@ -25,8 +34,15 @@ class Exact(Task):
     """Repeat the prompt's first letter, but not twice in a row."""
 
     verifiable = True
+    holds_out = False
 
-    def __init__(self) -> None:
+    def __init__(self, config: RunConfig) -> None:
+        for name, needed in OBJECTIVE.items():
+            value = getattr(config, name, needed)
+            if value != needed:
+                raise UserError(f"task exact knows the optimum for {name} {needed} alone, not for {value}")
+        if getattr(config, "kl_coef", 1.0) <= 0:
+            raise UserError("task exact needs a positive kl_coef: without a KL penalty there is no finite optimum")
         vocabulary = {word: index for index, word in enumerate([PAD, EOS, *CONTENT])}
         words = Tokenizer(models.WordLevel(vocabulary, unk_token=PAD))
         words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -83,8 +99,10 @@ class Exact(Task):
         ] + [list(content) for content in itertools.product(others, repeat=RESPONSE_LENGTH)]
         ids, attention = left_pad([self._tokenizer(prompt)["input_ids"]], self._tokenizer.pad_token_id)
         padded = torch.tensor([row + [0] * (RESPONSE_LENGTH - len(row)) for row in responses])
-        repeated = ids.expand(len(padded), -1), attention.expand(len(padded), -1)
-        return Rollout.of(*repeated, padded, eos)
+        device, count = launch.device(), len(padded)
+        return Rollout.of(
+            ids.expand(count, -1).to(device), attention.expand(count, -1).to(device), padded.to(device), eos
+        )
 
 
 def _sequence_logprobs(policy: Policy, rollout: Rollout) -> torch.Tensor:

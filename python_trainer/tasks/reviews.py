@@ -4,8 +4,8 @@ The ratings are in the source package of vaderSentiment 3.3.2 (MIT licence), not
 once, checked against its hash; only the ratings file is taken out of it, into a cache.
 """
 
-import csv
 import hashlib
+import math
 import os
 import random
 import re
@@ -14,7 +14,7 @@ import subprocess
 import sys
 import tarfile
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
@@ -35,6 +35,7 @@ PROMPT_WORDS = 4
 HELDOUT = 1000
 PAIRS_PER_SNIPPET = 8
 LEAST_DIFFERENCE = 1.0  # on the raters' scale of -4 to 4
+Rated = tuple[str, float]
 WORD = re.compile(r"[a-z0-9][a-z0-9']*|[.,!?;:]")
 
 
@@ -62,10 +63,13 @@ class Reviews(Task):
         return [text for text, _ in self.train], [text for text, _ in self.heldout]
 
     def pairs(self) -> tuple[list[Pair], list[Pair]]:
-        return _pairs(self.train), _pairs(self.heldout)
+        return _pairs(self.train), _disjoint_pairs(self.heldout)
 
     def prompts(self) -> tuple[list[str], list[str]]:
-        return [_opening(text) for text, _ in self.train], [_opening(text) for text, _ in self.heldout]
+        """Held out: openings that no training snippet has."""
+        train = [_opening(text) for text, _ in self.train]
+        known = set(train)
+        return train, [opening for text, _ in self.heldout if (opening := _opening(text)) not in known]
 
     def gold(self, texts: Sequence[str]) -> list[float]:
         from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
@@ -74,21 +78,27 @@ class Reviews(Task):
         return [judge.polarity_scores(text)["compound"] for text in texts]
 
 
-def read_ratings(path: Path) -> list[tuple[str, float]]:
+def read_ratings(path: Path) -> list[Rated]:
     """(text, mean rating) of every snippet long enough to be continued; words and punctuation apart."""
     try:
         content = path.read_text(encoding="utf-8", errors="replace")
     except OSError as error:
         raise UserError(f"cannot read the ratings file {path}: {error.strerror}") from error
     rated = []
-    for row in csv.reader(content.splitlines(), delimiter="\t", quoting=csv.QUOTE_NONE):
-        if len(row) < 3:
+    for number, line in enumerate(content.split("\n"), 1):
+        if not line.strip():
             continue
-        words = WORD.findall(row[2].lower())
+        try:
+            _, rating, text, *_ = line.split("\t")
+            if not math.isfinite(float(rating)):
+                raise ValueError
+        except ValueError as error:
+            raise UserError(f"{path}, line {number}: expected id, mean rating and text, tab-separated") from error
+        words = WORD.findall(text.lower())
         if len(words) > PROMPT_WORDS:
-            rated.append((" ".join(words), float(row[1])))
+            rated.append((" ".join(words), float(rating)))
     if len(rated) < 10:
-        raise UserError(f"{path} holds {len(rated)} usable lines; expected: id, mean rating and text, tab-separated")
+        raise UserError(f"{path} holds {len(rated)} texts of more than {PROMPT_WORDS} words; at least 10 are needed")
     return rated
 
 
@@ -138,12 +148,21 @@ def _opening(text: str) -> str:
     return " ".join(text.split()[:PROMPT_WORDS])
 
 
-def _pairs(rated: Sequence[tuple[str, float]]) -> list[Pair]:
-    """Snippets paired at random, the higher rated one first; near ties say little and are left out."""
+def _pairs(rated: Sequence[Rated]) -> list[Pair]:
+    """Every snippet beside some drawn at random."""
     draw = random.Random(0)  # noqa: S311
-    pairs = []
-    for text, rating in rated:
-        for other, other_rating in draw.choices(rated, k=PAIRS_PER_SNIPPET):
-            if abs(rating - other_rating) >= LEAST_DIFFERENCE:
-                pairs.append((text, other) if rating > other_rating else (other, text))
-    return pairs
+    return _ordered((one, other) for one in rated for other in draw.choices(rated, k=PAIRS_PER_SNIPPET))
+
+
+def _disjoint_pairs(rated: Sequence[Rated]) -> list[Pair]:
+    """Every snippet in one pair at most: only independent pairs give an honest standard error."""
+    return _ordered(zip(rated[::2], rated[1::2], strict=False))
+
+
+def _ordered(pairs: Iterable[tuple[Rated, Rated]]) -> list[Pair]:
+    """The higher rated snippet first; near ties say little and are left out."""
+    return [
+        (one[0], other[0]) if one[1] > other[1] else (other[0], one[0])
+        for one, other in pairs
+        if abs(one[1] - other[1]) >= LEAST_DIFFERENCE
+    ]

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from python_trainer.config import UserError
+from python_trainer.data import Files
 from python_trainer.models import checked
 
 from .conftest import TINY, as_options, command
@@ -34,10 +35,12 @@ def model(tiny, tmp_path):
     ("prompts", "message"),
     [
         (None, "cannot read .*prompts.jsonl"),
-        ([], "prompt set is empty"),
-        ([{"prompt": "a " * 12}], "prompt of 12 tokens and response_length 5 exceed"),
-        ([{"prompt": ""}], "has no tokens"),
+        ([], "prompts.jsonl holds 0 rows; two are needed"),
+        ([{"prompt": "a"}], "prompts.jsonl holds 1 rows; two are needed"),
+        ([{"prompt": "a " * 12}] * 2, "prompt of 12 tokens and response_length 5 exceed"),
+        ([{"prompt": ""}] * 2, "has no tokens"),
         ([{"question": "a"}], "line 1: expected a JSON object with prompt"),
+        ([{"prompt": "a"}, {"prompt": None}], "prompts.jsonl, line 2: prompt must be text, not None"),
     ],
 )
 def test_bad_prompts(tiny, model, tmp_path, prompts, message):
@@ -45,6 +48,25 @@ def test_bad_prompts(tiny, model, tmp_path, prompts, message):
         write(tmp_path, "prompts.jsonl", prompts)
     with pytest.raises(UserError, match=message):
         tiny(**files(tmp_path), sft_model_path=model)
+
+
+def test_rows_of_files(tmp_path):
+    """One row per line whatever it holds, and a split that neither overlaps nor follows the file's order."""
+    rows = [f"row {number}\u2028\x85 of a sorted file" for number in range(50)]
+    (tmp_path / "texts.jsonl").write_text(
+        "".join(json.dumps({"text": row}, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8"
+    )
+    train, heldout = Files(str(tmp_path)).texts()
+    assert sorted(train + heldout) == sorted(rows)
+    assert len(heldout) == 5
+    assert heldout != rows[:5]
+    assert Files(str(tmp_path)).texts() == (train, heldout)
+
+
+def test_another_encoding_is_refused(tmp_path):
+    (tmp_path / "texts.jsonl").write_bytes('{"text": "café"}\n'.encode("latin-1"))
+    with pytest.raises(UserError, match="texts.jsonl is not UTF-8"):
+        Files(str(tmp_path)).texts()
 
 
 def test_missing_model(tiny, tmp_path):

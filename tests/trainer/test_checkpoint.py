@@ -1,5 +1,7 @@
 """A run that stops can go on as if it had not, and damage is noticed."""
 
+import dataclasses
+import fcntl
 import json
 import shutil
 from pathlib import Path
@@ -8,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from python_trainer import checkpoint
+from python_trainer import checkpoint, metrics
 from python_trainer.config import PPOConfig, UserError
 from python_trainer.loop import Trainer
 
@@ -49,9 +51,95 @@ def test_resumed_run_is_bit_identical(tiny, tmp_path, stage):
     assert all(torch.equal(straight[name], after[name]) for name in straight)
 
 
-def test_only_the_newest_checkpoints_are_kept(finished):
-    steps = sorted(path.name for path in (finished / "train" / "checkpoints").iterdir())
-    assert steps == ["step-000002", "step-000004"]
+def checkpoints(run: Path) -> list[str]:
+    return sorted(path.name for path in (run / "train" / "checkpoints").iterdir())
+
+
+def test_only_the_newest_checkpoints_are_kept(finished, tiny):
+    assert checkpoints(finished) == ["step-000002", "step-000004"]
+    trainer = tiny(**FOUR, resume_from_checkpoint="latest")
+    checkpoint.save(finished / "train" / "checkpoints", 6, trainer.trained, trainer.config)
+    assert checkpoints(finished) == ["step-000004", "step-000006"]
+
+
+def test_pruning_spares_the_step_just_written(finished, tiny):
+    trainer = tiny(**FOUR, save_total_limit=1, resume_from_checkpoint="latest")
+    checkpoint.save(finished / "train" / "checkpoints", 3, trainer.trained, trainer.config)
+    assert checkpoints(finished) == ["step-000003", "step-000004"]
+
+
+def test_resuming_from_an_older_step_abandons_what_came_after(finished, tiny):
+    first = finished / "train" / "checkpoints" / "step-000002"
+    tiny(**FOUR | {"total_steps": 2}, resume_from_checkpoint=str(first)).train()
+    assert checkpoints(finished) == ["step-000002"]
+    assert [row["step"] for row in metric_rows(finished)] == [0, 1, 2]
+    assert tiny(**FOUR, resume_from_checkpoint="latest").done == 2
+
+
+def test_resuming_with_other_settings_is_refused(finished, tiny):
+    with pytest.raises(UserError, match=r"learning_rate \(was 0.001, is 0.01\), lam") as refusal:
+        tiny(**FOUR | {"save_steps": 1}, resume_from_checkpoint="latest", learning_rate=0.01, lam=0.9)
+    assert "save_steps" not in str(refusal.value)
+
+
+def test_free_settings_exist():
+    """A renamed setting must not stay free to change under its old name alone."""
+    assert {field.name for field in dataclasses.fields(PPOConfig)} >= checkpoint.FREE_TO_CHANGE
+
+
+def test_a_second_run_in_the_same_folder_stops(finished, tiny):
+    second = tiny(**FOUR, resume_from_checkpoint="latest")
+    before = checkpoints(finished), metric_rows(finished)
+    with (finished / "train" / ".lock").open("w") as first:
+        fcntl.flock(first, fcntl.LOCK_EX)
+        with pytest.raises(UserError, match="another run is at work"):
+            second.train()
+    assert (checkpoints(finished), metric_rows(finished)) == before
+    second.train()
+
+
+def test_a_crash_between_the_renames_loses_nothing(finished):
+    model, retired = finished / "train" / "model", finished / "train" / ".tmp-old-model"
+    model.rename(retired)
+    (finished / "train" / ".tmp-model").mkdir()
+    with checkpoint.claimed(finished / "train", overwrite=False, done=4):
+        checkpoint.verify(model)
+    assert not list((finished / "train").glob(".tmp-*"))
+
+
+@pytest.mark.parametrize("torn", ['{"step": 4, "objec', "\0\0\0"])
+def test_a_torn_last_line_of_the_record_is_dropped(finished, tiny, torn):
+    path, whole = finished / "train" / "metrics.jsonl", metric_rows(finished)
+    with path.open("a") as file:
+        file.write(torn)
+    tiny(**FOUR, resume_from_checkpoint="latest").train()
+    assert metric_rows(finished) == whole
+    path.write_text("{torn\n" + path.read_text())
+    with pytest.raises(UserError, match="line 1 is not JSON"):
+        metrics.read(path)
+
+
+def test_a_damaged_model_is_refused(finished, tiny, tmp_path):
+    model = finished / "train" / "model"
+    settings = {"sft_model_path": str(model), "output_dir": str(tmp_path / "other")}
+    tiny(**settings)
+    weights = model / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    with pytest.raises(UserError, match="content of .*model.safetensors has changed"):
+        tiny(**settings)
+    (model / "manifest.json").unlink()
+    weights.write_bytes(content[:-100])
+    with pytest.raises(UserError, match="cannot load a model"):
+        tiny(**settings)
+
+
+@pytest.mark.parametrize("files", [{}, [], None, {"a": 1}, "a"])
+def test_a_manifest_that_lists_nothing_is_refused(tmp_path, files):
+    (tmp_path / "manifest.json").write_text(json.dumps({"files": files}))
+    with pytest.raises(UserError, match="is damaged"):
+        checkpoint.verify(tmp_path)
 
 
 @pytest.mark.parametrize("damage", ["flip", "truncate", "remove", "manifest"])
@@ -102,12 +190,12 @@ def test_a_crash_while_saving_leaves_the_last_checkpoint(finished, tiny, monkeyp
 
     monkeypatch.setattr(torch, "save", crash)
     with pytest.raises(OSError, match="No space"):
-        checkpoint.save(folder, 6, trainer.trained, keep=2)
+        checkpoint.save(folder, 6, trainer.trained, trainer.config)
     monkeypatch.undo()
     assert (folder / ".tmp-step-000006").exists()
     assert tiny(**FOUR, resume_from_checkpoint="latest").done == 4
-    checkpoint.claim(finished / "train", overwrite=False, resume=True)
-    assert not (folder / ".tmp-step-000006").exists()
+    with checkpoint.claimed(finished / "train", overwrite=False, done=4):
+        assert not (folder / ".tmp-step-000006").exists()
 
 
 def test_two_runs_never_mix(finished, tiny):

@@ -1,10 +1,15 @@
 """Settings come from a file and from the command line, and a typo never passes."""
 
+import json
+
 import pytest
 import yaml
 
-from python_trainer.config import PPOConfig, SftConfig, UserError, load
+from python_trainer import pipeline
+from python_trainer.__main__ import main
+from python_trainer.config import COMMANDS, EvalConfig, PPOConfig, SftConfig, UserError, load, save
 
+ARCHITECTURE = '{"model_type": "gpt2", "n_layer": 1}'
 FILE = {"seed": 3, "model_config": {"model_type": "gpt2"}, "train": {"kl_coef": 0.2, "learning_rate": "1e-4"}}
 
 
@@ -35,6 +40,17 @@ def test_a_section_holds_for_its_command_only(file):
         ({"task": "revews"}, [], "task.*invalid choice"),
         ({"train": {"batch_size": 10, "num_mini_batches": 4}}, [], "multiple of num_mini_batches"),
         ({"train": {"temperature": 0}}, [], "temperature must be positive"),
+        ({"train": {"num_mini_batches": 0}}, [], "num_mini_batches must be at least 1, not 0"),
+        ({"seed": -1}, [], "seed must be at least 0, not -1"),
+        ({"train": {"kl_coef": "nan"}}, [], "kl_coef must be finite, not nan"),
+        ({"train": {"lam": 1.5}}, [], "lam must be from 0 to 1, not 1.5"),
+        ({"train": {"critic_learning_rate": 0}}, [], "critic_learning_rate must be positive and finite, not 0.0"),
+        ({"train": {"lr_scheduler_type": "lineer"}}, [], "lr_scheduler_type.*invalid choice.*cosine"),
+        ({"ops_impl": "cudda"}, [], "ops_impl.*invalid choice.*triton"),
+        ({}, ["--model_config=gpt2"], "model_config is not JSON"),
+        ({"model_config": {"model_type": "gpt9"}}, [], "model_config needs a model_type .* not 'gpt9'"),
+        ({"train": 5}, [], "train in .*run.yaml must be a mapping of settings, not 5"),
+        ({"output_dir": __file__}, [], "output_dir .*test_config.py cannot be written"),
         ("just text", [], "mapping"),
     ],
 )
@@ -43,6 +59,55 @@ def test_mistakes_are_named(tmp_path, content, options, message):
     path.write_text(yaml.safe_dump(content))
     with pytest.raises(UserError, match=message):
         load("train", str(path), options, PPOConfig)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [("stage: 1", "is not JSON"), ("[]", "must be a mapping"), ('{"fp16": {"enabled": true}}', "enables fp16")],
+)
+def test_a_deepspeed_file_that_cannot_serve_is_refused(tmp_path, content, message):
+    path = tmp_path / "ds.json"
+    path.write_text(content)
+    with pytest.raises(UserError, match=f"deepspeed.*{message}"):
+        load("train", None, [f"--deepspeed={path}"], PPOConfig)
+
+
+@pytest.fixture
+def run(tmp_path):
+    """A folder whose policy was trained with a section's own settings."""
+    of_run = PPOConfig(seed=3, temperature=0.7, response_length=9, sft_model_path="base", model_config=ARCHITECTURE)
+    save(of_run, tmp_path / "run" / "train")
+    return f"--output_dir={tmp_path / 'run'}"
+
+
+def test_evaluation_takes_the_settings_of_the_run(file, run):
+    config = load("eval", str(file), [run, "--response_length=5", "--seed=3"], EvalConfig)
+    assert (config.seed, config.temperature, config.sft_model_path) == (3, 0.7, "base")
+    assert config.response_length == 5
+    assert json.loads(config.model_config) == json.loads(ARCHITECTURE)
+
+
+@pytest.mark.parametrize("option", ["--seed=1", "--temperature=1", '--model_config={"model_type": "llama"}'])
+def test_evaluation_against_another_reference_is_refused(run, option):
+    name = option[2:].split("=")[0]
+    with pytest.raises(UserError, match=f"{name} .* is not that of the run"):
+        load("eval", None, [run, option], EvalConfig)
+
+
+@pytest.mark.parametrize("options", [["--config=a.yaml"], ["--config", "a.yaml"]])
+def test_spellings_of_options(monkeypatch, options):
+    seen = []
+    monkeypatch.setattr(pipeline, "run", lambda *arguments: seen.append(arguments) or 0)
+    assert main(["--local_rank=0", "train", "--output-dir=a-b", *options, "--kl-coef", "-0.5"]) == 0
+    assert seen == [("train", "a.yaml", ["--output_dir=a-b", "--kl_coef", "-0.5"])]
+
+
+def test_help_and_an_option_without_its_value(capsys):
+    assert main(["--help"]) == 0
+    shown = capsys.readouterr().out
+    assert all(text in shown for text in (*COMMANDS, "demo", "exact_cpu.yaml", "<command> --help"))
+    assert main(["train", "--config"]) == 1
+    assert "error: argument --config: expected one argument" in capsys.readouterr().err
 
 
 def test_missing_file_is_named():

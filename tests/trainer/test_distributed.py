@@ -1,5 +1,7 @@
 """One process or two, by any launcher: the same weights."""
 
+import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -7,13 +9,38 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from .conftest import TINY, as_options, command
+from .conftest import ROOT, TINY, as_options, command
 
 BIN = Path(sys.executable).parent
 LAUNCHERS = {
     "torchrun": (str(BIN / "torchrun"), "--nproc_per_node=2", "--master_port=29641", "-m"),
     "deepspeed": (str(BIN / "deepspeed"), "--num_gpus=2", "--master_port=29642", "--module"),
 }
+
+ONE_RANK_FAILS = """
+import torch
+from python_trainer import launch
+from python_trainer.config import PPOConfig, UserError
+from python_trainer.loop import Trainer
+
+trainer = Trainer(PPOConfig(**%r))
+plain = trainer.judge
+if launch.rank() == 1:
+    trainer.judge = lambda rollout: plain(rollout) * float("nan")
+try:
+    trainer.step()
+except UserError as error:
+    print(f"rank {launch.rank()}: {error}", flush=True)
+trainer.judge = plain
+experience = trainer.rollout()
+if launch.rank() == 1:
+    with torch.no_grad():
+        next(trainer.actor.module.parameters()).mul_(1.1)
+try:
+    trainer.update(experience)
+except RuntimeError as error:
+    print(f"rank {launch.rank()}: {error}", flush=True)
+"""
 
 
 @pytest.mark.parametrize(("launcher", "stage"), [("torchrun", 0), ("deepspeed", 2), ("torchrun", 3)])
@@ -34,3 +61,19 @@ def test_plain_python(tmp_path):
     result = command("train", *as_options(TINY | {"output_dir": tmp_path, "total_steps": 1}))
     assert result.returncode == 0, result.stderr[-2000:]
     assert "objective/kl" in result.stdout
+
+
+def test_what_one_rank_finds_stops_all(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(ONE_RANK_FAILS % (TINY | {"output_dir": str(tmp_path / "run")}))
+    result = subprocess.run(
+        [str(BIN / "torchrun"), "--nproc_per_node=2", "--master_port=29643", str(script)],
+        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert result.returncode == 0, result.stderr[-2000:]
+    for rank in range(2):
+        assert f"rank {rank}: the score of 8 of 16 responses is not finite" in result.stdout
+        assert f"rank {rank}: before the first update of step 1 the log-ratio is off" in result.stdout

@@ -1,10 +1,16 @@
 """The proof that it learns: distance to an optimum that is known exactly."""
 
+import json
+
 import pytest
+import torch
 import yaml
 
-from python_trainer.config import CONFIGS, PPOConfig, load
+from python_trainer import launch
+from python_trainer.config import CONFIGS, EvalConfig, PPOConfig, UserError, load
+from python_trainer.data import load_task
 from python_trainer.loop import Trainer
+from python_trainer.pipeline import compare
 
 
 @pytest.mark.parametrize("seed", [0, 1])
@@ -19,6 +25,39 @@ def test_ppo_comes_close_to_the_optimum(tmp_path, seed):
     assert (tmp_path / "train" / "model" / "model.safetensors").exists()
 
 
+def test_evaluation_repeats_the_figures_of_the_run(tiny, tmp_path):
+    """The reference comes from the run's settings, wherever they were set."""
+    before, after = tiny(seed=1).train()
+    config = load("eval", None, [f"--output_dir={tmp_path / 'run'}"], EvalConfig)
+    for result, expected in zip(compare(config), (before, after), strict=True):
+        assert result.metrics == pytest.approx(expected.metrics, abs=1e-6)
+    kept = json.loads((tmp_path / "run" / "eval" / "metrics.json").read_text())
+    assert kept["policy"]["exact/kl"] == pytest.approx(after.metrics["exact/kl"], abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        {"response_length": 4},
+        {"missing_eos_penalty": 1.0},
+        {"score_clip": 0.5},
+        {"gamma": 0.9},
+        {"kl_estimator": "k3"},
+        {"kl_coef": 0.0},
+    ],
+)
+def test_an_objective_with_another_optimum_is_refused(setting):
+    (name,) = setting
+    with pytest.raises(UserError, match=f"task exact .*{name}"):
+        load_task(PPOConfig(task="exact", **{"response_length": 5} | setting))
+
+
+def test_enumeration_happens_where_the_model_is(monkeypatch):
+    monkeypatch.setattr(launch, "device", lambda: torch.device("meta"))
+    rollout = load_task(PPOConfig(task="exact", response_length=5))._all_responses("a")
+    assert {x.device.type for x in (rollout.sequences, rollout.attention_mask, rollout.mask)} == {"meta"}
+
+
 def test_shipped_configurations_name_known_settings():
     from python_trainer.config import COMMANDS
 
@@ -29,8 +68,6 @@ def test_shipped_configurations_name_known_settings():
 
 def test_probabilities_of_all_responses_sum_to_one(tiny):
     """The enumeration misses no response and counts none twice."""
-    import torch
-
     from python_trainer.tasks.exact import PROMPTS, _sequence_logprobs
 
     trainer = tiny()

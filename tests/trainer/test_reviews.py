@@ -8,8 +8,9 @@ import subprocess
 import pytest
 
 from python_trainer.config import EvalConfig, PPOConfig, RewardConfig, SftConfig, UserError
+from python_trainer.evaluation import Evaluation
 from python_trainer.loop import Trainer
-from python_trainer.pipeline import compare
+from python_trainer.pipeline import compare, demo, refuse_failure
 from python_trainer.supervised import reward, sft
 from python_trainer.tasks import reviews
 
@@ -26,9 +27,9 @@ def ratings(tmp_path):
     for number in range(200):
         good = number % 2 == 0
         word = draw.choice(["great", "moving", "brilliant"] if good else ["awful", "boring", "terrible"])
-        subject = draw.choice(["the film", "the cast", "this movie"])
+        person = " ".join(draw.choices(["old", "young", "shy", "loud", "tall", "calm", "odd", "kind"], k=3))
         rating = draw.uniform(1, 3) * (1 if good else -1)
-        lines.append(f"{number}\t{rating}\tI must say {subject} is really {word} , and {word} again .\r\n")
+        lines.append(f"{number}\t{rating}\t{person} people find it {word} , and {word} again .\r\n")
     path = tmp_path / "ratings.txt"
     path.write_text("".join(lines), encoding="utf-8")
     return path
@@ -81,6 +82,32 @@ def test_demo_fails_when_nothing_is_learned(ratings, tmp_path):
     assert "completions of held-out prompts" in result.stdout
 
 
+@pytest.mark.parametrize(("gain", "kl"), [(float("nan"), 1.0), (0.5, float("nan")), (0.1, 1.0), (0.5, 13.0)])
+def test_gates_of_the_demo(gain, kl):
+    before, after = (Evaluation({"eval/gold": gold, "eval/kl": kl}, [], []) for gold in (0.0, gain))
+    with pytest.raises(UserError, match="the demonstration failed"):
+        refuse_failure(before, after)
+
+
+def test_demo_without_a_judge_is_refused_before_training(tmp_path):
+    with pytest.raises(UserError, match="independent judge; task exact has none"):
+        demo("exact_cpu.yaml", [f"--output_dir={tmp_path / 'run'}"])
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_held_out_rows_are_independent(ratings):
+    """No prompt is one of the training prompts, and no snippet is in two of the pairs."""
+    task = reviews.Reviews(str(ratings))
+    train, heldout = task.prompts()
+    assert heldout
+    assert not set(heldout) & set(train)
+    shown = [text for pair in task.pairs()[1] for text in pair]
+    assert shown
+    assert len(shown) <= len(task.heldout)
+    rating = dict(task.heldout)
+    assert all(rating[chosen] > rating[rejected] for chosen, rejected in task.pairs()[1])
+
+
 def test_without_a_network_the_wanted_file_is_named(tmp_path, monkeypatch):
     monkeypatch.setenv("PPO_KERNELS_CACHE", str(tmp_path))
     failure = subprocess.CompletedProcess([], 1, "", "ERROR: no matching distribution\n")
@@ -92,8 +119,12 @@ def test_without_a_network_the_wanted_file_is_named(tmp_path, monkeypatch):
 
 def test_a_ratings_file_that_is_not_one_is_refused(tmp_path):
     path = tmp_path / "other.txt"
-    path.write_text("some text\n" * 20)
-    with pytest.raises(UserError, match="0 usable lines"):
+    for first in ("some text", "id\trating\ttext", "1\tnan\ta text of some words"):
+        path.write_text(f"{first}\n")
+        with pytest.raises(UserError, match="other.txt, line 1: expected id, mean rating and text"):
+            reviews.Reviews(str(path))
+    path.write_text("1\t2.5\ta text of some words\n")
+    with pytest.raises(UserError, match="1 texts of more than 4 words"):
         reviews.Reviews(str(path))
     with pytest.raises(UserError, match="cannot read the ratings file"):
         reviews.Reviews(str(tmp_path / "nothing"))
@@ -110,6 +141,7 @@ def test_real_ratings(tmp_path, monkeypatch):
     task = reviews.Reviews()
     assert len(task.train) + len(task.heldout) > 10_000
     assert not {text for text, _ in task.heldout} & {text for text, _ in task.train}
+    assert len(task.prompts()[1]) >= 500
     chosen, rejected = task.pairs()[0][0]
     rating = dict(task.train)
     assert rating[chosen] > rating[rejected]

@@ -1,9 +1,12 @@
 """What one step must be: on-policy at its start, blind to padding and to how the batch is cut."""
 
+import json
+
 import pytest
 import torch
 
-from python_trainer.experience import score_tokens
+from python_trainer.experience import score_responses, score_tokens
+from python_trainer.metrics import Log, plot
 from python_trainer.models import Trainable
 from python_trainer.rollout import InverseCdf, Rollout, left_pad
 
@@ -36,7 +39,9 @@ def test_a_policy_that_changed_before_its_first_update_is_noticed(tiny):
 def test_step_does_not_depend_on_the_micro_batch(tiny, micro):
     one, other = tiny(num_mini_batches=2), tiny(num_mini_batches=2, per_device_train_batch_size=micro)
     for _ in range(2):
-        one.step(), other.step()
+        rows = one.step(), other.step()
+        assert rows[0]["val/ratio_var"] > 1e-6
+        assert rows[0]["val/ratio_var"] == pytest.approx(rows[1]["val/ratio_var"], rel=1e-3)
     torch.testing.assert_close(weights(one), weights(other), atol=1e-6, rtol=0)
 
 
@@ -62,6 +67,16 @@ def test_left_padding_changes_no_score(tiny):
     assert padded[0, 2] != 0  # the end token is inside the mask
 
 
+def test_a_response_is_judged_at_its_last_token():
+    responses = torch.tensor([[2, 3, 1, 0, 0], [3, 2, 4, 5, 6], [1, 0, 0, 0, 0]])
+    rollout = Rollout.of(*left_pad([[2, 3, 4], [5], [6, 7]], 0), responses, 1)
+
+    def positions(input_ids, **_):
+        return torch.arange(input_ids.shape[1]).expand(input_ids.shape)
+
+    assert score_responses(positions, rollout).tolist() == [5, 7, 3]
+
+
 def test_sampling_follows_the_softmax():
     logits = torch.tensor([1.0, -1.0, float("-inf"), 0.5])
     uniforms = (torch.arange(20_000, dtype=torch.float64)[:, None] + 0.5) / 20_000
@@ -80,7 +95,9 @@ def test_samples_are_those_of_the_scored_distribution(tiny):
 
 
 def test_missing_end_is_penalised(tiny):
-    plain, strict = tiny().rollout(), tiny(missing_eos_penalty=1.0).rollout()
+    lenient, trainer = tiny(), tiny()
+    trainer.config.missing_eos_penalty = 1.0  # the task, which knows the optimum without it, would refuse it
+    plain, strict = lenient.rollout(), trainer.rollout()
     ended = plain.rollout.ended(1)
     assert ended.any()
     assert not ended.all()
@@ -101,3 +118,30 @@ def test_non_finite_gradient_never_reaches_the_weights(tiny):
     model.step()
     assert model.skipped == 2
     assert not torch.equal(weights(trainer), before)
+
+
+def test_the_gradient_norm_is_clipped(tiny):
+    """AdamW hides the gradient's scale, save for its epsilon: far below that, the step shrinks with it."""
+    lengths = []
+    for limit in (1.0, 1e-8):
+        trainer = tiny(max_grad_norm=limit)
+        before = weights(trainer)
+        trainer.step()
+        lengths.append((weights(trainer) - before).norm())
+    assert 0 < lengths[1] < lengths[0] / 100
+
+
+def test_the_logged_rate_is_the_one_used(tiny):
+    trainer = tiny(total_steps=4, num_mini_batches=2)
+    assert [trainer.step()["lr"] for _ in range(3)] == pytest.approx([1e-3, 7.5e-4, 5e-4])
+
+
+def test_the_record_holds_no_nan(tmp_path):
+    log = Log(tmp_path, 2, disable=True)
+    log.record(0, {"eval/score": 0.5, "eval/score_se": float("nan"), "objective/scores": 1.0})
+    log.record(1, {"eval/score": float("inf"), "objective/scores": float("nan")})
+    log.close()
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert rows[0]["eval/score_se"] is None
+    assert rows[1] == {"step": 1, "eval/score": None, "objective/scores": None}
+    assert plot(tmp_path).exists()
