@@ -1,4 +1,4 @@
-"""What a person sees: a line and a bar per step, metrics.jsonl, a table of completions, curves.png."""
+"""What a person sees: a line and a bar per step, metrics.jsonl, curves.png."""
 
 import json
 import math
@@ -9,8 +9,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from rich.console import Console
-from rich.table import Table
 from tqdm import tqdm
 
 from . import launch
@@ -126,21 +124,6 @@ def read(path: Path) -> list[dict[str, Any]]:
             if number < len(lines):
                 raise UserError(f"{path}, line {number} is not JSON") from error
     return rows
-
-
-def completions_table(prompts: Sequence[str], columns: Mapping[str, Sequence[tuple[str, float | None]]]) -> None:
-    """Each prompt with what the policies made of it, and the gold score of each where there is one."""
-    table = Table(title="completions of held-out prompts", show_lines=True)
-    table.add_column("prompt")
-    for name in columns:
-        table.add_column(name)
-    for row, prompt in enumerate(prompts):
-        cells = []
-        for column in columns.values():
-            text, gold = column[row]
-            cells.append(text if gold is None else f"{text} ({gold:+.2f})")
-        table.add_row(prompt, *cells)
-    Console().print(table, markup=False)
 
 
 def plot(folder: Path) -> Path:
