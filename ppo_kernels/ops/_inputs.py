@@ -10,7 +10,8 @@ from torch import Tensor
 
 from ppo_kernels.reference.rows import compute_dtype
 
-_MASK_DTYPES = (torch.bool, torch.uint8, torch.int32, torch.int64, torch.float16, torch.bfloat16, torch.float32)
+_FLOATING = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+_MASK_DTYPES = (torch.bool, torch.uint8, torch.int32, torch.int64, *_FLOATING)
 
 
 def check_tensor(op: str, name: str, x: object) -> Tensor:
@@ -21,7 +22,7 @@ def check_tensor(op: str, name: str, x: object) -> Tensor:
 
 def check_floating(op: str, name: str, x: object) -> Tensor:
     x = check_tensor(op, name, x)
-    if not x.dtype.is_floating_point or x.dtype.itemsize == 1:
+    if x.dtype not in _FLOATING:
         raise TypeError(f"{op}: {name} must be bfloat16, float16, float32 or float64, got {x.dtype}")
     return x
 
@@ -89,7 +90,7 @@ def to_mask(op: str, mask: object, like: Tensor) -> Tensor | None:
     if mask is None:
         return None
     mask = check_tensor(op, "mask", mask)
-    if mask.dtype not in _MASK_DTYPES and mask.dtype != torch.float64:
+    if mask.dtype not in _MASK_DTYPES:
         raise TypeError(f"{op}: mask must be bool, uint8, int32, int64 or floating, got {mask.dtype}")
     check_shape(op, "mask", mask, like.shape, "its tokens")
     check_device(op, "mask", mask, like.device)

@@ -90,9 +90,9 @@ def policy_loss(
     Complex Control in MOBA Games with Deep Reinforcement Learning" (2020); separate bounds: DAPO (2025).
     """
     op = "policy_loss"
-    for name, x in (("advantages", advantages), ("weights", weights)):
-        if name == "advantages" or x is not None:
-            check_floating(op, name, x)
+    check_floating(op, "advantages", advantages)
+    if weights is not None:
+        check_floating(op, "weights", weights)
     tensors = {"logprobs": logprobs, "old_logprobs": old_logprobs}
     if ref_logprobs is not None:
         tensors["ref_logprobs"] = ref_logprobs
