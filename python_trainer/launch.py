@@ -48,6 +48,13 @@ def start(seed: int, timeout_s: int) -> None:
         deepspeed.init_distributed(dist_backend=backend, timeout=timedelta(seconds=timeout_s))
 
 
+def stop() -> None:
+    """Leave together: a rank that is still closing its connections when another has gone can abort at its exit."""
+    if world_size() > 1:
+        dist.barrier()
+        dist.destroy_process_group()
+
+
 def cache_folder() -> Path:
     """Where what is fetched or compiled once stays."""
     return Path(os.environ.get("PPO_KERNELS_CACHE", Path.home() / ".cache" / "ppo_kernels"))

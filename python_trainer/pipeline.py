@@ -35,6 +35,7 @@ def run(command: str, path: str | None, overrides: Sequence[str]) -> int:
         _report(load_task(config), *compare(config))
     else:
         demo(path or DEMO_CONFIG, overrides)
+    launch.stop()
     return 0
 
 

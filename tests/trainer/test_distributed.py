@@ -40,6 +40,7 @@ try:
     trainer.update(experience)
 except RuntimeError as error:
     print(f"rank {launch.rank()}: {error}", flush=True)
+launch.stop()
 """
 
 
