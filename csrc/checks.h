@@ -115,6 +115,11 @@ class Rows {
   std::vector<int64_t> starts_;
 };
 
+// A token tensor to write. Padded rows cover it; packed ones may leave tokens that no row claims, and those are 0.
+inline Tensor new_tokens(const Tensor& like, const Rows& rows) {
+  return rows.packed() ? torch::stable::new_zeros(like, like.sizes()) : torch::stable::new_empty(like, like.sizes());
+}
+
 // Where a row of a token tensor begins. A row-level [B, 1] tensor has one value for the whole row.
 template <class T>
 struct TokenView {

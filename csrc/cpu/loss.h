@@ -42,10 +42,9 @@ LossOutputs finish_loss(double total, double count, const OptTensor& normalizer,
   return {filled({}, &loss, 1), filled({size}, stats.data(), size), std::move(grad), filled({}, &inverse, 1)};
 }
 
-// The gradient of a token tensor, zero where no row reaches; empty unless asked for.
-inline Tensor new_gradient(const Tensor& tokens, bool wanted) {
-  if (!wanted) return torch::stable::new_empty(tokens, {0});
-  return torch::stable::new_zeros(tokens, tokens.sizes());
+// The gradient of a token tensor; empty unless asked for.
+inline Tensor new_gradient(const Tensor& tokens, const Rows& rows, bool wanted) {
+  return wanted ? new_tokens(tokens, rows) : torch::stable::new_empty(tokens, {0});
 }
 
 }  // namespace ppo

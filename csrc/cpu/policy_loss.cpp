@@ -157,7 +157,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> policy_loss(const Tensor& logprobs, c
     const KlPenalty<T> kl{static_cast<T>(coef ? coef[0] : kl_coef), kl_estimator, static_cast<T>(kl_log_clamp),
                           static_cast<T>(kl_clamp)};
     const Dense<T> row_weights(row_weight, rows.count(), dtype_of<T>());
-    Tensor gradient = new_gradient(logprobs, grad);
+    Tensor gradient = new_gradient(logprobs, rows, grad);
     const PolicyInputs<T> in{view(logprobs),         view(old_logprobs),
                              view(advantages, true), view(weights, true),
                              view(ref_logprobs),     token_view<uint8_t>(mask, logprobs, rows),

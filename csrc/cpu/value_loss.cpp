@@ -106,7 +106,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> value_loss(const Tensor& values, cons
   return dispatch_compute(values, [&](auto zero) {
     using T = decltype(zero);
     const Dense<T> row_weights(row_weight, rows.count(), dtype_of<T>());
-    Tensor gradient = new_gradient(values, grad);
+    Tensor gradient = new_gradient(values, rows, grad);
     const ValueInputs<T> in{token_view<T>(values, values, rows),
                             token_view<T>(old_values, values, rows),
                             token_view<T>(returns, values, rows),
