@@ -14,14 +14,14 @@ from collections.abc import Callable
 
 import torch
 
-from ppo_kernels import _native
+from ppo_kernels import _native, triton
 
 logger = logging.getLogger("ppo_kernels")
 
 #: The public ops, in the order of the documentation.
 OPS = ("token_logprobs", "kl_rewards", "gae", "whiten", "moments", "policy_loss", "value_loss")
 #: For each device type, the implementations that can serve it, best first.
-PREFERENCE = {"cpu": ("cpu", "torch"), "cuda": ("cuda", "triton", "torch")}
+PREFERENCE = {"cpu": ("cpu", "torch", "triton"), "cuda": ("cuda", "triton", "torch"), "xpu": ("triton", "torch")}
 NAMES = ("auto", "cuda", "triton", "cpu", "torch")
 
 _kernels: dict[tuple[str, str], torch._ops.OpOverload] = {}
@@ -30,13 +30,16 @@ _torch_calls_lock = threading.Lock()
 
 
 def declare(schema: str, fake: Callable) -> None:
-    """Make the compiled op with this schema callable and traceable, if the binaries that are here define it."""
+    """Make the op with this schema callable and traceable: Triton's, and the compiled ones that are here."""
     name = schema.partition("(")[0]
+    if triton.INSTALLED:
+        _kernels["triton", name] = triton.define(schema, fake)
     for impl, error in (("cpu", _native.CPU_ERROR), ("cuda", _native.CUDA_ERROR)):
         if error is not None:
             continue
         if not _native.check_schema(name, schema):
-            _kernels.clear()  # one op that differs makes the whole binary suspect
+            for key in [key for key in _kernels if key[0] != "triton"]:
+                del _kernels[key]  # one op that differs makes the whole binary suspect
         elif _has_kernel(name, impl.upper()):
             _kernels[impl, name] = getattr(torch.ops.ppo_kernels, name).default
     if ("cpu", name) in _kernels or ("cuda", name) in _kernels:
@@ -55,7 +58,11 @@ def kernel(name: str, impl: str) -> torch._ops.OpOverload:
 def implementations(op: str, device_type: str) -> tuple[str, ...]:
     """The implementations of an op that can run on a device type here, best first."""
     preference = PREFERENCE.get(device_type, ("torch",))
-    return tuple(impl for impl in preference if impl == "torch" or (impl, op) in _kernels)
+    return tuple(impl for impl in preference if impl == "torch" or _serves(impl, op, device_type))
+
+
+def _serves(impl: str, op: str, device_type: str) -> bool:
+    return (impl, op) in _kernels and (impl != "triton" or device_type in triton.DEVICE_TYPES)
 
 
 def choose(op: str, impl: str, device_type: str, dtype: torch.dtype) -> str:
@@ -66,7 +73,7 @@ def choose(op: str, impl: str, device_type: str, dtype: torch.dtype) -> str:
             return "torch"
         return available[0]
     if impl in available:
-        if dtype == torch.float64 and impl in ("cuda", "triton"):
+        if dtype == torch.float64 and impl != "torch" and device_type != "cpu":
             raise ValueError(f'{op}: impl="{impl}" has no float64 kernel; use impl="auto" or impl="torch"')
         return impl
     raise ValueError(f'{op}: impl="{impl}" {_why_not(op, impl, device_type)}; available here: {("auto", *available)}')
@@ -78,7 +85,9 @@ def _why_not(op: str, impl: str, device_type: str) -> str:
     if impl not in PREFERENCE.get(device_type, ("torch",)):
         return f'does not serve {device_type} tensors; move the inputs or use impl="auto"'
     if impl == "triton":
-        return "has no kernel for this op here"
+        if not triton.INSTALLED:
+            return "cannot run: Triton is not installed; pip install triton"
+        return "serves CPU tensors only in Triton's interpreter; set TRITON_INTERPRET=1 before Python starts"
     error = _native.CPU_ERROR if impl == "cpu" else _native.CUDA_ERROR
     return f"cannot run: {error}" if error else "has no kernel for this op in the binary; rebuild it"
 
@@ -96,7 +105,8 @@ def status() -> dict[str, dict[str, int]]:
     Kernels count inside the registered op, so compiled graphs count too; "torch" counts eager calls only.
     """
     calls: dict[str, dict[str, int]] = {}
-    for impl, counts in (*_native.call_counts().items(), ("torch", dict(_torch_calls))):
+    others = {"triton": triton.call_counts(), "torch": dict(_torch_calls)}
+    for impl, counts in (*_native.call_counts().items(), *others.items()):
         for op, n in sorted(counts.items()):
             if n:
                 calls.setdefault(op, {})[impl] = n

@@ -9,6 +9,10 @@ import numpy as np
 import pytest
 import torch
 
+# Without a GPU the Triton kernels run in Triton's interpreter, which Triton asks for once, when it is imported.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 ALLOW_MISSING = "PPO_KERNELS_ALLOW_MISSING"
 
 
@@ -51,7 +55,7 @@ def require_impl():
     return require
 
 
-@pytest.fixture(params=["cpu", "torch"])
+@pytest.fixture(params=["cpu", "triton", "torch"])
 def impl(request, require_impl):
     """Each implementation of the module's op, named by its variable OP."""
     return require_impl(request.module.OP, request.param)
