@@ -1,7 +1,8 @@
 // Blocks of tokens: plain arrays, short enough to stay in the L1 cache and to be summed in float32.
 //
-// The loops over them load unconditionally and choose with selects (`valid` from a floating 1 or 0), because that is
-// what the compiler turns into vector code; the selects still come before any arithmetic.
+// The loops over them load unconditionally, choose with selects, and see no type but the one they compute in: a byte
+// mask among floats makes the compiler fall back to vectors of two. So a block's mask is widened first, to 1 or 0; the
+// selects still come before any arithmetic.
 #pragma once
 
 #include "checks.h"
@@ -21,23 +22,31 @@ const T* block_of(const TokenView<T>& view, const Rows& rows, int64_t row, int64
 }
 
 template <class T>
-PPO_INLINE bool is_valid(uint8_t mask) {
-  return (mask != 0 ? T(1) : T(0)) != T(0);
+PPO_CLONES void widen_mask(const uint8_t* mask, int64_t n, T* live) {
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) live[i] = mask[i] != 0 ? T(1) : T(0);
 }
 
-// values = scale * k and grads = scale * dk/dlogp for the tokens of a block; returns the sum of k. 0 where masked.
-template <KlEstimator kEstimator, class T>
-PPO_CLONES double kl_block(const T* logp, const T* ref, const uint8_t* mask, int64_t n, T log_clamp, T value_clamp,
-                           T scale, T* values, T* grads) {
+// 1 for the valid tokens of a block, else 0; `scratch` without a mask holds ones already.
+template <class T>
+const T* live_of(const TokenView<uint8_t>& mask, const Rows& rows, int64_t row, int64_t begin, int64_t n, T* scratch) {
+  if (mask.data != nullptr) widen_mask(mask.row(rows, row) + begin, n, scratch);
+  return scratch;
+}
+
+// Returns the sum of the estimates k of a block. Without kGradient out = scale * k, with it out += scale * dk/dlogp;
+// masked tokens count as 0.
+template <KlEstimator kEstimator, bool kGradient, class T>
+PPO_CLONES double kl_block(const T* logp, const T* ref, const T* live, int64_t n, T log_clamp, T value_clamp, T scale,
+                           T* out) {
   T sum = 0;
 #pragma omp simd reduction(+ : sum)
   for (int64_t i = 0; i < n; ++i) {
-    const T l = logp[i], l_ref = ref[i];
-    const bool valid = is_valid<T>(mask[i]);
+    const T l = logp[i], l_ref = ref[i], before = kGradient ? out[i] : T(0);  // never -0
+    const bool valid = live[i] != T(0);
     const KlTerm<T> term = kl_term<kEstimator>(valid ? l : T(0), valid ? l_ref : T(0), log_clamp, value_clamp);
     sum += term.value;
-    values[i] = T(0) + scale * term.value;  // never -0
-    grads[i] = valid ? scale * term.grad : T(0);
+    out[i] = before + scale * (kGradient ? (valid ? term.grad : T(0)) : term.value);
   }
   return static_cast<double>(sum);
 }

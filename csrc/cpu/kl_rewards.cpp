@@ -12,15 +12,14 @@ struct KlOptions {
 template <KlEstimator kEstimator, class T>
 double penalty_row(const TokenView<T>& logp, const TokenView<T>& ref, const TokenView<uint8_t>& mask, const Rows& rows,
                    int64_t row, const KlOptions& o, T* rewards) {
-  T unused[kBlock];
-  uint8_t ones[kBlock];
+  T live[kBlock];
+  std::fill(live, live + kBlock, T(1));
   double sum = 0.0;
   for (int64_t begin = 0; begin < rows.length(row); begin += kBlock) {
     const int64_t n = std::min(kBlock, rows.length(row) - begin);
-    sum +=
-        kl_block<kEstimator>(logp.row(rows, row) + begin, ref.row(rows, row) + begin,
-                             block_of(mask, rows, row, begin, n, uint8_t(1), ones), n, static_cast<T>(o.kl_log_clamp),
-                             static_cast<T>(o.kl_clamp), static_cast<T>(-o.kl_coef), rewards + begin, unused);
+    sum += kl_block<kEstimator, false>(logp.row(rows, row) + begin, ref.row(rows, row) + begin,
+                                       live_of(mask, rows, row, begin, n, live), n, static_cast<T>(o.kl_log_clamp),
+                                       static_cast<T>(o.kl_clamp), static_cast<T>(-o.kl_coef), rewards + begin);
   }
   return sum;
 }

@@ -25,28 +25,26 @@ struct PolicySums {
 
 template <class T>
 struct PolicyBlock {
-  const T *logp, *old, *adv, *weights;
-  const uint8_t* mask;
+  const T *logp, *old, *adv, *weights, *live;
   int64_t n;
+  T row_weight;
 };
 
-// Sums over one block, and the gradient of each token's surrogate.
+// Sums over one block, and the gradient of each token's surrogate, 0 where masked.
 template <class T>
 PPO_CLONES PolicySums policy_block(const PolicyBlock<T>& in, const PolicyOptions<T>& o, T* grads) {
   T loss = 0, count = 0, d = 0, d2 = 0, k3 = 0, excess = 0;
   T high = 0, low = 0, dual = 0, clamped = 0, ratio_max = -1;
-  const T *logp = in.logp, *old = in.old, *adv = in.adv, *weights = in.weights;
-  const uint8_t* mask = in.mask;
+  const T *logp = in.logp, *old = in.old, *adv = in.adv, *weights = in.weights, *live = in.live;
   T excesses[kBlock];
 #pragma omp simd reduction(+ : loss, count, d, d2, k3, excess, high, low, dual, clamped) reduction(max : ratio_max)
   for (int64_t i = 0; i < in.n; ++i) {
-    const T l = logp[i], l_old = old[i], a = adv[i], w = weights[i];
-    const T one = mask[i] != 0 ? T(1) : T(0);
-    const bool valid = is_valid<T>(mask[i]);
+    const T l = logp[i], l_old = old[i], a = adv[i], w = weights[i], one = live[i];
+    const bool valid = one != T(0);
     const PolicyTerm<T> term =
         policy_term(valid ? l : T(0), valid ? l_old : T(0), valid ? a : T(0), valid ? w : T(0), o);
     loss += term.loss;
-    grads[i] = term.grad;
+    grads[i] = valid ? term.grad * in.row_weight : T(0);
     count += one;
     d += term.d;
     d2 += term.d * term.d;
@@ -67,7 +65,7 @@ PPO_CLONES PolicySums policy_block(const PolicyBlock<T>& in, const PolicyOptions
 #pragma omp simd reduction(+ : m2)
   for (int64_t i = 0; i < in.n; ++i) {
     const double e = static_cast<double>(excesses[i]) - mean;
-    m2 += is_valid<double>(mask[i]) ? e * e : 0.0;
+    m2 += live[i] != T(0) ? e * e : 0.0;
   }
   sums.loss = loss, sums.d = d, sums.d2 = d2, sums.k3 = k3;
   sums.excess = {static_cast<double>(count), mean, m2};
@@ -92,21 +90,10 @@ struct PolicyInputs {
 };
 
 template <class T>
-PPO_CLONES void combine_gradients(const T* surrogate, const T* kl, const uint8_t* mask, int64_t n, T row_weight,
-                                  T* grad) {
-#pragma omp simd
-  for (int64_t i = 0; i < n; ++i) {
-    const T g = (surrogate[i] + kl[i]) * row_weight;
-    grad[i] = is_valid<T>(mask[i]) ? g : T(0);
-  }
-}
-
-template <class T>
 PolicySums policy_piece(const PolicyInputs<T>& in, const Rows& rows, const Piece& piece, const PolicyOptions<T>& o,
                         const KlPenalty<T>& kl) {
-  T adv[kBlock], weights[kBlock], grads[kBlock], kl_grads[kBlock], unused[kBlock];
-  uint8_t ones[kBlock];
-  std::fill(kl_grads, kl_grads + kBlock, T(0));
+  T adv[kBlock], weights[kBlock], live[kBlock], unwanted[kBlock];
+  std::fill(live, live + kBlock, T(1));
   PolicySums sums;
   const T row_weight = in.row_weight ? in.row_weight[piece.row] : T(1);
   for (int64_t begin = piece.begin; begin < piece.begin + piece.length; begin += kBlock) {
@@ -115,22 +102,20 @@ PolicySums policy_piece(const PolicyInputs<T>& in, const Rows& rows, const Piece
       return block_of(view, rows, piece.row, begin, n, absent, scratch);
     };
     const T* logp = in.logp.row(rows, piece.row) + begin;
-    const uint8_t* mask = at(in.mask, uint8_t(1), ones);
-    PolicySums block = policy_block<T>(
-        {logp, in.old.row(rows, piece.row) + begin, at(in.adv, T(0), adv), at(in.weights, T(1), weights), mask, n}, o,
-        grads);
+    T* grads = in.grad != nullptr ? in.grad + rows.start(piece.row) + begin : unwanted;
+    live_of(in.mask, rows, piece.row, begin, n, live);
+    PolicySums block = policy_block<T>({logp, in.old.row(rows, piece.row) + begin, at(in.adv, T(0), adv),
+                                        at(in.weights, T(1), weights), live, n, row_weight},
+                                       o, grads);
     if (in.ref.data != nullptr) {
       block.ref_kl = dispatch_estimator(kl.estimator, [&](auto estimator) {
-        return kl_block<estimator()>(logp, in.ref.row(rows, piece.row) + begin, mask, n, kl.log_clamp, kl.value_clamp,
-                                     kl.coef, unused, kl_grads);
+        return kl_block<estimator(), true>(logp, in.ref.row(rows, piece.row) + begin, live, n, kl.log_clamp,
+                                           kl.value_clamp, kl.coef * row_weight, grads);
       });
       block.loss += static_cast<double>(kl.coef) * block.ref_kl;
     }
     block.loss = block.excess.count > 0.0 ? block.loss * row_weight : 0.0;
     sums.add(block);
-    if (in.grad != nullptr) {
-      combine_gradients(grads, kl_grads, mask, n, row_weight, in.grad + rows.start(piece.row) + begin);
-    }
   }
   return sums;
 }

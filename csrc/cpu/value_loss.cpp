@@ -20,9 +20,8 @@ struct ValueSums {
 
 template <class T>
 struct ValueBlock {
-  const T *values, *old, *returns;
-  const uint8_t* mask;
-  T* grad;  // nullptr if not wanted
+  const T *values, *old, *returns, *live;
+  T* grads;
   int64_t n;
   T row_weight;
 };
@@ -31,39 +30,29 @@ template <class T>
 PPO_CLONES ValueSums value_block(const ValueBlock<T>& in, T clip) {
   T loss = 0, clipped = 0;
   double count = 0.0, error_sum = 0.0, target_sum = 0.0, error_m2 = 0.0, target_m2 = 0.0;
-  T grads[kBlock];
-  const T *values = in.values, *old = in.old, *returns = in.returns;
-  const uint8_t* mask = in.mask;
+  const T *values = in.values, *old = in.old, *returns = in.returns, *live = in.live;
+  T* grads = in.grads;
 #pragma omp simd reduction(+ : loss, clipped, count, error_sum, target_sum)
   for (int64_t i = 0; i < in.n; ++i) {
-    const T v = values[i], v_old = old[i], r = returns[i];
-    const T one = mask[i] != 0 ? T(1) : T(0);
-    const bool valid = is_valid<T>(mask[i]);
+    const T v = values[i], v_old = old[i], r = returns[i], one = live[i];
+    const bool valid = one != T(0);
     const T value = valid ? v : T(0), target = valid ? r : T(0);
     const ValueTerm<T> term = value_term(value, valid ? v_old : T(0), target, clip);
     loss += term.loss;
-    grads[i] = term.grad;
+    grads[i] = valid ? term.grad * in.row_weight : T(0);
     clipped += term.clipped;
     count += one;
     error_sum += static_cast<double>(value) - static_cast<double>(target);
     target_sum += static_cast<double>(target);
   }
-  if (count == 0.0) {
-    if (in.grad != nullptr) std::fill(in.grad, in.grad + in.n, T(0));
-    return {};
-  }
+  if (count == 0.0) return {};
   const double error_mean = error_sum / count, target_mean = target_sum / count;
 #pragma omp simd reduction(+ : error_m2, target_m2)
   for (int64_t i = 0; i < in.n; ++i) {
-    const double v = values[i], r = returns[i];
-    const double one = mask[i] != 0 ? 1.0 : 0.0;
+    const double v = values[i], r = returns[i], one = live[i];
     const double error = one != 0.0 ? v - r - error_mean : 0.0, target = one != 0.0 ? r - target_mean : 0.0;
     error_m2 += error * error;
     target_m2 += target * target;
-  }
-  if (in.grad != nullptr) {
-#pragma omp simd
-    for (int64_t i = 0; i < in.n; ++i) in.grad[i] = in.mask[i] != 0 ? grads[i] * in.row_weight : T(0);
   }
   ValueSums sums;
   sums.loss = static_cast<double>(loss) * in.row_weight;
@@ -83,16 +72,16 @@ struct ValueInputs {
 
 template <class T>
 ValueSums value_piece(const ValueInputs<T>& in, const Rows& rows, const Piece& piece, T clip) {
-  uint8_t ones[kBlock];
+  T live[kBlock], unwanted[kBlock];
+  std::fill(live, live + kBlock, T(1));
   ValueSums sums;
   const T row_weight = in.row_weight ? in.row_weight[piece.row] : T(1);
   for (int64_t begin = piece.begin; begin < piece.begin + piece.length; begin += kBlock) {
     const int64_t n = std::min(kBlock, piece.begin + piece.length - begin);
-    sums.add(value_block<T>(
-        {in.values.row(rows, piece.row) + begin, in.old.row(rows, piece.row) + begin,
-         in.returns.row(rows, piece.row) + begin, block_of(in.mask, rows, piece.row, begin, n, uint8_t(1), ones),
-         in.grad ? in.grad + rows.start(piece.row) + begin : nullptr, n, row_weight},
-        clip));
+    sums.add(value_block<T>({in.values.row(rows, piece.row) + begin, in.old.row(rows, piece.row) + begin,
+                             in.returns.row(rows, piece.row) + begin, live_of(in.mask, rows, piece.row, begin, n, live),
+                             in.grad ? in.grad + rows.start(piece.row) + begin : unwanted, n, row_weight},
+                            clip));
   }
   return sums;
 }
