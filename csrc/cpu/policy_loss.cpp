@@ -32,10 +32,11 @@ struct PolicyBlock {
 
 // Sums over one block, and the gradient of each token's surrogate, 0 where masked.
 template <class T>
-PPO_CLONES PolicySums policy_block(const PolicyBlock<T>& in, const PolicyOptions<T>& o, T* grads) {
+PPO_CLONES PolicySums policy_block(const PolicyBlock<T>& in, const PolicyOptions<T> o, T* grads) {
   T loss = 0, count = 0, d = 0, d2 = 0, k3 = 0, excess = 0;
   T high = 0, low = 0, dual = 0, clamped = 0, ratio_max = -1;
   const T *logp = in.logp, *old = in.old, *adv = in.adv, *weights = in.weights, *live = in.live;
+  const T row_weight = in.row_weight;
   T excesses[kBlock];
 #pragma omp simd reduction(+ : loss, count, d, d2, k3, excess, high, low, dual, clamped) reduction(max : ratio_max)
   for (int64_t i = 0; i < in.n; ++i) {
@@ -44,7 +45,7 @@ PPO_CLONES PolicySums policy_block(const PolicyBlock<T>& in, const PolicyOptions
     const PolicyTerm<T> term =
         policy_term(valid ? l : T(0), valid ? l_old : T(0), valid ? a : T(0), valid ? w : T(0), o);
     loss += term.loss;
-    grads[i] = valid ? term.grad * in.row_weight : T(0);
+    grads[i] = valid ? term.grad * row_weight : T(0);
     count += one;
     d += term.d;
     d2 += term.d * term.d;

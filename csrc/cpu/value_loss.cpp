@@ -31,6 +31,7 @@ PPO_CLONES ValueSums value_block(const ValueBlock<T>& in, T clip) {
   T loss = 0, clipped = 0;
   double count = 0.0, error_sum = 0.0, target_sum = 0.0, error_m2 = 0.0, target_m2 = 0.0;
   const T *values = in.values, *old = in.old, *returns = in.returns, *live = in.live;
+  const T row_weight = in.row_weight;
   T* grads = in.grads;
 #pragma omp simd reduction(+ : loss, clipped, count, error_sum, target_sum)
   for (int64_t i = 0; i < in.n; ++i) {
@@ -39,7 +40,7 @@ PPO_CLONES ValueSums value_block(const ValueBlock<T>& in, T clip) {
     const T value = valid ? v : T(0), target = valid ? r : T(0);
     const ValueTerm<T> term = value_term(value, valid ? v_old : T(0), target, clip);
     loss += term.loss;
-    grads[i] = valid ? term.grad * in.row_weight : T(0);
+    grads[i] = valid ? term.grad * row_weight : T(0);
     clipped += term.clipped;
     count += one;
     error_sum += static_cast<double>(value) - static_cast<double>(target);
