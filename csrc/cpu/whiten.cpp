@@ -1,40 +1,41 @@
-// Moments and whitening on CPU tensors: two passes over fixed chunks, merged in order.
+// Moments and whitening on CPU tensors: two passes over blocks in the L1 cache, merged in order.
 #include <cmath>
 
-#include "checks.h"
+#include "cpu/block.h"
 #include "math/moments.h"
 
 namespace ppo {
 namespace {
 
-constexpr int64_t kChunk = 16384;  // elements; small enough that the second pass of a chunk reads the cache
+constexpr int64_t kChunk = 16384;  // elements that one partial result covers
 
 template <class T>
-PPO_CLONES Moments chunk_moments(const T* x, const uint8_t* mask, int64_t n) {
-  double count = 0.0, sum = 0.0, m2 = 0.0;
+PPO_CLONES Moments block_moments(const T* x, const T* live, int64_t n) {
+  T count = 0;
+  double sum = 0.0, m2 = 0.0;
 #pragma omp simd reduction(+ : count, sum)
   for (int64_t i = 0; i < n; ++i) {
-    const bool valid = mask == nullptr || mask[i] != 0;
-    count += valid ? 1.0 : 0.0;
-    sum += valid ? static_cast<double>(x[i]) : 0.0;
+    const T value = x[i], one = live[i], kept = one != T(0) ? value : T(0);
+    count += one;
+    sum += static_cast<double>(kept);
   }
-  if (count == 0.0) return {};
-  const double mean = sum / count;
+  if (count == T(0)) return {};
+  const double mean = sum / static_cast<double>(count);
 #pragma omp simd reduction(+ : m2)
   for (int64_t i = 0; i < n; ++i) {
-    const double d = mask == nullptr || mask[i] != 0 ? static_cast<double>(x[i]) - mean : 0.0;
+    const double value = x[i], one = live[i], d = one != 0.0 ? value - mean : 0.0;
     m2 += d * d;
   }
-  return {count, mean, m2};
+  return {static_cast<double>(count), mean, m2};
 }
 
 template <class T>
-PPO_CLONES void whiten_chunk(const T* x, const uint8_t* mask, int64_t n, double mean, double scale, double shift,
-                             T* y) {
+PPO_CLONES void whiten_block(const T* x, const T* live, int64_t n, double mean, double scale, double shift, T* y) {
 #pragma omp simd
   for (int64_t i = 0; i < n; ++i) {
-    const bool valid = mask == nullptr || mask[i] != 0;
-    y[i] = valid ? static_cast<T>((static_cast<double>(x[i]) - mean) * scale + shift) : T(0);
+    const T value = x[i], one = live[i];
+    const T white = static_cast<T>((static_cast<double>(value) - mean) * scale + shift);
+    y[i] = one != T(0) ? white : T(0);
   }
 }
 
@@ -48,21 +49,29 @@ const uint8_t* mask_data(const Tensor& x, const OptTensor& mask) {
   return static_cast<const uint8_t*>(mask->data_ptr());
 }
 
-template <class F>
-void for_each_chunk(int64_t total, const F& f) {
-  for_each((total + kChunk - 1) / kChunk, 1, [&](int64_t i) {
-    const int64_t begin = i * kChunk;
-    f(i, begin, std::min(kChunk, total - begin));
+// Calls f(chunk, x, live, begin, n) for every block of every chunk, with `live` 1 where the mask is set and 0
+// elsewhere.
+template <class T, class F>
+void for_each_block(const T* x, const uint8_t* mask, int64_t total, const F& f) {
+  for_each((total + kChunk - 1) / kChunk, 1, [&](int64_t chunk) {
+    T live[kBlock];
+    std::fill(live, live + kBlock, T(1));
+    const int64_t end = std::min(total, (chunk + 1) * kChunk);
+    for (int64_t begin = chunk * kChunk; begin < end; begin += kBlock) {
+      const int64_t n = std::min(kBlock, end - begin);
+      if (mask != nullptr) widen_mask(mask + begin, n, live);
+      f(chunk, x + begin, live, begin, n);
+    }
   });
 }
 
 template <class T>
 Moments all_moments(const Tensor& x, const uint8_t* mask) {
-  const auto* data = static_cast<const T*>(x.data_ptr());
   std::vector<Moments> parts((x.numel() + kChunk - 1) / kChunk);
-  for_each_chunk(x.numel(), [&](int64_t i, int64_t begin, int64_t n) {
-    parts[i] = chunk_moments(data + begin, mask ? mask + begin : nullptr, n);
-  });
+  for_each_block(static_cast<const T*>(x.data_ptr()), mask, x.numel(),
+                 [&](int64_t chunk, const T* block, const T* live, int64_t, int64_t n) {
+                   parts[chunk].merge(block_moments(block, live, n));
+                 });
   Moments total;
   for (const Moments& part : parts) total.merge(part);
   return total;
@@ -97,12 +106,11 @@ Tensor whiten(const Tensor& x, const OptTensor& mask, const OptTensor& count, co
     const double spread = stats.variance(unbiased) + eps;
     const double scale = spread == 0.0 ? 0.0 : 1.0 / std::sqrt(spread);
     Tensor y = empty(x.sizes(), dtype_of<T>(), x);
-    const auto* in = static_cast<const T*>(x.data_ptr());
     auto* out = static_cast<T*>(y.data_ptr());
-    for_each_chunk(x.numel(), [&](int64_t, int64_t begin, int64_t n) {
-      whiten_chunk(in + begin, m ? m + begin : nullptr, n, stats.mean, scale, shift_mean ? 0.0 : stats.mean,
-                   out + begin);
-    });
+    for_each_block(static_cast<const T*>(x.data_ptr()), m, x.numel(),
+                   [&](int64_t, const T* block, const T* live, int64_t begin, int64_t n) {
+                     whiten_block(block, live, n, stats.mean, scale, shift_mean ? 0.0 : stats.mean, out + begin);
+                   });
     return y;
   });
 }
