@@ -1,5 +1,6 @@
 // Generalised advantage estimation on CPU tensors: one backward walk per row, with a float64 carry.
 #include "checks.h"
+#include "cpu/pages.h"
 #include "math/affine_scan.h"
 
 namespace ppo {
@@ -46,8 +47,8 @@ std::tuple<Tensor, Tensor> gae(const Tensor& rewards, const Tensor& values, cons
     const auto m = token_view<uint8_t>(mask, rewards, rows);
     const Dense<double> lams(lam_rows, rows.count(), ScalarType::Double);
     const Dense<T> bootstraps(bootstrap_value, rows.count(), dtype_of<T>());
-    Tensor advantages = new_tokens(rewards, rows);
-    Tensor returns = new_tokens(rewards, rows);
+    Tensor advantages = on_huge_pages(new_tokens(rewards, rows));
+    Tensor returns = on_huge_pages(new_tokens(rewards, rows));
     T* adv = static_cast<T*>(advantages.data_ptr());
     T* ret = static_cast<T*>(returns.data_ptr());
     const int64_t mean_length = rewards.numel() / std::max<int64_t>(rows.count(), 1);

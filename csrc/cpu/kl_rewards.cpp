@@ -1,5 +1,6 @@
 // KL-shaped rewards on CPU tensors.
 #include "cpu/block.h"
+#include "cpu/pages.h"
 
 namespace ppo {
 namespace {
@@ -45,7 +46,7 @@ std::tuple<Tensor, Tensor> kl_rewards(const Tensor& logprobs, const Tensor& ref_
     const auto m = token_view<uint8_t>(mask, logprobs, rows);
     const Dense<T> score(scores, rows.count(), dtype_of<T>());
     const Dense<int64_t> index(score_index, rows.count(), ScalarType::Long);
-    Tensor rewards = new_tokens(logprobs, rows);
+    Tensor rewards = on_huge_pages(new_tokens(logprobs, rows));
     Tensor kl = empty({rows.count()}, dtype_of<T>(), logprobs);
     T* out = static_cast<T*>(rewards.data_ptr());
     T* sums = static_cast<T*>(kl.data_ptr());

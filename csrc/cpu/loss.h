@@ -2,6 +2,7 @@
 #pragma once
 
 #include "cpu/block.h"
+#include "cpu/pages.h"
 
 namespace ppo {
 
@@ -44,7 +45,7 @@ LossOutputs finish_loss(double total, double count, const OptTensor& normalizer,
 
 // The gradient of a token tensor; empty unless asked for.
 inline Tensor new_gradient(const Tensor& tokens, const Rows& rows, bool wanted) {
-  return wanted ? new_tokens(tokens, rows) : torch::stable::new_empty(tokens, {0});
+  return wanted ? on_huge_pages(new_tokens(tokens, rows)) : torch::stable::new_empty(tokens, {0});
 }
 
 }  // namespace ppo

@@ -3,6 +3,7 @@
 
 #include "checks.h"
 #include "cpu/half.h"
+#include "cpu/pages.h"
 #include "math/online_softmax.h"
 
 namespace ppo {
@@ -257,7 +258,7 @@ Tensor token_logprobs_backward(const Tensor& logits, const Tensor& labels, const
                                const Tensor& entropy, const Tensor& row_max, const Tensor& log_sum,
                                double temperature) {
   PPO_COUNT("token_logprobs_backward");
-  Tensor out = torch::stable::new_empty(logits, logits.sizes());
+  Tensor out = on_huge_pages(torch::stable::new_empty(logits, logits.sizes()));
   backward_into(logits, labels, temperature_rows, grad_logprobs, grad_entropy, logprobs, entropy, row_max, log_sum,
                 temperature, out);
   return out;

@@ -2,6 +2,7 @@
 #include <cmath>
 
 #include "cpu/block.h"
+#include "cpu/pages.h"
 #include "math/moments.h"
 
 namespace ppo {
@@ -105,7 +106,7 @@ Tensor whiten(const Tensor& x, const OptTensor& mask, const OptTensor& count, co
     }
     const double spread = stats.variance(unbiased) + eps;
     const double scale = spread == 0.0 ? 0.0 : 1.0 / std::sqrt(spread);
-    Tensor y = empty(x.sizes(), dtype_of<T>(), x);
+    Tensor y = on_huge_pages(empty(x.sizes(), dtype_of<T>(), x));
     auto* out = static_cast<T*>(y.data_ptr());
     for_each_block(static_cast<const T*>(x.data_ptr()), m, x.numel(),
                    [&](int64_t, const T* block, const T* live, int64_t begin, int64_t n) {
