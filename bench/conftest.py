@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import subprocess
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from setups import DEVICE, Setup
 
 import ppo_kernels
 from ppo_kernels import backends
-
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def providers(op: str) -> list[str]:
@@ -30,20 +28,21 @@ def commit() -> str:
 
 @pytest.fixture
 def measure(benchmark, commit):
-    """``measure(group, provider, call, moved_bytes, tolerance)``: check ``call(impl)``, then time it."""
+    """``measure(setup, provider)``: check the provider against the reference, then time it."""
 
-    def run(group: str, provider: str, call: Callable[[str], object], moved_bytes: int, tolerance: float) -> None:
+    def run(setup: Setup, provider: str) -> None:
         if provider == "torch.compile":
-            compiled = torch.compile(lambda: call("torch"), dynamic=False)
-            target = compiled
+            forward = torch.compile(lambda: setup.forward("torch"), dynamic=False)
+
+            def target():
+                return setup.finish(forward())
         else:
 
             def target():
-                return call(provider)
+                return setup.call(provider)
 
-        got, want = _flat(target()), _flat(call("torch"))
-        for g, w in zip(got, want, strict=True):
-            torch.testing.assert_close(g, w, rtol=tolerance, atol=tolerance, equal_nan=True)
+        for got, want in zip(target(), setup.call("torch"), strict=True):
+            torch.testing.assert_close(got, want, rtol=setup.tolerance, atol=setup.tolerance, equal_nan=True)
 
         def timed():
             result = target()
@@ -51,24 +50,17 @@ def measure(benchmark, commit):
                 torch.cuda.synchronize()
             return result
 
-        benchmark.group = group
+        benchmark.group = setup.name
         benchmark.extra_info.update(
             provider=provider,
             device=torch.cuda.get_device_name() if DEVICE == "cuda" else f"cpu, {torch.get_num_threads()} threads",
-            bytes=moved_bytes,
+            bytes=setup.moved,
             torch=torch.__version__,
             ppo_kernels=ppo_kernels.__version__,
             commit=commit,
         )
         benchmark.pedantic(timed, rounds=7, warmup_rounds=2)
         if benchmark.stats:
-            benchmark.extra_info["GB/s"] = round(moved_bytes / benchmark.stats.stats.median / 1e9, 2)
+            benchmark.extra_info["GB/s"] = round(setup.moved / benchmark.stats.stats.median / 1e9, 2)
 
     return run
-
-
-def _flat(result: object) -> list[torch.Tensor]:
-    if isinstance(result, torch.Tensor):
-        return [result.detach()]
-    assert isinstance(result, (tuple, list))
-    return [t for part in result for t in _flat(part)]
