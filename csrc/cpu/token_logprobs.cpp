@@ -12,9 +12,9 @@ namespace {
 constexpr int64_t kLogitBlock = 2048;  // logits; a function of nothing, so that a row's bits depend on the row alone
 constexpr double kNotRead = -1.0;      // log_sum of a row that is masked or ignored: no softmax has a negative one
 
-// 2^this is 0. An exponent is not let below it, because 0 * -inf would be NaN.
+// No exponent is let below this: 2^this is nothing beside the 1 of a block's maximum, and 0 * -inf would be NaN.
 template <class T>
-constexpr T kNegligible = std::is_same_v<T, float> ? T(-200) : T(-2000);
+constexpr T kNegligible = std::is_same_v<T, float> ? T(-125) : T(-2000);
 
 template <class T>
 using Scratch = std::array<T, kLogitBlock>;
@@ -42,7 +42,11 @@ PPO_CLONES double sum_block(const T* z, int64_t n, T max, T c) {
     const int64_t end = std::min(n, begin + kSpan);
     T sum = 0;
 #pragma omp simd reduction(+ : sum)
-    for (int64_t i = begin; i < end; ++i) sum += exp2_fast((z[i] - max) * c);
+    for (int64_t i = begin; i < end; ++i) {
+      T x = (z[i] - max) * c;
+      x = x < kNegligible<T> ? kNegligible<T> : x;
+      sum += exp2_nonpositive(x);
+    }
     total += static_cast<double>(sum);
   }
   return total;
@@ -58,7 +62,7 @@ PPO_CLONES SoftmaxPart sum_block_with_entropy(const T* z, int64_t n, T max, T c)
     for (int64_t i = begin; i < end; ++i) {
       T x = (z[i] - max) * c;
       x = x < kNegligible<T> ? kNegligible<T> : x;
-      const T e = exp2_fast(x);
+      const T e = exp2_nonpositive(x);
       sum += e;
       weighted += e * x;
     }
@@ -85,7 +89,7 @@ SoftmaxPart scan_row(const In* x, int64_t vocab, int64_t label, double c, bool e
         for (int64_t i = 0; i < n; ++i) max = z[i] > max ? z[i] : max;
       }
     }
-    // A block of -inf alone has no maximum to subtract; 0 does as well, and a NaN in it still shows.
+    // A block of -inf alone has no maximum to subtract, and no sum; a NaN in it still shows.
     const T base = max == -std::numeric_limits<T>::infinity() ? T(0) : max;
     SoftmaxPart part{static_cast<double>(max), 0.0, 0.0};
     if (entropy) {
@@ -94,6 +98,7 @@ SoftmaxPart scan_row(const In* x, int64_t vocab, int64_t label, double c, bool e
     } else {
       part.sum = sum_block(z.data(), n, base, static_cast<T>(c));
     }
+    if (max == -std::numeric_limits<T>::infinity()) part.sum *= 0.0, part.weighted *= 0.0;
     others = merge(others, part, c);
   }
   return others;
@@ -104,9 +109,9 @@ template <class In, class T>
 PPO_CLONES void gradient_block(const In* in, int64_t n, T max, T c, T a, T b, T k, In* out) {
 #pragma omp simd
   for (int64_t i = 0; i < n; ++i) {
-    T x = (widen(in[i]) - max) * c;
-    x = x < kNegligible<T> ? kNegligible<T> : x;
-    narrow(exp2_fast(x) * (a + b * (x + k)), out[i]);
+    const T x = (widen(in[i]) - max) * c, bounded = x < kNegligible<T> ? kNegligible<T> : x;
+    const T e = x < kNegligible<T> ? T(0) : exp2_nonpositive(bounded);
+    narrow(e * (a + b * (bounded + k)), out[i]);
   }
 }
 
