@@ -9,7 +9,7 @@
 namespace ppo {
 namespace {
 
-constexpr int64_t kLogitBlock = 2048;  // logits; a function of nothing, so that a row's bits depend on the row alone
+constexpr int64_t kLogitBlock = 4096;  // logits; a function of nothing, so that a row's bits depend on the row alone
 constexpr double kNotRead = -1.0;      // log_sum of a row that is masked or ignored: no softmax has a negative one
 
 // No exponent is let below this: 2^this is nothing beside the 1 of a block's maximum, and 0 * -inf would be NaN.
@@ -31,51 +31,41 @@ PPO_CLONES T widen_block(const In* x, int64_t n, T* z) {
   return max;
 }
 
-// Sums go to float64 every kSpan logits: each float32 lane adds few terms, whatever the instruction set, and a bias in
-// their rounding cannot add up over a vocabulary.
-constexpr int64_t kSpan = 256;
+// A block is summed in this many float32 lanes of 16 terms each, and the lanes in float64: the same on every
+// instruction set, and a bias in the rounding cannot add up over a vocabulary.
+constexpr int64_t kLanes = 256;
 
 template <class T>
-PPO_CLONES double sum_block(const T* z, int64_t n, T max, T c) {
+PPO_CLONES double sum_lanes(const T* lanes) {
   double total = 0.0;
-  for (int64_t begin = 0; begin < n; begin += kSpan) {
-    const int64_t end = std::min(n, begin + kSpan);
-    T sum = 0;
-#pragma omp simd reduction(+ : sum)
-    for (int64_t i = begin; i < end; ++i) {
-      T x = (z[i] - max) * c;
-      x = x < kNegligible<T> ? kNegligible<T> : x;
-      sum += exp2_nonpositive(x);
-    }
-    total += static_cast<double>(sum);
-  }
+#pragma omp simd reduction(+ : total)
+  for (int64_t i = 0; i < kLanes; ++i) total += static_cast<double>(lanes[i]);
   return total;
 }
 
-template <class T>
-PPO_CLONES SoftmaxPart sum_block_with_entropy(const T* z, int64_t n, T max, T c) {
-  SoftmaxPart total{static_cast<double>(max), 0.0, 0.0};
-  for (int64_t begin = 0; begin < n; begin += kSpan) {
-    const int64_t end = std::min(n, begin + kSpan);
-    T sum = 0, weighted = 0;
-#pragma omp simd reduction(+ : sum, weighted)
-    for (int64_t i = begin; i < end; ++i) {
-      T x = (z[i] - max) * c;
+// The sums over a block of 2^x with x = (z - max) c and, with kEntropy, of 2^x * x.
+template <bool kEntropy, class T>
+PPO_CLONES SoftmaxPart sum_block(const T* z, int64_t n, T max, T c) {
+  alignas(64) T sums[kLanes] = {}, weighted[kLanes] = {};
+  for (int64_t begin = 0; begin < n; begin += kLanes) {
+    const T* block = z + begin;
+    const int64_t width = std::min(kLanes, n - begin);
+#pragma omp simd
+    for (int64_t i = 0; i < width; ++i) {
+      T x = (block[i] - max) * c;
       x = x < kNegligible<T> ? kNegligible<T> : x;
       const T e = exp2_nonpositive(x);
-      sum += e;
-      weighted += e * x;
+      sums[i] += e;
+      if constexpr (kEntropy) weighted[i] += e * x;
     }
-    total.sum += static_cast<double>(sum);
-    total.weighted += static_cast<double>(weighted);
   }
-  return total;
+  return {static_cast<double>(max), sum_lanes(sums), kEntropy ? sum_lanes(weighted) : 0.0};
 }
 
 // The statistics of all logits but the target, whose value goes to *target.
 template <class In, class T>
 SoftmaxPart scan_row(const In* x, int64_t vocab, int64_t label, double c, bool entropy, T* target) {
-  Scratch<T> z;
+  alignas(64) Scratch<T> z;
   SoftmaxPart others = empty_softmax();
   for (int64_t begin = 0; begin < vocab; begin += kLogitBlock) {
     const int64_t n = std::min(kLogitBlock, vocab - begin);
@@ -91,13 +81,9 @@ SoftmaxPart scan_row(const In* x, int64_t vocab, int64_t label, double c, bool e
     }
     // A block of -inf alone has no maximum to subtract, and no sum; a NaN in it still shows.
     const T base = max == -std::numeric_limits<T>::infinity() ? T(0) : max;
-    SoftmaxPart part{static_cast<double>(max), 0.0, 0.0};
-    if (entropy) {
-      part = sum_block_with_entropy(z.data(), n, base, static_cast<T>(c));
-      part.max = max;
-    } else {
-      part.sum = sum_block(z.data(), n, base, static_cast<T>(c));
-    }
+    SoftmaxPart part = entropy ? sum_block<true>(z.data(), n, base, static_cast<T>(c))
+                               : sum_block<false>(z.data(), n, base, static_cast<T>(c));
+    part.max = max;
     if (max == -std::numeric_limits<T>::infinity()) part.sum *= 0.0, part.weighted *= 0.0;
     others = merge(others, part, c);
   }
