@@ -20,20 +20,31 @@ template <class T>
 using Scratch = std::array<T, kLogitBlock>;
 
 template <class In, class T>
-PPO_CLONES T widen_block(const In* x, int64_t n, T* z) {
-  T max = -std::numeric_limits<T>::infinity();
-#pragma omp simd reduction(max : max)
-  for (int64_t i = 0; i < n; ++i) {
-    const T value = widen(x[i]);
-    z[i] = value;
-    max = value > max ? value : max;
-  }
-  return max;
+PPO_CLONES void widen_block(const In* x, int64_t n, T* z) {
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) z[i] = widen(x[i]);
 }
 
 // A block is summed in this many float32 lanes of 16 terms each, and the lanes in float64: the same on every
 // instruction set, and a bias in the rounding cannot add up over a vocabulary.
 constexpr int64_t kLanes = 256;
+
+// Through lanes too: one running maximum would wait for itself at every step.
+template <class T>
+PPO_CLONES T max_block(const T* z, int64_t n) {
+  alignas(64) T lanes[kLanes];
+  T max = -std::numeric_limits<T>::infinity();
+  std::fill(lanes, lanes + kLanes, max);
+  for (int64_t begin = 0; begin < n; begin += kLanes) {
+    const T* block = z + begin;
+    const int64_t width = std::min(kLanes, n - begin);
+#pragma omp simd
+    for (int64_t i = 0; i < width; ++i) lanes[i] = block[i] > lanes[i] ? block[i] : lanes[i];
+  }
+#pragma omp simd reduction(max : max)
+  for (int64_t i = 0; i < kLanes; ++i) max = lanes[i] > max ? lanes[i] : max;
+  return max;
+}
 
 template <class T>
 PPO_CLONES double sum_lanes(const T* lanes) {
@@ -53,7 +64,7 @@ PPO_CLONES SoftmaxPart sum_block(const T* z, int64_t n, T max, T c) {
 #pragma omp simd
     for (int64_t i = 0; i < width; ++i) {
       T x = (block[i] - max) * c;
-      x = x < kNegligible<T> ? kNegligible<T> : x;
+      x = kNegligible<T> > x ? kNegligible<T> : x;
       const T e = exp2_nonpositive(x);
       sums[i] += e;
       if constexpr (kEntropy) weighted[i] += e * x;
@@ -65,24 +76,24 @@ PPO_CLONES SoftmaxPart sum_block(const T* z, int64_t n, T max, T c) {
 // The statistics of all logits but the target, whose value goes to *target.
 template <class In, class T>
 SoftmaxPart scan_row(const In* x, int64_t vocab, int64_t label, double c, bool entropy, T* target) {
-  alignas(64) Scratch<T> z;
+  alignas(64) Scratch<T> scratch;
   SoftmaxPart others = empty_softmax();
   for (int64_t begin = 0; begin < vocab; begin += kLogitBlock) {
     const int64_t n = std::min(kLogitBlock, vocab - begin);
-    T max = widen_block(x + begin, n, z.data());
-    if (label >= begin && label < begin + n) {
-      T& taken = z[label - begin];
+    const bool has_target = label >= begin && label < begin + n;
+    const T* z = scratch.data();
+    if constexpr (std::is_same_v<In, T>) z = has_target ? z : x + begin;
+    if (z == scratch.data()) widen_block(x + begin, n, scratch.data());
+    if (has_target) {
+      T& taken = scratch[label - begin];
       *target = taken;
       taken = -std::numeric_limits<T>::infinity();
-      if (*target == max) {
-        max = taken;
-        for (int64_t i = 0; i < n; ++i) max = z[i] > max ? z[i] : max;
-      }
     }
+    const T max = max_block(z, n);
     // A block of -inf alone has no maximum to subtract, and no sum; a NaN in it still shows.
     const T base = max == -std::numeric_limits<T>::infinity() ? T(0) : max;
-    SoftmaxPart part = entropy ? sum_block<true>(z.data(), n, base, static_cast<T>(c))
-                               : sum_block<false>(z.data(), n, base, static_cast<T>(c));
+    SoftmaxPart part =
+        entropy ? sum_block<true>(z, n, base, static_cast<T>(c)) : sum_block<false>(z, n, base, static_cast<T>(c));
     part.max = max;
     if (max == -std::numeric_limits<T>::infinity()) part.sum *= 0.0, part.weighted *= 0.0;
     others = merge(others, part, c);
