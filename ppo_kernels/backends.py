@@ -58,7 +58,7 @@ def kernel(name: str, impl: str) -> torch._ops.OpOverload:
 def implementations(op: str, device_type: str) -> tuple[str, ...]:
     """The implementations of an op that can run on a device type here, best first."""
     preference = PREFERENCE.get(device_type, ("torch",))
-    return tuple(impl for impl in preference if impl == "torch" or _serves(impl, op, device_type))
+    return tuple([impl for impl in preference if impl == "torch" or _serves(impl, op, device_type)])
 
 
 def _serves(impl: str, op: str, device_type: str) -> bool:

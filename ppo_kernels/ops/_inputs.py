@@ -35,7 +35,7 @@ def check_integer(op: str, name: str, x: object) -> Tensor:
 
 
 def check_shape(op: str, name: str, x: Tensor, shape: Sequence[int], meaning: str) -> None:
-    if tuple(x.shape) != tuple(shape):
+    if x.shape != shape and tuple(x.shape) != tuple(shape):
         raise ValueError(f"{op}: {name} must have the shape of {meaning} {tuple(shape)}, got {tuple(x.shape)}")
 
 
@@ -100,7 +100,9 @@ def to_mask(op: str, mask: object, like: Tensor) -> Tensor | None:
 
 
 def unit_last_stride(x: Tensor) -> Tensor:
-    return x if x.dim() == 0 or x.size(-1) <= 1 or x.stride(-1) == 1 else x.contiguous()
+    if x.dim() == 0 or x.stride(-1) == 1 or x.size(-1) <= 1:
+        return x
+    return x.contiguous()
 
 
 class Tokens:
@@ -112,7 +114,9 @@ class Tokens:
 
     def __init__(self, op: str, cu_seqlens: Tensor | None, *, extra: Sequence[object] = (), **tensors: object):
         self.op = op
-        checked = {name: check_floating(op, name, x) for name, x in tensors.items()}
+        for name, x in tensors.items():
+            check_floating(op, name, x)
+        checked: dict[str, Tensor] = tensors  # type: ignore[assignment]
         first_name, first = next(iter(checked.items()))
         if cu_seqlens is None:
             if first.dim() != 2:
@@ -129,15 +133,21 @@ class Tokens:
                 )
             check_device(op, "cu_seqlens", cu_seqlens, first.device)
             self.rows = cu_seqlens.numel() - 1
+        shape, device = first.shape, first.device
         for name, x in checked.items():
-            check_shape(op, name, x, first.shape, first_name)
-            check_device(op, name, x, first.device)
+            if x is not first:
+                check_shape(op, name, x, shape, first_name)
+                check_device(op, name, x, device)
         self.like = first
         self.cu_seqlens = None if cu_seqlens is None else cu_seqlens.to(torch.int64)
-        self.dtype = compute_dtype(*checked.values(), *(x for x in extra if isinstance(x, Tensor)))
+        self.dtype = compute_dtype(*checked.values(), *[x for x in extra if isinstance(x, Tensor)])
 
     def cast(self, x: Tensor) -> Tensor:
-        return unit_last_stride(x.to(self.dtype))
+        return unit_last_stride(x if x.dtype == self.dtype else x.to(self.dtype))
+
+    def constant(self, x: Tensor) -> Tensor:
+        """``cast`` for an input that takes no gradient."""
+        return self.cast(x.detach() if x.requires_grad else x)
 
     def mask(self, mask: object) -> Tensor | None:
         return to_mask(self.op, mask, self.like)

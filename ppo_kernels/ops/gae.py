@@ -81,7 +81,7 @@ def gae(
         tokens.validate_cu_seqlens()
         if lam_rows is not None and not bool(((lam_rows >= 0) & (lam_rows <= 1)).all()):
             raise ValueError(f"gae: every lam must be in [0, 1], got {lam_rows.min()} to {lam_rows.max()}")
-    rewards, values = tokens.cast(rewards.detach()), tokens.cast(values.detach())
+    rewards, values = tokens.constant(rewards), tokens.constant(values)
 
     impl = backends.choose("gae", impl, rewards.device.type, tokens.dtype)
     if impl == "torch":

@@ -97,7 +97,7 @@ def kl_rewards(
     if validate:
         tokens.validate_cu_seqlens()
         _validate_score_index(tokens, score_index)
-    logprobs, ref_logprobs = tokens.cast(logprobs.detach()), tokens.cast(ref_logprobs.detach())
+    logprobs, ref_logprobs = tokens.constant(logprobs), tokens.constant(ref_logprobs)
 
     impl = backends.choose(op, impl, logprobs.device.type, tokens.dtype)
     if impl == "torch":

@@ -119,9 +119,9 @@ def policy_loss(
     normalizer = tokens.normalizer(normalizer)
     if validate:
         tokens.validate_cu_seqlens()
-    logprobs, old_logprobs = tokens.cast(logprobs), tokens.cast(old_logprobs.detach())
+    logprobs, old_logprobs = tokens.cast(logprobs), tokens.constant(old_logprobs)
     if ref_logprobs is not None:
-        ref_logprobs = tokens.cast(ref_logprobs.detach())
+        ref_logprobs = tokens.constant(ref_logprobs)
 
     impl = backends.choose(op, impl, logprobs.device.type, tokens.dtype)
     if impl == "torch":

@@ -71,7 +71,7 @@ def value_loss(
     if validate:
         tokens.validate_cu_seqlens()
     values = tokens.cast(values)
-    old_values, returns = tokens.cast(old_values.detach()), tokens.cast(returns.detach())
+    old_values, returns = tokens.constant(old_values), tokens.constant(returns)
 
     impl = backends.choose(op, impl, values.device.type, tokens.dtype)
     if impl == "torch":

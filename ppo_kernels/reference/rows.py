@@ -24,7 +24,10 @@ class Rows(NamedTuple):
 
 def compute_dtype(*tensors: Tensor | None) -> torch.dtype:
     """float64 if any of the tensors is float64, else float32."""
-    return torch.float64 if any(t is not None and t.dtype == torch.float64 for t in tensors) else torch.float32
+    for t in tensors:  # a loop, because every call of an op passes here and a generator costs a microsecond
+        if t is not None and t.dtype == torch.float64:
+            return torch.float64
+    return torch.float32
 
 
 def scalar(x: float | Tensor, dtype: torch.dtype) -> float | Tensor:
