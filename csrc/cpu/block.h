@@ -46,7 +46,8 @@ PPO_CLONES double kl_block(const T* logp, const T* ref, const T* live, int64_t n
     const bool valid = live[i] != T(0);
     const KlTerm<T> term = kl_term<kEstimator>(valid ? l : T(0), valid ? l_ref : T(0), log_clamp, value_clamp);
     sum += term.value;
-    out[i] = before + scale * (kGradient ? (valid ? term.grad : T(0)) : term.value);
+    const T change = scale * (kGradient ? term.grad : term.value);
+    out[i] = before + (valid ? change : T(0));
   }
   return static_cast<double>(sum);
 }
