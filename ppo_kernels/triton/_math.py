@@ -52,3 +52,60 @@ def clamp_gradient(x, bound, gradient):
     """The gradient that torch.clamp lets through: at its bounds too, for a NaN only when it is off."""
     within = tl.where((x >= -bound) & (x <= bound), gradient, 0.0)
     return tl.where(bound == INF, gradient, within)
+
+
+@triton.jit
+def kl_term(logp, ref, log_clamp, value_clamp, ESTIMATOR: tl.constexpr):
+    """An estimate of KL(pi || ref) and its gradient in logp: k1, abs, k2 or k3 by number, bounded before and after."""
+    raw = ref - logp
+    x = clamp(raw, log_clamp)
+    if ESTIMATOR == 0:
+        k = -x
+        slope = x * 0.0 + 1.0
+    elif ESTIMATOR == 1:
+        k = tl.abs(x)
+        slope = tl.where(x > 0.0, -1.0, tl.where(x < 0.0, 1.0, 0.0)).to(x.dtype)
+    elif ESTIMATOR == 2:
+        k = 0.5 * x * x
+        slope = -x
+    else:
+        k = expm1_minus(x, exp(x))
+        slope = -(k + x)
+    return clamp(k, value_clamp), clamp_gradient(raw, log_clamp, clamp_gradient(k, value_clamp, slope))
+
+
+@triton.jit
+def row_span(starts, length, row):
+    """A row as (first, length): its tokens are at ``first * stride + [0, length)`` of a tensor with that first stride.
+
+    ``starts`` is None for padded rows of equal length.
+    """
+    if starts is None:
+        return row, tl.cast(length, tl.int64)
+    else:
+        first = tl.load(starts + row)
+        return first, tl.load(starts + row + 1) - first
+
+
+@triton.jit
+def load_valid(mask, t, inside):
+    """Which of a row's tokens ``t`` are valid: bytes at ``mask``, the row's first one, or None for all."""
+    if mask is None:
+        return inside
+    else:
+        return inside & (tl.load(mask + t, mask=inside, other=0) != 0)
+
+
+@triton.jit
+def last_valid(mask, length, BLOCK: tl.constexpr):
+    """A row's last valid token, -1 if it has none: a walk from the end that stops at the first block with one."""
+    if mask is None:
+        return length - 1
+    else:
+        begin = tl.cdiv(length, BLOCK) * BLOCK - BLOCK
+        last = length * 0 - 1
+        while (last < 0) & (begin >= 0):
+            t = begin + tl.arange(0, BLOCK)
+            last = tl.max(tl.where(load_valid(mask, t, t < length), t, -1), 0)
+            begin -= BLOCK
+        return last

@@ -1,0 +1,127 @@
+"""KL-shaped rewards: one program per row."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ppo_kernels.triton._launch import (
+    block_for,
+    dense,
+    launch,
+    mask_bytes,
+    new_tokens,
+    require,
+    require_like,
+    row_stride,
+    token_rows,
+)
+from ppo_kernels.triton._math import clamp, kl_term, last_valid, load_valid, row_span
+
+
+@triton.jit
+def _kl_rewards_rows(
+    logprobs,
+    ref_logprobs,
+    scores,
+    mask,
+    score_index,
+    starts,
+    kl_coef_tensor,
+    rewards,
+    kl,
+    logprobs_stride,
+    ref_stride,
+    mask_stride,
+    rewards_stride,
+    length,
+    kl_coef,
+    score_clip,
+    kl_log_clamp,
+    kl_clamp,
+    ESTIMATOR: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    first, length = row_span(starts, length, row)
+    logprobs += first * logprobs_stride
+    ref_logprobs += first * ref_stride
+    rewards += first * rewards_stride
+    if mask is not None:
+        mask += first * mask_stride
+    if kl_coef_tensor is not None:
+        kl_coef = tl.load(kl_coef_tensor).to(logprobs.dtype.element_ty)
+    at = last_valid(mask, length, BLOCK)
+    if score_index is not None:
+        at = tl.where(at < 0, -1, tl.load(score_index + row))
+    score = clamp(tl.load(scores + row), score_clip)
+
+    total = tl.zeros([BLOCK], logprobs.dtype.element_ty)
+    for begin in range(0, length, BLOCK):
+        t = begin + tl.arange(0, BLOCK)
+        inside = t < length
+        valid = load_valid(mask, t, inside)
+        logp = tl.where(valid, tl.load(logprobs + t, mask=inside, other=0.0), 0.0)
+        ref = tl.where(valid, tl.load(ref_logprobs + t, mask=inside, other=0.0), 0.0)
+        k, _ = kl_term(logp, ref, kl_log_clamp, kl_clamp, ESTIMATOR)
+        total += k
+        # 0 - x is never -0, whatever the sign of the penalty.
+        reward = tl.where(t == at, score, 0.0) - tl.where(valid, kl_coef * k, 0.0)
+        tl.store(rewards + t, reward, mask=inside)
+    tl.store(kl + row, tl.sum(total, 0))
+
+
+def kl_rewards(
+    logprobs: Tensor,
+    ref_logprobs: Tensor,
+    scores: Tensor,
+    mask: Tensor | None,
+    score_index: Tensor | None,
+    cu_seqlens: Tensor | None,
+    kl_coef_tensor: Tensor | None,
+    kl_coef: float,
+    kl_estimator: int,
+    score_clip: float,
+    kl_log_clamp: float,
+    kl_clamp: float,
+) -> tuple[Tensor, Tensor]:
+    require(0 <= kl_estimator <= 3, f"unknown KL estimator {kl_estimator}")
+    rows = token_rows(logprobs, cu_seqlens)
+    require_like(ref_logprobs, logprobs)
+    mask = mask_bytes(mask, logprobs)
+    scores = dense(scores, rows.count, logprobs.dtype, logprobs)
+    score_index = dense(score_index, rows.count, torch.int64, logprobs)
+    kl_coef_tensor = dense(kl_coef_tensor, 1, torch.float64, logprobs)
+    rewards = new_tokens(logprobs, rows)
+    kl = torch.empty(rows.count, dtype=logprobs.dtype, device=logprobs.device)
+    # Four or eight elements per thread, for 16-byte loads; packed lengths are not known here. A block that followed
+    # the mean length would let the neighbours of a row change the order of its sum.
+    block = block_for(rows.length, 1024, 128) if rows.starts is None else 512
+    launch(
+        _kl_rewards_rows,
+        rows.count,
+        logprobs,
+        ref_logprobs,
+        scores,
+        mask,
+        score_index,
+        rows.starts,
+        kl_coef_tensor,
+        rewards,
+        kl,
+        row_stride(logprobs),
+        row_stride(ref_logprobs),
+        row_stride(mask),
+        row_stride(rewards),
+        rows.length,
+        kl_coef,
+        score_clip,
+        kl_log_clamp,
+        kl_clamp,
+        ESTIMATOR=kl_estimator,
+        BLOCK=block,
+        num_warps=max(1, block // 256),
+    )
+    return rewards, kl
