@@ -311,7 +311,7 @@ def test_validate_catches_lambda_out_of_range(impl):
 @settings(max_examples=100, deadline=None, derandomize=True)
 @given(data=st.data())
 def test_any_batch_matches_the_loop(require_impl, data):
-    impl = require_impl(OP, data.draw(st.sampled_from(["cpu", "torch"])))
+    impl = require_impl(OP, data.draw(st.sampled_from(["cpu", "triton", "torch"])))
     lengths = data.draw(st.lists(st.sampled_from([0, 1, 2, 31, 32, 33, 63, 65, 128, 130]), max_size=5))
     g = torch.Generator().manual_seed(data.draw(st.integers(0, 2**20)))
     total = sum(lengths)

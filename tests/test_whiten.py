@@ -180,7 +180,7 @@ def test_wrong_arguments_are_named(impl, change, error, mentions):
 @settings(max_examples=100, deadline=None, derandomize=True)
 @given(data=st.data())
 def test_any_batch_matches_the_loop(require_impl, data):
-    impl = require_impl(OP, data.draw(st.sampled_from(["cpu", "torch"])))
+    impl = require_impl(OP, data.draw(st.sampled_from(["cpu", "triton", "torch"])))
     g = torch.Generator().manual_seed(data.draw(st.integers(0, 2**20)))
     n = data.draw(st.sampled_from([0, 1, 2, 3, 31, 33, 128, 1000, 4097]))
     scale, shift = data.draw(st.sampled_from([1e-3, 1.0, 1e3])), data.draw(st.sampled_from([0.0, 1.0, 100.0]))

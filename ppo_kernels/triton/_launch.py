@@ -38,7 +38,7 @@ def require(condition: bool, message: str) -> None:
 class Rows(NamedTuple):
     """The rows of a token tensor: the arguments of ``_math.row_span``, and how many there are."""
 
-    count: int
+    batch: int
     length: int  # of every row if padded, 0 if packed
     starts: Tensor | None  # [B+1] if packed
 

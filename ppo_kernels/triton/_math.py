@@ -44,6 +44,7 @@ def log1p(x):
 @triton.jit
 def clamp(x, bound):
     """x within +-bound. NaN stays NaN, an infinite bound does nothing."""
+    bound = tl.full(x.shape, bound, x.dtype)  # tl.where would round a Python number to float32
     return tl.where(x < -bound, -bound, tl.where(x > bound, bound, x))
 
 

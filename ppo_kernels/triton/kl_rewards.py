@@ -91,24 +91,21 @@ def kl_rewards(
     rows = token_rows(logprobs, cu_seqlens)
     require_like(ref_logprobs, logprobs)
     mask = mask_bytes(mask, logprobs)
-    scores = dense(scores, rows.count, logprobs.dtype, logprobs)
-    score_index = dense(score_index, rows.count, torch.int64, logprobs)
-    kl_coef_tensor = dense(kl_coef_tensor, 1, torch.float64, logprobs)
     rewards = new_tokens(logprobs, rows)
-    kl = torch.empty(rows.count, dtype=logprobs.dtype, device=logprobs.device)
-    # Four or eight elements per thread, for 16-byte loads; packed lengths are not known here. A block that followed
-    # the mean length would let the neighbours of a row change the order of its sum.
-    block = block_for(rows.length, 1024, 128) if rows.starts is None else 512
+    kl = torch.empty(rows.batch, dtype=logprobs.dtype, device=logprobs.device)
+    # Packed lengths are not known here, and a block that followed their mean would let the neighbours of a row change
+    # the order of its sum.
+    block = block_for(rows.length, most=1024, least=128) if rows.starts is None else 512
     launch(
         _kl_rewards_rows,
-        rows.count,
+        rows.batch,
         logprobs,
         ref_logprobs,
-        scores,
+        dense(scores, rows.batch, logprobs.dtype, logprobs),
         mask,
-        score_index,
+        dense(score_index, rows.batch, torch.int64, logprobs),
         rows.starts,
-        kl_coef_tensor,
+        dense(kl_coef_tensor, 1, torch.float64, logprobs),
         rewards,
         kl,
         row_stride(logprobs),
@@ -122,6 +119,6 @@ def kl_rewards(
         kl_clamp,
         ESTIMATOR=kl_estimator,
         BLOCK=block,
-        num_warps=max(1, block // 256),
+        num_warps=block // 128,  # four elements per thread: 16-byte loads,
     )
     return rewards, kl
