@@ -1,0 +1,190 @@
+"""Generalised advantage estimation: one program per row, a scan along time in each block of it.
+
+A token maps g, what the later tokens contribute to it, to what it contributes to the token before:
+
+    A_t = r_t - V_t + g,    R_t = A_t + V_t,    g' = gamma lam A_t + gamma V_t
+
+and a token that is no transition leaves g as it is. So a stretch of tokens is one affine map (a, b), for every way to
+treat interior masked tokens, and g is gamma * bootstrap_value after the last valid one. The maps are float64: rounding
+gamma * lam to float32 alone costs 1e-5 where it is close to 1, and the few operations per token hide behind the loads.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ppo_kernels.triton import INTERPRETED
+from ppo_kernels.triton._launch import (
+    block_for,
+    dense,
+    launch,
+    mask_bytes,
+    new_tokens,
+    require,
+    require_like,
+    row_stride,
+    token_rows,
+)
+from ppo_kernels.triton._math import last_valid, load_valid, row_span
+
+#: Whether the scan goes by doubling: the interpreter calls the combine function of Triton's own once per element.
+DOUBLING = INTERPRETED
+
+
+@triton.jit
+def _then(a1, b1, a2, b2):
+    """The map (a1, b1) followed by (a2, b2)."""
+    return a2 * a1, a2 * b1 + b2
+
+
+@triton.jit
+def _scan(a, b, LANES: tl.constexpr, DOUBLING: tl.constexpr):
+    """The maps of lanes 0 to i, applied in that order, for every lane i."""
+    if DOUBLING:
+        lane = tl.arange(0, LANES)
+        for i in tl.static_range(LANES.bit_length() - 1):
+            before = tl.maximum(lane - 2**i, 0)
+            joint_a, joint_b = _then(tl.gather(a, before, 0), tl.gather(b, before, 0), a, b)
+            joined = lane >= 2**i
+            a, b = tl.where(joined, joint_a, a), tl.where(joined, joint_b, b)
+        return a, b
+    else:
+        return tl.associative_scan((a, b), 0, _then)
+
+
+@triton.jit
+def _columns(x):
+    """The four columns of [lanes, 4], each lane's registers."""
+    even, odd = tl.split(tl.reshape(x, [x.shape[0], 2, 2]))
+    x0, x2 = tl.split(even)
+    x1, x3 = tl.split(odd)
+    return x0, x1, x2, x3
+
+
+@triton.jit
+def _gae_rows(
+    rewards,
+    values,
+    mask,
+    lam_rows,
+    bootstrap_value,
+    starts,
+    advantages,
+    returns,
+    rewards_stride,
+    values_stride,
+    mask_stride,
+    outputs_stride,
+    length,
+    gamma: tl.float64,
+    lam: tl.float64,
+    INTERIOR: tl.constexpr,
+    LANES: tl.constexpr,
+    DOUBLING: tl.constexpr,
+):
+    BLOCK: tl.constexpr = 4 * LANES
+    row = tl.program_id(0).to(tl.int64)
+    first, length = row_span(starts, length, row)
+    rewards += first * rewards_stride
+    values += first * values_stride
+    advantages += first * outputs_stride
+    returns += first * outputs_stride
+    if mask is not None:
+        mask += first * mask_stride
+    # Tensors, because the interpreter would round a Python number to float32 in tl.where.
+    gamma = tl.full([], gamma, tl.float64)
+    lam = tl.full([], lam, tl.float64) if lam_rows is None else tl.load(lam_rows + row)
+    last = last_valid(mask, length, BLOCK)
+    blocks = (last + BLOCK) // BLOCK
+    for begin in range(blocks * BLOCK, length, BLOCK):
+        t = begin + tl.arange(0, BLOCK)
+        zero = tl.zeros([BLOCK], advantages.dtype.element_ty)
+        tl.store(advantages + t, zero, mask=t < length)
+        tl.store(returns + t, zero, mask=t < length)
+
+    lane = tl.arange(0, LANES)
+    # g as it enters a block; only lane 0, which holds the latest tokens, looks at it.
+    entering = tl.zeros([LANES], tl.float64)
+    if bootstrap_value is not None:
+        entering += gamma * tl.load(bootstrap_value + row).to(tl.float64)
+    # Lanes run against time, as the scan does, and the tokens of a lane with it, for 16-byte loads.
+    within = (LANES - 1 - lane)[:, None] * 4 + tl.arange(0, 4)[None, :]
+    for i in range(0, blocks):
+        t = (blocks - 1 - i) * BLOCK + within
+        inside = t < length
+        valid = load_valid(mask, t, inside)
+        until_last = t <= last
+        live = valid if INTERIOR == 0 else until_last
+        read = until_last if INTERIOR == 2 else valid
+        reward = tl.where(read, tl.load(rewards + t, mask=inside, other=0.0), 0.0).to(tl.float64)
+        value = tl.where(read, tl.load(values + t, mask=inside, other=0.0), 0.0).to(tl.float64)
+        gain = reward - value
+
+        a = tl.where(live, gamma * lam, 1.0)
+        b = tl.where(live, gamma * (lam * gain + value), 0.0)
+        a0, a1, a2, a3 = _columns(a)
+        b0, b1, b2, b3 = _columns(b)
+        lane_a, lane_b = _then(a3, b3, a2, b2)
+        lane_a, lane_b = _then(lane_a, lane_b, a1, b1)
+        lane_a, lane_b = _then(lane_a, lane_b, a0, b0)
+        lane_b = tl.where(lane == 0, lane_a * entering + lane_b, lane_b)
+        _, after = _scan(lane_a, lane_b, LANES, DOUBLING)
+        after = tl.gather(after, (lane + LANES - 1) % LANES, 0)  # of the lane before; lane 0: of the last one
+        g3 = tl.where(lane == 0, entering, after)
+        entering = after
+        g2 = a3 * g3 + b3
+        g1 = a2 * g2 + b2
+        g0 = a1 * g1 + b1
+        g = tl.reshape(tl.join(tl.join(g0, g2), tl.join(g1, g3)), [LANES, 4])
+
+        advantage = gain + g
+        tl.store(advantages + t, tl.where(valid, advantage, 0.0).to(advantages.dtype.element_ty), mask=inside)
+        tl.store(returns + t, tl.where(valid, advantage + value, 0.0).to(returns.dtype.element_ty), mask=inside)
+
+
+def gae(
+    rewards: Tensor,
+    values: Tensor,
+    mask: Tensor | None,
+    lam_rows: Tensor | None,
+    bootstrap_value: Tensor | None,
+    cu_seqlens: Tensor | None,
+    gamma: float,
+    lam: float,
+    interior: int,
+) -> tuple[Tensor, Tensor]:
+    require(0 <= interior <= 2, f"unknown interior {interior}")
+    rows = token_rows(rewards, cu_seqlens)
+    require_like(values, rewards)
+    mask = mask_bytes(mask, rewards)
+    advantages, returns = new_tokens(rewards, rows), new_tokens(rewards, rows)
+    # Four tokens per lane; long blocks hide the latency of the scan. A block that followed the mean length of packed
+    # rows would let the neighbours of a row change its rounding.
+    lanes = block_for(rows.length, most=2048, least=128) // 4 if rows.starts is None else 256
+    launch(
+        _gae_rows,
+        rows.batch,
+        rewards,
+        values,
+        mask,
+        dense(lam_rows, rows.batch, torch.float64, rewards),
+        dense(bootstrap_value, rows.batch, rewards.dtype, rewards),
+        rows.starts,
+        advantages,
+        returns,
+        row_stride(rewards),
+        row_stride(values),
+        row_stride(mask),
+        row_stride(advantages),
+        rows.length,
+        gamma,
+        lam,
+        INTERIOR=interior,
+        LANES=lanes,
+        DOUBLING=DOUBLING,
+        num_warps=lanes // 32,
+    )
+    return advantages, returns
