@@ -94,12 +94,12 @@ def _gae_rows(
     returns += first * outputs_stride
     if mask is not None:
         mask += first * mask_stride
-    # Tensors, because the interpreter would round a Python number to float32 in tl.where.
+    # A tensor, because the interpreter would round a Python number to float32 in tl.where.
     gamma = tl.full([], gamma, tl.float64)
-    lam = tl.full([], lam, tl.float64) if lam_rows is None else tl.load(lam_rows + row)
+    gamma_lam = gamma * (lam if lam_rows is None else tl.load(lam_rows + row))
     last = last_valid(mask, length, BLOCK)
-    blocks = (last + BLOCK) // BLOCK
-    for begin in range(blocks * BLOCK, length, BLOCK):
+    blocks = ((last + BLOCK) // BLOCK).to(tl.int32)
+    for begin in range(blocks.to(tl.int64) * BLOCK, length, BLOCK):
         t = begin + tl.arange(0, BLOCK)
         zero = tl.zeros([BLOCK], advantages.dtype.element_ty)
         tl.store(advantages + t, zero, mask=t < length)
@@ -113,7 +113,7 @@ def _gae_rows(
     # Lanes run against time, as the scan does, and the tokens of a lane with it, for 16-byte loads.
     within = (LANES - 1 - lane)[:, None] * 4 + tl.arange(0, 4)[None, :]
     for i in range(0, blocks):
-        t = (blocks - 1 - i) * BLOCK + within
+        t = (blocks - 1 - i).to(tl.int64) * BLOCK + within
         inside = t < length
         valid = load_valid(mask, t, inside)
         until_last = t <= last
@@ -123,8 +123,8 @@ def _gae_rows(
         value = tl.where(read, tl.load(values + t, mask=inside, other=0.0), 0.0).to(tl.float64)
         gain = reward - value
 
-        a = tl.where(live, gamma * lam, 1.0)
-        b = tl.where(live, gamma * (lam * gain + value), 0.0)
+        a = tl.where(live, gamma_lam, 1.0)
+        b = tl.where(live, gamma_lam * gain + gamma * value, 0.0)
         a0, a1, a2, a3 = _columns(a)
         b0, b1, b2, b3 = _columns(b)
         lane_a, lane_b = _then(a3, b3, a2, b2)
