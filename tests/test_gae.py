@@ -1,5 +1,7 @@
 """Generalised advantage estimation."""
 
+import importlib
+
 import numpy as np
 import oracle
 import pytest
@@ -13,6 +15,7 @@ from helpers import (
     assert_raises,
     bit_equal,
     cu,
+    far_rows,
     holey_mask,
     out_dtype,
     pack,
@@ -58,11 +61,23 @@ def test_matches_the_loop_at_awkward_lengths(impl, length, dtype, interior):
 
 
 def test_every_length_to_300_in_one_packed_batch(impl):
-    lengths = list(range(301))
-    mask = torch.rand(sum(lengths)) < 0.8
-    rewards, values = torch.randn(sum(lengths)), torch.randn(sum(lengths))
-    for interior in INTERIORS:
+    for i, interior in enumerate(INTERIORS):
+        # The interpreter takes 20 ms per row: there each length meets one of the modes.
+        lengths = list(range(301))[i :: 3 if impl == "triton" else 1]
+        mask = torch.rand(sum(lengths)) < 0.8
+        rewards, values = torch.randn(sum(lengths)), torch.randn(sum(lengths))
         check(impl, rewards, values, mask, interior=interior, gamma=0.99, cu_seqlens=cu(lengths))
+
+
+@pytest.mark.parametrize("length", [1023, 1025, 2047, 2048, 2049, 4095, 4096, 4097, 8191, 8193])
+def test_lengths_around_the_blocks_of_a_kernel(impl, length):
+    boot = torch.tensor([3.0, -2.0])
+    rewards, values = make(2, length)
+    mask = torch.rand(2, length) < torch.tensor([[0.9], [0.01]])
+    for interior in INTERIORS:
+        check(impl, rewards, values, mask, gamma=0.99, lam=1.0, interior=interior, bootstrap_value=boot)
+    both = [x.reshape(-1) for x in (rewards, values, mask)]
+    check(impl, *both, gamma=1.0, bootstrap_value=boot, cu_seqlens=cu([length, length]))
 
 
 @pytest.mark.parametrize(
@@ -174,6 +189,28 @@ def test_long_rows_keep_the_error_bound_at_gamma_lambda_one(impl, length):
     check(impl, *make(2, length), None, gamma=1.0, lam=1.0)
     rewards = torch.full((1, length), 1e-3)
     check(impl, rewards, torch.full((1, length), 0.3), torch.rand(1, length) < 0.9, gamma=1.0, lam=0.95)
+
+
+def test_discounts_close_to_one_keep_their_digits(impl):
+    """gamma * lam = 0.997 in float32 is wrong by 1e-5 of 1 - gamma * lam, and the sum of equal rewards with it."""
+    check(impl, torch.ones(1, 3000), torch.zeros(1, 3000), gamma=0.999, lam=0.998)
+
+
+def test_the_scan_of_triton_itself(require_impl, monkeypatch):
+    """The interpreter runs it element by element, so that the other tests scan by doubling."""
+    module = importlib.import_module("ppo_kernels.triton.gae")
+    monkeypatch.setattr(module, "DOUBLING", False)
+    impl = require_impl(OP, "triton")
+    for interior in INTERIORS:
+        check(impl, *make(4, 200), holey_mask(4, 200), gamma=0.97, interior=interior, bootstrap_value=torch.randn(4))
+    check(impl, *make(1, 4500), torch.rand(1, 4500) < 0.8, gamma=1.0, lam=1.0)
+
+
+def test_rows_beyond_the_reach_of_32_bits(impl):
+    rewards, values = make(9, 5)
+    mask = holey_mask(9, 5)
+    far = gae(*(far_rows(x) for x in (rewards, values, mask)), bootstrap_value=torch.ones(9), impl=impl)
+    assert bit_equal(far, gae(rewards, values, mask, bootstrap_value=torch.ones(9), impl=impl))
 
 
 def test_lambda_zero_is_delta(impl):

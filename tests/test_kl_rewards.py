@@ -16,6 +16,7 @@ from helpers import (
     assert_raises,
     bit_equal,
     cu,
+    far_rows,
     holey_mask,
     out_dtype,
     pack,
@@ -221,6 +222,13 @@ def test_padded_rows_and_transposed_inputs(impl, pad):
     assert bit_equal(plain, kl_rewards(logp.t().contiguous().t(), ref, scores, mask.t().contiguous().t(), impl=impl))
 
 
+def test_rows_beyond_the_reach_of_32_bits(impl):
+    logp, ref, scores = make(9, 5)
+    mask = holey_mask(9, 5)
+    far = kl_rewards(far_rows(logp), far_rows(ref), scores, far_rows(mask), impl=impl)
+    assert bit_equal(far, kl_rewards(logp, ref, scores, mask, impl=impl))
+
+
 def test_nan_in_a_valid_token_stays_in_its_row(impl):
     logp, ref, scores = make(3, 40)
     clean = kl_rewards(logp, ref, scores, impl=impl)
@@ -317,7 +325,7 @@ def test_wrong_arguments_are_named(impl, change, error, mentions):
 @given(data=st.data())
 def test_any_batch_matches_the_loop(require_impl, data):
     impl = require_impl(OP, data.draw(st.sampled_from(["cpu", "triton", "torch"])))
-    lengths = data.draw(st.lists(st.sampled_from([0, 1, 2, 31, 32, 33, 65, 128, 300]), max_size=5))
+    lengths = data.draw(st.lists(st.sampled_from([0, 1, 2, 31, 32, 33, 65, 128, 300, 1100]), max_size=5))
     g = torch.Generator().manual_seed(data.draw(st.integers(0, 2**20)))
     total = sum(lengths)
     dtype = data.draw(st.sampled_from(DTYPES[:3]))

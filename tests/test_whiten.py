@@ -1,5 +1,6 @@
 """Masked moments and whitening, alone and over a process group."""
 
+import importlib
 import math
 import os
 import socket
@@ -54,6 +55,8 @@ def check_moments(impl, x, mask=None):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [(1, 2), (6, 7), (6, 129), (257,), (2, 3, 4), (3, 17000)])
 def test_matches_the_loop(impl, require_impl, shape, dtype):
+    if impl == "triton" and math.prod(shape) > 10000:
+        shape = (3, 3000)  # five parts, two programs that apply: enough for the interpreter
     x = (torch.randn(shape) * 3 + 1).to(dtype)
     mask = torch.rand(shape) < 0.7
     for options in OPTIONS:
@@ -66,6 +69,22 @@ def test_matches_the_loop(impl, require_impl, shape, dtype):
 @pytest.mark.parametrize("eps", [0.0, 1e-8, 1e-2, 10.0])
 def test_eps_is_added_to_the_variance(impl, eps):
     check(impl, torch.randn(4, 50), holey_mask(4, 50), eps=eps)
+
+
+@pytest.mark.parametrize("count", [1, 2048, 2049, 8 * 2048, 8 * 2048 + 1, 25000])
+def test_parts_of_several_blocks(require_impl, monkeypatch, count):
+    impl = require_impl(OP, "triton")
+    monkeypatch.setattr(importlib.import_module("ppo_kernels.triton.whiten"), "PARTS", 4)
+    x, mask = torch.randn(count) + torch.arange(count) / count, torch.rand(count) < 0.6
+    check(impl, x, mask)
+    check_moments(impl, x, mask)
+
+
+def test_counts_stay_exact_beyond_float32(impl, monkeypatch):
+    if impl == "triton":  # fewer steps for the interpreter
+        monkeypatch.setattr(importlib.import_module("ppo_kernels.triton.whiten"), "BLOCK", 2**20)
+    x = torch.ones(2**24 + 3)
+    assert [float(m) for m in moments(x, impl=impl)] == [2**24 + 3, 1.0, 0.0]
 
 
 def test_hand_computed_values(impl):
