@@ -6,7 +6,7 @@ A token maps g, what the later tokens contribute to it, to what it contributes t
 
 and a token that is no transition leaves g as it is. So a stretch of tokens is one affine map (a, b), for every way to
 treat interior masked tokens, and g is gamma * bootstrap_value after the last valid one. The maps are float64: rounding
-gamma * lam to float32 alone costs 1e-5 where it is close to 1, and the few operations per token hide behind the loads.
+gamma * lam to float32 alone costs 1e-5 where it is close to 1.
 """
 
 from __future__ import annotations

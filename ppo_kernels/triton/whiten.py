@@ -142,10 +142,12 @@ def whiten(
     eps: float,
 ) -> Tensor:
     mask = _flat(x, mask)
-    given = (count, mean, m2)
-    require(all(s is None for s in given) or all(s is not None for s in given), "count, mean and m2 come together")
-    partial = _partial_moments(x, mask) if count is None else [dense(s, 1, torch.float64, x) for s in given]
-    parts = 1 if count is not None else partial[0].numel()
+    given = [s for s in (count, mean, m2) if s is not None]
+    require(len(given) in (0, 3), "count, mean and m2 come together")
+    for s in given:
+        dense(s, 1, torch.float64, x)
+    partial = given or _partial_moments(x, mask)
+    parts = partial[0].numel()
     y = torch.empty_like(x)
     launch(
         _apply,
