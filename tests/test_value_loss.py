@@ -236,7 +236,7 @@ def test_wrong_arguments_are_named(impl, change, error, mentions):
 @settings(max_examples=100, deadline=None, derandomize=True)
 @given(data=st.data())
 def test_any_batch_matches_the_loop(require_impl, data):
-    impl = require_impl(OP, data.draw(st.sampled_from(["cpu", "torch"])))
+    impl = require_impl(OP, data.draw(st.sampled_from(["cpu", "triton", "torch"])))
     lengths = data.draw(st.lists(st.sampled_from([0, 1, 2, 7, 33, 129]), max_size=4))
     seed, dtype = data.draw(st.integers(0, 2**20)), data.draw(st.sampled_from(DTYPES[:2]))
     values, old, returns = (x[0] for x in make(1, sum(lengths), dtype, seed, data.draw(st.sampled_from([0.01, 3.0]))))

@@ -1,0 +1,170 @@
+"""What policy_loss and value_loss share: flat chunks of tokens, the rows they belong to, partial sums folded in order.
+
+A launch over chunks writes the gradient and, per chunk, one line of float64 sums; a second launch, of one program,
+folds the lines in a fixed order into the loss and its statistics.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ppo_kernels.triton import INTERPRETED
+from ppo_kernels.triton._launch import Rows, dense, launch, require
+
+#: Lines of sums that the fold reads at a time: with 8 warps, 8 or 16 numbers a lane.
+FOLD = 256
+
+
+def chunk_for(tokens: int) -> tuple[int, int]:
+    """Tokens per program, and its warps: one, so that the sums need no barrier, unless that makes the fold long.
+
+    8 tokens a lane are two 16-byte loads of each input; 16 take up to 255 registers. In the interpreter a program
+    costs the same whatever its size.
+    """
+    return (256, 1) if tokens <= 2**18 and not INTERPRETED else (2048, 8)
+
+
+def row_arguments(rows: Rows, like: Tensor, row_weight: Tensor | None) -> tuple[object, ...]:
+    """What kernels know of rows: weights, bounds, N, T, B."""
+    row_weight = dense(row_weight, rows.batch, like.dtype, like)
+    return row_weight, rows.starts, like.numel(), rows.length, rows.batch
+
+
+def is_flat(*tensors: Tensor | None) -> bool:
+    """Whether an index into the tokens is an offset in each of the tensors."""
+    return all(x is None or x.is_contiguous() for x in tensors)
+
+
+def is_per_row(x: Tensor | None, tokens: Tensor, rows: Rows) -> bool:
+    """Whether ``x`` holds one value per row, ``[B, 1]``, and not one per token."""
+    if x is None or x.dim() != 2 or x.size(1) != 1 or x.shape == tokens.shape:
+        return False
+    require(x.size(0) == rows.batch, f"expected one value for each of {rows.batch} rows, got {tuple(x.shape)}")
+    require(x.dtype == tokens.dtype and x.device == tokens.device, "an input has another dtype or device")
+    return True
+
+
+class Outputs(NamedTuple):
+    loss: Tensor
+    stats: Tensor
+    grad: Tensor
+    inv_normalizer: Tensor
+
+
+def new_outputs(like: Tensor, stats: int, grad: bool) -> Outputs:
+    shapes = ((), (stats,), like.shape if grad else (0,), ())
+    return Outputs(*(torch.empty(shape, dtype=like.dtype, device=like.device) for shape in shapes))
+
+
+def new_parts(like: Tensor, chunk: int, columns: int) -> Tensor:
+    """One line of sums per chunk."""
+    return torch.empty(triton.cdiv(like.numel(), chunk), columns, dtype=torch.float64, device=like.device)
+
+
+def launch_fold(kernel: triton.JITFunction, parts: Tensor, normalizer: Tensor | None, out: Outputs) -> None:
+    normalizer = dense(normalizer, 1, torch.float64, out.loss)
+    launch(kernel, 1, parts, normalizer, out.loss, out.stats, out.inv_normalizer, parts.size(0), FOLD=FOLD, num_warps=8)
+
+
+@triton.jit
+def locate(first, N, T, bounds_ptr, B, NEEDS_ROWS: tl.constexpr, CHUNK: tl.constexpr):
+    """The tokens of the chunk at ``first``: flat index, row, column, and whether a row owns them."""
+    lane = tl.arange(0, CHUNK)
+    n = first + lane
+    owned = n < N
+    row = tl.zeros([CHUNK], tl.int64)
+    column = row
+    if bounds_ptr is None:
+        if NEEDS_ROWS:
+            # One division in 64 bits per chunk; those per token are in T's own width, nearly always 32 bits.
+            above = first // T
+            local = (first - above * T + lane).to(tl.uint32 if T.dtype == tl.int32 else tl.int64)
+            down = local // T.to(local.dtype)
+            row = above + down.to(tl.int64)
+            column = (local - down * T.to(local.dtype)).to(tl.int64)
+    else:
+        owned = owned & (n >= tl.load(bounds_ptr)) & (n < tl.load(bounds_ptr + B))
+        if NEEDS_ROWS:
+            low, high = row, row + B
+            left = B
+            while left > 0:
+                middle = (low + high) // 2
+                right = (low < high) & (tl.load(bounds_ptr + 1 + middle, mask=owned & (low < high), other=0) <= n)
+                low = tl.where(right, middle + 1, low)
+                high = tl.where(right, high, middle)
+                left = left // 2
+            row = low
+    return n, row, column, owned
+
+
+@triton.jit
+def load_tokens(ptr, n, row, column, stride, inside, whole, PER_ROW: tl.constexpr, FLAT: tl.constexpr):
+    """Values of a token tensor, or of a row-level one. A mask that ends anywhere would forbid 16-byte loads."""
+    if PER_ROW:
+        x = tl.load(ptr + row * stride, mask=inside, other=0)
+    elif FLAT:
+        if whole:
+            x = tl.load(ptr + n)
+        else:
+            x = tl.load(ptr + n, mask=inside, other=0)
+    else:
+        x = tl.load(ptr + row * stride + column, mask=inside, other=0)
+    return x
+
+
+@triton.jit
+def store_tokens(ptr, n, x, inside, whole):
+    if whole:
+        tl.store(ptr + n, x)
+    else:
+        tl.store(ptr + n, x, mask=inside)
+
+
+@triton.jit
+def fold_sums(parts_ptr, P, q, FOLD: tl.constexpr, Q: tl.constexpr):
+    """Sum and maximum of each column of the lines ``[P, Q]``, as ``[Q]``."""
+    sums = tl.zeros([FOLD, Q], tl.float64)
+    peak = tl.zeros([FOLD, Q], tl.float64)
+    for begin in range(0, P, FOLD):
+        line = begin + tl.arange(0, FOLD)[:, None]
+        x = tl.load(parts_ptr + line * Q + q[None, :], mask=line < P, other=0.0)
+        sums += x
+        peak = tl.where(x > peak, x, peak)
+    return tl.sum(sums, 0), tl.max(peak, 0)
+
+
+@triton.jit
+def fold_m2(
+    parts_ptr, P, mean, COUNT: tl.constexpr, SUM: tl.constexpr, M2: tl.constexpr, FOLD: tl.constexpr, Q: tl.constexpr
+):
+    """Squared deviations from ``mean``, from each line's count, sum and squared deviations from its own mean."""
+    total = tl.zeros([FOLD], tl.float64)
+    for begin in range(0, P, FOLD):
+        line = begin + tl.arange(0, FOLD)
+        here = parts_ptr + line * Q
+        n = tl.load(here + COUNT, mask=line < P, other=0.0)
+        step = tl.load(here + SUM, mask=line < P, other=0.0) / tl.where(n == 0.0, 1.0, n) - mean
+        total += tl.load(here + M2, mask=line < P, other=0.0) + tl.where(n == 0.0, 0.0, n * step * step)
+    return tl.sum(total, 0)
+
+
+@triton.jit
+def finish(total, count, normalizer_ptr, loss_ptr, inverse_ptr):
+    """loss = total / normalizer, 0 where the normalizer is 0."""
+    scale = count
+    if normalizer_ptr is not None:
+        scale = tl.load(normalizer_ptr)
+    inverse = tl.where(scale == 0.0, 0.0, 1.0 / tl.where(scale == 0.0, 1.0, scale))
+    tl.store(loss_ptr, tl.where(scale == 0.0, 0.0, total * inverse))
+    tl.store(inverse_ptr, inverse)
+
+
+@triton.jit
+def pick(x, q, i: tl.constexpr):
+    """Element i of a vector."""
+    return tl.sum(tl.where(q == i, x, 0.0), 0)
