@@ -41,6 +41,20 @@ def _rows(dtype, batch, g, *names):
     return {name: torch.rand(batch, generator=g).to(dtype) for name in names}
 
 
+def _pack(padded):
+    batch, length = padded["mask"].shape
+    return {k: x.reshape(-1) if x.dim() == 2 else x for k, x in padded.items()} | {"cu_seqlens": cu([length] * batch)}
+
+
+def pick_rows(case: Case, rows: list[int]) -> dict[str, torch.Tensor]:
+    """The case's tensors with only these rows, in this order."""
+    if "cu_seqlens" not in case.tensors:
+        return {k: x[rows] if x.dim() else x for k, x in case.tensors.items()}
+    batch, tokens = case.tensors["cu_seqlens"].numel() - 1, case.tensors["mask"].numel()
+    padded = {k: x.view(batch, -1) if x.numel() == tokens else x for k, x in case.tensors.items() if k != "cu_seqlens"}
+    return _pack({k: x[rows] if x.dim() else x for k, x in padded.items()})
+
+
 def make(name: str, dtype=torch.float32, batch=4, length=33, seed=0) -> Case:
     g = torch.Generator().manual_seed(seed)
     op, _, variant = name.partition(":")
@@ -64,15 +78,13 @@ def make(name: str, dtype=torch.float32, batch=4, length=33, seed=0) -> Case:
         tensors["normalizer"] = torch.tensor(17.0)
         options, leaf = {"cliprange": (0.2, 0.3), "dual_clip": 3.0, "kl_coef": 0.1, "kl_estimator": "k3"}, "logprobs"
     elif op == "value_loss":
-        tensors = _tokens(dtype, batch, length, g, ("values", "old_values", "returns")) | _rows(
-            dtype, batch, g, "row_weight"
-        )
+        tensors = _tokens(dtype, batch, length, g, ("values", "old_values", "returns"))
+        tensors |= _rows(dtype, batch, g, "row_weight") | {"normalizer": torch.tensor(9.0)}
         options, leaf = {"cliprange_value": 0.3}, "values"
     else:
         raise AssertionError(name)
     if variant == "packed":
-        tensors = {k: x.reshape(-1) if x.dim() == 2 else x for k, x in tensors.items()}
-        tensors["cu_seqlens"] = cu([length] * batch)
+        tensors = _pack(tensors)
     fn = getattr(pk, op)
     return Case(op, tensors, lambda t, impl: outputs(fn(**t, **options, impl=impl)), leaf)
 
@@ -92,6 +104,7 @@ NAMES = (
     "value_loss",
     "value_loss:packed",
 )
+ROWWISE = tuple(name for name in NAMES if name not in ("whiten", "moments"))  # the others have one output per batch
 DIFFERENTIABLE = tuple(name for name in NAMES if name.split(":")[0] in ("token_logprobs", "policy_loss", "value_loss"))
 
 

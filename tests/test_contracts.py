@@ -3,14 +3,14 @@
 import cases
 import pytest
 import torch
-from cases import DIFFERENTIABLE, NAMES, run
-from helpers import bit_equal
+from cases import DIFFERENTIABLE, NAMES, ROWWISE, run
+from helpers import bit_equal, in_fresh_process
 
 import ppo_kernels as pk
 from ppo_kernels import backends
 
 
-@pytest.fixture(params=["cpu", "torch"])
+@pytest.fixture(params=["cpu", "triton", "torch"])
 def impl_of(request, require_impl):
     """``impl_of(case name)``: one of the implementations, which must be there."""
     return lambda name: require_impl(name.partition(":")[0], request.param)
@@ -87,7 +87,7 @@ def test_inputs_are_never_mutated(impl_of, name):
 def test_runs_repeat_bit_by_bit(impl_of, name):
     impl, case = impl_of(name), cases.make(name, batch=7, length=130)
     first = run(case, impl)
-    for _ in range(20):
+    for _ in range(2 if impl == "triton" else 20):  # the interpreter is slow, and has one thread
         assert bit_equal(run(case, impl), first)
 
 
@@ -108,33 +108,41 @@ def test_one_and_two_threads_give_the_same_bits(require_impl, name, dtype):
     assert bit_equal(results[0], results[2])
 
 
+def by_row(name, case, impl, tensors=None):
+    """Everything that belongs to one row: outputs and gradients as [rows, ...]; not a loss or its statistics."""
+    tensors = case.tensors if tensors is None else tensors
+    rows = len(tensors["cu_seqlens"]) - 1 if "cu_seqlens" in tensors else len(tensors["mask"])
+    found = run(case, impl, tensors)
+    return tuple(x.reshape(rows, -1) for x in (found[-1:] if name in LOSSES else found))
+
+
+LOSSES = ("policy_loss", "policy_loss:packed", "value_loss", "value_loss:packed")
+
+
+@pytest.mark.parametrize("name", ROWWISE)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("vocab", [33, 5000])
-def test_a_row_of_token_logprobs_does_not_depend_on_its_neighbours(require_impl, dtype, vocab):
-    impl = require_impl("token_logprobs", "cpu")
-    logits, labels = torch.randn(9, vocab).to(dtype), torch.randint(0, vocab, (9,))
-    whole = run(_logprob_case(logits, labels), impl)
-    for i in (0, 4, 8):
-        alone = run(_logprob_case(logits[i : i + 1], labels[i : i + 1]), impl)
-        assert bit_equal(alone, tuple(x[i : i + 1] for x in whole))
-    order = torch.randperm(9)
-    assert bit_equal(run(_logprob_case(logits[order], labels[order]), impl), tuple(x[order] for x in whole))
+def test_a_row_does_not_depend_on_the_batch_around_it(impl_of, name, dtype):
+    impl = impl_of(name)
+    length = 30 if name.startswith("token_logprobs") else 1500
+    case = cases.make(name, dtype, batch=6, length=length)
+    whole = by_row(name, case, impl)
+    for rows in ([0], [5], [4, 2, 5], [3, 0, 1, 5, 4, 2, 0]):
+        assert bit_equal(by_row(name, case, impl, cases.pick_rows(case, rows)), tuple(x[rows] for x in whole)), rows
 
 
-def _logprob_case(logits, labels):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_row_of_a_large_vocabulary_does_not_depend_on_the_batch_around_it(impl_of, dtype):
+    impl = impl_of("token_logprobs")
+    logits, labels = torch.randn(5, 5003).to(dtype), torch.randint(0, 5003, (5,))
+
     def call(t, impl):
         return pk.token_logprobs(t["logits"], t["labels"], entropy=True, impl=impl)
 
-    return cases.Case("token_logprobs", {"logits": logits, "labels": labels}, call, "logits")
-
-
-@pytest.mark.parametrize("name", ["gae", "kl_rewards"])
-def test_a_row_of_gae_or_rewards_does_not_depend_on_its_neighbours(require_impl, name):
-    impl, case = require_impl(name, "cpu"), cases.make(name, batch=6, length=1500)
-    whole = case.call(case.tensors, impl)
-    for i in (0, 3, 5):
-        alone = case.call({k: x[i : i + 1] for k, x in case.tensors.items()}, impl)
-        assert bit_equal(alone, tuple(x[i : i + 1] for x in whole))
+    case = cases.Case("token_logprobs", {"logits": logits, "labels": labels}, call, "logits")
+    whole = run(case, impl)
+    for rows in ([0], [4], [3, 1, 4, 2, 0]):
+        got = run(case, impl, {"logits": logits[rows], "labels": labels[rows]})
+        assert bit_equal(got, tuple(x[rows] for x in whole))
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -160,22 +168,40 @@ def _counts_since(before):
 
 
 @pytest.mark.parametrize("name", ["token_logprobs", "policy_loss"])
-def test_status_counts_backward_kernels(require_impl, name):
-    impl, case = require_impl(name, "cpu"), cases.make(name)
+@pytest.mark.parametrize("impl", ["cpu", "triton"])
+def test_status_counts_backward_kernels(require_impl, name, impl):
+    case = cases.make(name)
     before = _counts()
-    run(case, impl)
-    extra = {("token_logprobs_backward", "cpu"): 1} if name == "token_logprobs" else {}
-    assert _counts_since(before) == {(case.op, "cpu"): 1} | extra
+    run(case, require_impl(name, impl))
+    extra = {("token_logprobs_backward", impl): 1} if name == "token_logprobs" else {}
+    assert _counts_since(before) == {(case.op, impl): 1} | extra
+
+
+def refused(case, impl):
+    with pytest.raises(ValueError, match="auto") as caught:
+        case.call(case.tensors, impl)
+    text = str(caught.value)
+    assert repr(impl)[1:-1] in text
+    assert "'torch'" in text
+    return text
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_an_implementation_that_cannot_serve_is_refused_with_a_remedy(name):
-    case = cases.make(name)
-    for impl in ("cuda", "triton", "nonsense", "", "CPU"):
-        with pytest.raises(ValueError, match="auto") as caught:
-            case.call(case.tensors, impl)
-        assert repr(impl)[1:-1] in str(caught.value)
-        assert "'torch'" in str(caught.value)
+    for impl in ("cuda", "nonsense", "", "CPU"):
+        refused(cases.make(name), impl)
+
+
+def triton_is_refused():
+    for name in NAMES:
+        text = refused(cases.make(name), "triton")
+        assert "TRITON_INTERPRET=1" in text or not backends.triton.INSTALLED
+        assert "pip install triton" in text or backends.triton.INSTALLED
+
+
+def test_triton_on_cpu_tensors_is_refused_without_its_interpreter(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    in_fresh_process(triton_is_refused)
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -1,0 +1,163 @@
+"""No op reads or writes outside its tensors: guard pages around them, rows beyond 32 bits, every base alignment."""
+
+import ctypes
+import mmap
+
+import cases
+import pytest
+import torch
+from cases import NAMES, run
+from helpers import bit_equal, in_fresh_process
+from torch.overrides import TorchFunctionMode
+
+import ppo_kernels as pk
+
+PROT_NONE = 0
+ALLOCATIONS = (torch.empty, torch.zeros, torch.empty_like, torch.zeros_like, torch.Tensor.new_empty)
+
+
+def fenced(x: torch.Tensor, front: bool) -> torch.Tensor:
+    """A copy whose memory begins, or ends, at a page that cannot be touched: one element too far is a crash."""
+    page, size = mmap.PAGESIZE, x.numel() * x.element_size()
+    if size == 0:
+        return x
+    room = -(-size // page) * page
+    area = mmap.mmap(-1, room + 2 * page)
+    start = ctypes.addressof(ctypes.c_char.from_buffer(area))
+    protect = ctypes.CDLL(None, use_errno=True).mprotect
+    for guard in (start, start + page + room):
+        assert protect(ctypes.c_void_p(guard), ctypes.c_size_t(page), PROT_NONE) == 0
+    begin = page if front else page + room - size
+    out = torch.frombuffer(area, dtype=x.dtype, count=x.numel(), offset=begin).view(x.shape)
+    return out.copy_(x)
+
+
+class FencedAllocations(TorchFunctionMode):
+    """Outputs and scratch that Python code allocates, such as a Triton launcher, lie between guard pages too."""
+
+    def __init__(self, front):
+        super().__init__()
+        self.front, self.count = front, 0
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if func not in ALLOCATIONS:
+            return out
+        self.count += 1
+        return fenced(out, self.front)
+
+
+def everything_between_guard_pages(impl, front):
+    torch.set_num_threads(1)
+    for name in NAMES:
+        for dtype in (torch.float32, torch.bfloat16):
+            case = cases.make(name, dtype, batch=3, length=13)
+            want = run(case, impl)
+            tensors = {k: fenced(x, front) for k, x in case.tensors.items()}
+            with FencedAllocations(front) as fences:
+                if case.leaf:
+                    leaf = tensors[case.leaf].requires_grad_()
+                    out = case.call(tensors, impl)
+                    torch.autograd.backward([x.sum() * (1 + i) for i, x in enumerate(out) if x.requires_grad])
+                    got = (*(x.detach() for x in out), leaf.grad)
+                else:
+                    got = case.call(tensors, impl)
+            assert bit_equal(got, want), name
+            assert fences.count > 0 or impl != "triton", "the launcher allocates by other means: fence those"
+
+
+def garbage_between_guard_pages(impl, front):
+    torch.set_num_threads(1)
+    g = torch.Generator().manual_seed(0)
+    wild = torch.tensor([0, 1, -1, 5, 39, 40, 2**31, -(2**31), 2**40, -(2**40), 2**62, -(2**62)])
+    for _ in range(6 if impl == "triton" else 60):
+        pick = lambda n: fenced(wild[torch.randint(0, len(wild), (n,), generator=g)], front)  # noqa: E731
+        x, row = fenced(torch.randn(40, generator=g), front), fenced(torch.rand(4, generator=g), front)
+        leaf, labels = fenced(torch.randn(6, 40, generator=g), front).requires_grad_(), pick(6)
+        bounds = {"cu_seqlens": pick(5), "impl": impl}
+        with FencedAllocations(front):
+            logp, h = pk.token_logprobs(leaf, labels, entropy=True, impl=impl)
+            (logp + h).sum().backward()
+            assert torch.equal(leaf.grad.isnan().all(1), ((labels < 0) | (labels >= 40)) & (labels != -100))
+            pk.kl_rewards(x, x, row, score_index=pick(4), **bounds)
+            pk.gae(x, x, bootstrap_value=row, lam=row, **bounds)
+            pk.policy_loss(x, x, row, weights=row, row_weight=row, **bounds)
+            pk.value_loss(x, x, x, row_weight=row, **bounds)
+
+
+@pytest.mark.parametrize("front", [False, True])
+@pytest.mark.parametrize("impl", ["cpu", "triton", "torch"])
+def test_no_op_touches_what_lies_outside_its_tensors(require_impl, impl, front):
+    require_impl("gae", impl)
+    in_fresh_process(everything_between_guard_pages, impl, front)
+
+
+@pytest.mark.parametrize("front", [False, True])
+@pytest.mark.parametrize("impl", ["cpu", "triton"])
+def test_garbage_labels_and_offsets_read_nothing_outside(require_impl, impl, front):
+    require_impl("gae", impl)
+    in_fresh_process(garbage_between_guard_pages, impl, front)
+
+
+def far_rows(x: torch.Tensor, stride: int) -> torch.Tensor:
+    """The rows of x, ``stride`` elements apart, in memory that the system provides only where it is touched."""
+    size = ((x.size(0) - 1) * stride + x[0].numel()) * x.element_size()
+    area = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0))
+    whole = torch.frombuffer(area, dtype=x.dtype, count=size // x.element_size())
+    return whole.as_strided(x.shape, (stride, *x.stride()[1:])).copy_(x)
+
+
+PADDED = tuple(name for name in NAMES if not name.endswith(":packed"))
+
+
+def rows_beyond_32_bits(impl, stride):
+    for name in PADDED:
+        case = cases.make(name, torch.float32, batch=2, length=33)
+        far = {k: far_rows(x, stride) if x.dim() > 1 else x for k, x in case.tensors.items()}
+        assert bit_equal(case.call(far, impl), case.call(case.tensors, impl)), name
+        if case.leaf:
+            grads = []
+            for tensors in (far, case.tensors):
+                leaf = tensors[case.leaf].requires_grad_()
+                grads.append(torch.autograd.grad(case.call(tensors, impl)[0].sum(), leaf)[0])
+            assert bit_equal(*grads), name
+    gradient_written_over_rows_beyond_32_bits(impl, stride)
+
+
+def gradient_written_over_rows_beyond_32_bits(impl, stride):
+    logits, labels = torch.randn(2, 33).bfloat16(), torch.tensor([3, 30])
+    grads = []
+    for x in (logits.clone(), far_rows(logits, stride)):
+        saved = pk.backends.kernel("token_logprobs", impl)(x, labels, None, None, 0.7, -100, True)
+        backward = pk.backends.kernel("token_logprobs_backward_", impl)
+        backward(x, labels, None, torch.ones(2), torch.ones(2), *saved, 0.7)
+        grads.append(x)
+    assert bit_equal(*grads)
+    assert not bit_equal(grads[0], logits)
+
+
+@pytest.mark.parametrize("stride", [2**31 - 40, 2**31 + 40])
+@pytest.mark.parametrize("impl", ["cpu", "triton"])
+def test_rows_further_apart_than_32_bits_count(require_impl, impl, stride):
+    require_impl("gae", impl)
+    in_fresh_process(rows_beyond_32_bits, impl, stride)
+
+
+@pytest.mark.parametrize("impl", ["cpu", "triton"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_every_alignment_of_base_and_rows(require_impl, impl, dtype):
+    """Vector loads may only be chosen where they are legal, and never show in the bits."""
+    require_impl("token_logprobs", impl)
+    for vocab in range(40, 48, 3 if impl == "triton" else 1):
+        logits, labels = torch.randn(3, vocab).to(dtype), torch.tensor([0, vocab - 1, 7])
+        case = cases.Case(
+            "", {}, lambda t, i, y=labels: pk.token_logprobs(**t, labels=y, entropy=True, impl=i), "logits"
+        )
+        want = run(case, impl, {"logits": logits})
+        for offset in range(8):
+            area = torch.empty(3 * vocab + 8, dtype=dtype)
+            leaf = area[offset : offset + 3 * vocab].view(3, vocab).copy_(logits).requires_grad_()
+            logp, h = case.call({"logits": leaf}, impl)
+            assert bit_equal((logp.detach(), h.detach()), want[:2]), (vocab, offset)
+            torch.autograd.backward([logp.sum(), h.sum() * 2])
+            assert bit_equal(leaf.grad, want[2]), (vocab, offset)
