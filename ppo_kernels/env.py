@@ -68,11 +68,25 @@ def devices() -> Lines:
         )
 
 
+def twins() -> str:
+    ours = importlib.import_module("ppo_kernels.triton")
+    if not ours.INSTALLED:
+        return "none, Triton is not installed; pip install triton"
+    try:
+        importlib.import_module("triton")
+    except Exception as error:  # an installation that is broken is found only so
+        return f"none, Triton cannot be imported: {type(error).__name__}: {error}"
+    how = "interpreted" if ours.INTERPRETED else "compiled at their first call"
+    hint = "" if ours.INTERPRETED else "; CPU tensors need TRITON_INTERPRET=1"
+    return f"{how}, for {', '.join(ours.DEVICE_TYPES)} tensors{hint}"
+
+
 def binaries() -> Lines:
     native = importlib.import_module("ppo_kernels._native")
     yield "package", native.PACKAGE
     yield "C++ ops", native.CPU_ERROR or "loaded"
     yield "CUDA ops", native.CUDA_ERROR or "loaded"
+    yield "Triton ops", twins()
     info = native.build_info()
     if not info:
         return

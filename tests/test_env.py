@@ -25,8 +25,8 @@ BLOCKED = """if True:
     """
 
 
-def run(*arguments: str, cwd: Path = PACKAGE.parent) -> str:
-    clean = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+def run(*arguments: str, cwd: Path = PACKAGE.parent, **variables: str) -> str:
+    clean = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "TRITON_INTERPRET")} | variables
     done = subprocess.run([sys.executable, *arguments], cwd=cwd, env=clean, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return done.stdout
@@ -42,6 +42,20 @@ def test_report_names_what_matters() -> None:
     assert f"ppo_kernels {ppo_kernels.__version__}. Copy this into a bug report." in report
     for word in (*env.PACKAGES, *backends.OPS, "python", "source_hash", str(_native.cpu_capability())):
         assert word in report
+    assert "cannot tell" not in report
+    assert "Triton ops           compiled at their first call, for cuda, xpu tensors; CPU tensors need" in report
+    assert "gae                  cpu: cpu > torch   cuda:" in report
+
+
+def test_report_with_the_interpreter_of_triton() -> None:
+    report = run("-m", "ppo_kernels.env", TRITON_INTERPRET="1")
+    assert "Triton ops           interpreted, for cuda, xpu, cpu tensors" in report
+    assert "gae                  cpu: cpu > torch > triton   cuda:" in report
+
+
+def test_report_with_a_triton_that_cannot_be_imported() -> None:
+    report = report_without("triton.language")
+    assert "none, Triton cannot be imported: ImportError: blocked: triton.language" in report
     assert "cannot tell" not in report
 
 
