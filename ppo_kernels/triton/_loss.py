@@ -126,13 +126,13 @@ def store_tokens(ptr, n, x, inside, whole):
 
 
 @triton.jit
-def fold_sums(parts_ptr, P, q, FOLD: tl.constexpr, Q: tl.constexpr):
-    """Sum and maximum of each column of the lines ``[P, Q]``, as ``[Q]``."""
+def fold_sums(parts_ptr, P, q, USED: tl.constexpr, FOLD: tl.constexpr, Q: tl.constexpr):
+    """Sum and maximum of each column of the lines ``[P, Q]``, as ``[Q]``; nobody wrote the columns from USED on."""
     sums = tl.zeros([FOLD, Q], tl.float64)
     peak = tl.zeros([FOLD, Q], tl.float64)
     for begin in range(0, P, FOLD):
         line = begin + tl.arange(0, FOLD)[:, None]
-        x = tl.load(parts_ptr + line * Q + q[None, :], mask=line < P, other=0.0)
+        x = tl.load(parts_ptr + line * Q + q[None, :], mask=(line < P) & (q < USED)[None, :], other=0.0)
         sums += x
         peak = tl.where(x > peak, x, peak)
     return tl.sum(sums, 0), tl.max(peak, 0)

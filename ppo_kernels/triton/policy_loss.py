@@ -29,7 +29,7 @@ from ppo_kernels.triton._math import INF, clamp, clamp_gradient, exp, expm1_minu
 # One binary for every size and stride.
 INTEGERS = ("N", "T", "B", *(f"{name}_stride" for name in ("logp", "old", "adv", "mask", "weights", "ref")))
 # Columns of a line of sums: those of the statistics, in their order, then the loss.
-RATIO_MEAN, RATIO_VAR, RATIO_MAX = tl.constexpr(3), tl.constexpr(4), tl.constexpr(5)
+RATIO_MEAN, RATIO_VAR, RATIO_MAX, REF_KL = tl.constexpr(3), tl.constexpr(4), tl.constexpr(5), tl.constexpr(9)
 COUNT, LOSS, COLUMNS = tl.constexpr(11), tl.constexpr(12), tl.constexpr(16)
 
 
@@ -121,7 +121,6 @@ def policy_chunks(
         logp, old, adv, weight, low, high, dual_clip, log_ratio_clamp
     )
     line = parts_ptr + chunk * COLUMNS
-    tl.store(line + 9, 0.0)
     if ref_ptr is not None:
         ref = tl.where(valid, load_tokens(ref_ptr, n, row, column, ref_stride, inside, whole, False, FLAT), 0.0)
         kl, kl_slope = kl_term(logp, ref, kl_log_clamp, kl_clamp, ESTIMATOR)
@@ -130,7 +129,9 @@ def policy_chunks(
             coef = tl.load(kl_coef_ptr).to(logp.dtype)
         loss += coef * kl
         slope += coef * kl_slope
-        tl.store(line + 9, tl.sum(kl, 0))
+        tl.store(line + REF_KL, tl.sum(kl, 0))
+    else:
+        tl.store(line + REF_KL, 0.0)
     if row_weight_ptr is not None:
         row_weight = tl.load(row_weight_ptr + row, mask=valid, other=0.0)
         loss *= row_weight
@@ -159,7 +160,7 @@ def policy_chunks(
 @triton.jit(do_not_specialize=("P",))
 def policy_fold(parts_ptr, normalizer_ptr, loss_ptr, stats_ptr, inverse_ptr, P, FOLD: tl.constexpr):
     q = tl.arange(0, COLUMNS)
-    sums, peak = fold_sums(parts_ptr, P, q, FOLD, COLUMNS)
+    sums, peak = fold_sums(parts_ptr, P, q, LOSS + 1, FOLD, COLUMNS)
     count = pick(sums, q, COUNT)
     finish(pick(sums, q, LOSS), count, normalizer_ptr, loss_ptr, inverse_ptr)
     n = tl.where(count == 0.0, 1.0, count)

@@ -107,7 +107,7 @@ def value_chunks(
 @triton.jit(do_not_specialize=("P",))
 def value_fold(parts_ptr, normalizer_ptr, loss_ptr, stats_ptr, inverse_ptr, P, FOLD: tl.constexpr):
     q = tl.arange(0, COLUMNS)
-    sums, _ = fold_sums(parts_ptr, P, q, FOLD, COLUMNS)
+    sums, _ = fold_sums(parts_ptr, P, q, LOSS + 1, FOLD, COLUMNS)
     count = pick(sums, q, COUNT)
     finish(pick(sums, q, LOSS), count, normalizer_ptr, loss_ptr, inverse_ptr)
     n = tl.where(count == 0.0, 1.0, count)
