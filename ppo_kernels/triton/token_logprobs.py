@@ -1,0 +1,425 @@
+"""Token log-probabilities on Triton: one read of the logits forward, one read and one write backward."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ppo_kernels.reference.rows import compute_dtype
+from ppo_kernels.triton import INTERPRETED
+from ppo_kernels.triton._launch import launch
+from ppo_kernels.triton._math import INF, LN2, LOG2E, exp, expm1_minus, log1p
+
+NOT_READ = tl.constexpr(-1.0)  # log_sum of a row that is masked or ignored: no softmax has a negative one
+NAN = tl.constexpr(float("nan"))
+_VECTOR_BYTES = 16
+_TILE = 16384  # logits of a backward program: enough to pay for reading the row's values, and many programs
+_SCALARS = (
+    "outer_stride",
+    "inner_stride",
+    "inner",
+    "vocab",
+    "ignore_index",
+    "out_outer_stride",
+    "out_inner_stride",
+    "tiles",
+)
+_ROW_VALUES = ("labels", "mask", "temperature_rows", "logprobs", "entropy", "row_max", "log_sum")
+# Nothing is specialized on a size or an address: the few variants are those of the tl.constexpr arguments.
+_GENERAL = ("logits", "out", "grad_logprobs", "grad_entropy", *_SCALARS, *_ROW_VALUES)
+
+
+@triton.jit
+def _row_start(pointer, row, outer_stride, inner_stride, inner):
+    outer = (row // inner).to(tl.int64) * outer_stride
+    return pointer + (outer + (row % inner).to(tl.int64) * inner_stride)
+
+
+@triton.jit
+def _misalignment(start, K: tl.constexpr):
+    """How many elements ``start`` lies past a boundary of K elements (16 bytes)."""
+    SIZE: tl.constexpr = start.dtype.element_ty.primitive_bitwidth // 8
+    return (start.to(tl.uint64) % (SIZE * K)).to(tl.int32) // SIZE
+
+
+@triton.jit
+def _log2_per_logit(temperature_rows, temperature, row):
+    """log2(e) / temperature, float64."""
+    tau = tl.full((), 0.0, tl.float64) + temperature
+    if temperature_rows is not None:
+        tau = tl.load(temperature_rows + row)
+    return LOG2E / tau
+
+
+@triton.jit
+def _negligible(DTYPE: tl.constexpr):
+    """2^this is 0. An exponent is not let below it, because 0 * -inf would be NaN."""
+    return -2000.0 if DTYPE.primitive_bitwidth == 64 else -200.0
+
+
+@triton.jit
+def _bounded(x):
+    return tl.maximum(x, _negligible(x.dtype), propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def _rebase(peak, top, c):
+    """What to subtract for the maximum ``top``, and log2 of the scale that moves sums from ``peak`` to it, a column."""
+    base = tl.where(top == -INF, 0.0, top)  # -inf alone: nothing to subtract
+    return base, _bounded((tl.where(peak == -INF, base, peak) - base) * c)[:, None]
+
+
+@triton.jit
+def _block(
+    start, shift, begin, vocab, label, ALIGNED: tl.constexpr, U: tl.constexpr, LANES: tl.constexpr, K: tl.constexpr
+):
+    """Logits [begin, begin + U LANES K) of a row; -inf where it ends and at the label.
+
+    A lane has U groups of K consecutive columns, whatever the address of the row, so that the address changes no bit.
+    It reads them as 16-byte vectors from the boundary before the group and, where that cuts the group, the one after;
+    column j of the group then is in place (j + shift) % K.
+    """
+    at = tl.arange(0, U)[:, None, None] * (LANES * K) + tl.arange(0, LANES)[None, :, None] * K
+    k = tl.arange(0, K)[None, None, :]
+    REACH: tl.constexpr = 0 if ALIGNED else K
+    vectors = tl.multiple_of(start - shift, 16) + begin
+    inside = begin + U * LANES * K + REACH <= vocab
+    if not ALIGNED:
+        inside = inside & (begin > 0)
+    if inside & ((label < begin) | (label >= begin + U * LANES * K)):
+        z = tl.load(vectors + (at + k))
+        if not ALIGNED:
+            z = tl.where(k >= shift, z, tl.load(vectors + (at + k + K)))
+    else:
+        first = begin + at - shift
+        whole = (first >= 0) & (first + (K + REACH) <= vocab)
+        column = begin + at + tl.where(k >= shift, k - shift, k - shift + K)
+        z = tl.load(vectors + (at + k), mask=whole, other=-INF)
+        if not ALIGNED:
+            z = tl.where(k >= shift, z, tl.load(vectors + (at + k + K), mask=whole, other=-INF))
+        z = tl.where(whole, z, tl.load(start + column, mask=(column < vocab) & ~whole, other=-INF))
+        z = tl.where(column == label, -INF, z)
+    return z
+
+
+@triton.jit(do_not_specialize=_GENERAL)
+def _forward(
+    logits, labels, mask, temperature_rows, logprobs, entropy, row_max, log_sum,
+    outer_stride, inner_stride, inner, vocab, ignore_index, temperature: tl.float64,
+    ENTROPY: tl.constexpr, ALIGNED: tl.constexpr, U: tl.constexpr, LANES: tl.constexpr, K: tl.constexpr,
+):  # fmt: skip
+    DTYPE: tl.constexpr = logprobs.dtype.element_ty
+    row = tl.program_id(0)
+    label = tl.load(labels + row)
+    live = label != ignore_index
+    if mask is not None:
+        live = live & (tl.load(mask + row) != 0)
+    read = live & (label >= 0) & (label < vocab)
+    label = tl.where(read, label, 0).to(tl.int32)
+    start = _row_start(logits, row, outer_stride, inner_stride, inner)
+    target = tl.load(start + label, mask=read, other=-INF).to(DTYPE)
+    c64 = _log2_per_logit(temperature_rows, temperature, row)
+    c = c64.to(DTYPE)
+    shift = _misalignment(start, K)
+
+    # Each lane has its own maximum, and a sum of 2^x and of 2^x x for each place in its vectors, where x is
+    # (z - maximum) c: nothing crosses lanes until the row is read. The target is left out (see _finish).
+    peak = tl.full((LANES,), -INF, DTYPE)
+    s = tl.zeros((LANES, K), DTYPE)
+    e = tl.zeros((LANES, K), DTYPE)
+    for begin in range(0, tl.where(read, vocab, 0), U * LANES * K):
+        z = _block(start, shift, begin, vocab, label, ALIGNED, U, LANES, K).to(DTYPE)
+        top = tl.maximum(peak, tl.max(tl.max(z, axis=2), axis=0))
+        base, rescale = _rebase(peak, top, c)
+        peak = top
+        x = (z - base[None, :, None]) * c
+        if ENTROPY:
+            x = _bounded(x)
+        p = tl.exp2(x)
+        if ENTROPY:
+            e = (e + s * rescale) * tl.exp2(rescale) + tl.sum(p * x, axis=0)
+        s = s * tl.exp2(rescale) + tl.sum(p, axis=0)
+
+    top = tl.max(peak, axis=0)
+    _, rescale = _rebase(peak, top, c)
+    e = _in_column_order(tl.sum((e + s * rescale) * tl.exp2(rescale), axis=0), shift, K)
+    s = _in_column_order(tl.sum(s * tl.exp2(rescale), axis=0), shift, K)
+    logp, h, peak, logz = _finish(target, top, s, e, c64)
+    tl.store(logprobs + row, tl.where(live, logp, 0.0))
+    tl.store(row_max + row, tl.where(live, peak, 0.0))
+    tl.store(log_sum + row, tl.where(live, logz, NOT_READ))
+    if ENTROPY:
+        tl.store(entropy + row, tl.where(live, h, 0.0))
+
+
+@triton.jit
+def _in_column_order(x, shift, K: tl.constexpr):
+    """The sum of x, whose element j is in place (j + shift) % K, in the order of j."""
+    j = tl.arange(0, K)
+    chosen = (j[:, None] + shift) % K == j[None, :]
+    return tl.sum(tl.sum(tl.where(chosen, x[None, :], 0.0), axis=1), axis=0)
+
+
+@triton.jit
+def _finish(target, top, s, e, c64):
+    """(log p, entropy, maximum, log of the sum) of a row, from its target and the statistics of all other logits.
+
+    For p near 1 the sum over the others is the whole information, and log1p keeps it. The distance between the two
+    is float64: one rounding of it would be most of the error.
+    """
+    DTYPE: tl.constexpr = top.dtype
+    leads = (target >= top) | (s == 0.0)  # the target is the largest
+    far = -tl.abs(target.to(tl.float64) - top.to(tl.float64)) * c64
+    far = tl.where((s == 0.0) | (target == -INF), -INF, far)
+    bounded = tl.maximum(far, 10.0 * _negligible(DTYPE))
+    whole = tl.floor(bounded)
+    small = tl.exp2((bounded - whole).to(DTYPE)) * tl.exp2(_bounded(whole.to(DTYPE)))  # 2^far, exact for any far
+    x = bounded.to(DTYPE)
+    rest = s * small
+    total = tl.where(leads, 1.0 + rest, s + small)
+    logz = tl.where(leads, log1p(rest), tl.log(total))
+    logp = tl.where(leads, 0.0, far * LN2) - logz.to(tl.float64)
+    h = logz - tl.where(leads, (e + s * x) * small, e + small * x) / total * LN2
+    fine = (s < INF) & (target < INF) & ((s > 0.0) | (target > -INF))
+    logp = tl.where(fine, tl.where(logp > 0.0, 0.0, logp), NAN).to(DTYPE)
+    h = tl.where(fine, tl.where(h < 0.0, 0.0, h), NAN)
+    return logp, h, tl.where(fine, tl.where(leads, target, top), NAN), tl.where(fine, logz, NAN)
+
+
+@triton.jit
+def _gradient(z, column, label, target_gradient, live, base, c, a, b, k, ENTROPY: tl.constexpr):
+    """2^x (a + b (x + k)) with x = (z - base) c; its own formula at the label, zeros in a row without a gradient."""
+    x = (z.to(base.dtype) - base) * c
+    if ENTROPY:
+        x = _bounded(x)
+        weight = a + b * (x + k)
+    else:
+        weight = a
+    return tl.where(live, tl.where(column == label, target_gradient, tl.exp2(x) * weight), 0.0)
+
+
+@triton.jit(do_not_specialize=_GENERAL)
+def _backward(
+    logits, out, labels, temperature_rows, grad_logprobs, grad_entropy, logprobs, entropy, row_max, log_sum,
+    outer_stride, inner_stride, out_outer_stride, out_inner_stride, inner, vocab, tiles, temperature: tl.float64,
+    TILE: tl.constexpr, U: tl.constexpr, LANES: tl.constexpr, K: tl.constexpr,
+):  # fmt: skip
+    """Gradient of TILE logits of one row: vectors of K that begin at a boundary, and the ends that fill no vector."""
+    DTYPE: tl.constexpr = logprobs.dtype.element_ty
+    ENTROPY: tl.constexpr = grad_entropy is not None
+    row = tl.program_id(0) // tiles
+    tile = tl.program_id(0) % tiles
+    label = tl.load(labels + row)
+    label = tl.where((label >= 0) & (label < vocab), label, -1).to(tl.int32)
+    logp = tl.load(logprobs + row)
+    logz = tl.load(log_sum + row)
+    base = tl.load(row_max + row)
+    c64 = _log2_per_logit(temperature_rows, temperature, row)
+    per_tau = (c64 * LN2).to(DTYPE)
+    c = c64.to(DTYPE)
+    scale = exp(-logz) * per_tau
+    target = tl.zeros((), DTYPE)
+    live = logz != logz  # false
+    a = target
+    b = target
+    k = target
+    if grad_logprobs is not None:
+        g = tl.load(grad_logprobs + row)
+        live = g != 0.0
+        a = -g * scale
+        near = expm1_minus(logp, exp(logp)) + logp
+        target = -g * tl.where(logp > -0.5, near, exp(logp) - 1.0)
+    if ENTROPY:
+        g = tl.load(grad_entropy + row)
+        h = tl.load(entropy + row)
+        live = live | (g != 0.0)
+        b = -g * scale * LN2
+        k = (h - logz) * LOG2E
+        p = exp(logp)
+        target += tl.where(p > 0.0, -g * p * (logp + h), 0.0 * p)
+    target = target * per_tau
+    live = live & (logz != NOT_READ)
+    readable = tl.where(live, vocab, 0)  # nothing of a row without a gradient
+
+    start = _row_start(logits, row, outer_stride, inner_stride, inner)
+    to = _row_start(out, row, out_outer_stride, out_inner_stride, inner)
+    shift = _misalignment(start, K)  # of both
+    BYTES: tl.constexpr = K * (logits.dtype.element_ty.primitive_bitwidth // 8)
+    vectors = tl.multiple_of(start - shift, BYTES)
+    vectors_out = tl.multiple_of(to - shift, BYTES)
+    at = tl.arange(0, U)[:, None, None] * (LANES * K) + tl.arange(0, LANES)[None, :, None] * K
+    place = tl.arange(0, K)[None, None, :]
+    for begin in range(tile * TILE, tl.minimum((tile + 1) * TILE, vocab + shift), U * LANES * K):
+        first = begin + at - shift
+        whole = (first >= 0) & (first + K <= vocab)
+        z = tl.load(vectors + begin + (at + place), mask=whole & (first < readable), other=0.0)
+        grad = _gradient(z, first + place, label, target, live, base, c, a, b, k, ENTROPY)
+        tl.store(vectors_out + begin + (at + place), grad.to(out.dtype.element_ty), mask=whole)
+
+    # The vectors that hold the row's first and last logit, where they reach beyond it.
+    end = tl.arange(0, 2)[:, None]
+    at = end * ((shift + vocab - 1) // K) * K
+    column = at - shift + tl.arange(0, K)[None, :]
+    cut = (at - shift < 0) | (at - shift + K > vocab)
+    mine = (tile == 0) & cut & (column >= 0) & (column < vocab) & ((end == 0) | (at > 0))
+    z = tl.load(start + column, mask=mine & (column < readable), other=0.0)
+    grad = _gradient(z, column, label, target, live, base, c, a, b, k, ENTROPY)
+    tl.store(to + column, grad.to(out.dtype.element_ty), mask=mine)
+
+
+def _shape(vocab: int, dtype: torch.dtype) -> tuple[int, dict[str, int]]:
+    """Warps and block of a vocabulary. Blocks are 32 logits a thread, so that a sum is scaled to a new maximum rarely
+    and enough loads are under way; warps are few, and at most 32 blocks to 256 000 logits keep the rounding of a
+    float32 sum of them below the ceiling."""
+    warps, logits = (1, 8) if vocab <= 512 else (1, 32) if vocab <= 8192 else (4, 32) if vocab <= 65536 else (8, 32)
+    k = _VECTOR_BYTES // dtype.itemsize
+    return warps, {"U": logits // k, "LANES": 32 * warps, "K": k}
+
+
+def _leading(x: Tensor) -> tuple[int, int, int] | None:
+    """(outer stride, inner stride, inner size): row i is at i // inner * outer stride + i % inner * inner stride.
+
+    None for leading dimensions that are not two steps of fixed size.
+    """
+    dims = [(1, 0), (1, 0)]
+    for size, stride in zip(x.shape[:-1], x.stride()[:-1], strict=True):
+        if dims[-1][1] == size * stride and len(dims) > 2:
+            dims[-1] = (dims[-1][0] * size, stride)
+        elif size != 1:
+            dims.append((size, stride))
+    (_, outer_stride), (inner, inner_stride) = dims[-2:]
+    return (outer_stride, inner_stride, inner) if len(dims) <= 4 else None
+
+
+def _phase(x: Tensor, *strides: int) -> list[int]:
+    """Bytes from a 16-byte boundary to x and from row to row: where these agree, boundaries are at the same columns."""
+    return [offset % _VECTOR_BYTES for offset in (x.data_ptr(), *(stride * x.itemsize for stride in strides))]
+
+
+def _row_data(x: Tensor | None, rows: int, *dtypes: torch.dtype) -> Tensor | None:
+    if x is None:
+        return None
+    if x.dtype not in dtypes or x.numel() != rows:
+        raise RuntimeError(f"expected {rows} elements of {dtypes}, got {x.numel()} of {x.dtype}")
+    x = x.contiguous()
+    return x.view(torch.uint8) if x.dtype == torch.bool else x
+
+
+def _check_logits(logits: Tensor) -> None:
+    if not logits.is_floating_point() or logits.dim() == 0 or not 1 <= logits.size(-1) < 2**30:
+        raise RuntimeError("expected floating logits [..., V] with 1 <= V < 2^30")
+    if logits.stride(-1) != 1 and logits.size(-1) > 1:
+        raise RuntimeError("the last dimension must be contiguous")
+
+
+def token_logprobs(
+    logits: Tensor,
+    labels: Tensor,
+    mask: Tensor | None,
+    temperature_rows: Tensor | None,
+    temperature: float,
+    ignore_index: int,
+    entropy: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    _check_logits(logits)
+    vocab, dtype = logits.size(-1), compute_dtype(logits)
+    rows = logits.numel() // vocab
+    layout = _leading(logits)
+    if layout is None:
+        logits = logits.contiguous()
+        layout = (0, vocab, rows)
+    logprobs, row_max, log_sum = (logits.new_empty(labels.shape, dtype=dtype) for _ in range(3))
+    h = logits.new_empty(labels.shape if entropy else 0, dtype=dtype)
+    warps, shape = _shape(vocab, logits.dtype)
+    launch(
+        _forward,
+        rows,
+        logits,
+        _row_data(labels, rows, torch.int64),
+        _row_data(mask, rows, torch.uint8, torch.bool),
+        _row_data(temperature_rows, rows, torch.float64),
+        logprobs,
+        h if entropy else None,
+        row_max,
+        log_sum,
+        *layout,
+        vocab,
+        ignore_index,
+        temperature,
+        num_warps=warps,
+        fp_fusion=True,
+        ENTROPY=entropy,
+        ALIGNED=not any(_phase(logits, *layout[:2])),
+        **shape,
+    )
+    return logprobs, h, row_max, log_sum
+
+
+def token_logprobs_backward(logits: Tensor, *rest) -> Tensor:
+    return _write_gradient(torch.empty_like(logits, memory_format=torch.contiguous_format), logits, *rest)
+
+
+def token_logprobs_backward_(logits: Tensor, *rest) -> None:
+    _write_gradient(logits, logits, *rest)
+
+
+def _write_gradient(
+    out: Tensor,
+    logits: Tensor,
+    labels: Tensor,
+    temperature_rows: Tensor | None,
+    grad_logprobs: Tensor | None,
+    grad_entropy: Tensor | None,
+    logprobs: Tensor,
+    entropy: Tensor,
+    row_max: Tensor,
+    log_sum: Tensor,
+    temperature: float,
+) -> Tensor:
+    """Write the gradient to ``out``: contiguous, or the logits themselves."""
+    _check_logits(logits)
+    vocab, dtype = logits.size(-1), compute_dtype(logits)
+    rows = logits.numel() // vocab
+    layout = _leading(logits)
+    to = out
+    if layout is None or (INTERPRETED and out.dtype == torch.bfloat16):  # the interpreter truncates to bfloat16
+        to = torch.empty(out.shape, dtype=dtype if INTERPRETED else out.dtype, device=out.device)
+    if layout is None:
+        logits = logits.contiguous()
+        layout = (0, vocab, rows)
+    outer_stride, inner_stride, inner = layout
+    to_strides = (outer_stride, inner_stride) if to is logits else (inner * vocab, vocab)
+    warps, shape = _shape(vocab, logits.dtype)
+    if to.dtype != logits.dtype or _phase(to, *to_strides) != _phase(logits, outer_stride, inner_stride):
+        shape |= {"U": shape["U"] * shape["K"], "K": 1}  # no vectors: they would not be the same columns
+    block = shape["U"] * shape["LANES"] * shape["K"]
+    tile = max(_TILE, block)
+    tiles = triton.cdiv(vocab + shape["K"] - 1, tile)
+    launch(
+        _backward,
+        rows * tiles,
+        logits,
+        to,
+        _row_data(labels, rows, torch.int64),
+        _row_data(temperature_rows, rows, torch.float64),
+        _row_data(grad_logprobs, rows, dtype),
+        _row_data(grad_entropy, rows, dtype),
+        _row_data(logprobs, rows, dtype),
+        _row_data(entropy if grad_entropy is not None else None, rows, dtype),
+        _row_data(row_max, rows, dtype),
+        _row_data(log_sum, rows, dtype),
+        outer_stride,
+        inner_stride,
+        *to_strides,
+        inner,
+        vocab,
+        tiles,
+        temperature,
+        num_warps=warps,
+        fp_fusion=True,
+        TILE=tile,
+        **shape,
+    )
+    return out if to is out else out.copy_(to)
