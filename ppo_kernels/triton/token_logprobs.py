@@ -73,9 +73,10 @@ def _rebase(peak, top, c):
 
 @triton.jit
 def _block(
-    start, shift, begin, vocab, label, ALIGNED: tl.constexpr, U: tl.constexpr, LANES: tl.constexpr, K: tl.constexpr
-):
-    """Logits [begin, begin + U LANES K) of a row; -inf where it ends and at the label.
+    start, shift, begin, vocab, label,
+    DTYPE: tl.constexpr, ALIGNED: tl.constexpr, U: tl.constexpr, LANES: tl.constexpr, K: tl.constexpr,
+):  # fmt: skip
+    """Logits [begin, begin + U LANES K) of a row; -inf beyond its end and at the label.
 
     A lane has U groups of K consecutive columns, whatever the address of the row, so that the address changes no bit.
     It reads them as 16-byte vectors from the boundary before the group and, where that cuts the group, the one after;
@@ -83,24 +84,26 @@ def _block(
     """
     at = tl.arange(0, U)[:, None, None] * (LANES * K) + tl.arange(0, LANES)[None, :, None] * K
     k = tl.arange(0, K)[None, None, :]
-    REACH: tl.constexpr = 0 if ALIGNED else K
+    REACH: tl.constexpr = K if ALIGNED else 2 * K
     vectors = tl.multiple_of(start - shift, 16) + begin
-    inside = begin + U * LANES * K + REACH <= vocab
+    inside = begin + U * LANES * K + (REACH - K) <= vocab
     if not ALIGNED:
         inside = inside & (begin > 0)
     if inside & ((label < begin) | (label >= begin + U * LANES * K)):
         z = tl.load(vectors + (at + k))
         if not ALIGNED:
             z = tl.where(k >= shift, z, tl.load(vectors + (at + k + K)))
+        z = z.to(DTYPE)
     else:
         first = begin + at - shift
-        whole = (first >= 0) & (first + (K + REACH) <= vocab)
-        column = begin + at + tl.where(k >= shift, k - shift, k - shift + K)
-        z = tl.load(vectors + (at + k), mask=whole, other=-INF)
+        whole = (first >= 0) & (first + REACH <= vocab)
+        z = tl.load(vectors + (at + k), mask=whole, other=0.0).to(DTYPE)
         if not ALIGNED:
-            z = tl.where(k >= shift, z, tl.load(vectors + (at + k + K), mask=whole, other=-INF))
-        z = tl.where(whole, z, tl.load(start + column, mask=(column < vocab) & ~whole, other=-INF))
-        z = tl.where(column == label, -INF, z)
+            z = tl.where(k >= shift, z, tl.load(vectors + (at + k + K), mask=whole, other=0.0).to(DTYPE))
+        # The groups at the ends of the row, whose vectors would reach beyond it.
+        column = begin + at + tl.where(k >= shift, k - shift, k - shift + K)
+        z = tl.where(whole, z, tl.load(start + column, mask=(column < vocab) & ~whole, other=0.0).to(DTYPE))
+        z = tl.where((column == label) | (column >= vocab), -INF, z)
     return z
 
 
@@ -130,7 +133,7 @@ def _forward(
     s = tl.zeros((LANES, K), DTYPE)
     e = tl.zeros((LANES, K), DTYPE)
     for begin in range(0, tl.where(read, vocab, 0), U * LANES * K):
-        z = _block(start, shift, begin, vocab, label, ALIGNED, U, LANES, K).to(DTYPE)
+        z = _block(start, shift, begin, vocab, label, DTYPE, ALIGNED, U, LANES, K)
         top = tl.maximum(peak, tl.max(tl.max(z, axis=2), axis=0))
         base, rescale = _rebase(peak, top, c)
         peak = top
@@ -254,7 +257,7 @@ def _backward(
     for begin in range(tile * TILE, tl.minimum((tile + 1) * TILE, vocab + shift), U * LANES * K):
         first = begin + at - shift
         whole = (first >= 0) & (first + K <= vocab)
-        z = tl.load(vectors + begin + (at + place), mask=whole & (first < readable), other=0.0)
+        z = tl.load(vectors + begin + (at + place), mask=whole & (first < readable), other=-INF)
         grad = _gradient(z, first + place, label, target, live, base, c, a, b, k, ENTROPY)
         tl.store(vectors_out + begin + (at + place), grad.to(out.dtype.element_ty), mask=whole)
 
@@ -264,7 +267,7 @@ def _backward(
     column = at - shift + tl.arange(0, K)[None, :]
     cut = (at - shift < 0) | (at - shift + K > vocab)
     mine = (tile == 0) & cut & (column >= 0) & (column < vocab) & ((end == 0) | (at > 0))
-    z = tl.load(start + column, mask=mine & (column < readable), other=0.0)
+    z = tl.load(start + column, mask=mine & (column < readable), other=-INF)
     grad = _gradient(z, column, label, target, live, base, c, a, b, k, ENTROPY)
     tl.store(to + column, grad.to(out.dtype.element_ty), mask=mine)
 
