@@ -79,31 +79,24 @@ def _block(
     """Logits [begin, begin + U LANES K) of a row; -inf beyond its end and at the label.
 
     A lane has U groups of K consecutive columns, whatever the address of the row, so that the address changes no bit.
-    It reads them as 16-byte vectors from the boundary before the group and, where that cuts the group, the one after;
-    column j of the group then is in place (j + shift) % K.
+    Inside the row it reads them as 16-byte vectors, from the boundary before the group and, where that cuts the group,
+    the one after; column j of the group then is in place (j + shift) % K.
     """
     at = tl.arange(0, U)[:, None, None] * (LANES * K) + tl.arange(0, LANES)[None, :, None] * K
     k = tl.arange(0, K)[None, None, :]
-    REACH: tl.constexpr = K if ALIGNED else 2 * K
-    vectors = tl.multiple_of(start - shift, 16) + begin
-    inside = begin + U * LANES * K + (REACH - K) <= vocab
-    if not ALIGNED:
-        inside = inside & (begin > 0)
+    inside = begin + U * LANES * K <= vocab
+    if not ALIGNED:  # the vectors reach beyond the block
+        inside = (begin > 0) & (begin + (U * LANES * K + K) <= vocab)
     if inside & ((label < begin) | (label >= begin + U * LANES * K)):
+        vectors = tl.multiple_of(start - shift, 16) + begin
         z = tl.load(vectors + (at + k))
         if not ALIGNED:
             z = tl.where(k >= shift, z, tl.load(vectors + (at + k + K)))
         z = z.to(DTYPE)
     else:
-        first = begin + at - shift
-        whole = (first >= 0) & (first + REACH <= vocab)
-        z = tl.load(vectors + (at + k), mask=whole, other=0.0).to(DTYPE)
-        if not ALIGNED:
-            z = tl.where(k >= shift, z, tl.load(vectors + (at + k + K), mask=whole, other=0.0).to(DTYPE))
-        # The groups at the ends of the row, whose vectors would reach beyond it.
         column = begin + at + tl.where(k >= shift, k - shift, k - shift + K)
-        z = tl.where(whole, z, tl.load(start + column, mask=(column < vocab) & ~whole, other=0.0).to(DTYPE))
-        z = tl.where((column == label) | (column >= vocab), -INF, z)
+        z = tl.load(start + column, mask=column < vocab, other=-INF).to(DTYPE)
+        z = tl.where(column == label, -INF, z)
     return z
 
 
@@ -393,10 +386,12 @@ def _write_gradient(
         logits = logits.contiguous()
         layout = (0, vocab, rows)
     outer_stride, inner_stride, inner = layout
-    to_strides = (outer_stride, inner_stride) if to is logits else (inner * vocab, vocab)
+    to_strides = (outer_stride, inner_stride)
+    if to is not logits:
+        to_strides = (inner * vocab if inner < rows else 0, vocab)
     warps, shape = _shape(vocab, logits.dtype)
     if to.dtype != logits.dtype or _phase(to, *to_strides) != _phase(logits, outer_stride, inner_stride):
-        shape |= {"U": shape["U"] * shape["K"], "K": 1}  # no vectors: they would not be the same columns
+        shape |= {"U": 8, "K": 1}  # no vectors: those of the logits and of the gradient hold different columns
     block = shape["U"] * shape["LANES"] * shape["K"]
     tile = max(_TILE, block)
     tiles = triton.cdiv(vocab + shape["K"] - 1, tile)

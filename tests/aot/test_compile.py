@@ -1,0 +1,76 @@
+"""Every Triton kernel that is launched compiles for every architecture: no spills, 64-bit row offsets."""
+
+import collections
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+from ppo_kernels import triton
+
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(not triton.INSTALLED, reason="Triton is not installed")]
+SCRIPT = pathlib.Path(__file__).with_name("compile_all.py")
+
+
+def compile_all(*arguments):
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, SCRIPT, *arguments], env=environment, capture_output=True, text=True, timeout=900
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+
+
+@pytest.fixture(scope="module")
+def reports():
+    return compile_all()
+
+
+def test_every_launched_kernel_compiles_without_spills_and_with_64_bit_offsets(reports):
+    kernels = {report["kernel"].partition(".")[0] for report in reports}
+    files = {p.stem for p in pathlib.Path(triton.__file__).parent.glob("[!_]*.py")}
+    assert files <= kernels | {"_loss"}, "a file whose kernels no call launches"
+    bad = [f"{r['kernel']} sm_{r['arch']}: {problem}\n  {r['variant']}" for r in reports for problem in r["problems"]]
+    assert not bad, "\n".join(bad)
+    assert {r["arch"] for r in reports} == {80, 90, 100}
+
+
+def test_variants_are_few(reports):
+    """Nothing is compiled again for another length, batch, temperature or coefficient."""
+    counts = collections.Counter(r["kernel"] for r in reports if r["arch"] == 90)
+    assert max(counts.values()) <= 40, counts
+
+
+@pytest.mark.parametrize("aligned", ["True", "False"])
+def test_logits_are_read_in_16_byte_vectors_and_nothing_crosses_lanes_before_the_end(reports, aligned):
+    found = [r for r in reports if r["kernel"] == "token_logprobs._forward" and r["constexprs"]["ALIGNED"] == aligned]
+    assert len(found) >= 8
+    for report in found:
+        per_thread = 1 if aligned == "True" else 2
+        assert report["loops"], "the loop over the blocks is gone"
+        for loop in report["loops"]:
+            assert loop["vector_loads"] == per_thread * int(report["constexprs"]["U"]), report["variant"]
+            assert loop["crossings"] == 0, report["variant"]
+
+
+def test_gradients_are_read_and_written_in_16_byte_vectors(reports):
+    found = [r for r in reports if r["kernel"] == "token_logprobs._backward" and r["constexprs"]["K"] != "1"]
+    assert len(found) >= 8
+    for report in found:
+        unroll = int(report["constexprs"]["U"])
+        assert [(n["vector_loads"], n["vector_stores"]) for n in report["loops"]] == [(unroll, unroll)]
+        assert not any(n["crossings"] for n in report["loops"])
+
+
+def test_the_gate_reports_each_planted_fault():
+    problems = collections.defaultdict(str)
+    for report in compile_all("planted"):
+        problems[report["kernel"], report["options"]["num_warps"]] += " ".join(report["problems"])
+    assert problems["planted._copy_far", 4] == ""
+    assert "32-bit offset" in problems["planted._copy", 4]
+    assert "spills" in problems["planted._crowded", 1]
+    assert "does not compile" in problems["planted._broken", 4]
+    assert "without _launch.launch" in problems["planted._copy_far", 2]
