@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 
@@ -48,23 +49,22 @@ def token_logprobs_backward_():
     yield from itertools.islice(token_logprobs_backward(), 0, None, 3)
 
 
+def _new(shape: tuple[int, ...], offset: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.empty(math.prod(shape) + offset, dtype=dtype)[offset:].view(shape)
+
+
 def _tokens():
     """(B, maker of tokens, cu_seqlens), padded and packed; every second shape lies off a 16-byte boundary."""
     for i, (batch, length) in enumerate(TOKENS):
-
-        def new(dtype: torch.dtype = torch.float32, offset: int = i % 2) -> Tensor:
-            return torch.empty(batch * length + offset, dtype=dtype)[offset:].view(batch, length)  # noqa: B023
-
-        yield batch, new, None
-        bounds = torch.arange(batch + 1) * length
-        yield batch, lambda *args, new=new: new(*args).view(-1), bounds
+        yield batch, functools.partial(_new, (batch, length), i % 2), None
+        yield batch, functools.partial(_new, (batch * length,), i % 2), torch.arange(batch + 1) * length
 
 
 def _full_and_bare():
     """As :func:`_tokens`, with every optional tensor and with none."""
     for full in (True, False):
         for batch, new, bounds in _tokens():
-            yield full, batch, new, bounds, new(torch.uint8) if full else None
+            yield full, batch, new, bounds, new(dtype=torch.uint8) if full else None
 
 
 def kl_rewards():
@@ -107,10 +107,9 @@ def value_loss():
         yield new(), new(), new(), mask, row, one, bounds, 0.2 if full else INF, full
 
 
-def far(args: tuple) -> tuple | None:
-    """The call with the rows of its first tensor further apart than 32 bits count; None if that has no rows."""
-    x = args[0]
-    if x.dim() < 2:
+def far(op: str, args: tuple) -> tuple | None:
+    """The call with the rows of its first tensor further apart than 32 bits count; None for ops of dense tensors."""
+    if op in ("moments", "whiten"):
         return None
-    meta = [a.to("meta") if torch.is_tensor(a) else a for a in args]
-    return (torch.empty_strided(x.shape, (*[2**33] * (x.dim() - 1), 1), dtype=x.dtype, device="meta"), *meta[1:])
+    x, *rest = (a.to("meta") if torch.is_tensor(a) else a for a in args)
+    return (torch.empty_strided(x.shape, (*[2**33] * (x.dim() - 1), 1), dtype=x.dtype, device="meta"), *rest)

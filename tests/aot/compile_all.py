@@ -74,7 +74,7 @@ def record(calls):
         many = list(getattr(calls, op)())
         for args in many:
             launcher(*args)
-        if hasattr(calls, "far") and (args := calls.far(many[0])):
+        if hasattr(calls, "far") and (args := calls.far(op, many[0])):
             launcher(*args)
     return recorder.variants
 

@@ -32,7 +32,7 @@ def reports():
 def test_every_launched_kernel_compiles_without_spills_and_with_64_bit_offsets(reports):
     kernels = {report["kernel"].partition(".")[0] for report in reports}
     files = {p.stem for p in pathlib.Path(triton.__file__).parent.glob("[!_]*.py")}
-    assert files <= kernels | {"_loss"}, "a file whose kernels no call launches"
+    assert files <= kernels, "a file whose kernels no call launches"
     bad = [f"{r['kernel']} sm_{r['arch']}: {problem}\n  {r['variant']}" for r in reports for problem in r["problems"]]
     assert not bad, "\n".join(bad)
     assert {r["arch"] for r in reports} == {80, 90, 100}
