@@ -43,11 +43,27 @@ def exp(x: float) -> float:
         return math.inf
 
 
+def expm1(x: float) -> float:
+    try:
+        return math.expm1(x)
+    except OverflowError:
+        return math.inf
+
+
+def total(values) -> float:
+    """The exact sum; with infinities or an overflow among the terms, whatever adding them gives."""
+    values = list(values)
+    try:
+        return math.fsum(values)
+    except (OverflowError, ValueError):
+        return sum(values)
+
+
 def clamp(x: float, bound: float | None) -> tuple[float, float]:
-    """The clamped value and its derivative."""
-    if bound is None or math.isnan(x) or -bound <= x <= bound:
+    """The clamped value and its derivative. NaN stays NaN, and passes no gradient."""
+    if bound is None or -bound <= x <= bound:
         return x, 1.0
-    return math.copysign(bound, x), 0.0
+    return (x if math.isnan(x) else math.copysign(bound, x)), 0.0
 
 
 def kl_token(logp: float, ref: float, estimator: str, log_clamp=None, value_clamp=None) -> tuple[float, float]:
@@ -60,7 +76,7 @@ def kl_token(logp: float, ref: float, estimator: str, log_clamp=None, value_clam
     elif estimator == "k2":
         k, dk_dx = 0.5 * x * x, x
     elif estimator == "k3":
-        k, dk_dx = math.expm1(x) - x, math.expm1(x)
+        k, dk_dx = expm1(x) - x, expm1(x)
     else:
         raise AssertionError(estimator)
     k, passes_out = clamp(k, value_clamp)
@@ -138,8 +154,8 @@ def moments(x, mask=None) -> tuple[int, float, float]:
     chosen = [v for v, m in zip(floats(x), bools(mask, x), strict=True) if m]
     if not chosen:
         return 0, 0.0, 0.0
-    mean = math.fsum(chosen) / len(chosen)
-    return len(chosen), mean, math.fsum((v - mean) ** 2 for v in chosen)
+    mean = total(chosen) / len(chosen)
+    return len(chosen), mean, total((v - mean) ** 2 for v in chosen)
 
 
 def whiten(x, mask=None, *, shift_mean=True, unbiased=True, eps=1e-8, statistics=None) -> np.ndarray:
@@ -147,7 +163,7 @@ def whiten(x, mask=None, *, shift_mean=True, unbiased=True, eps=1e-8, statistics
     variance = m2 / (count - 1 if unbiased else count) if count > 1 else 0.0
     out = []
     for value, m in zip(floats(x), bools(mask, x), strict=True):
-        scaled = (value - mean) / math.sqrt(variance + eps) if m and variance + eps > 0 else 0.0
+        scaled = (value - mean) / math.sqrt(variance + eps) if m and variance + eps != 0 else 0.0
         out.append((scaled if shift_mean else scaled + mean) if m else 0.0)
     return shaped(out, x)
 
@@ -165,7 +181,7 @@ def per_token(x, like, rows) -> list[float]:
 
 def mean_of(values) -> float:
     values = list(values)
-    return math.fsum(values) / len(values) if values else 0.0
+    return total(values) / len(values) if values else 0.0
 
 
 def surrogate(rho, a, low, high, dual_clip) -> tuple[float, float, bool]:
@@ -242,10 +258,10 @@ def policy_loss(
     stats = {
         "kl_k1": -mean_of(ds),
         "kl_k2": mean_of(0.5 * d * d for d in ds),
-        "kl_k3": mean_of(math.expm1(d) - d for d in ds),
+        "kl_k3": mean_of(expm1(d) - d for d in ds),
         "ratio_mean": rho_mean,
         "ratio_var": mean_of((rho - rho_mean) ** 2 for rho in rhos),
-        "ratio_max": max(rhos, default=0.0),
+        "ratio_max": max(rhos, default=0.0) if not math.isnan(rho_mean) else NAN,
         "clipfrac_high": high_n / n,
         "clipfrac_low": low_n / n,
         "dual_clipfrac": dual_n / n,
@@ -253,7 +269,7 @@ def policy_loss(
         "clamped": clamped_n / n,
         "count": float(len(owned)),
     }
-    return math.fsum(terms) * inverse, stats, shaped(grad, logprobs)
+    return (total(terms) * inverse if scale else 0.0), stats, shaped(grad, logprobs)
 
 
 def value_loss(
@@ -285,7 +301,7 @@ def value_loss(
                 g = 0.5 * (g + g_clipped)
             elif square > best:
                 g = g_clipped
-            best = max(best, square)
+            best = square if square > best or math.isnan(lo) else best
         terms.append(0.5 * best * share)
         grad[t] = g * share * inverse
     targets, errors = [ret[t] for _, t in owned], [v[t] - ret[t] for _, t in owned]
@@ -298,7 +314,7 @@ def value_loss(
         "explained_variance": 1.0 - error_var / target_var if target_var > 0 else 0.0,
         "count": float(len(owned)),
     }
-    return math.fsum(terms) * inverse, stats, shaped(grad, values)
+    return (total(terms) * inverse if scale else 0.0), stats, shaped(grad, values)
 
 
 def token_row(z: np.ndarray, label: int, tau: float) -> tuple[float, float, np.ndarray, np.ndarray]:

@@ -99,7 +99,8 @@ def reduce_loss(
         loss = loss * spread(row_weight.detach().to(loss.dtype), rows)
     total = torch.where(valid, loss, 0.0).sum()
     scale = count if normalizer is None else torch.as_tensor(normalizer, dtype=loss.dtype, device=loss.device)
-    return total * torch.where(scale == 0, 0.0, 1.0 / scale), count
+    empty = scale == 0  # selected on both sides: neither a NaN among the losses nor 1 / 0 may show
+    return torch.where(empty, 0.0, total) * torch.where(empty, 0.0, 1.0 / scale), count
 
 
 def masked_mean(x: Tensor, valid: Tensor) -> Tensor:
