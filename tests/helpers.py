@@ -160,7 +160,13 @@ def in_fresh_process(target, *args) -> None:
     assert process.exitcode == 0, f"{target.__name__}: exit code {process.exitcode}"
 
 
+def magnitude(x) -> np.ndarray:
+    """|x|, and 0 for what is not finite."""
+    x = np.asarray(x, dtype=np.float64)
+    return np.where(np.isfinite(x), np.abs(x), 0.0)
+
+
 def row_scale(*arrays: np.ndarray) -> np.ndarray:
     """For each row the largest magnitude in any of the arrays, kept 2-d."""
-    sizes = [np.where(np.isfinite(a), np.abs(a), 0.0).max(-1, keepdims=True, initial=0.0) for a in arrays]
+    sizes = [magnitude(a).max(-1, keepdims=True, initial=0.0) for a in arrays]
     return np.maximum(functools.reduce(np.maximum, sizes), math.ulp(1.0))

@@ -294,14 +294,14 @@ def value_loss(
         best, g = error * error, error
         if cliprange_value is not None:
             lo, hi = old[t] - cliprange_value, old[t] + cliprange_value
-            clipped_error = min(max(v[t], lo), hi) - ret[t]
+            clipped_error = NAN if math.isnan(old[t]) else min(max(v[t], lo), hi) - ret[t]
             square, g_clipped = clipped_error * clipped_error, clipped_error if lo <= v[t] <= hi else 0.0
             larger += square > best
             if square == best:
                 g = 0.5 * (g + g_clipped)
             elif square > best:
                 g = g_clipped
-            best = square if square > best or math.isnan(lo) else best
+            best = square if square > best or math.isnan(square) else best
         terms.append(0.5 * best * share)
         grad[t] = g * share * inverse
     targets, errors = [ret[t] for _, t in owned], [v[t] - ret[t] for _, t in owned]
