@@ -19,8 +19,6 @@ from helpers import (
     strided,
     with_junk,
 )
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from ppo_kernels import ValueStats, value_loss
 
@@ -231,24 +229,3 @@ WRONG = [
 def test_wrong_arguments_are_named(impl, change, error, mentions):
     arguments = dict(zip(("values", "old_values", "returns"), make(3, 4), strict=True)) | {"impl": impl}
     assert_raises(error, lambda: value_loss(**(arguments | change)), *mentions)
-
-
-@settings(max_examples=100, deadline=None, derandomize=True)
-@given(data=st.data())
-def test_any_batch_matches_the_loop(require_impl, data):
-    impl = require_impl(OP, data.draw(st.sampled_from(["cpu", "triton", "torch"])))
-    lengths = data.draw(st.lists(st.sampled_from([0, 1, 2, 7, 33, 129]), max_size=4))
-    seed, dtype = data.draw(st.integers(0, 2**20)), data.draw(st.sampled_from(DTYPES[:2]))
-    values, old, returns = (x[0] for x in make(1, sum(lengths), dtype, seed, data.draw(st.sampled_from([0.01, 3.0]))))
-    g = torch.Generator().manual_seed(seed)
-    check(
-        impl,
-        values,
-        old,
-        returns,
-        torch.rand(sum(lengths), generator=g) < data.draw(st.floats(0, 1)),
-        cliprange_value=data.draw(st.sampled_from([None, 0.0, 0.2, 2.0])),
-        row_weight=torch.rand(len(lengths), generator=g) if data.draw(st.booleans()) else None,
-        normalizer=data.draw(st.sampled_from([None, 4.0])),
-        cu_seqlens=cu(lengths),
-    )
