@@ -9,7 +9,7 @@ from helpers import INF, MASK_DTYPES, NAN, cu, out_dtype, strided
 from hypothesis import strategies as st
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-LENGTHS = st.sampled_from([33, 1, 2, 31, 32, 127, 128, 129, 300, 0])
+LENGTHS = st.sampled_from([33, 1, 2, 31, 32, 127, 128, 129, 300, 1030, 0])
 ROWS = st.sampled_from([3, 1, 2, 4, 0])  # not integers(0, 4): half of those examples would be empty
 #: Powers of two: with values on a grid of 2^-12 the differences that the formulas start with are exact in float32, so
 #: that what is measured is the op and not the spacing of its inputs.
