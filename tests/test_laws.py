@@ -70,6 +70,24 @@ def test_time_may_be_padded(require_impl, impl, name, extra):
 
 
 @pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "moments"])
+def test_masked_outputs_are_a_positive_zero(require_impl, impl, name):
+    """-0 would print as a difference, and 1 / -0 is another infinity."""
+    case = cases.make(name, batch=6, length=40)
+    out = run(
+        case,
+        require_impl(case.op, impl),
+        case.tensors | {"score_index": torch.full((6,), -1)} if case.op == "kl_rewards" else case.tensors,
+    )
+    masked = ~case.tensors["mask"]
+    tokens = [x for x in out if x.shape[: masked.dim()] == masked.shape]
+    assert tokens
+    for x in tokens:
+        assert not x[masked].any()
+        assert not x[masked].signbit().any()
+
+
+@pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("name", PADDED)
 def test_packed_is_padded(require_impl, impl, name):
     """Token by token the same bits; sums over the batch may be grouped in another way."""
