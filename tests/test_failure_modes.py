@@ -236,7 +236,7 @@ def test_the_mean_entropy_does_not_count_padding(require_impl, impl, sentinel):
 @pytest.mark.parametrize("name", cases.DIFFERENTIABLE)
 def test_gradients_made_in_the_forward_obey_what_comes_from_above(require_impl, impl, name):
     """Not a mean, not a sum, twice through one graph, and beside another use of the same leaf."""
-    case = cases.make(name)
+    case = cases.make(name, batch=3, length=5)
     impl = require_impl(case.op, impl)
     leaf = case.tensors[case.leaf].clone().requires_grad_()
     loss = case.call(case.tensors | {case.leaf: leaf}, impl)[0].sum()
