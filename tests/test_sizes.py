@@ -9,7 +9,7 @@ import torch
 from helpers import INTERIORS, assert_close_to_oracle, cu, holey_mask, magnitude
 from test_token_logprobs import check
 
-from ppo_kernels import gae
+from ppo_kernels import gae, token_logprobs
 
 IMPLS = ["cpu", "triton", "torch"]
 LONG = [4095, 4096, 4097, 8191, 8192, 8193, 65536]
@@ -106,3 +106,15 @@ def test_columns_beyond_the_vocabulary_add_nothing_to_rows_far_below_zero(requir
             logits = low - torch.rand(2, vocab, generator=g) * 3
             labels = torch.tensor([0, vocab - 1])
             check(impl, logits.to(DTYPES[vocab % 3]), labels)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_float16_gradients_below_the_normal_numbers_are_not_lost(require_impl, impl):
+    """Most probabilities of a large vocabulary are below 6e-5, where float16 has fewer and fewer digits."""
+    g = torch.Generator().manual_seed(0)
+    leaf = torch.randn(2, 20000, generator=g).half().requires_grad_()
+    labels = torch.tensor([1, 19999])
+    token_logprobs(leaf, labels, impl=require_impl("token_logprobs", impl)).sum().backward()
+    want = oracle.token_logprobs(leaf, labels)[2]
+    assert (magnitude(want) < 6e-5).mean() > 0.5
+    assert_close_to_oracle(leaf.grad, want, ceiling=1.0, scale=5e-4 * magnitude(want) + 2.0**-25 * 1.01)
