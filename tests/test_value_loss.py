@@ -200,6 +200,21 @@ def test_nan_in_a_valid_token_is_seen(impl):
     assert torch.equal(grad.isnan().nonzero(), torch.tensor([[1, 2]]))
 
 
+@pytest.mark.parametrize("name", ["old_values", "returns"])
+def test_nan_in_another_input_of_a_valid_token_is_seen(impl, name):
+    values, old, returns = make(3, 4)
+    data = {"old_values": old, "returns": returns, "impl": impl}
+    clean = grad_of(lambda x: value_loss(x, **data), values)[1]
+    data[name][1, 2] = NAN
+    (loss, _), grad = grad_of(lambda x: value_loss(x, **data), values)
+    assert loss.isnan()
+    others = torch.ones(3, 4, dtype=torch.bool)
+    others[1, 2] = False
+    assert bit_equal(grad[others], clean[others])
+    unclipped = value_loss(values, **data, cliprange_value=None)[0]
+    assert bool(unclipped.isnan()) == (name == "returns"), "without a clip the old values are not read"
+
+
 @pytest.mark.parametrize("bounds", [[-5, 3, 12], [0, 100, 7], [2**40, -(2**40), 12], [3, 3, 3], [12, 0], [5]])
 def test_wrong_cu_seqlens_never_read_outside(impl, bounds):
     x, call = torch.randn(12), {"row_weight": torch.ones(len(bounds) - 1), "cu_seqlens": torch.tensor(bounds)}
