@@ -65,6 +65,28 @@ def _columns(x):
 
 
 @triton.jit
+def _entering(a, b, entering, LANES: tl.constexpr, DOUBLING: tl.constexpr):
+    """g as it enters each token of a block and, in lane 0, the next block, from the tokens' maps [lanes, 4].
+
+    Lanes run against time, as the scan does. Only lane 0, which holds the latest tokens, looks at ``entering``.
+    """
+    a0, a1, a2, a3 = _columns(a)
+    b0, b1, b2, b3 = _columns(b)
+    lane_a, lane_b = _then(a3, b3, a2, b2)
+    lane_a, lane_b = _then(lane_a, lane_b, a1, b1)
+    lane_a, lane_b = _then(lane_a, lane_b, a0, b0)
+    lane = tl.arange(0, LANES)
+    lane_b = tl.where(lane == 0, lane_a * entering + lane_b, lane_b)
+    _, after = _scan(lane_a, lane_b, LANES, DOUBLING)
+    after = tl.gather(after, (lane + LANES - 1) % LANES, 0)  # of the lane before; lane 0: of the last one
+    g3 = tl.where(lane == 0, entering, after)
+    g2 = a3 * g3 + b3
+    g1 = a2 * g2 + b2
+    g0 = a1 * g1 + b1
+    return tl.reshape(tl.join(tl.join(g0, g2), tl.join(g1, g3)), [LANES, 4]), after
+
+
+@triton.jit
 def _gae_rows(
     rewards,
     values,
@@ -105,13 +127,11 @@ def _gae_rows(
         tl.store(advantages + t, zero, mask=t < length)
         tl.store(returns + t, zero, mask=t < length)
 
-    lane = tl.arange(0, LANES)
-    # g as it enters a block; only lane 0, which holds the latest tokens, looks at it.
     entering = tl.zeros([LANES], tl.float64)
     if bootstrap_value is not None:
         entering += gamma * tl.load(bootstrap_value + row).to(tl.float64)
-    # Lanes run against time, as the scan does, and the tokens of a lane with it, for 16-byte loads.
-    within = (LANES - 1 - lane)[:, None] * 4 + tl.arange(0, 4)[None, :]
+    # The lanes of a block run against time, the four tokens of a lane with it, for 16-byte loads.
+    within = (LANES - 1 - tl.arange(0, LANES))[:, None] * 4 + tl.arange(0, 4)[None, :]
     for i in range(0, blocks):
         t = (blocks - 1 - i).to(tl.int64) * BLOCK + within
         inside = t < length
@@ -125,21 +145,7 @@ def _gae_rows(
 
         a = tl.where(live, gamma_lam, 1.0)
         b = tl.where(live, gamma_lam * gain + gamma * value, 0.0)
-        a0, a1, a2, a3 = _columns(a)
-        b0, b1, b2, b3 = _columns(b)
-        lane_a, lane_b = _then(a3, b3, a2, b2)
-        lane_a, lane_b = _then(lane_a, lane_b, a1, b1)
-        lane_a, lane_b = _then(lane_a, lane_b, a0, b0)
-        lane_b = tl.where(lane == 0, lane_a * entering + lane_b, lane_b)
-        _, after = _scan(lane_a, lane_b, LANES, DOUBLING)
-        after = tl.gather(after, (lane + LANES - 1) % LANES, 0)  # of the lane before; lane 0: of the last one
-        g3 = tl.where(lane == 0, entering, after)
-        entering = after
-        g2 = a3 * g3 + b3
-        g1 = a2 * g2 + b2
-        g0 = a1 * g1 + b1
-        g = tl.reshape(tl.join(tl.join(g0, g2), tl.join(g1, g3)), [LANES, 4])
-
+        g, entering = _entering(a, b, entering, LANES, DOUBLING)
         advantage = gain + g
         tl.store(advantages + t, tl.where(valid, advantage, 0.0).to(advantages.dtype.element_ty), mask=inside)
         tl.store(returns + t, tl.where(valid, advantage + value, 0.0).to(returns.dtype.element_ty), mask=inside)

@@ -68,8 +68,7 @@ def _kl_rewards_rows(
         k, _ = kl_term(logp, ref, kl_log_clamp, kl_clamp, ESTIMATOR)
         total += k
         # 0 - x is never -0, whatever the sign of the penalty.
-        reward = tl.where(t == at, score, 0.0) - tl.where(valid, kl_coef * k, 0.0)
-        tl.store(rewards + t, reward, mask=inside)
+        tl.store(rewards + t, tl.where(t == at, score, 0.0) - kl_coef * k, mask=inside)
     tl.store(kl + row, tl.sum(total, 0))
 
 
