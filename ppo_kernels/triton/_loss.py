@@ -84,9 +84,8 @@ def locate(first, N, T, bounds_ptr, B, NEEDS_ROWS: tl.constexpr, CHUNK: tl.const
             # One division in 64 bits per chunk; those per token are in T's own width, nearly always 32 bits.
             above = first // T
             local = (first - above * T + lane).to(tl.uint32 if T.dtype == tl.int32 else tl.int64)
-            down = local // T.to(local.dtype)
-            row = above + down.to(tl.int64)
-            column = (local - down * T.to(local.dtype)).to(tl.int64)
+            row = above + (local // T.to(local.dtype)).to(tl.int64)
+            column = (local % T.to(local.dtype)).to(tl.int64)
     else:
         owned = owned & (n >= tl.load(bounds_ptr)) & (n < tl.load(bounds_ptr + B))
         if NEEDS_ROWS:
