@@ -71,33 +71,47 @@ def _rebase(peak, top, c):
     return base, _bounded((tl.where(peak == -INF, base, peak) - base) * c)[:, None]
 
 
+# A lane reads U groups of K consecutive columns of a block, whatever the address of the row, so that the address
+# changes no bit. It reads them from the 16-byte boundary before the group and, where that cuts the group, from the one
+# after: column j of the group then is in place (j + shift) % K. There is one tensor per group: with a third axis it
+# would be for the version of Triton to say which axis goes to the threads.
+
+
 @triton.jit
-def _block(
-    start, shift, begin, vocab, label,
+def _inner_block(
+    vectors, begin, shift,
     DTYPE: tl.constexpr, ALIGNED: tl.constexpr, U: tl.constexpr, LANES: tl.constexpr, K: tl.constexpr,
 ):  # fmt: skip
-    """Logits [begin, begin + U LANES K) of a row; -inf beyond its end and at the label.
-
-    A lane has U groups of K consecutive columns, whatever the address of the row, so that the address changes no bit.
-    Inside the row it reads them as 16-byte vectors, from the boundary before the group and, where that cuts the group,
-    the one after; column j of the group then is in place (j + shift) % K.
-    """
-    at = tl.arange(0, U)[:, None, None] * (LANES * K) + tl.arange(0, LANES)[None, :, None] * K
-    k = tl.arange(0, K)[None, None, :]
-    inside = begin + U * LANES * K <= vocab
-    if not ALIGNED:  # the vectors reach beyond the block
-        inside = (begin > 0) & (begin + (U * LANES * K + K) <= vocab)
-    if inside & ((label < begin) | (label >= begin + U * LANES * K)):
-        vectors = tl.multiple_of(start - shift, 16) + begin
-        z = tl.load(vectors + (at + k))
+    """The U groups of every lane in a block that lies inside its row, vectors included, and without the label."""
+    k = tl.arange(0, K)[None, :]
+    groups = ()
+    for u in tl.static_range(U):
+        at = begin + ((u * LANES + tl.arange(0, LANES)[:, None]) * K + k)
+        z = tl.load(vectors + at)
         if not ALIGNED:
-            z = tl.where(k >= shift, z, tl.load(vectors + (at + k + K)))
-        z = z.to(DTYPE)
-    else:
-        column = begin + at + tl.where(k >= shift, k - shift, k - shift + K)
-        z = tl.load(start + column, mask=column < vocab, other=-INF).to(DTYPE)
-        z = tl.where(column == label, -INF, z)
-    return z
+            z = tl.where(k >= shift, z, tl.load(vectors + (at + K)))
+        groups = groups + (z.to(DTYPE),)  # noqa: RUF005
+    return groups
+
+
+@triton.jit
+def _other_block(
+    vectors, begin, shift, vocab, label,
+    DTYPE: tl.constexpr, ALIGNED: tl.constexpr, U: tl.constexpr, LANES: tl.constexpr, K: tl.constexpr,
+):  # fmt: skip
+    """The same of any block: -inf takes the place of the label and of what lies beyond the row."""
+    k = tl.arange(0, K)[None, :]
+    groups = ()
+    for u in tl.static_range(U):
+        at = begin + ((u * LANES + tl.arange(0, LANES)[:, None]) * K + k)
+        column = at - shift
+        z = tl.load(vectors + at, mask=(k >= shift) & (column < vocab), other=-INF).to(DTYPE)
+        if not ALIGNED:
+            after = tl.load(vectors + (at + K), mask=(k < shift) & (column + K < vocab), other=-INF).to(DTYPE)
+            z = tl.where(k >= shift, z, after)
+            column = tl.where(k >= shift, column, column + K)
+        groups = groups + (tl.where(column == label, -INF, z),)  # noqa: RUF005
+    return groups
 
 
 @triton.jit(do_not_specialize=_GENERAL)
@@ -107,6 +121,7 @@ def _forward(
     ENTROPY: tl.constexpr, ALIGNED: tl.constexpr, U: tl.constexpr, LANES: tl.constexpr, K: tl.constexpr,
 ):  # fmt: skip
     DTYPE: tl.constexpr = logprobs.dtype.element_ty
+    BLOCK: tl.constexpr = U * LANES * K
     row = tl.program_id(0)
     label = tl.load(labels + row)
     live = label != ignore_index
@@ -119,24 +134,38 @@ def _forward(
     c64 = _log2_per_logit(temperature_rows, temperature, row)
     c = c64.to(DTYPE)
     shift = _misalignment(start, K)
+    vectors = tl.multiple_of(start - shift, 16)
 
     # Each lane has its own maximum, and a sum of 2^x and of 2^x x for each place in its vectors, where x is
     # (z - maximum) c: nothing crosses lanes until the row is read. The target is left out (see _finish).
     peak = tl.full((LANES,), -INF, DTYPE)
     s = tl.zeros((LANES, K), DTYPE)
     e = tl.zeros((LANES, K), DTYPE)
-    for begin in range(0, tl.where(read, vocab, 0), U * LANES * K):
-        z = _block(start, shift, begin, vocab, label, DTYPE, ALIGNED, U, LANES, K)
-        top = tl.maximum(peak, tl.max(tl.max(z, axis=2), axis=0))
+    for begin in range(0, tl.where(read, vocab, 0), BLOCK):
+        inside = begin + BLOCK <= vocab if ALIGNED else (begin > 0) & (begin + (BLOCK + K) <= vocab)
+        if inside & ((label < begin) | (label >= begin + BLOCK)):
+            z = _inner_block(vectors, begin, shift, DTYPE, ALIGNED, U, LANES, K)
+        else:
+            z = _other_block(vectors, begin, shift, vocab, label, DTYPE, ALIGNED, U, LANES, K)
+        top = peak
+        for u in tl.static_range(U):
+            top = tl.maximum(top, tl.max(z[u], axis=1))
         base, rescale = _rebase(peak, top, c)
         peak = top
-        x = (z - base[None, :, None]) * c
+        block_s = tl.zeros((LANES, K), DTYPE)
+        block_e = tl.zeros((LANES, K), DTYPE)
+        for u in tl.static_range(U):
+            x = (z[u] - base[:, None]) * c
+            if ENTROPY:
+                x = _bounded(x)
+            p = tl.exp2(x)
+            if ENTROPY:
+                block_e += p * x
+            block_s += p
+        scale = tl.exp2(rescale)
         if ENTROPY:
-            x = _bounded(x)
-        p = tl.exp2(x)
-        if ENTROPY:
-            e = (e + s * rescale) * tl.exp2(rescale) + tl.sum(p * x, axis=0)
-        s = s * tl.exp2(rescale) + tl.sum(p, axis=0)
+            e = (e + s * rescale) * scale + block_e
+        s = s * scale + block_s
 
     top = tl.max(peak, axis=0)
     _, rescale = _rebase(peak, top, c)
