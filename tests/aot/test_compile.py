@@ -49,11 +49,10 @@ def test_logits_are_read_in_16_byte_vectors_and_nothing_crosses_lanes_before_the
     found = [r for r in reports if r["kernel"] == "token_logprobs._forward" and r["constexprs"]["ALIGNED"] == aligned]
     assert len(found) >= 8
     for report in found:
-        per_thread = 1 if aligned == "True" else 2
-        assert report["loops"], "the loop over the blocks is gone"
-        for loop in report["loops"]:
-            assert loop["vector_loads"] == per_thread * int(report["constexprs"]["U"]), report["variant"]
-            assert loop["crossings"] == 0, report["variant"]
+        vectors = (1 if aligned == "True" else 2) * int(report["constexprs"]["U"])
+        # A loop with two ways through it is listed twice.
+        assert max(loop["vector_loads"] for loop in report["loops"]) == vectors, report["variant"]
+        assert not any(loop["crossings"] for loop in report["loops"]), report["variant"]
 
 
 def test_gradients_are_read_and_written_in_16_byte_vectors(reports):
