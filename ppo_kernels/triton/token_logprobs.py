@@ -9,26 +9,17 @@ from torch import Tensor
 
 from ppo_kernels.reference.rows import compute_dtype
 from ppo_kernels.triton import INTERPRETED
-from ppo_kernels.triton._launch import launch
+from ppo_kernels.triton._launch import dense, launch, mask_bytes, require, require_unit_stride
 from ppo_kernels.triton._math import INF, LN2, LOG2E, exp, expm1_minus, log1p
 
 NOT_READ = tl.constexpr(-1.0)  # log_sum of a row that is masked or ignored: no softmax has a negative one
 NAN = tl.constexpr(float("nan"))
 _VECTOR_BYTES = 16
-_TILE = 16384  # logits of a backward program: enough to pay for reading the row's values, and many programs
-_SCALARS = (
-    "outer_stride",
-    "inner_stride",
-    "inner",
-    "vocab",
-    "ignore_index",
-    "out_outer_stride",
-    "out_inner_stride",
-    "tiles",
-)
-_ROW_VALUES = ("labels", "mask", "temperature_rows", "logprobs", "entropy", "row_max", "log_sum")
+_TILE = 16384  # logits of a backward program, whole blocks: enough to pay for the row's values, and many programs
 # Nothing is specialized on a size or an address: the few variants are those of the tl.constexpr arguments.
-_GENERAL = ("logits", "out", "grad_logprobs", "grad_entropy", *_SCALARS, *_ROW_VALUES)
+_SIZES = "outer_stride inner_stride out_outer_stride out_inner_stride inner vocab tiles ignore_index"
+_ROW_VALUES = "labels mask temperature_rows grad_logprobs grad_entropy logprobs entropy row_max log_sum"
+_GENERAL = f"logits out {_SIZES} {_ROW_VALUES}".split()
 
 
 @triton.jit
@@ -90,7 +81,7 @@ def _inner_block(
         z = tl.load(vectors + at)
         if not ALIGNED:
             z = tl.where(k >= shift, z, tl.load(vectors + (at + K)))
-        groups = groups + (z.to(DTYPE),)  # noqa: RUF005
+        groups += (z.to(DTYPE),)  # type: ignore[assignment]
     return groups
 
 
@@ -110,7 +101,7 @@ def _other_block(
             after = tl.load(vectors + (at + K), mask=(k < shift) & (column + K < vocab), other=-INF).to(DTYPE)
             z = tl.where(k >= shift, z, after)
             column = tl.where(k >= shift, column, column + K)
-        groups = groups + (tl.where(column == label, -INF, z),)  # noqa: RUF005
+        groups += (tl.where(column == label, -INF, z),)  # type: ignore[assignment]
     return groups
 
 
@@ -295,9 +286,8 @@ def _backward(
 
 
 def _shape(vocab: int, dtype: torch.dtype) -> tuple[int, dict[str, int]]:
-    """Warps and block of a vocabulary. Blocks are 32 logits a thread, so that a sum is scaled to a new maximum rarely
-    and enough loads are under way; warps are few, and at most 32 blocks to 256 000 logits keep the rounding of a
-    float32 sum of them below the ceiling."""
+    """Warps and block of a vocabulary: 32 logits a thread, so that sums are rescaled rarely and enough loads are under
+    way; few warps, but enough that at most 32 float32 additions follow each other at 256 000 logits."""
     warps, logits = (1, 8) if vocab <= 512 else (1, 32) if vocab <= 8192 else (4, 32) if vocab <= 65536 else (8, 32)
     k = _VECTOR_BYTES // dtype.itemsize
     return warps, {"U": logits // k, "LANES": 32 * warps, "K": k}
@@ -323,20 +313,10 @@ def _phase(x: Tensor, *strides: int) -> list[int]:
     return [offset % _VECTOR_BYTES for offset in (x.data_ptr(), *(stride * x.itemsize for stride in strides))]
 
 
-def _row_data(x: Tensor | None, rows: int, *dtypes: torch.dtype) -> Tensor | None:
-    if x is None:
-        return None
-    if x.dtype not in dtypes or x.numel() != rows:
-        raise RuntimeError(f"expected {rows} elements of {dtypes}, got {x.numel()} of {x.dtype}")
-    x = x.contiguous()
-    return x.view(torch.uint8) if x.dtype == torch.bool else x
-
-
 def _check_logits(logits: Tensor) -> None:
-    if not logits.is_floating_point() or logits.dim() == 0 or not 1 <= logits.size(-1) < 2**30:
-        raise RuntimeError("expected floating logits [..., V] with 1 <= V < 2^30")
-    if logits.stride(-1) != 1 and logits.size(-1) > 1:
-        raise RuntimeError("the last dimension must be contiguous")
+    require(logits.is_floating_point() and logits.dim() > 0, "expected floating logits [..., V]")
+    require(1 <= logits.size(-1) < 2**30, "expected 1 <= V < 2^30")
+    require_unit_stride(logits)
 
 
 def token_logprobs(
@@ -358,27 +338,15 @@ def token_logprobs(
     logprobs, row_max, log_sum = (logits.new_empty(labels.shape, dtype=dtype) for _ in range(3))
     h = logits.new_empty(labels.shape if entropy else 0, dtype=dtype)
     warps, shape = _shape(vocab, logits.dtype)
-    launch(
-        _forward,
-        rows,
-        logits,
-        _row_data(labels, rows, torch.int64),
-        _row_data(mask, rows, torch.uint8, torch.bool),
-        _row_data(temperature_rows, rows, torch.float64),
-        logprobs,
-        h if entropy else None,
-        row_max,
-        log_sum,
-        *layout,
-        vocab,
-        ignore_index,
-        temperature,
-        num_warps=warps,
-        fp_fusion=True,
-        ENTROPY=entropy,
-        ALIGNED=not any(_phase(logits, *layout[:2])),
-        **shape,
+    row_data = (
+        dense(labels, rows, torch.int64, logits),
+        dense(mask_bytes(mask, labels), rows, torch.uint8, logits),
+        dense(temperature_rows, rows, torch.float64, logits),
     )
+    outputs = (logprobs, h if entropy else None, row_max, log_sum)
+    sizes = (*layout, vocab, ignore_index, temperature)
+    shape |= {"ENTROPY": entropy, "ALIGNED": not any(_phase(logits, *layout[:2]))}
+    launch(_forward, rows, logits, *row_data, *outputs, *sizes, num_warps=warps, fp_fusion=True, **shape)
     return logprobs, h, row_max, log_sum
 
 
@@ -409,44 +377,24 @@ def _write_gradient(
     rows = logits.numel() // vocab
     layout = _leading(logits)
     to = out
-    if layout is None or (INTERPRETED and out.dtype == torch.bfloat16):  # the interpreter truncates to bfloat16
+    truncates = INTERPRETED and out.dtype == torch.bfloat16
+    if truncates or (layout is None and out is logits):
         to = torch.empty(out.shape, dtype=dtype if INTERPRETED else out.dtype, device=out.device)
     if layout is None:
         logits = logits.contiguous()
         layout = (0, vocab, rows)
-    outer_stride, inner_stride, inner = layout
-    to_strides = (outer_stride, inner_stride)
-    if to is not logits:
-        to_strides = (inner * vocab if inner < rows else 0, vocab)
+    inner = layout[2]
+    to_strides = layout[:2] if to is logits else (inner * vocab if inner < rows else 0, vocab)
     warps, shape = _shape(vocab, logits.dtype)
-    if to.dtype != logits.dtype or _phase(to, *to_strides) != _phase(logits, outer_stride, inner_stride):
+    if to.dtype != logits.dtype or _phase(to, *to_strides) != _phase(logits, *layout[:2]):
         shape |= {"U": 8, "K": 1}  # no vectors: those of the logits and of the gradient hold different columns
-    block = shape["U"] * shape["LANES"] * shape["K"]
-    tile = max(_TILE, block)
-    tiles = triton.cdiv(vocab + shape["K"] - 1, tile)
-    launch(
-        _backward,
-        rows * tiles,
-        logits,
-        to,
-        _row_data(labels, rows, torch.int64),
-        _row_data(temperature_rows, rows, torch.float64),
-        _row_data(grad_logprobs, rows, dtype),
-        _row_data(grad_entropy, rows, dtype),
-        _row_data(logprobs, rows, dtype),
-        _row_data(entropy if grad_entropy is not None else None, rows, dtype),
-        _row_data(row_max, rows, dtype),
-        _row_data(log_sum, rows, dtype),
-        outer_stride,
-        inner_stride,
-        *to_strides,
-        inner,
-        vocab,
-        tiles,
-        temperature,
-        num_warps=warps,
-        fp_fusion=True,
-        TILE=tile,
-        **shape,
+    tiles = triton.cdiv(vocab + shape["K"] - 1, _TILE)
+    h = None if grad_entropy is None else entropy
+    row_data = (
+        dense(labels, rows, torch.int64, logits),
+        dense(temperature_rows, rows, torch.float64, logits),
+        *(dense(x, rows, dtype, logits) for x in (grad_logprobs, grad_entropy, logprobs, h, row_max, log_sum)),
     )
+    sizes = (*layout[:2], *to_strides, inner, vocab, tiles, temperature)
+    launch(_backward, rows * tiles, logits, to, *row_data, *sizes, num_warps=warps, fp_fusion=True, TILE=_TILE, **shape)
     return out if to is out else out.copy_(to)
