@@ -16,8 +16,8 @@ from torch import Tensor
 from ppo_kernels.triton import INTERPRETED
 from ppo_kernels.triton._launch import Rows, dense, launch, require
 
-#: Lines of sums that the fold reads at a time: with 8 warps, 8 or 16 numbers a lane.
-FOLD = 256
+#: Lines of sums that the one program of the fold reads at a time: with 8 warps, 16 or 32 numbers a lane.
+FOLD = 512
 
 
 def chunk_for(tokens: int) -> tuple[int, int]:
