@@ -83,6 +83,17 @@ def test_inputs_are_never_mutated(impl_of, name):
     assert not pointers & {x.data_ptr() for x in out}, "an output is an input"
 
 
+@pytest.mark.parametrize("name", [name for name in NAMES if not name.endswith(":packed")])
+def test_each_input_alone_may_be_a_view_of_wider_rows(impl_of, name):
+    impl, case = impl_of(name), cases.make(name, length=5)
+    with torch.no_grad():
+        want = case.call(case.tensors, impl)
+        for key, x in case.tensors.items():
+            if x.dim() > 1:
+                view = torch.cat([x, x[..., :3]], -1)[..., : x.shape[-1]]
+                assert bit_equal(case.call(case.tensors | {key: view}, impl), want), key
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_runs_repeat_bit_by_bit(impl_of, name):
     impl, case = impl_of(name), cases.make(name, batch=7, length=130)
