@@ -13,11 +13,14 @@ ARGS ?=
 
 SOURCES := $(shell find csrc -type f) csrc/cpu csrc/cuda CMakeLists.txt setup.py
 .DELETE_ON_ERROR:
-.PHONY: missing help demo test lint bench setup build env clean
+.PHONY: missing help demo test planted sanitize accuracy lint bench setup build env clean
 
 help:
 	@echo "make demo    train a small model on a CPU and plot its learning"
 	@echo "make test    the test suite"
+	@echo "make planted     plants bugs, one at a time, and says which of them the tests notice"
+	@echo "make sanitize    the tests of the C++ ops under address, undefined-behaviour and thread sanitizers"
+	@echo "make accuracy    errors against float64, beside those of eager code"
 	@echo "make lint    ruff, clang-format and mypy"
 	@echo "make bench   the benchmarks of the ops"
 	@echo "make env     what is installed, what is built, and which implementation each op picks"
@@ -75,6 +78,15 @@ test: build
 
 bench: build
 	$(RUN) -m pytest bench --benchmark-only $(ARGS)
+
+planted: setup
+	$(RUN) tests/planted/run.py $(ARGS)
+
+sanitize: setup
+	$(RUN) tests/sanitize/run.py $(ARGS)
+
+accuracy: build
+	@$(RUN) tests/accuracy.py
 
 lint: setup
 	$(RUN) -m ruff check .

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from checkout import copy_sources
 
 from ppo_kernels import _native
 
@@ -45,18 +46,6 @@ def python(code: str, cwd: Path, **env: str) -> subprocess.CompletedProcess[str]
 
 def build_in_place(checkout: Path, **env: str) -> str:
     return run(sys.executable, "setup.py", "build_ext", "--inplace", cwd=checkout, **env).stdout
-
-
-def copy_sources(target: Path) -> Path:
-    """The sources without any binary, so that a test can build and spoil them."""
-    ignore = shutil.ignore_patterns("*.so", "__pycache__")
-    for name in ("csrc", "ppo_kernels", "python_trainer"):
-        if (ROOT / name).is_dir():
-            shutil.copytree(ROOT / name, target / name, ignore=ignore)
-    for name in ("setup.py", "CMakeLists.txt", "pyproject.toml", "README.md", "LICENSE", "MANIFEST.in"):
-        if (ROOT / name).is_file():
-            shutil.copy(ROOT / name, target / name)
-    return target
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,163 @@
+"""How good are the tests? Plants each bug of this folder in a copy of the sources and runs what should notice it.
+
+A patch is a unified diff with a header:
+
+    Planted: what is wrong
+    Noticed by: pytest's names of tests, each with or without (the start of) its parameters: test_gae.py::test_x[cpu
+    Crash: why a process must die of it, or a child of the test's (where that is how the tests notice)
+
+It is killed if one of its tests fails by an assertion. It is an error, not a kill, if the patch no longer applies, the
+copy does not build, a test is missing, or one ends in another way than by an assertion. Unspoiled, all tests must pass.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import re
+import subprocess
+import sys
+import time
+import xml.etree.ElementTree as ET
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent))
+
+import checkout  # noqa: E402
+
+NOTICED = re.compile(r"assert|AssertionError|Failed: DID NOT RAISE|\S*GradcheckError|\S*OpCheckError")
+DIED = re.compile(r"exit code -\d+")
+SECONDS = 240
+# Files change within a second and keep their size: bytecode of the last bug must not be taken for this one's.
+ENVIRONMENT = checkout.environment(PYTHONDONTWRITEBYTECODE="1", OMP_NUM_THREADS="1")
+
+
+class Bug(NamedTuple):
+    name: str
+    planted: str
+    tests: tuple[str, ...]
+    crash: bool
+    patch: str
+
+    @property
+    def compiled(self) -> bool:
+        return "+++ b/csrc/" in self.patch
+
+
+def read(path: Path) -> Bug:
+    patch = path.read_text()
+    fields = checkout.header(patch)
+    return Bug(path.stem, fields["Planted"], tuple(fields["Noticed by"].split()), "Crash" in fields, patch)
+
+
+def bugs() -> list[Bug]:
+    """Bugs of the same file one after the other: a rebuild then undoes the last one and compiles the next."""
+    found = [read(path) for path in HERE.glob("*.patch")]
+    return sorted(found, key=lambda bug: (re.findall(r"^\+\+\+ b/(.*)", bug.patch, re.M), bug.name))
+
+
+def collect(copy: Path) -> list[str]:
+    command = [sys.executable, "-m", "pytest", "-q", "--collect-only", "--ignore=tests/trainer", "tests"]
+    done = subprocess.run(command, cwd=copy, env=ENVIRONMENT, capture_output=True, text=True, check=True)
+    return [line for line in done.stdout.splitlines() if "::" in line]
+
+
+def resolve(bug: Bug, collected: list[str]) -> list[str]:
+    found = []
+    for test in bug.tests:
+        start = test if "[" in test else f"{test}["
+        matches = [name for name in collected if name in (test, f"tests/{test}") or name.startswith(f"tests/{start}")]
+        if not matches:
+            raise ValueError(f"there is no test {test}")
+        found += matches
+    return found
+
+
+def run_tests(copy: Path, tests: list[str], *options: str, seconds: int = SECONDS) -> tuple[int, list[str], str]:
+    """pytest's exit code, the first words of each failure, and what it printed."""
+    report = copy / "report.xml"
+    report.unlink(missing_ok=True)
+    command = [sys.executable, "-m", "pytest", "-q", "--tb=short", f"--junitxml={report}", *options, *tests]
+    done = subprocess.run(command, cwd=copy, env=ENVIRONMENT, capture_output=True, text=True, timeout=seconds)
+    failures = [x.get("message", "") for x in ET.parse(report).iter("failure")] if report.exists() else []
+    return done.returncode, failures, done.stdout + done.stderr
+
+
+def plant(bug: Bug, copy: Path, tests: list[str]) -> str | None:
+    """None if the tests notice, else what happened."""
+    spoiled = checkout.patched(bug.patch, copy)
+    originals = {path: path.read_text() for path in spoiled}
+    try:
+        for path, text in spoiled.items():
+            path.write_text(text)
+        if bug.compiled:
+            checkout.build(copy)
+        code, failures, output = run_tests(copy, tests, "-x")
+    finally:
+        for path, text in originals.items():
+            path.write_text(text)
+    if code == 0:
+        return "SURVIVED"
+    if code < 0 and bug.crash:
+        return None
+    if code != 1 or not failures:
+        return f"ERROR: pytest ended with {code}\n{output[-3000:]}"
+    if not bug.crash and (DIED.search(failures[0]) or not NOTICED.match(failures[0])):
+        return f"ERROR: no assertion about it failed, but\n{output[-3000:]}"
+    return None
+
+
+def attempt(bug: Bug, copy: Path, collected: list[str]) -> bool:
+    begin = time.monotonic()
+    try:
+        complaint = plant(bug, copy, resolve(bug, collected))
+    except subprocess.TimeoutExpired:
+        complaint = f"ERROR: not done in {SECONDS} s"
+    except (RuntimeError, ValueError, OSError) as error:
+        complaint = f"ERROR: {error}"
+    print(f"{time.monotonic() - begin:6.1f} s  {bug.name}: {complaint or 'killed'}", flush=True)
+    if complaint:
+        print(f"          planted: {bug.planted}", flush=True)
+    return complaint is None
+
+
+def main(names: list[str]) -> int:
+    """``names`` of patches to try; none means all."""
+    begin = time.monotonic()
+    place = checkout.ROOT / "build" / "planted"
+    place.mkdir(parents=True, exist_ok=True)
+    lock = (place / "lock").open("w")
+    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # a second run would plant its bugs in the same copies
+    chosen = [bug for bug in bugs() if not names or bug.name in names]
+    copies = [place / name for name in ("compiled", "python")]
+    for copy in copies:
+        checkout.copy_sources(copy, "tests")
+    checkout.build(copies[0])
+    for binary in (copies[0] / "ppo_kernels").glob("_C.*so"):
+        (copies[1] / "ppo_kernels" / binary.name).write_bytes(binary.read_bytes())
+
+    collected = collect(copies[1])
+    tests: set[str] = set()
+    for bug in chosen:
+        with contextlib.suppress(ValueError):  # said when its turn comes
+            tests.update(resolve(bug, collected))
+    code, _, output = run_tests(copies[1], sorted(tests), seconds=4 * SECONDS)
+    if code != 0:
+        print(f"without any bug the tests do not pass (pytest: {code})\n{output[-6000:]}")
+        return 1
+    print(f"{time.monotonic() - begin:6.1f} s  without any bug: {output.strip().splitlines()[-1]}", flush=True)
+
+    def work(compiled: bool) -> list[bool]:
+        return [attempt(bug, copies[not compiled], collected) for bug in chosen if bug.compiled is compiled]
+
+    with ThreadPoolExecutor(2) as pool:
+        killed = [one for part in pool.map(work, (True, False)) for one in part]
+    print(f"killed {sum(killed)}/{len(killed)} in {time.monotonic() - begin:.0f} s")
+    return 0 if all(killed) and killed else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

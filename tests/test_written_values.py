@@ -1,0 +1,55 @@
+"""What outputs hold to the bit: +0 where masked, and the nearest number of the dtype elsewhere."""
+
+from __future__ import annotations
+
+import cases
+import pytest
+import torch
+from cases import NAMES, run
+from helpers import grad_of
+
+import ppo_kernels as pk
+from ppo_kernels import backends
+
+IMPLS = ("cpu", "triton", "torch")
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "moments"])
+def test_masked_outputs_are_plus_zero(require_impl, impl, name):
+    """-0 becomes -inf where somebody divides by it, and other bits where bits are compared."""
+    case = cases.make(name, batch=4, length=9)
+    impl = require_impl(case.op, impl)
+    mask = case.tensors["mask"]
+    for kept in (mask, torch.zeros_like(mask)):
+        outputs = run(case, impl, case.tensors | {"mask": kept})
+        for out in (x for x in outputs if x.shape[: mask.dim()] == mask.shape):
+            masked = out[~kept]
+            assert not ((masked == 0) & masked.signbit()).any()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("impl", IMPLS)
+def test_gradients_are_rounded_to_the_nearest(require_impl, impl, dtype):
+    impl = require_impl("token_logprobs", impl)
+    logits, labels = (torch.randn(3, 500) * 2).to(dtype), torch.randint(0, 500, (3,))
+    low, full = (
+        grad_of(lambda x: pk.token_logprobs(x, labels, impl=impl).sum(), x)[1] for x in (logits, logits.float())
+    )
+    assert low.dtype == dtype
+    kind = torch.finfo(dtype)
+    half_a_unit = torch.maximum(full.abs(), torch.tensor(kind.smallest_normal)) * kind.eps / 2
+    assert ((low.float() - full).abs() <= half_a_unit * 1.001).all()
+
+
+@pytest.mark.parametrize("impl", ["cpu", "triton"])
+def test_traced_outputs_have_the_dtypes_of_real_ones(require_impl, impl):
+    """For logits whose dtype is not that of the results; float32 ones would show no difference."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    forward = backends.kernel("token_logprobs", require_impl("token_logprobs", impl))
+    logits, labels = torch.randn(3, 40, dtype=torch.bfloat16), torch.tensor([1, 2, 3])
+    options = (None, None, 1.0, -100, True)
+    with FakeTensorMode() as mode:
+        fake = forward(mode.from_tensor(logits), mode.from_tensor(labels), *options)
+    assert [x.dtype for x in fake] == [x.dtype for x in forward(logits, labels, *options)]
