@@ -86,8 +86,8 @@ def _apply(
 ):
     count, mean, m2 = _fold(counts, means, m2s, parts, FOLD)
     freedom = count - 1.0 if UNBIASED else count
-    spread = tl.where(count > 1.0, m2 / tl.maximum(freedom, 1.0), 0.0) + eps
-    scale = tl.where(spread == 0.0, 0.0, 1.0 / tl.sqrt(tl.where(spread == 0.0, 1.0, spread)))
+    spread = m2 / tl.maximum(freedom, 1.0) + eps  # m2 is 0 if count <= 1
+    scale = 1.0 / tl.sqrt(tl.where(spread == 0.0, float("inf"), spread))
     begin = tl.program_id(0).to(tl.int64) * (STEPS * BLOCK)
     for at in range(begin, tl.minimum(begin + STEPS * BLOCK, total), BLOCK):
         t = at + tl.arange(0, BLOCK)
