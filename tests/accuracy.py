@@ -205,7 +205,8 @@ def main() -> None:
         cells = [f"{row[i][0]:.1e} ({row[i][1]:.2f})" if i in row else "–" for i in IMPLS]
         kind = "" if name in ABSOLUTE else " (relative)"
         print(f"| {op} | {name}{kind} | {dtype} | {row['eager'][0]:.1e} | " + " | ".join(cells) + " |")
-    print(f"\nAgainst float64, torch {torch.__version__}. Triton's figures come from its interpreter, not from a GPU.")
+    print(f"\nWorst errors against float64, torch {torch.__version__}; in brackets the worst ratio to eager's.")
+    print("Triton's figures come from its interpreter, not from a GPU.")
 
 
 if __name__ == "__main__":
