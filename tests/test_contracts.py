@@ -96,7 +96,8 @@ def test_each_input_alone_may_be_a_view_of_wider_rows(impl_of, name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_runs_repeat_bit_by_bit(impl_of, name):
-    impl, case = impl_of(name), cases.make(name, batch=7, length=130)
+    impl = impl_of(name)
+    case = cases.make(name, batch=7, length=cases.fit(name, impl, 130))
     first = run(case, impl)
     for _ in range(2 if impl == "triton" else 20):  # the interpreter is slow, and has one thread
         assert bit_equal(run(case, impl), first)
@@ -135,7 +136,7 @@ LOSSES = ("policy_loss", "policy_loss:packed", "value_loss", "value_loss:packed"
 def test_a_row_does_not_depend_on_the_batch_around_it(impl_of, name, dtype):
     impl = impl_of(name)
     length = 30 if name.startswith("token_logprobs") else 1500
-    case = cases.make(name, dtype, batch=6, length=length)
+    case = cases.make(name, dtype, batch=6, length=cases.fit(name, impl, length))
     whole = by_row(name, case, impl)
     for rows in ([0], [5], [4, 2, 5], [3, 0, 1, 5, 4, 2, 0]):
         assert bit_equal(by_row(name, case, impl, cases.pick_rows(case, rows)), tuple(x[rows] for x in whole)), rows
@@ -220,7 +221,7 @@ def test_output_dtypes_follow_the_widest_input(impl_of, name):
     impl, wide = impl_of(name), {"moments": torch.float64}.get(name)
     for dtype in (torch.bfloat16, torch.float16, torch.float32, torch.float64):
         expected = wide or (torch.float64 if dtype == torch.float64 else torch.float32)
-        case = cases.make(name, dtype)
+        case = cases.make(name, dtype, batch=2, length=5)
         assert {x.dtype for x in case.call(case.tensors, impl)} == {expected}
         if case.leaf:
             assert run(case, impl)[-1].dtype == dtype
