@@ -1,4 +1,4 @@
-# make demo | test | lint | bench: each sets up .venv first if needed (once), and rebuilds the extension if csrc/ changed.
+# make demo | test | lint | bench | quick ...: each sets up .venv first if needed (once), and rebuilds the extension if csrc/ changed.
 #   PYTHON=python3.12                the Python that .venv is made with
 #   TORCH="torch==2.11.0"            another torch; the pins of torch and triton in constraints.txt then do not apply
 #   PIP_ARGS="--index-url ..."       passed to every pip install
@@ -13,18 +13,19 @@ ARGS ?=
 
 SOURCES := $(shell find csrc -type f) csrc/cpu csrc/cuda CMakeLists.txt setup.py
 .DELETE_ON_ERROR:
-.PHONY: missing help demo test planted sanitize accuracy lint bench setup build env clean
+.PHONY: missing help demo test planted sanitize accuracy lint bench quick setup build env clean
 
 help:
-	@echo "make demo    train a small model on a CPU and plot its learning"
-	@echo "make test    the test suite"
-	@echo "make planted     plants bugs, one at a time, and says which of them the tests notice"
-	@echo "make sanitize    the tests of the C++ ops under address, undefined-behaviour and thread sanitizers"
-	@echo "make accuracy    errors against float64, beside those of eager code"
-	@echo "make lint    ruff, clang-format and mypy"
-	@echo "make bench   the benchmarks of the ops"
-	@echo "make env     what is installed, what is built, and which implementation each op picks"
-	@echo "make build   only the extension (make setup: only .venv);  make clean: remove everything that was built"
+	@echo "make demo      train a small model on a CPU and plot its learning"
+	@echo "make test      the test suite"
+	@echo "make lint      ruff, clang-format and mypy"
+	@echo "make quick     one table of every op's speed on a CPU, in two minutes (ARGS=--check: fail on a missed target)"
+	@echo "make bench     the benchmarks of the ops"
+	@echo "make accuracy  errors against float64, beside those of eager code"
+	@echo "make planted   plants bugs, one at a time, and says which of them the tests notice"
+	@echo "make sanitize  the tests of the C++ ops under address, undefined-behaviour and thread sanitizers"
+	@echo "make env       what is installed, what is built, and which implementation each op picks"
+	@echo "make build     only the extension (make setup: only .venv);  make clean: remove everything that was built"
 	@echo
 	@echo "Options: PYTHON= TORCH= PIP_ARGS= VENV=none (see the top of the Makefile), ARGS= (for pytest or the demo)"
 
@@ -78,6 +79,9 @@ test: build
 
 bench: build
 	$(RUN) -m pytest bench --benchmark-only $(ARGS)
+
+quick: build
+	@$(RUN) -m bench.quick $(ARGS)
 
 planted: setup
 	$(RUN) tests/planted/run.py $(ARGS)
