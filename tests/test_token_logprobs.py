@@ -20,6 +20,7 @@ from helpers import (
 from ppo_kernels import token_logprobs
 
 OP = "token_logprobs"
+KERNELS = ("cpu", "triton")
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
@@ -98,10 +99,11 @@ def test_a_vocabulary_of_151936(impl, dtype):
     check(impl, *make(2, 151936, dtype))
 
 
+@pytest.mark.parametrize("impl", KERNELS)
 @pytest.mark.parametrize("vocab", [50257, 256000])
-def test_kernels_hold_the_ceilings_at_64_nats(require_impl, vocab):
+def test_kernels_hold_the_ceilings_at_64_nats(require_impl, impl, vocab):
     """Ceilings alone, and for kernels alone: at these sizes the eager error is far above them."""
-    impl = require_impl(OP, "cpu")
+    require_impl(OP, impl)
     logits = torch.empty(2, vocab).uniform_(-64, 64)
     logits[1] = torch.randn(vocab) * 0.01 + 60
     labels = torch.tensor([int(logits[0].argmax()), 5])
@@ -139,11 +141,12 @@ def test_temperature_as_number_tensor_and_per_row(impl, temperature, dtype):
     check(impl, logits, labels, temperature=forms.get(temperature, temperature))
 
 
+@pytest.mark.parametrize("impl", KERNELS)
 @pytest.mark.parametrize("gap", [5.0, 17.0, 20.0, 30.0, 40.0, 87.0])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_kernels_keep_the_digits_of_logp_near_probability_one(require_impl, gap, dtype):
+def test_kernels_keep_the_digits_of_logp_near_probability_one(require_impl, impl, gap, dtype):
     """log p = -log1p(sum of the others), and the target's gradient is -expm1(log p); eager log_softmax says 0."""
-    impl = require_impl(OP, "cpu")
+    require_impl(OP, impl)
     vocab = 33
     logits = torch.zeros(3, vocab)
     logits[0, 0], logits[1, 17], logits[2, vocab - 1] = gap, gap, gap

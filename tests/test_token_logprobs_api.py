@@ -13,6 +13,7 @@ from ppo_kernels import selective_log_softmax, selective_log_softmax_and_entropy
 from ppo_kernels.integrations import trl
 
 OP = "token_logprobs"
+KERNELS = ("cpu", "triton")
 
 
 VIEWS = {
@@ -106,10 +107,11 @@ def test_entropy_modes(impl):
     assert not metric.requires_grad
 
 
+@pytest.mark.parametrize("impl", KERNELS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
 @pytest.mark.parametrize("entropy", [False, True, "detached"])
-def test_inplace_backward_writes_the_gradient_over_the_logits(require_impl, dtype, entropy):
-    impl = require_impl(OP, "cpu")
+def test_inplace_backward_writes_the_gradient_over_the_logits(require_impl, impl, dtype, entropy):
+    require_impl(OP, impl)
     values, labels = make(5, 70, dtype)
     labels[2] = -100
     results = []
@@ -126,8 +128,9 @@ def test_inplace_backward_writes_the_gradient_over_the_logits(require_impl, dtyp
     assert bit_equal(*results)
 
 
-def test_inplace_backward_stays_inside_a_view(require_impl):
-    impl = require_impl(OP, "cpu")
+@pytest.mark.parametrize("impl", KERNELS)
+def test_inplace_backward_stays_inside_a_view(require_impl, impl):
+    require_impl(OP, impl)
     whole = torch.randn(3, 5, 20)
     leaf = whole.clone().requires_grad_()
     full = leaf * 1
@@ -140,8 +143,9 @@ def test_inplace_backward_stays_inside_a_view(require_impl):
     assert not leaf.grad[:, -1].any()
 
 
-def test_whoever_needs_overwritten_logits_is_told(require_impl):
-    impl = require_impl(OP, "cpu")
+@pytest.mark.parametrize("impl", KERNELS)
+def test_whoever_needs_overwritten_logits_is_told(require_impl, impl):
+    require_impl(OP, impl)
     values, labels = make(4, 30)
     logits = values.clone().requires_grad_() * 1
     other = (logits * logits).sum()
