@@ -5,7 +5,8 @@ import inspect
 import oracle
 import pytest
 import torch
-from helpers import NAN, assert_close_to_oracle, assert_raises, bit_equal, strided
+from helpers import NAN, assert_close_to_oracle, assert_raises, bit_equal, in_fresh_process, strided
+from test_contracts_memory import fenced
 from test_token_logprobs import make
 
 import ppo_kernels
@@ -48,6 +49,26 @@ def test_every_alignment_of_rows_and_base(impl, lead):
         logits, labels = make(3, vocab, torch.bfloat16)
         plain = token_logprobs(logits, labels, impl=impl)
         assert bit_equal(plain, token_logprobs(strided(logits, pad=lead, offset=lead), labels, impl=impl))
+
+
+def rows_that_end_at_a_page(impl):
+    """Row 8 begins at a vector boundary, as its neighbours do not, and its last vector is the last of the memory."""
+    for vocab in (512, 2048):  # whole blocks
+        memory = fenced(torch.randn(8 * (vocab + 1) + vocab).bfloat16(), front=False)
+        logits, labels = memory.as_strided((9, vocab), (vocab + 1, 1)), torch.arange(9)
+        assert logits[8].data_ptr() % 16 == 0
+        leaf = logits.detach().requires_grad_()
+        for entropy in (False, True):
+            want = token_logprobs(logits.contiguous(), labels, entropy=entropy, impl=impl)
+            got = token_logprobs(leaf, labels, entropy=entropy, impl=impl)
+            assert bit_equal(got, want)
+        got[0].sum().backward()
+
+
+@pytest.mark.parametrize("impl", KERNELS)
+def test_vectors_end_with_the_row(require_impl, impl):
+    require_impl(OP, impl)
+    in_fresh_process(rows_that_end_at_a_page, impl)
 
 
 def test_expanded_logits_and_labels(impl):

@@ -132,6 +132,7 @@ def loops(ptx):
                 {
                     "vector_loads": count(r"ld\.global\S*\.v[48]\.b32|ld\.global\S*\.v2\.b64"),
                     "vector_stores": count(r"st\.global\S*\.v[48]\.b32|st\.global\S*\.v2\.b64"),
+                    "nan_maxima": count(r"\bmax\.NaN\.f32"),
                     "crossings": count(r"\bbar\.(?:warp\.)?sync|barrier\.sync|shfl\."),
                 }
             )

@@ -73,3 +73,16 @@ def test_the_gate_reports_each_planted_fault():
     assert "spills" in problems["planted._crowded", 1]
     assert "does not compile" in problems["planted._broken", 4]
     assert "without _launch.launch" in problems["planted._copy_far", 2]
+
+
+def test_no_nan_is_lost_in_a_maximum(reports):
+    """With an entropy, exponents are bounded. The interpreter keeps NaN in any maximum; a GPU may not."""
+    for report in reports:
+        options = report["constexprs"]
+        if report["kernel"] == "token_logprobs._forward" and options["ENTROPY"] == "True":
+            bounded = max(loop["nan_maxima"] for loop in report["loops"])
+        elif report["kernel"] == "token_logprobs._backward" and "grad_entropy" not in options:
+            bounded = min(loop["nan_maxima"] for loop in report["loops"])
+        else:
+            continue
+        assert bounded >= int(options["U"]) * int(options["K"]), report["variant"]
