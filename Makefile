@@ -74,8 +74,10 @@ $(BUILT): $(INSTALLED) $(SOURCES) $(if $(wildcard ppo_kernels/_C.*.so),,missing)
 demo: build
 	$(RUN) -m python_trainer demo --config $(DEMO_CONFIG) $(ARGS)
 
+# The op tests share the cores; the builds and training runs use them all by themselves.
 test: build
-	$(RUN) -m pytest tests -q $(ARGS)
+	OMP_NUM_THREADS=1 $(RUN) -m pytest tests -q --numprocesses 2 --dist loadscope --ignore tests/trainer --ignore tests/test_build.py $(ARGS)
+	$(RUN) -m pytest tests/trainer tests/test_build.py -q $(ARGS)
 
 bench: build
 	$(RUN) -m pytest bench --benchmark-only $(ARGS)
