@@ -14,7 +14,7 @@ Rows as in the survey of public issue trackers that the design started from; a t
       test_token_logprobs.py::test_ignored_rows_are_not_read
       test_token_logprobs_api.py::test_validate_names_a_bad_label
  5  int32 offsets
-      test_contracts_dispatcher.py::test_rows_further_apart_than_32_bits_count
+      test_contracts_memory.py::test_rows_further_apart_than_32_bits_count
  6  sliced logits
       test_token_logprobs_api.py::test_strides_change_no_bit
  7  a strided or expanded gradient from above

@@ -13,14 +13,26 @@ struct KlOptions {
 template <KlEstimator kEstimator, class T>
 double penalty_row(const TokenView<T>& logp, const TokenView<T>& ref, const TokenView<uint8_t>& mask, const Rows& rows,
                    int64_t row, const KlOptions& o, T* rewards) {
-  T live[kBlock];
+  // A block that is not full vectors is padded: a token's place in the sum must not depend on the length of its row's
+  // padding, nor on the layout.
+  constexpr int64_t kVectors = 64;
+  T live[kBlock], logp_block[kBlock], ref_block[kBlock], out_block[kBlock];
   std::fill(live, live + kBlock, T(1));
   double sum = 0.0;
   for (int64_t begin = 0; begin < rows.length(row); begin += kBlock) {
-    const int64_t n = std::min(kBlock, rows.length(row) - begin);
-    sum += kl_block<kEstimator, false>(logp.row(rows, row) + begin, ref.row(rows, row) + begin,
-                                       live_of(mask, rows, row, begin, n, live), n, static_cast<T>(o.kl_log_clamp),
-                                       static_cast<T>(o.kl_clamp), static_cast<T>(-o.kl_coef), rewards + begin);
+    const int64_t n = std::min(kBlock, rows.length(row) - begin), padded = (n + kVectors - 1) / kVectors * kVectors;
+    const T *l = logp.row(rows, row) + begin, *l_ref = ref.row(rows, row) + begin;
+    T* out = rewards + begin;
+    live_of(mask, rows, row, begin, n, live);
+    if (n < padded) {
+      std::copy(l, l + n, logp_block);
+      std::copy(l_ref, l_ref + n, ref_block);
+      for (T* x : {logp_block, ref_block, live}) std::fill(x + n, x + padded, T(0));
+      l = logp_block, l_ref = ref_block, out = out_block;
+    }
+    sum += kl_block<kEstimator, false>(l, l_ref, live, padded, static_cast<T>(o.kl_log_clamp),
+                                       static_cast<T>(o.kl_clamp), static_cast<T>(-o.kl_coef), out);
+    if (n < padded) std::copy(out, out + n, rewards + begin);
   }
   return sum;
 }

@@ -19,30 +19,32 @@ constexpr T kNegligible = std::is_same_v<T, float> ? T(-125) : T(-2000);
 template <class T>
 using Scratch = std::array<T, kLogitBlock>;
 
-template <class In, class T>
-PPO_CLONES void widen_block(const In* x, int64_t n, T* z) {
-#pragma omp simd
-  for (int64_t i = 0; i < n; ++i) z[i] = widen(x[i]);
-}
-
 // A block is summed in this many float32 lanes of 16 terms each, and the lanes in float64: the same on every
 // instruction set, and a bias in the rounding cannot add up over a vocabulary.
 constexpr int64_t kLanes = 256;
+constexpr int64_t kWide = 64;  // lanes that stay in registers
 
-// Through lanes too: one running maximum would wait for itself at every step.
-template <class T>
-PPO_CLONES T max_block(const T* z, int64_t n) {
-  alignas(64) T lanes[kLanes];
-  T max = -std::numeric_limits<T>::infinity();
-  std::fill(lanes, lanes + kLanes, max);
-  for (int64_t begin = 0; begin < n; begin += kLanes) {
-    const T* block = z + begin;
-    const int64_t width = std::min(kLanes, n - begin);
+// The maximum of a block, in as many lanes as stay in registers. With kWiden its logits also go to z as T.
+template <bool kWiden, class In, class T>
+PPO_CLONES T max_block(const In* x, int64_t n, T* z) {
+  T lanes[kWide], max = -std::numeric_limits<T>::infinity();
+  std::fill(lanes, lanes + kWide, max);
+  const int64_t whole = n / kWide * kWide;
+  for (int64_t begin = 0; begin < whole; begin += kWide) {
 #pragma omp simd
-    for (int64_t i = 0; i < width; ++i) lanes[i] = block[i] > lanes[i] ? block[i] : lanes[i];
+    for (int64_t i = 0; i < kWide; ++i) {
+      const T value = widen(x[begin + i]);
+      if constexpr (kWiden) z[begin + i] = value;
+      lanes[i] = value > lanes[i] ? value : lanes[i];
+    }
+  }
+  for (int64_t i = whole; i < n; ++i) {
+    const T value = widen(x[i]);
+    if constexpr (kWiden) z[i] = value;
+    max = value > max ? value : max;
   }
 #pragma omp simd reduction(max : max)
-  for (int64_t i = 0; i < kLanes; ++i) max = lanes[i] > max ? lanes[i] : max;
+  for (int64_t i = 0; i < kWide; ++i) max = lanes[i] > max ? lanes[i] : max;
   return max;
 }
 
@@ -54,21 +56,25 @@ PPO_CLONES double sum_lanes(const T* lanes) {
   return total;
 }
 
-// The sums over a block of 2^x with x = (z - max) c and, with kEntropy, of 2^x * x.
+// The sums over n logits, a multiple of kLanes, of 2^x with x = (z - max) c and, with kEntropy, of 2^x * x. A few lanes
+// at a time, which stay in registers.
 template <bool kEntropy, class T>
 PPO_CLONES SoftmaxPart sum_block(const T* z, int64_t n, T max, T c) {
-  alignas(64) T sums[kLanes] = {}, weighted[kLanes] = {};
-  for (int64_t begin = 0; begin < n; begin += kLanes) {
-    const T* block = z + begin;
-    const int64_t width = std::min(kLanes, n - begin);
+  alignas(64) T sums[kLanes], weighted[kLanes];
+  for (int64_t lane = 0; lane < kLanes; lane += kWide) {
+    T sum[kWide] = {}, sum_weighted[kWide] = {};
+    for (int64_t begin = lane; begin < n; begin += kLanes) {
 #pragma omp simd
-    for (int64_t i = 0; i < width; ++i) {
-      T x = (block[i] - max) * c;
-      x = kNegligible<T> > x ? kNegligible<T> : x;
-      const T e = exp2_nonpositive(x);
-      sums[i] += e;
-      if constexpr (kEntropy) weighted[i] += e * x;
+      for (int64_t i = 0; i < kWide; ++i) {
+        T x = (z[begin + i] - max) * c;
+        x = kNegligible<T> > x ? kNegligible<T> : x;
+        const T e = exp2_nonpositive(x);
+        sum[i] += e;
+        if constexpr (kEntropy) sum_weighted[i] += e * x;
+      }
     }
+    std::copy(sum, sum + kWide, sums + lane);
+    if constexpr (kEntropy) std::copy(sum_weighted, sum_weighted + kWide, weighted + lane);
   }
   return {static_cast<double>(max), sum_lanes(sums), kEntropy ? sum_lanes(weighted) : 0.0};
 }
@@ -81,19 +87,22 @@ SoftmaxPart scan_row(const In* x, int64_t vocab, int64_t label, double c, bool e
   for (int64_t begin = 0; begin < vocab; begin += kLogitBlock) {
     const int64_t n = std::min(kLogitBlock, vocab - begin);
     const bool has_target = label >= begin && label < begin + n;
+    const int64_t padded = (n + kLanes - 1) / kLanes * kLanes;
+    const bool in_place = std::is_same_v<In, T> && !has_target && n == padded;
+    T max = in_place ? max_block<false>(x + begin, n, scratch.data()) : max_block<true>(x + begin, n, scratch.data());
     const T* z = scratch.data();
-    if constexpr (std::is_same_v<In, T>) z = has_target ? z : x + begin;
-    if (z == scratch.data()) widen_block(x + begin, n, scratch.data());
+    if constexpr (std::is_same_v<In, T>) z = in_place ? x + begin : z;
+    std::fill(scratch.data() + n, scratch.data() + padded, -std::numeric_limits<T>::infinity());
     if (has_target) {
       T& taken = scratch[label - begin];
       *target = taken;
       taken = -std::numeric_limits<T>::infinity();
+      if (*target == max) max = max_block<false>(scratch.data(), n, scratch.data());
     }
-    const T max = max_block(z, n);
     // A block of -inf alone has no maximum to subtract, and no sum; a NaN in it still shows.
     const T base = max == -std::numeric_limits<T>::infinity() ? T(0) : max;
-    SoftmaxPart part =
-        entropy ? sum_block<true>(z, n, base, static_cast<T>(c)) : sum_block<false>(z, n, base, static_cast<T>(c));
+    SoftmaxPart part = entropy ? sum_block<true>(z, padded, base, static_cast<T>(c))
+                               : sum_block<false>(z, padded, base, static_cast<T>(c));
     part.max = max;
     if (max == -std::numeric_limits<T>::infinity()) part.sum *= 0.0, part.weighted *= 0.0;
     others = merge(others, part, c);
