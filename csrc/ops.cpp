@@ -4,7 +4,11 @@
 // or packed [N] with cu_seqlens [B+1]. Masks are bytes. Clamps that are off are infinite.
 #include <torch/csrc/stable/library.h>
 
-STABLE_TORCH_LIBRARY(ppo_kernels, m) {
+#ifndef PPO_OPS  // the host tests of the CUDA kernels have a namespace of their own
+#define PPO_OPS ppo_kernels
+#endif
+
+STABLE_TORCH_LIBRARY(PPO_OPS, m) {
   // logits [..., V]; labels, mask, temperature_rows (float64) and every output [...]; entropy is empty unless asked
   // for. log_sum is -1 for a row that was not read, row_max is NaN for a row without a distribution.
   m.def(

@@ -27,6 +27,7 @@ _SOURCE_SUFFIXES = (".cpp", ".cu", ".cuh", ".h", ".in", ".cmake")
 CPU_ERROR: Exception | None = None
 CUDA_ERROR: Exception | None = None
 _C: ModuleType | None = None
+_cuda: ctypes.CDLL | None = None
 
 
 class NativeError(ImportError):
@@ -56,7 +57,11 @@ def cpu_capability() -> str | None:
 
 def call_counts() -> dict[str, dict[str, int]]:
     """Calls of each registered op since the start, per library: ``{"cpu": {"gae": 3, ...}}``."""
-    return {} if _C is None else {"cpu": _C.call_counts()}
+    counts = {} if _C is None else {"cpu": _C.call_counts()}
+    if _cuda is not None:
+        lines = _cuda.ppo_kernels_call_counts().decode().splitlines()
+        counts["cuda"] = {op: int(calls) for op, calls in (line.split() for line in lines)}
+    return counts
 
 
 def check_schema(name: str, expected: str) -> bool:
@@ -90,8 +95,8 @@ def _load_cpu() -> ModuleType:
         raise NativeError(_cannot_load(PACKAGE / f"_C{suffixes[0]}", error)) from error
 
 
-def _load_cuda() -> str:
-    """Load the CUDA library into the process and return the hash of its sources."""
+def _load_cuda() -> ctypes.CDLL:
+    """Load the CUDA library into the process; what it offers besides its ops, it offers by name."""
     path = PACKAGE / "_C_cuda.so"
     if torch.version.cuda is None:
         raise NativeError(f"this torch ({torch.__version__}) has no CUDA; install a CUDA build of torch")
@@ -103,9 +108,10 @@ def _load_cuda() -> str:
         torch.ops.load_library(path)
     except OSError as error:
         raise NativeError(_cannot_load(path, error)) from error
-    read_hash = ctypes.CDLL(str(path)).ppo_kernels_source_hash
-    read_hash.restype = ctypes.c_char_p
-    return read_hash().decode()
+    library = ctypes.CDLL(str(path))
+    for function in (library.ppo_kernels_source_hash, library.ppo_kernels_call_counts):
+        function.restype = ctypes.c_char_p
+    return library
 
 
 def _cannot_load(path: Path, error: Exception) -> str:
@@ -124,7 +130,7 @@ def _warn_if_stale(path: str, built_from: str | None) -> None:
 
 
 def _load() -> None:
-    global CPU_ERROR, CUDA_ERROR, _C
+    global CPU_ERROR, CUDA_ERROR, _C, _cuda
     try:
         _C = _load_cpu()
         logger.info("C++ ops: %s (%s)", _file_of(_C), _C.cpu_capability())
@@ -133,7 +139,8 @@ def _load() -> None:
         CPU_ERROR = error
         logger.info("C++ ops: %s", error)
     try:
-        _warn_if_stale(str(PACKAGE / "_C_cuda.so"), _load_cuda())
+        _cuda = _load_cuda()
+        _warn_if_stale(str(PACKAGE / "_C_cuda.so"), _cuda.ppo_kernels_source_hash().decode())
         logger.info("CUDA ops: %s", PACKAGE / "_C_cuda.so")
     except NativeError as error:
         CUDA_ERROR = error

@@ -21,7 +21,11 @@ logger = logging.getLogger("ppo_kernels")
 #: The public ops, in the order of the documentation.
 OPS = ("token_logprobs", "kl_rewards", "gae", "whiten", "moments", "policy_loss", "value_loss")
 #: For each device type, the implementations that can serve it, best first.
-PREFERENCE = {"cpu": ("cpu", "torch", "triton"), "cuda": ("cuda", "triton", "torch"), "xpu": ("triton", "torch")}
+PREFERENCE = {
+    "cpu": ("cpu", "torch", "triton"),
+    "cuda": ("triton", "torch", "cuda"),  # the CUDA kernels come first once they have been run on a GPU
+    "xpu": ("triton", "torch"),
+}
 NAMES = ("auto", "cuda", "triton", "cpu", "torch")
 
 _kernels: dict[tuple[str, str], torch._ops.OpOverload] = {}

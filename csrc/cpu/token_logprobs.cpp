@@ -2,19 +2,14 @@
 #include <array>
 
 #include "checks.h"
-#include "cpu/half.h"
 #include "cpu/pages.h"
+#include "math/half.h"
 #include "math/online_softmax.h"
 
 namespace ppo {
 namespace {
 
 constexpr int64_t kLogitBlock = 4096;  // logits; a function of nothing, so that a row's bits depend on the row alone
-constexpr double kNotRead = -1.0;      // log_sum of a row that is masked or ignored: no softmax has a negative one
-
-// No exponent is let below this: 2^this is nothing beside the 1 of a block's maximum, and 0 * -inf would be NaN.
-template <class T>
-constexpr T kNegligible = std::is_same_v<T, float> ? T(-125) : T(-2000);
 
 template <class T>
 using Scratch = std::array<T, kLogitBlock>;
@@ -66,9 +61,7 @@ PPO_CLONES SoftmaxPart sum_block(const T* z, int64_t n, T max, T c) {
     for (int64_t begin = lane; begin < n; begin += kLanes) {
 #pragma omp simd
       for (int64_t i = 0; i < kWide; ++i) {
-        T x = (z[begin + i] - max) * c;
-        x = kNegligible<T> > x ? kNegligible<T> : x;
-        const T e = exp2_nonpositive(x);
+        const T x = bounded_exponent((z[begin + i] - max) * c), e = exp2_nonpositive(x);
         sum[i] += e;
         if constexpr (kEntropy) sum_weighted[i] += e * x;
       }
@@ -110,15 +103,10 @@ SoftmaxPart scan_row(const In* x, int64_t vocab, int64_t label, double c, bool e
   return others;
 }
 
-// z -> 2^((z - max) c) * (a + b (x + k)), the gradient of every logit but the target.
 template <class In, class T>
 PPO_CLONES void gradient_block(const In* in, int64_t n, T max, T c, T a, T b, T k, In* out) {
 #pragma omp simd
-  for (int64_t i = 0; i < n; ++i) {
-    const T x = (widen(in[i]) - max) * c, bounded = x < kNegligible<T> ? kNegligible<T> : x;
-    const T e = x < kNegligible<T> ? T(0) : exp2_nonpositive(bounded);
-    narrow(e * (a + b * (bounded + k)), out[i]);
-  }
+  for (int64_t i = 0; i < n; ++i) narrow(logit_gradient<T>(widen(in[i]), max, c, a, b, k), out[i]);
 }
 
 // The offset of row i of a [..., V] tensor with any leading strides.
@@ -216,7 +204,6 @@ struct Upstream {
   double logp, entropy;
 };
 
-// Gradient of one row. With p = softmax(z / tau): g_logp (1[y] - p) / tau - g_H p (log p + H) / tau.
 template <class In, class T>
 void backward_row(const In* in, int64_t vocab, int64_t label, Upstream g, double tau, double logp, double h,
                   double row_max, double log_sum, In* out) {
@@ -224,17 +211,13 @@ void backward_row(const In* in, int64_t vocab, int64_t label, Upstream g, double
     std::fill(out, out + vocab, In{});
     return;
   }
-  const double c = kLog2E / tau, scale = std::exp(-log_sum) / tau;
-  const T a = static_cast<T>(-g.logp * scale), b = static_cast<T>(-g.entropy * scale * kLn2);
-  const T k = static_cast<T>((h - log_sum) * kLog2E);
+  const SoftmaxGradient row(g.logp, g.entropy, tau, logp, h, log_sum);
   for (int64_t begin = 0; begin < vocab; begin += kLogitBlock) {
-    gradient_block<In, T>(in + begin, std::min(kLogitBlock, vocab - begin), static_cast<T>(row_max), static_cast<T>(c),
-                          a, b, k, out + begin);
+    gradient_block<In, T>(in + begin, std::min(kLogitBlock, vocab - begin), static_cast<T>(row_max),
+                          static_cast<T>(kLog2E / tau), static_cast<T>(row.a), static_cast<T>(row.b),
+                          static_cast<T>(row.k), out + begin);
   }
-  if (label < 0 || label >= vocab) return;  // the row is NaN already
-  const double p = std::exp(logp);
-  const double entropy_part = p > 0.0 ? -g.entropy * p * (logp + h) : 0.0 * p;
-  narrow(static_cast<T>((-g.logp * std::expm1(logp) + entropy_part) / tau), out[label]);
+  if (label >= 0 && label < vocab) narrow(static_cast<T>(row.target), out[label]);  // else the row is NaN already
 }
 
 void backward_into(const Tensor& logits, const Tensor& labels, const OptTensor& temperature_rows,

@@ -33,4 +33,27 @@ struct GaeCarry {
   }
 };
 
+// The same recurrence over one number, S_t = V_t + lam A_t, so that a token is an affine map of the S+ that lies ahead
+// of it and tokens can be scanned in parallel:
+//   A_t = r_t - V_t + gamma S+,   S_t = lam r_t + (1 - lam) V_t + gamma lam S+.
+// S+ after the last token is the bootstrap value.
+template <class T>
+struct GaeStep {
+  T gamma, lam, one_less_lam, gamma_lam;
+
+  PPO_INLINE T advantage(T reward, T value, T ahead) const { return (reward - value) + gamma * ahead; }
+  PPO_INLINE T next(T reward, T value, T ahead) const {
+    return (lam * reward + one_less_lam * value) + gamma_lam * ahead;
+  }
+};
+
+struct AffineMap {
+  double scale, shift;
+
+  PPO_INLINE static AffineMap identity() { return {1.0, 0.0}; }
+  PPO_INLINE double operator()(double x) const { return shift + scale * x; }
+  // x -> this(later(x))
+  PPO_INLINE AffineMap after(const AffineMap& later) const { return {scale * later.scale, (*this)(later.shift)}; }
+};
+
 }  // namespace ppo

@@ -5,6 +5,21 @@
 
 namespace ppo {
 
+constexpr double kNotRead = -1.0;  // log_sum of a row that is masked or ignored: no softmax has a negative one
+
+// x, but no further below 0 than an exponent has to be to count for nothing beside the 1 of a maximum: 0 * -inf would
+// be NaN. NaN stays NaN.
+PPO_INLINE float bounded_exponent(float x) {
+#ifdef __CUDA_ARCH__
+  float y;
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(y) : "f"(x), "f"(-200.0f));  // below what its exp2 flushes to 0
+  return y;
+#else
+  return -125.0f > x ? -125.0f : x;  // the least that exp2_nonpositive takes
+#endif
+}
+PPO_INLINE double bounded_exponent(double x) { return -2000.0 > x ? -2000.0 : x; }
+
 // Of a set of logits z and c = log2(e) / temperature, with x = (z - max) * c:
 struct SoftmaxPart {
   double max;       // of z; -inf for an empty set
@@ -53,6 +68,33 @@ PPO_INLINE SoftmaxRow finish_row(const SoftmaxPart& others, double target, doubl
   if (row.logp > 0.0) row.logp = 0.0;
   if (row.entropy < 0.0) row.entropy = 0.0;
   return row;
+}
+
+// The gradient of one row with p = softmax(z / tau): g_logp (1[y] - p) / tau - g_entropy p (log p + H) / tau.
+struct SoftmaxGradient {
+  double a, b, k;  // of logit_gradient
+  double target;   // the gradient of the target, without the cancellation of 1 - p
+
+  PPO_INLINE SoftmaxGradient(double g_logp, double g_entropy, double tau, double logp, double h, double log_sum) {
+    const double scale = std::exp(-log_sum) / tau, p = std::exp(logp);
+    a = -g_logp * scale;
+    b = -g_entropy * scale * kLn2;
+    k = (h - log_sum) * kLog2E;
+    const double entropy_part = p > 0.0 ? -g_entropy * p * (logp + h) : 0.0 * p;
+    target = (-g_logp * std::expm1(logp) + entropy_part) / tau;
+  }
+};
+
+// The gradient of every logit but the target, with c = log2(e) / tau.
+template <class T>
+PPO_INLINE T logit_gradient(T z, T max, T c, T a, T b, T k) {
+  const T x = (z - max) * c, bounded = bounded_exponent(x);
+#ifdef __CUDA_ARCH__
+  const T power = exp2_fast(bounded);
+#else
+  const T power = x < bounded ? T(0) : exp2_nonpositive(bounded);
+#endif
+  return power * (a + b * (bounded + k));
 }
 
 }  // namespace ppo

@@ -1,7 +1,8 @@
-// bfloat16 and float16 as bits, converted by integer arithmetic that vectorises on every instruction set.
+// bfloat16 and float16 as bits. The CPU converts by integer arithmetic that vectorises on every instruction set, a GPU
+// by its own instructions.
 #pragma once
 
-#include "math/exp.h"
+#include "exp.h"
 
 namespace ppo {
 
@@ -15,10 +16,16 @@ struct Float16 {
 PPO_INLINE float widen(BFloat16 x) { return bits_as<float>(static_cast<uint32_t>(x.bits) << 16); }
 
 PPO_INLINE float widen(Float16 x) {
+#ifdef __CUDA_ARCH__
+  float y;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(y) : "h"(x.bits));
+  return y;
+#else
   const uint32_t magnitude = (x.bits & 0x7fffu) << 13, sign = (x.bits & 0x8000u) << 16;
   const float scaled = bits_as<float>(magnitude) * 0x1p112f;  // subnormals come out right, inf and NaN do not
   const uint32_t special = magnitude | 0x7f800000u;
   return bits_as<float>(((x.bits & 0x7c00u) == 0x7c00u ? special : bits_as<uint32_t>(scaled)) | sign);
+#endif
 }
 
 PPO_INLINE float widen(float x) { return x; }
@@ -26,12 +33,19 @@ PPO_INLINE double widen(double x) { return x; }
 
 // Round to nearest even.
 PPO_INLINE void narrow(float x, BFloat16& y) {
+#ifdef __CUDA_ARCH__
+  asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(y.bits) : "f"(x));
+#else
   const uint32_t u = bits_as<uint32_t>(x);
   const uint32_t rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
   y.bits = static_cast<uint16_t>(x == x ? rounded : 0x7fc0u);
+#endif
 }
 
 PPO_INLINE void narrow(float x, Float16& y) {
+#ifdef __CUDA_ARCH__
+  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(y.bits) : "f"(x));
+#else
   const uint32_t u = bits_as<uint32_t>(x), magnitude = u & 0x7fffffffu, sign = (u >> 16) & 0x8000u;
   // Adding 2^(e) with e chosen so that the last float16 bit is the last float32 bit rounds subnormals right.
   const uint32_t small = bits_as<uint32_t>(bits_as<float>(magnitude) + 0.5f) - 0x3f000000u;
@@ -39,6 +53,7 @@ PPO_INLINE void narrow(float x, Float16& y) {
   const uint32_t large = magnitude > 0x7f800000u ? 0x7e00u : 0x7c00u;
   const uint32_t finite = magnitude < 0x38800000u ? small : normal;
   y.bits = static_cast<uint16_t>((magnitude >= 0x477ff000u ? large : finite) | sign);
+#endif
 }
 
 PPO_INLINE void narrow(float x, float& y) { y = x; }

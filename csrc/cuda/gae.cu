@@ -1,0 +1,52 @@
+#include "cuda/gae.cuh"
+#include "cuda/rows_launch.cuh"
+
+namespace ppo {
+namespace {
+
+std::tuple<Tensor, Tensor> gae(const Tensor& rewards, const Tensor& values, const OptTensor& mask,
+                               const OptTensor& lam_rows, const OptTensor& bootstrap_value, const OptTensor& cu_seqlens,
+                               double gamma, double lam, int64_t interior) {
+  PPO_COUNT("gae");
+  STD_TORCH_CHECK(interior >= kCarry && interior <= kIgnore, "unknown interior ", interior);
+  const Launcher launch(rewards);
+  const Tensor advantages = empty(rewards.sizes(), ScalarType::Float, rewards);
+  const Tensor returns = empty(rewards.sizes(), ScalarType::Float, rewards);
+  const RowWork work(launch, rewards, cu_seqlens, {advantages, returns});
+  const GaeInputs in{
+      work.rows,
+      token_input<float>(rewards, rewards, work.rows),
+      token_input<float>(values, rewards, work.rows),
+      token_input<uint8_t>(mask, rewards, work.rows),
+      data_or_null<double>(lam_rows, work.rows.rows, ScalarType::Double),
+      data_or_null<float>(bootstrap_value, work.rows.rows, ScalarType::Float),
+      gamma,
+      lam,
+      interior,
+      vector_aligned(rewards) && vector_aligned(values) && vector_aligned(advantages) && vector_aligned(returns),
+      static_cast<float*>(advantages.data_ptr()),
+      static_cast<float*>(returns.data_ptr())};
+  const bool linked = work.kind == RowWork::kSegments;
+  const Tensor maps = empty({linked ? 2 * work.segments : 0}, ScalarType::Double, rewards);
+  const GaeLinks links{work.tickets, work.flags, static_cast<AffineMap*>(maps.data_ptr())};
+  switch (work.kind) {
+    case RowWork::kShortTeams:
+      launch(gae_teams_kernel<kShortTeam>, work.blocks, kRowThreads, in);
+      break;
+    case RowWork::kWarps:
+      launch(gae_teams_kernel<kWarp>, work.blocks, kRowThreads, in);
+      break;
+    case RowWork::kOneSegment:
+      launch(gae_segments_kernel<false>, work.blocks, kRowThreads, in, links);
+      break;
+    case RowWork::kSegments:
+      launch(gae_segments_kernel<true>, work.blocks, kRowThreads, in, links);
+      break;
+  }
+  return std::make_tuple(advantages, returns);
+}
+
+}  // namespace
+}  // namespace ppo
+
+PPO_CUDA_OPS(m) { m.impl("gae", TORCH_BOX(&ppo::gae)); }

@@ -1,0 +1,43 @@
+// What policy_loss and value_loss share on the device: blocks of tokens, and how the last block ends a launch.
+#pragma once
+
+#include "cuda/reduce.cuh"
+#include "cuda/tokens.cuh"
+
+namespace ppo {
+
+constexpr int kLossThreads = 256;
+constexpr int kLossGroups = 2;  // groups of tokens that a thread keeps in registers
+constexpr int64_t kLossTokens = int64_t{kLossThreads} * kLossGroups * kTokens;  // per block, whatever the batch
+
+struct LossOutputs {
+  float *loss, *stats, *grad, *inv_normalizer;  // grad is null unless asked for
+  const double* normalizer;                     // null: the number of valid tokens
+  double* partials;                             // [kPartials][blocks]
+  unsigned* ticket;
+};
+
+// loss = total / normalizer, 0 where the normalizer is 0.
+__device__ inline void finish_loss(const LossOutputs& out, double total, double count) {
+  const double scale = out.normalizer != nullptr ? *out.normalizer : count;
+  const double inverse = scale == 0.0 ? 0.0 : 1.0 / scale;
+  *out.loss = static_cast<float>(scale == 0.0 ? 0.0 : total * inverse);
+  *out.inv_normalizer = static_cast<float>(inverse);
+}
+
+// The moments of the blocks' partials, folded by one block: each thread takes blocks in order, then a fixed tree.
+__device__ inline Moments fold_moments(const double* count, const double* mean, const double* m2, unsigned blocks) {
+  Moments m;
+  for (unsigned b = threadIdx.x; b < blocks; b += kLossThreads) {
+    m.merge({__ldcg(count + b), __ldcg(mean + b), __ldcg(m2 + b)});
+  }
+  return block_moments<kLossThreads>(m);
+}
+
+__device__ inline double fold_sum(const double* parts, unsigned blocks) {
+  double sum = 0.0;
+  for (unsigned b = threadIdx.x; b < blocks; b += kLossThreads) sum += __ldcg(parts + b);
+  return sum;
+}
+
+}  // namespace ppo

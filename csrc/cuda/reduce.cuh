@@ -1,0 +1,126 @@
+// Sums over warps, blocks and launches, in an order that the shape alone decides.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include "math/macros.h"
+#include "math/moments.h"
+
+namespace ppo {
+
+constexpr int kWarp = 32;
+constexpr unsigned kAllLanes = ~0u;
+
+// K sums over a warp at once: each step halves the values a lane is responsible for, 16 shuffles instead of 80 for
+// K = 16. Lane l gets the sum number l / (32 / K). (A recursion, because loops like this one are not unrolled.)
+template <int K, int kBit = kWarp / 2>
+__device__ double warp_sums(const double (&v)[K]) {
+  static_assert(K <= kWarp && (K & (K - 1)) == 0);
+  if constexpr (K > 1) {
+    const bool upper = (threadIdx.x & kBit) != 0;
+    double halves[K / 2];
+#pragma unroll
+    for (int i = 0; i < K / 2; ++i) {
+      const double keep = upper ? v[i + K / 2] : v[i], give = upper ? v[i] : v[i + K / 2];
+      halves[i] = keep + __shfl_xor_sync(kAllLanes, give, kBit);
+    }
+    return warp_sums<K / 2, kBit / 2>(halves);
+  } else if constexpr (kBit > 0) {
+    const double sum[1] = {v[0] + __shfl_xor_sync(kAllLanes, v[0], kBit)};
+    return warp_sums<1, kBit / 2>(sum);
+  } else {
+    return v[0];
+  }
+}
+
+// K sums over a block of kThreads threads; every thread may read all of them. Starts and ends with a barrier's worth of
+// safety: it may be called again at once.
+template <int K, int kThreads>
+__device__ const double* block_sums(double (&v)[K]) {
+  constexpr int kWarps = kThreads / kWarp;
+  __shared__ double parts[kWarps][K];
+  __shared__ double sums[K];
+  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
+  const double mine = warp_sums(v);
+  __syncthreads();  // the sums of the call before have been read
+  if (lane % (kWarp / K) == 0) parts[warp][lane / (kWarp / K)] = mine;
+  __syncthreads();
+  if (threadIdx.x < K) {
+    double sum = 0.0;
+    for (int w = 0; w < kWarps; ++w) sum += parts[w][threadIdx.x];
+    sums[threadIdx.x] = sum;
+  }
+  __syncthreads();
+  return sums;
+}
+
+__device__ inline Moments shuffle(const Moments& m, int lanes) {
+  return {__shfl_xor_sync(kAllLanes, m.count, lanes), __shfl_xor_sync(kAllLanes, m.mean, lanes),
+          __shfl_xor_sync(kAllLanes, m.m2, lanes)};
+}
+
+// The moments of a block, in thread 0.
+template <int kThreads>
+__device__ Moments block_moments(Moments m) {
+  constexpr int kWarps = kThreads / kWarp;
+  __shared__ double parts[kWarps][3];
+  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
+#pragma unroll
+  for (int lanes = 1; lanes < kWarp; lanes *= 2) {
+    Moments other = shuffle(m, lanes);
+    if ((lane & lanes) != 0) {  // merge is not symmetric to the last bit: the lower lane comes first
+      const Moments lower = other;
+      other = m;
+      m = lower;
+    }
+    m.merge(other);
+  }
+  __syncthreads();
+  if (lane == 0) parts[warp][0] = m.count, parts[warp][1] = m.mean, parts[warp][2] = m.m2;
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    for (int w = 1; w < kWarps; ++w) m.merge({parts[w][0], parts[w][1], parts[w][2]});
+  }
+  return m;
+}
+
+// Whether any thread of the block says so.
+template <int kThreads>
+__device__ bool block_any(bool mine) {
+  constexpr int kWarps = kThreads / kWarp;
+  __shared__ bool parts[kWarps];
+  const bool any_of_warp = __ballot_sync(kAllLanes, mine) != 0;
+  __syncthreads();  // the answers of the call before have been read
+  if (threadIdx.x % kWarp == 0) parts[threadIdx.x / kWarp] = any_of_warp;
+  __syncthreads();
+  bool any = false;
+#pragma unroll
+  for (int w = 0; w < kWarps; ++w) any |= parts[w];
+  return any;
+}
+
+// What a thread wrote before publish() is seen, through __ldcg, by a thread whose await() of the same flag returned.
+// To await a flag is safe only if the block that publishes it has already begun and publishes before it waits itself.
+__device__ inline void publish(unsigned* flag) {
+  __threadfence();
+  *static_cast<volatile unsigned*>(flag) = 1u;
+}
+
+__device__ inline void await(const unsigned* flag) {
+  while (*static_cast<const volatile unsigned*>(flag) == 0u) {
+  }
+  __threadfence();
+}
+
+// Whether this block is the last of `blocks` to come here; then it sees what all of them wrote before.
+__device__ inline bool is_last_block(unsigned* ticket, unsigned blocks) {
+  __shared__ bool last;
+  __threadfence();
+  __syncthreads();
+  if (threadIdx.x == 0) last = atomicAdd(ticket, 1u) == blocks - 1;
+  __syncthreads();
+  __threadfence();
+  return last;
+}
+
+}  // namespace ppo

@@ -1,0 +1,69 @@
+// The launcher's half of rows.cuh: which blocks work on which rows, and what they need beside the tensors.
+#pragma once
+
+#include <initializer_list>
+
+#include "cuda/launch.cuh"
+#include "cuda/rows.cuh"
+
+namespace ppo {
+
+inline bool vector_aligned(const Tensor& x) {
+  const bool rows = x.dim() != 2 || x.size(0) <= 1 || x.stride(0) % 4 == 0;
+  return rows && reinterpret_cast<uintptr_t>(x.data_ptr()) % 16 == 0;
+}
+
+class RowWork {
+ public:
+  enum Blocks { kShortTeams, kWarps, kOneSegment, kSegments };
+
+  // `outputs`: token tensors of which a packed launch clears the tokens that no row claims.
+  RowWork(const Launcher& launch, const Tensor& tokens, const OptTensor& cu_seqlens,
+          std::initializer_list<Tensor> outputs)
+      : rows(token_rows(tokens, cu_seqlens)), bounds_(tokens), counters_(tokens) {
+    const bool packed = rows.cu != nullptr;
+    // A packed batch's longest row is on the device; its mean length is here.
+    const int64_t typical = packed ? rows.total / std::max<int64_t>(rows.rows, 1) : rows.length;
+    const int64_t per_row = std::max<int64_t>(1, (rows.length + kSegment - 1) / kSegment);
+    segments = packed ? rows.total / kSegment + rows.rows : rows.rows * per_row;
+    const int64_t per_block = typical <= kShortTeam * kRun && !packed ? kRowThreads / kShortTeam : kTiles;
+    if (typical <= kTile) {
+      kind = per_block == kTiles ? kWarps : kShortTeams;
+      blocks = (rows.rows + per_block - 1) / per_block;
+    } else {
+      kind = packed || per_row > 1 ? kSegments : kOneSegment;
+      blocks = segments;
+    }
+    const int64_t n_counters = kind == kSegments ? rows.rows + segments : 0;
+    if (packed) {
+      prepare_packed(launch, n_counters, outputs);
+    } else if (n_counters > 0) {
+      counters_ = launch.tickets(n_counters, tokens);
+    }
+    if (n_counters > 0) tickets = static_cast<unsigned*>(counters_.data_ptr()), flags = tickets + rows.rows;
+  }
+
+  TokenRows rows;
+  Blocks kind;
+  int64_t blocks = 0, segments = 0;
+  unsigned* tickets = nullptr;  // one per row, 0; like flags only where rows have many segments
+  unsigned* flags = nullptr;    // one per segment, 0
+
+ private:
+  void prepare_packed(const Launcher& launch, int64_t n_counters, std::initializer_list<Tensor> outputs) {
+    const Tensor like = bounds_;
+    bounds_ = empty({rows.rows + 1}, ScalarType::Long, like);
+    counters_ = empty({n_counters}, ScalarType::Int, like);
+    const auto floats = [&](size_t i) {
+      return i < outputs.size() ? static_cast<float*>(outputs.begin()[i].data_ptr()) : nullptr;
+    };
+    auto* bounds = static_cast<int64_t*>(bounds_.data_ptr());
+    launch(prepare_packed_kernel, 1, kRowThreads, rows,
+           PackedOutputs{bounds, static_cast<unsigned*>(counters_.data_ptr()), n_counters, floats(0), floats(1)});
+    rows.cu = bounds;
+  }
+
+  Tensor bounds_, counters_;
+};
+
+}  // namespace ppo

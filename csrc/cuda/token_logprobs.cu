@@ -1,0 +1,156 @@
+#include "cuda/launch.cuh"
+#include "cuda/token_logprobs_backward.cuh"
+
+namespace ppo {
+namespace {
+
+constexpr int64_t kFillingBlocks = 8192;  // several waves of blocks on the largest GPU; it decides no bit
+
+template <class F>
+void dispatch_logits(const Tensor& logits, F&& f) {
+  switch (logits.scalar_type()) {
+    case ScalarType::BFloat16:
+      return f(BFloat16{});
+    case ScalarType::Half:
+      return f(Float16{});
+    default:
+      STD_TORCH_CHECK(logits.scalar_type() == ScalarType::Float, "expected bfloat16, float16 or float32 logits");
+  }
+  return f(float{});
+}
+
+void check_logits(const Tensor& logits) {
+  STD_TORCH_CHECK(logits.dim() >= 1 && logits.size(logits.dim() - 1) >= 1, "expected logits [..., V]");
+  check_unit_stride(logits);
+}
+
+int64_t row_count(const Tensor& logits) {
+  int64_t rows = 1;
+  for (int64_t d = 0; d < logits.dim() - 1; ++d) rows *= logits.size(d);
+  return rows;
+}
+
+LogitRows logit_rows(const Tensor& logits) {
+  LogitRows rows;
+  rows.vocab = logits.size(logits.dim() - 1);
+  rows.dims = 0;
+  for (int64_t d = 0; d < logits.dim() - 1; ++d) {
+    const int64_t size = logits.size(d), stride = logits.stride(d);
+    if (size == 1) continue;
+    if (rows.dims > 0 && rows.stride[rows.dims - 1] == size * stride) {
+      rows.size[rows.dims - 1] *= size;
+      rows.stride[rows.dims - 1] = stride;
+      continue;
+    }
+    STD_TORCH_CHECK(rows.dims < kLeadingDims, "logits with more than ", kLeadingDims,
+                    " leading dimensions that do not merge; pass logits.contiguous()");
+    rows.size[rows.dims] = size;
+    rows.stride[rows.dims++] = stride;
+  }
+  rows.dims = std::max(rows.dims, 1);
+  return rows;
+}
+
+const uint8_t* mask_data(const OptTensor& mask, int64_t rows) {
+  if (!mask.has_value()) return nullptr;
+  STD_TORCH_CHECK(mask->element_size() == 1, "masks are bytes");
+  return data_or_null<uint8_t>(mask, rows, mask->scalar_type());
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> token_logprobs(const Tensor& logits, const Tensor& labels,
+                                                          const OptTensor& mask, const OptTensor& temperature_rows,
+                                                          double temperature, int64_t ignore_index, bool entropy) {
+  PPO_COUNT("token_logprobs");
+  check_logits(logits);
+  const Launcher launch(logits);
+  const int64_t rows = row_count(logits), vocab = logits.size(logits.dim() - 1);
+  const auto* label = data_or_null<int64_t>(labels, rows, ScalarType::Long);
+  const auto row_value = [&] { return empty(labels.sizes(), ScalarType::Float, logits); };
+  const Tensor logp = row_value(), row_max = row_value(), log_sum = row_value();
+  const Tensor h = entropy ? row_value() : empty({0}, ScalarType::Float, logits);
+  const auto floats = [](const Tensor& t) { return static_cast<float*>(t.data_ptr()); };
+  dispatch_logits(logits, [&](auto zero) {
+    using T = decltype(zero);
+    const int64_t chunks = (vocab + kChunkLogits<T> - 1) / kChunkLogits<T>;
+    const int64_t wanted = (kFillingBlocks + rows - 1) / std::max<int64_t>(rows, 1);
+    const int64_t blocks = std::clamp<int64_t>(wanted, 1, (chunks + kLogitWarps - 1) / kLogitWarps);
+    const Tensor parts = empty({rows * chunks * 4}, ScalarType::Float, logits);
+    OptTensor tickets;  // only where several blocks share a row
+    if (blocks > 1 && rows > 0) tickets = launch.tickets(rows, logits);
+    const LogprobInputs<T> in{static_cast<const T*>(logits.data_ptr()),
+                              logit_rows(logits),
+                              label,
+                              mask_data(mask, rows),
+                              data_or_null<double>(temperature_rows, rows, ScalarType::Double),
+                              temperature,
+                              ignore_index};
+    const LogprobOutputs out{floats(logp),
+                             entropy ? floats(h) : nullptr,
+                             floats(row_max),
+                             floats(log_sum),
+                             static_cast<ChunkPart*>(parts.data_ptr()),
+                             tickets ? static_cast<unsigned*>(tickets->data_ptr()) : nullptr,
+                             static_cast<unsigned>(blocks)};
+    launch(entropy ? token_logprobs_kernel<T, true> : token_logprobs_kernel<T, false>, rows * blocks, kLogitThreads, in,
+           out);
+  });
+  return std::make_tuple(logp, h, row_max, log_sum);
+}
+
+void backward_into(const Tensor& logits, const Tensor& labels, const OptTensor& temperature_rows,
+                   const OptTensor& grad_logprobs, const OptTensor& grad_entropy, const Tensor& logprobs,
+                   const Tensor& entropy, const Tensor& row_max, const Tensor& log_sum, double temperature,
+                   const Tensor& out) {
+  check_logits(logits);
+  const Launcher launch(logits);
+  const int64_t rows = row_count(logits), vocab = logits.size(logits.dim() - 1);
+  const auto row_data = [&](const OptTensor& x) { return data_or_null<float>(x, rows, ScalarType::Float); };
+  dispatch_logits(logits, [&](auto zero) {
+    using T = decltype(zero);
+    // One tile more than the vocabulary fills may be needed, since a row's first vector can begin before it.
+    const int64_t tiles = (vocab + kPerVector<T> - 1 + kGradientLogits<T> - 1) / kGradientLogits<T>;
+    const GradientInputs<T> in{static_cast<const T*>(logits.data_ptr()),
+                               static_cast<T*>(out.data_ptr()),
+                               logit_rows(logits),
+                               logit_rows(out),
+                               data_or_null<int64_t>(labels, rows, ScalarType::Long),
+                               data_or_null<double>(temperature_rows, rows, ScalarType::Double),
+                               temperature,
+                               row_data(grad_logprobs),
+                               row_data(grad_entropy),
+                               row_data(logprobs),
+                               grad_entropy.has_value() ? row_data(entropy) : nullptr,
+                               row_data(row_max),
+                               row_data(log_sum),
+                               static_cast<unsigned>(tiles)};
+    launch(token_logprobs_backward_kernel<T>, rows * tiles, kGradientThreads, in);
+  });
+}
+
+Tensor token_logprobs_backward(const Tensor& logits, const Tensor& labels, const OptTensor& temperature_rows,
+                               const OptTensor& grad_logprobs, const OptTensor& grad_entropy, const Tensor& logprobs,
+                               const Tensor& entropy, const Tensor& row_max, const Tensor& log_sum,
+                               double temperature) {
+  PPO_COUNT("token_logprobs_backward");
+  Tensor out = torch::stable::new_empty(logits, logits.sizes());
+  backward_into(logits, labels, temperature_rows, grad_logprobs, grad_entropy, logprobs, entropy, row_max, log_sum,
+                temperature, out);
+  return out;
+}
+
+void token_logprobs_backward_(const Tensor& logits, const Tensor& labels, const OptTensor& temperature_rows,
+                              const OptTensor& grad_logprobs, const OptTensor& grad_entropy, const Tensor& logprobs,
+                              const Tensor& entropy, const Tensor& row_max, const Tensor& log_sum, double temperature) {
+  PPO_COUNT("token_logprobs_backward_");
+  backward_into(logits, labels, temperature_rows, grad_logprobs, grad_entropy, logprobs, entropy, row_max, log_sum,
+                temperature, logits);
+}
+
+}  // namespace
+}  // namespace ppo
+
+PPO_CUDA_OPS(m) {
+  m.impl("token_logprobs", TORCH_BOX(&ppo::token_logprobs));
+  m.impl("token_logprobs_backward", TORCH_BOX(&ppo::token_logprobs_backward));
+  m.impl("token_logprobs_backward_", TORCH_BOX(&ppo::token_logprobs_backward_));
+}

@@ -1,0 +1,176 @@
+// Test only: just enough of CUDA to compile the kernels and launchers with a C++ compiler and run them on the host.
+//
+// A CUDA thread is a fiber (fast, for correctness and ASan) or, with HOST_CUDA_THREADS, a std::thread (for TSan).
+// Blocks run one after another, in another order at each launch. What this does not show is in README.md beside it.
+#pragma once
+
+#include <atomic>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <functional>
+#include <type_traits>
+
+#define __global__
+#define __device__
+#define __host__
+#define __forceinline__ inline __attribute__((always_inline))
+#define __launch_bounds__(...)
+#define __shared__ static  // one block at a time, so that a static is what a block shares
+
+struct uint3 {
+  unsigned x, y, z;
+};
+struct dim3 {
+  unsigned x = 1, y = 1, z = 1;
+  dim3(unsigned x_ = 1, unsigned y_ = 1, unsigned z_ = 1) : x(x_), y(y_), z(z_) {}
+};
+struct alignas(16) uint4 {
+  unsigned x, y, z, w;
+};
+struct alignas(8) uint2 {
+  unsigned x, y;
+};
+
+namespace host_cuda {
+
+struct Thread {
+  unsigned index, block;
+};
+extern thread_local Thread* current;
+extern unsigned block_size, grid_size;
+
+// Waits until all `expected` threads of a barrier are there. 0 is the block's; 1 + w is warp w's.
+void wait(int barrier, unsigned expected);
+uint64_t& slot(unsigned lane);  // of the caller's warp
+void run(unsigned blocks, unsigned threads, const std::function<void()>& kernel);
+
+inline unsigned lane() { return current->index % 32; }
+inline unsigned warp() { return current->index / 32; }
+inline void wait_warp(unsigned mask) { wait(1 + static_cast<int>(warp()), __builtin_popcount(mask)); }
+
+template <class T>
+T exchange(unsigned mask, T value, unsigned source) {
+  static_assert(sizeof(T) <= 8);
+  uint64_t bits = 0;
+  std::memcpy(&bits, &value, sizeof(T));
+  slot(lane()) = bits;
+  wait_warp(mask);
+  bits = slot(source);
+  wait_warp(mask);
+  std::memcpy(&value, &bits, sizeof(T));
+  return value;
+}
+
+}  // namespace host_cuda
+
+struct HostThreadIdx {
+  struct {
+    operator unsigned() const { return host_cuda::current->index; }
+  } x;
+};
+struct HostBlockIdx {
+  struct {
+    operator unsigned() const { return host_cuda::current->block; }
+  } x;
+};
+struct HostBlockDim {
+  struct {
+    operator unsigned() const { return host_cuda::block_size; }
+  } x;
+};
+struct HostGridDim {
+  struct {
+    operator unsigned() const { return host_cuda::grid_size; }
+  } x;
+};
+inline constexpr HostThreadIdx threadIdx{};
+inline constexpr HostBlockIdx blockIdx{};
+inline constexpr HostBlockDim blockDim{};
+inline constexpr HostGridDim gridDim{};
+
+inline void __syncthreads() { host_cuda::wait(0, host_cuda::block_size); }
+inline void __syncwarp(unsigned mask = ~0u) { host_cuda::wait_warp(mask); }
+
+template <class T>
+T __shfl_sync(unsigned mask, T value, int source) {
+  return host_cuda::exchange(mask, value, static_cast<unsigned>(source) % 32);
+}
+template <class T>
+T __shfl_xor_sync(unsigned mask, T value, int lanes) {
+  return host_cuda::exchange(mask, value, host_cuda::lane() ^ static_cast<unsigned>(lanes));
+}
+template <class T>
+T __shfl_down_sync(unsigned mask, T value, unsigned delta) {
+  const unsigned source = host_cuda::lane() + delta;
+  return host_cuda::exchange(mask, value, source < 32 ? source : host_cuda::lane());
+}
+template <class T>
+T __shfl_up_sync(unsigned mask, T value, unsigned delta) {
+  const unsigned lane = host_cuda::lane();
+  return host_cuda::exchange(mask, value, lane >= delta ? lane - delta : lane);
+}
+inline unsigned __ballot_sync(unsigned mask, bool predicate) {
+  unsigned votes = 0;
+  const unsigned mine = predicate ? 1u : 0u;
+  host_cuda::slot(host_cuda::lane()) = mine;
+  host_cuda::wait_warp(mask);
+  for (unsigned lane = 0; lane < 32; ++lane) {
+    if ((mask >> lane & 1u) != 0 && host_cuda::slot(lane) != 0) votes |= 1u << lane;
+  }
+  host_cuda::wait_warp(mask);
+  return votes;
+}
+
+inline int __reduce_max_sync(unsigned mask, int value) {
+  for (int lanes = 1; lanes < 32; lanes *= 2) {
+    const int other = __shfl_xor_sync(mask, value, lanes);
+    value = other > value ? other : value;
+  }
+  return value;
+}
+
+inline int __popc(unsigned bits) { return __builtin_popcount(bits); }
+inline unsigned atomicAdd(unsigned* address, unsigned value) {
+  return std::atomic_ref<unsigned>(*address).fetch_add(value, std::memory_order_acq_rel);
+}
+inline void __threadfence() { std::atomic_thread_fence(std::memory_order_seq_cst); }
+
+template <class T>
+T __ldcs(const T* address) {
+  return *address;
+}
+template <class T>
+T __ldg(const T* address) {
+  return *address;
+}
+template <class T>
+T __ldcg(const T* address) {
+  return *address;
+}
+template <class T>
+void __stcs(T* address, T value) {
+  *address = value;
+}
+
+using cudaError_t = int;
+using cudaStream_t = void*;
+constexpr cudaError_t cudaSuccess = 0;
+struct cudaLaunchConfig_t {
+  dim3 gridDim, blockDim;
+  size_t dynamicSmemBytes = 0;
+  cudaStream_t stream = nullptr;
+};
+
+template <class... Parameters, class... Arguments>
+cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...), Arguments&&... args) {
+  host_cuda::run(config->gridDim.x, config->blockDim.x, [&] { kernel(static_cast<Parameters>(args)...); });
+  return cudaSuccess;
+}
+
+inline cudaError_t cudaMemsetAsync(void* address, int value, size_t bytes, cudaStream_t) {
+  std::memset(address, value, bytes);
+  return cudaSuccess;
+}
+inline cudaError_t cudaGetLastError() { return cudaSuccess; }
+inline const char* cudaGetErrorString(cudaError_t) { return ""; }
