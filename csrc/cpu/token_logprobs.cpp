@@ -61,7 +61,7 @@ PPO_CLONES SoftmaxPart sum_block(const T* z, int64_t n, T max, T c) {
     for (int64_t begin = lane; begin < n; begin += kLanes) {
 #pragma omp simd
       for (int64_t i = 0; i < kWide; ++i) {
-        const T x = bounded_exponent((z[begin + i] - max) * c), e = exp2_nonpositive(x);
+        const T x = least_exponent((z[begin + i] - max) * c), e = exp2_nonpositive(x);
         sum[i] += e;
         if constexpr (kEntropy) sum_weighted[i] += e * x;
       }

@@ -7,18 +7,20 @@ namespace ppo {
 
 constexpr double kNotRead = -1.0;  // log_sum of a row that is masked or ignored: no softmax has a negative one
 
-// x, but no further below 0 than an exponent has to be to count for nothing beside the 1 of a maximum: 0 * -inf would
-// be NaN. NaN stays NaN.
+// x, but no further below 0 than an exponent has to be for 2^x = 0: 0 * -inf would be NaN. NaN stays NaN.
 PPO_INLINE float bounded_exponent(float x) {
 #ifdef __CUDA_ARCH__
   float y;
-  asm("max.NaN.f32 %0, %1, %2;" : "=f"(y) : "f"(x), "f"(-200.0f));  // below what its exp2 flushes to 0
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(y) : "f"(x), "f"(-200.0f));
   return y;
 #else
-  return -125.0f > x ? -125.0f : x;  // the least that exp2_nonpositive takes
+  return -200.0f > x ? -200.0f : x;
 #endif
 }
-PPO_INLINE double bounded_exponent(double x) { return -2000.0 > x ? -2000.0 : x; }
+
+// The same for exp2_nonpositive, whose least value is nothing beside the 1 of a maximum, but not 0.
+PPO_INLINE float least_exponent(float x) { return -125.0f > x ? -125.0f : x; }
+PPO_INLINE double least_exponent(double x) { return -2000.0 > x ? -2000.0 : x; }
 
 // Of a set of logits z and c = log2(e) / temperature, with x = (z - max) * c:
 struct SoftmaxPart {
@@ -88,11 +90,11 @@ struct SoftmaxGradient {
 // The gradient of every logit but the target, with c = log2(e) / tau.
 template <class T>
 PPO_INLINE T logit_gradient(T z, T max, T c, T a, T b, T k) {
-  const T x = (z - max) * c, bounded = bounded_exponent(x);
+  const T x = (z - max) * c;
 #ifdef __CUDA_ARCH__
-  const T power = exp2_fast(bounded);
+  const T bounded = bounded_exponent(x), power = exp2_fast(bounded);
 #else
-  const T power = x < bounded ? T(0) : exp2_nonpositive(bounded);
+  const T bounded = least_exponent(x), power = x < bounded ? T(0) : exp2_nonpositive(bounded);
 #endif
   return power * (a + b * (bounded + k));
 }
