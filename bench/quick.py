@@ -66,7 +66,7 @@ def rows() -> list[Row]:
         Row(setups.whiten(256, 8192), compiled=False),
         Row(setups.experience(256, 8192), {"loop": 60.0}, compiled=False, reference=False),
         Row(setups.policy_loss(512, 2048), {"eager": 10.0, "compile": 1.5}),
-        Row(setups.policy_loss(512, 2048, ref=True), {"eager": 10.0, "compile": 1.5}),
+        Row(setups.policy_loss(512, 2048, ref=True)),
         Row(setups.value_loss(512, 2048)),
     ]
 
