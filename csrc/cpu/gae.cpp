@@ -1,37 +1,110 @@
-// Generalised advantage estimation on CPU tensors: one backward walk per row, with a float64 carry.
-#include "checks.h"
+// Generalised advantage estimation on CPU tensors: a backward walk over a few rows at a time, in float64. One row's
+// recurrence is bound by the latency of its multiply-add, so that the rows of a team run side by side, each by itself.
+#include <array>
+
+#include "cpu/block.h"
 #include "cpu/pages.h"
 #include "math/affine_scan.h"
 
 namespace ppo {
 namespace {
 
+constexpr int64_t kTeam = 4;      // rows
+constexpr int64_t kSteps = 1024;  // tokens of each row in the L1 cache
+
 template <class T>
 struct GaeRow {
   const T* rewards;
   const T* values;
   const uint8_t* mask;  // nullptr: all valid
-  int64_t length;
-  double gamma, lam, bootstrap;
-  int64_t interior;
+  int64_t end;          // tokens not walked yet
+  GaeStep<double> step;
+  double ahead;  // S+ of token end - 1
+  T *advantages, *returns;
 };
 
+// The tokens of a row as maps S = shift + scale S+. Those that are not read have shift 0.
 template <class T>
-void gae_row(const GaeRow<T>& in, T* advantages, T* returns) {
-  int64_t t = in.length - 1;
-  for (; t >= 0 && in.mask != nullptr && in.mask[t] == 0; --t) advantages[t] = returns[t] = T(0);
-  GaeCarry<double> carry{0.0, in.bootstrap};
-  const double gamma_lam = in.gamma * in.lam;
-  for (; t >= 0; --t) {
-    const bool valid = in.mask == nullptr || in.mask[t] != 0;
-    const TokenRule rule = token_rule(valid, in.interior);
-    double advantage = 0.0, value = 0.0;
-    if (rule.live) {
-      value = rule.read ? in.values[t] : 0.0;
-      advantage = carry.step(rule.read ? in.rewards[t] : 0.0, value, in.gamma, gamma_lam);
+PPO_CLONES void token_maps(const T* rewards, const T* values, const T* read, int64_t n, GaeStep<double> step,
+                           double unread_scale, double* scale, double* shift) {
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) {
+    const double reward = rewards[i], value = values[i], one = read[i];
+    shift[i] = step.next(one != 0.0 ? reward : 0.0, one != 0.0 ? value : 0.0, 0.0);
+    scale[i] = one != 0.0 ? step.gamma_lam : unread_scale;
+  }
+}
+
+// Replaces every shift by the S+ of its token.
+template <int64_t kRows>
+PPO_CLONES void walk(const double (*scale)[kSteps], double (*shift)[kSteps], int64_t first, double* ahead) {
+  double s[kRows];
+  for (int64_t k = 0; k < kRows; ++k) s[k] = ahead[k];
+  for (int64_t i = kSteps - 1; i >= first; --i) {
+    for (int64_t k = 0; k < kRows; ++k) {
+      const double here = shift[k][i] + scale[k][i] * s[k];
+      shift[k][i] = s[k];
+      s[k] = here;
     }
-    advantages[t] = valid ? static_cast<T>(advantage) : T(0);
-    returns[t] = valid ? static_cast<T>(advantage + value) : T(0);
+  }
+  for (int64_t k = 0; k < kRows; ++k) ahead[k] = s[k];
+}
+
+template <class T>
+PPO_CLONES void gae_block(const T* rewards, const T* values, const T* live, int64_t n, GaeStep<double> step,
+                          const double* ahead, T* advantages, T* returns) {
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) {
+    const double r = rewards[i], v = values[i], one = live[i];
+    const double advantage = step.advantage(r, v, ahead[i]);
+    advantages[i] = one != 0.0 ? static_cast<T>(advantage) : T(0);
+    returns[i] = one != 0.0 ? static_cast<T>(advantage + v) : T(0);
+  }
+}
+
+// What follows the last valid token is zero and takes no part.
+template <class T>
+void skip_tail(GaeRow<T>& row) {
+  for (; row.end > 0 && row.mask != nullptr && row.mask[row.end - 1] == 0; --row.end) {
+    row.advantages[row.end - 1] = row.returns[row.end - 1] = T(0);
+  }
+}
+
+template <int64_t kRows, class T>
+void gae_team(std::array<GaeRow<T>, kTeam>& team, int64_t interior) {
+  double scale[kRows][kSteps], shift[kRows][kSteps], ahead[kRows];
+  T live[kRows][kSteps], ones[kSteps];
+  std::fill(ones, ones + kSteps, T(1));
+  const TokenRule masked = token_rule(false, interior);
+  for (;;) {
+    int64_t first = kSteps, counts[kRows];
+    for (int64_t k = 0; k < kRows; ++k) {
+      GaeRow<T>& row = team[k];
+      const int64_t n = counts[k] = std::min(kSteps, row.end), begin = row.end - n, at = kSteps - n;
+      first = std::min(first, at);
+      ahead[k] = row.ahead;
+      if (row.mask != nullptr) {
+        widen_mask(row.mask + begin, n, live[k]);
+      } else {
+        std::fill(live[k], live[k] + n, T(1));
+      }
+      token_maps(row.rewards + begin, row.values + begin, masked.read ? ones : live[k], n, row.step,
+                 masked.live ? row.step.gamma_lam : 1.0, scale[k] + at, shift[k] + at);
+    }
+    if (first == kSteps) return;
+    for (int64_t k = 0; k < kRows; ++k) {  // past its own start a shorter row stands still
+      std::fill(scale[k] + first, scale[k] + kSteps - counts[k], 1.0);
+      std::fill(shift[k] + first, shift[k] + kSteps - counts[k], 0.0);
+    }
+    walk<kRows>(scale, shift, first, ahead);
+    for (int64_t k = 0; k < kRows; ++k) {
+      GaeRow<T>& row = team[k];
+      const int64_t n = counts[k], begin = row.end - n;
+      gae_block(row.rewards + begin, row.values + begin, live[k], n, row.step, shift[k] + kSteps - n,
+                row.advantages + begin, row.returns + begin);
+      row.ahead = ahead[k];
+      row.end = begin;
+    }
   }
 }
 
@@ -51,17 +124,26 @@ std::tuple<Tensor, Tensor> gae(const Tensor& rewards, const Tensor& values, cons
     Tensor returns = on_huge_pages(new_tokens(rewards, rows));
     T* adv = static_cast<T*>(advantages.data_ptr());
     T* ret = static_cast<T*>(returns.data_ptr());
-    const int64_t mean_length = rewards.numel() / std::max<int64_t>(rows.count(), 1);
-    for_each(rows.count(), 4096 / std::max<int64_t>(mean_length, 1), [&](int64_t b) {
-      const GaeRow<T> in{r.row(rows, b),
-                         v.row(rows, b),
-                         m.data ? m.row(rows, b) : nullptr,
-                         rows.length(b),
-                         gamma,
-                         lams ? lams[b] : lam,
-                         bootstraps ? static_cast<double>(bootstraps[b]) : 0.0,
-                         interior};
-      gae_row(in, adv + rows.start(b), ret + rows.start(b));
+    const auto row_of = [&](int64_t b) {
+      const double lam_b = lams ? lams[b] : lam;
+      GaeRow<T> row{r.row(rows, b),
+                    v.row(rows, b),
+                    m.data ? m.row(rows, b) : nullptr,
+                    rows.length(b),
+                    {gamma, lam_b, gamma * lam_b},
+                    bootstraps ? static_cast<double>(bootstraps[b]) : 0.0,
+                    adv + rows.start(b),
+                    ret + rows.start(b)};
+      skip_tail(row);
+      return row;
+    };
+    // Few rows are shared out singly. A row's bits do not depend on its team.
+    const int64_t threads = torch::stable::get_num_threads(), each = rows.count() < kTeam * threads ? 1 : kTeam;
+    const int64_t team_tokens = each * rewards.numel() / std::max<int64_t>(rows.count(), 1);
+    for_each((rows.count() + each - 1) / each, 4096 / std::max<int64_t>(team_tokens, 1), [&](int64_t i) {
+      std::array<GaeRow<T>, kTeam> team{};
+      for (int64_t k = 0; k < each && i * each + k < rows.count(); ++k) team[k] = row_of(i * each + k);
+      each == 1 ? gae_team<1>(team, interior) : gae_team<kTeam>(team, interior);
     });
     return std::make_tuple(advantages, returns);
   });

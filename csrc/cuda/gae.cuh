@@ -48,8 +48,7 @@ struct GaeRow {
         interior(in.interior) {
     const double lam = in.lam_rows != nullptr ? in.lam_rows[span.row] : in.lam;
     gamma_lam = in.gamma * lam;
-    step = {static_cast<float>(in.gamma), static_cast<float>(lam), static_cast<float>(1.0 - lam),
-            static_cast<float>(gamma_lam)};
+    step = {static_cast<float>(in.gamma), static_cast<float>(lam), static_cast<float>(gamma_lam)};
   }
   __device__ double bootstrap(const GaeInputs& in) const {
     return in.bootstrap_value != nullptr ? static_cast<double>(in.bootstrap_value[span.row]) : 0.0;

@@ -19,31 +19,18 @@ PPO_INLINE TokenRule token_rule(bool valid, int64_t interior) {
   return {valid || interior != kCarry, valid || interior == kIgnore};
 }
 
-// A_t = r_t + gamma V+ - V_t + gamma lam A+, walking back from the end of a row.
-template <class T>
-struct GaeCarry {
-  T advantage;   // A+
-  T next_value;  // V+
-
-  PPO_INLINE T step(T reward, T value, T gamma, T gamma_lam) {
-    const T delta = reward + gamma * next_value - value;
-    advantage = delta + gamma_lam * advantage;
-    next_value = value;
-    return advantage;
-  }
-};
-
-// The same recurrence over one number, S_t = V_t + lam A_t, so that a token is an affine map of the S+ that lies ahead
-// of it and tokens can be scanned in parallel:
+// A_t = r_t + gamma V+ - V_t + gamma lam A+ over one number, S_t = V_t + lam A_t, so that a token is an affine map of
+// the S+ that lies ahead of it and tokens can be scanned in any grouping:
 //   A_t = r_t - V_t + gamma S+,   S_t = lam r_t + (1 - lam) V_t + gamma lam S+.
 // S+ after the last token is the bootstrap value.
 template <class T>
 struct GaeStep {
-  T gamma, lam, one_less_lam, gamma_lam;
+  T gamma, lam, gamma_lam;
 
   PPO_INLINE T advantage(T reward, T value, T ahead) const { return (reward - value) + gamma * ahead; }
   PPO_INLINE T next(T reward, T value, T ahead) const {
-    return (lam * reward + one_less_lam * value) + gamma_lam * ahead;
+    // V - lam V and not (1 - lam) V: an infinite value makes NaN of the next advantage, as inf - inf does above.
+    return (lam * reward + (value - lam * value)) + gamma_lam * ahead;
   }
 };
 
