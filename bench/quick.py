@@ -17,6 +17,8 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler reports its own starts and stops otherwise
+
 import torch
 from torch.profiler import ProfilerActivity, profile
 
@@ -98,7 +100,7 @@ def check(setup: Setup, calls: dict[str, Call]) -> None:
             )
 
 
-def medians(calls: dict[str, Call], seconds: float, least: int = 5) -> dict[str, float]:
+def medians(calls: dict[str, Call], seconds: float, least: int = 11) -> dict[str, float]:
     """Seconds per call. The providers take turns; a slow one (a Python loop) sits out the rounds that it would fill."""
     spent: dict[str, list[float]] = {name: [] for name in calls}
     end = time.perf_counter() + seconds

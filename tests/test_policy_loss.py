@@ -241,11 +241,13 @@ def test_huge_gaps_are_clamped_and_counted(impl):
     assert grad[0, :2].tolist() == [0.0, 0.0]
 
 
+@pytest.mark.parametrize("clamp", [20.0, None])
 @pytest.mark.parametrize("junk", JUNK)
-def test_what_lies_under_the_mask_does_not_matter(impl, junk):
+def test_what_lies_under_the_mask_does_not_matter(impl, junk, clamp):
     logp, old, adv = make(6, 37)
     mask = holey_mask(6, 37)
     more = extras(6, 37) | {"kl_coef": 0.2, "dual_clip": 3.0, "impl": impl}
+    more |= {"log_ratio_clamp": clamp, "kl_log_clamp": clamp}
     (loss, stats), grad = grad_of(lambda x: policy_loss(x, old, adv, mask, **more), logp)
     dirty = [with_junk(x, mask, j) for x, j in ((logp, junk), (old, -junk), (adv, junk))]
     more |= {name: with_junk(more[name], mask, junk) for name in ("weights", "ref_logprobs")}

@@ -154,7 +154,8 @@ def token_logprobs(
 
     Returns:
         ``logprobs [...]``, or ``(logprobs, entropy)``; nats; float32, float64 for float64 logits. Both are 0 in masked
-        and ignored rows. A label outside [0, V) gives NaN in its row, its gradient included.
+        and ignored rows. A label outside [0, V) gives NaN in its row, its gradient included (but 0 where the row's
+        upstream gradients are 0, as for every row; autograd of the reference has NaN there).
 
     Raises:
         TypeError: a dtype that is not listed. ValueError: shapes, devices, options or ``impl`` that do not fit.

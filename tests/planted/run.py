@@ -125,13 +125,17 @@ def attempt(bug: Bug, copy: Path, collected: list[str]) -> bool:
 
 
 def main(names: list[str]) -> int:
-    """``names`` of patches to try; none means all."""
+    """``names`` of patches to try, or how they begin; none means all."""
     begin = time.monotonic()
+    unknown = [name for name in names if not any(bug.name.startswith(name) for bug in bugs())]
+    if unknown:
+        print(f"no patch in {HERE} begins with: {', '.join(unknown)}")
+        return 2
     place = checkout.ROOT / "build" / "planted"
     place.mkdir(parents=True, exist_ok=True)
     lock = (place / "lock").open("w")
     fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # a second run would plant its bugs in the same copies
-    chosen = [bug for bug in bugs() if not names or bug.name in names]
+    chosen = [bug for bug in bugs() if not names or bug.name.startswith(tuple(names))]
     copies = [place / name for name in ("compiled", "python")]
     for copy in copies:
         checkout.copy_sources(copy, "tests")
