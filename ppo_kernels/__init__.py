@@ -9,12 +9,15 @@ from __future__ import annotations
 __version__ = "0.1.0"
 
 __all__ = [
+    "P3OStats",
     "PolicyStats",
     "ValueStats",
     "aggregation_weights",
     "gae",
+    "group_advantages",
     "kl_rewards",
     "moments",
+    "p3o_loss",
     "policy_loss",
     "selective_log_softmax",
     "selective_log_softmax_and_entropy",
@@ -39,7 +42,9 @@ else:
     from ppo_kernels.backends import status
     from ppo_kernels.ops.aggregation_weights import aggregation_weights
     from ppo_kernels.ops.gae import gae
+    from ppo_kernels.ops.group_advantages import group_advantages
     from ppo_kernels.ops.kl_rewards import kl_rewards
+    from ppo_kernels.ops.p3o_loss import p3o_loss
     from ppo_kernels.ops.policy_loss import policy_loss
     from ppo_kernels.ops.token_logprobs import (
         selective_log_softmax,
@@ -48,6 +53,6 @@ else:
     )
     from ppo_kernels.ops.value_loss import value_loss
     from ppo_kernels.ops.whiten import moments, whiten
-    from ppo_kernels.reference import PolicyStats, ValueStats
+    from ppo_kernels.reference import P3OStats, PolicyStats, ValueStats
 
     _log_choice()

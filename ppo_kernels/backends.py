@@ -19,7 +19,10 @@ from ppo_kernels import _native, triton
 logger = logging.getLogger("ppo_kernels")
 
 #: The public ops, in the order of the documentation.
-OPS = ("token_logprobs", "kl_rewards", "gae", "whiten", "moments", "policy_loss", "value_loss")
+OPS = (
+    *("token_logprobs", "kl_rewards", "gae", "whiten", "moments", "policy_loss", "value_loss"),
+    *("p3o_loss", "group_advantages"),
+)
 #: For each device type, the implementations that can serve it, best first.
 PREFERENCE = {
     "cpu": ("cpu", "torch", "triton"),

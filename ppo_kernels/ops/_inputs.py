@@ -63,6 +63,14 @@ def check_number(
     return value  # type: ignore[return-value]
 
 
+def check_integer_option(op: str, name: str, value: object, *, least: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
+        raise TypeError(f"{op}: {name} must be an integer, got {type(value).__name__}")
+    if value < least:
+        raise ValueError(f"{op}: {name} must be >= {least}, got {value}")
+    return value  # type: ignore[return-value]
+
+
 def number_or_tensor(op: str, name: str, value: object, device: torch.device) -> tuple[float, Tensor | None]:
     """A number that may change from call to call, as ``(float, None)`` or ``(0.0, 0-d float64 tensor)``.
 

@@ -7,19 +7,24 @@ gradient.
 """
 
 from ppo_kernels.reference.gae import gae
+from ppo_kernels.reference.group_advantages import group_advantages
 from ppo_kernels.reference.kl_rewards import kl_rewards
+from ppo_kernels.reference.p3o_loss import P3OStats, p3o_loss
 from ppo_kernels.reference.policy_loss import PolicyStats, policy_loss
 from ppo_kernels.reference.token_logprobs import token_logprobs
 from ppo_kernels.reference.value_loss import ValueStats, value_loss
 from ppo_kernels.reference.whiten import merge_moments, moments, whiten
 
 __all__ = [
+    "P3OStats",
     "PolicyStats",
     "ValueStats",
     "gae",
+    "group_advantages",
     "kl_rewards",
     "merge_moments",
     "moments",
+    "p3o_loss",
     "policy_loss",
     "token_logprobs",
     "value_loss",

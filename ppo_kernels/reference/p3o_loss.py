@@ -1,0 +1,132 @@
+"""The loss of pairwise proximal policy optimization, eager."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ppo_kernels.reference.kl_rewards import clamp
+from ppo_kernels.reference.rows import (
+    compute_dtype,
+    find_rows,
+    masked_mean,
+    reduce_loss,
+    row_sum,
+    scalar,
+    select,
+    valid_tokens,
+)
+
+VARIANTS = ("separate", "joint")
+
+
+class P3OStats(NamedTuple):
+    """Statistics of ``p3o_loss``: 0-d tensors, means over rows or pairs with valid tokens, 0 where there are none.
+
+    Per row, with ``d = clamp(sum of logprobs - old_logprobs)``, in nats per sequence, and ``ratio = exp(d)``:
+    """
+
+    kl_k1: Tensor  #: mean of -d
+    kl_k3: Tensor  #: mean of exp(d) - 1 - d
+    ref_kl: Tensor  #: mean of S, the sum of logprobs - ref_logprobs
+    ratio_mean: Tensor
+    ratio_max: Tensor
+    clamped: Tensor  #: share of rows whose log-ratio lies beyond log_ratio_clamp
+
+    # Per pair:
+    weight_mean: Tensor  #: mean importance weight w
+    weight_clipfrac: Tensor  #: share of weights that cliprange_ratio bounded
+    clipfrac: Tensor  #: share of terms whose gradient the clip stopped
+    reward_gap: Tensor  #: mean of |q|
+    margin: Tensor  #: mean of sign(r_i - r_j) (S_i - S_j): how far the policy prefers the better response, in nats
+    accuracy: Tensor  #: share where (r_i - r_j) (S_i - S_j) > 0
+    count: Tensor  # type: ignore[assignment]  #: number of pairs
+
+
+def p3o_loss(
+    logprobs: Tensor,
+    old_logprobs: Tensor,
+    ref_logprobs: Tensor,
+    scores: Tensor,
+    mask: Tensor | None = None,
+    *,
+    variant: str = "joint",
+    group_size: int = 2,
+    kl_coef: float | Tensor = 0.05,
+    cliprange: float = 0.2,
+    cliprange_ratio: float = 10.0,
+    log_ratio_clamp: float | None = 20.0,
+    normalizer: float | Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+) -> tuple[Tensor, P3OStats]:
+    dtype = compute_dtype(logprobs, old_logprobs, ref_logprobs, scores)
+    rows = find_rows(logprobs, cu_seqlens)
+    valid = valid_tokens(logprobs, mask, rows)
+    # An error of a sum over a whole sequence is an error of its ratio's exponent: float64.
+    logp, old, ref = (select(x, valid, torch.float64) for x in (logprobs, old_logprobs.detach(), ref_logprobs.detach()))
+    shift = row_sum(logp - old, rows)  # S - S_old
+    old_margin = row_sum(old - ref, rows)  # S_old
+    alive = row_sum(valid.double(), rows) > 0
+    reward = torch.where(alive, scores.detach().double(), 0.0)
+
+    first, second = torch.triu_indices(group_size, group_size, 1, device=logprobs.device)
+    both = alive.reshape(-1, group_size)[:, first] & alive.reshape(-1, group_size)[:, second]
+
+    def of_pairs(x: Tensor) -> tuple[Tensor, Tensor]:
+        """[B] as the two sides of every pair, [groups, pairs]; 0 in a pair that does not count."""
+        x = x.reshape(-1, group_size)
+        return torch.where(both, x[:, first], 0.0), torch.where(both, x[:, second], 0.0)
+
+    shift_i, shift_j = of_pairs(shift)
+    old_i, old_j = of_pairs(old_margin)
+    reward_i, reward_j = of_pairs(reward)
+    s_gap = (old_i - old_j + shift_i - shift_j).detach()
+    q = reward_i - reward_j - scalar(kl_coef, torch.float64) * s_gap
+    bound = math.log(cliprange_ratio)
+    if variant == "separate":
+        log_weights = torch.stack([shift_i, shift_j]).detach()
+        w_i, w_j = log_weights.clamp(-bound, bound).exp()
+        rho_i, rho_j = clamp(shift_i, log_ratio_clamp).exp(), clamp(shift_j, log_ratio_clamp).exp()
+        loss_i, clipped_i = _clipped(-q * w_j, rho_i, 1.0 - cliprange, 1.0 + cliprange)
+        loss_j, clipped_j = _clipped(q * w_i, rho_j, 1.0 - cliprange, 1.0 + cliprange)
+        loss, clipped = 0.5 * (loss_i + loss_j), torch.stack([clipped_i, clipped_j])
+    else:
+        log_weights = (shift_i + shift_j).detach()[None]
+        k = q * log_weights[0].clamp(-bound, bound).exp()
+        # d = S_i - S_j is d_old plus this gap, and clip(d, d_old - e, d_old + e) is d_old plus its clip: so no d_old,
+        # however large, can round away what decides.
+        surrogate, clipped_ij = _clipped(-k, shift_i - shift_j, -cliprange, cliprange)
+        loss, clipped = 0.5 * (surrogate - k * (old_i - old_j)), clipped_ij[None]
+    total, count = reduce_loss(loss.reshape(-1), both.reshape(-1), rows, None, normalizer)
+    total = total.to(dtype)
+
+    with torch.no_grad():
+        d = clamp(shift, log_ratio_clamp)
+        beyond = torch.zeros_like(alive) if log_ratio_clamp is None else shift.abs() > log_ratio_clamp
+        each = both.expand(log_weights.shape)
+        preferred = torch.sign(reward_i - reward_j) * s_gap
+        stats = P3OStats(
+            kl_k1=masked_mean(-d, alive),
+            kl_k3=masked_mean(torch.expm1(d) - d, alive),
+            ref_kl=masked_mean(old_margin + shift, alive),
+            ratio_mean=masked_mean(d.exp(), alive),
+            ratio_max=torch.cat([torch.where(alive, d.exp(), 0.0), d.new_zeros(1)]).max(),
+            clamped=masked_mean(beyond, alive),
+            weight_mean=masked_mean(log_weights.clamp(-bound, bound).exp(), each),
+            weight_clipfrac=masked_mean(log_weights.abs() > bound, each),
+            clipfrac=masked_mean(clipped, each),
+            reward_gap=masked_mean(q.abs(), both),
+            margin=masked_mean(preferred, both),
+            accuracy=masked_mean(preferred > 0, both),
+            count=count,
+        )
+        return total, P3OStats(*(s.to(dtype) for s in stats))
+
+
+def _clipped(slope: Tensor, x: Tensor, low: float, high: float) -> tuple[Tensor, Tensor]:
+    """``max(slope x, slope clip(x))``, and where the clip is what counts."""
+    plain, clipped = slope * x, slope * x.clamp(low, high)
+    return torch.maximum(plain, clipped), clipped > plain
