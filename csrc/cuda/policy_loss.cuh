@@ -39,19 +39,6 @@ enum PolicyPartial {
   kPolicyPartials
 };  // after the sums before kSumExcess
 
-// The largest value of a block, NaN if one is NaN, in every thread.
-__device__ inline float block_max_or_nan(float x) {
-  __shared__ float parts[kLossThreads / kWarp];
-  const auto larger = [](float a, float b) { return a != a ? a : (b != b ? b : (a > b ? a : b)); };
-#pragma unroll
-  for (int lanes = kWarp / 2; lanes >= 1; lanes /= 2) x = larger(x, __shfl_xor_sync(kAllLanes, x, lanes));
-  __syncthreads();
-  if (threadIdx.x % kWarp == 0) parts[threadIdx.x / kWarp] = x;
-  __syncthreads();
-  for (int w = 0; w < kLossThreads / kWarp; ++w) x = larger(x, parts[w]);
-  return x;
-}
-
 // One group of tokens: its sums, gradients, and the excesses of its valid tokens over a ratio of 1.
 template <bool kHasRef, KlEstimator kEstimator>
 __device__ void policy_group(const PolicyInputs& in, const TokenGroup& group, float kl_coef, float (&sums)[kPolicySums],
