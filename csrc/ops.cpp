@@ -52,4 +52,18 @@ STABLE_TORCH_LIBRARY(PPO_OPS, m) {
       "value_loss(Tensor values, Tensor old_values, Tensor returns, Tensor? mask, Tensor? row_weight,"
       " Tensor? normalizer, Tensor? cu_seqlens, float cliprange_value, bool grad)"
       " -> (Tensor loss, Tensor stats, Tensor grad, Tensor inv_normalizer)");
+
+  // Rows in groups of group_size; scores [B]. variant: 0 separate, 1 joint. The rest as in policy_loss, the
+  // normalizer's None being the number of pairs.
+  m.def(
+      "p3o_loss(Tensor logprobs, Tensor old_logprobs, Tensor ref_logprobs, Tensor scores, Tensor? mask,"
+      " Tensor? normalizer, Tensor? cu_seqlens, Tensor? kl_coef_tensor, int variant, int group_size, float kl_coef,"
+      " float cliprange, float cliprange_ratio, float log_ratio_clamp, bool grad)"
+      " -> (Tensor loss, Tensor stats, Tensor grad, Tensor inv_normalizer)");
+
+  // scores [B]. Groups are runs of equal numbers in sorted_ids [B], element i of which is scores[order[i]]; without
+  // them, every group_size neighbours. mode: 0 rloo, 1 grpo, 2 dr_grpo.
+  m.def(
+      "group_advantages(Tensor scores, Tensor? sorted_ids, Tensor? order, int group_size, int mode, float eps)"
+      " -> Tensor");
 }

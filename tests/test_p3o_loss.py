@@ -85,6 +85,8 @@ def test_every_pair_of_larger_groups_counts(impl, group_size, variant):
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize(("group_size", "groups"), [(40, 1), (130, 2), (300, 1)])
 def test_groups_of_many_responses(impl, group_size, groups, variant):
+    if impl == "triton" and group_size > 100:
+        pytest.skip("Triton's interpreter takes 35 ms for a row")
     data = make(group_size * groups, 3)
     check(impl, *data, holey_mask(group_size * groups, 3), variant=variant, group_size=group_size)
 
@@ -94,15 +96,15 @@ def test_groups_of_many_responses(impl, group_size, groups, variant):
 @pytest.mark.parametrize("cliprange", [0.2, 0.0, 0.9])
 @pytest.mark.parametrize(("cliprange_ratio", "clamp"), [(10.0, 20.0), (1.0, 0.8), (1e6, None)])
 def test_options(impl, variant, spread, cliprange, cliprange_ratio, clamp):
-    logp, old, ref, scores = make(16, 7, torch.float64, spread=spread)
+    logp, old, ref, scores = make(8, 7, torch.float64, spread=spread)
     if variant == "separate" and clamp is None and spread > 3:
         logp = old + (logp - old) / 10  # an infinite ratio has no finite loss
     options = {"cliprange": cliprange, "cliprange_ratio": cliprange_ratio, "log_ratio_clamp": clamp}
     options |= {"variant": variant, "group_size": 4}
-    _, stats, _ = check(impl, logp, old, ref, scores, kl_coef=0.3, **options)
+    _, stats, _ = check(impl, *(x.float() for x in (logp, old, ref, scores)), kl_coef=torch.tensor(0.7), **options)
     if spread >= 3.0:
         assert 0 < float(stats.clipfrac) < 1
-    check(impl, *(x.float() for x in (logp, old, ref, scores)), kl_coef=torch.tensor(0.7), **options)
+    check(impl, logp, old, ref, scores, kl_coef=0.3, **options)
 
 
 @pytest.mark.parametrize("normalizer", [None, 3, torch.tensor(11.0), torch.tensor(12), 0, torch.tensor(0)])

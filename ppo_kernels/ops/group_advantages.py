@@ -24,6 +24,16 @@ from ppo_kernels.reference.rows import compute_dtype
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
+
+def _fake(scores, *order_and_options):
+    return scores.new_empty(scores.shape)
+
+
+backends.declare(
+    "group_advantages(Tensor scores, Tensor? sorted_ids, Tensor? order, int group_size, int mode, float eps) -> Tensor",
+    _fake,
+)
+
 MODES = (*BASELINES, "reinforce++_baseline")
 
 
@@ -102,22 +112,25 @@ def group_advantages(
     whitened = mode == "reinforce++_baseline"
     if process_group is not None and not whitened:
         raise ValueError(f'{op}: process_group is for mode="reinforce++_baseline"; {mode!r} has no batch statistics')
-    scores = scores.detach().to(compute_dtype(scores))
+    scores = scores.detach().to(compute_dtype(scores)).contiguous()
     advantages = _over_groups(
-        scores, group_ids, group_size, "dr_grpo" if whitened else mode, 1e-4 if eps is None else eps, impl
+        scores, group_ids, group_size or 0, "dr_grpo" if whitened else mode, 1e-4 if eps is None else eps, impl
     )
     if not whitened:
         return advantages
     return whiten(advantages, eps=1e-8 if eps is None else eps, group=process_group, impl=impl)
 
 
-def _over_groups(
-    scores: Tensor, group_ids: Tensor | None, group_size: int | None, mode: str, eps: float, impl: str
-) -> Tensor:
+def _over_groups(scores: Tensor, group_ids: Tensor | None, group_size: int, mode: str, eps: float, impl: str) -> Tensor:
     op = "group_advantages"
     impl = backends.choose(op, impl, scores.device.type, scores.dtype)
-    backends.count_torch_call(op)
-    if group_size is not None:
-        group_ids = torch.arange(scores.numel(), device=scores.device) // group_size
-    assert group_ids is not None
-    return reference.group_advantages(scores, group_ids, mode=mode, eps=eps)
+    if impl == "torch":
+        backends.count_torch_call(op)
+        if group_ids is None:
+            group_ids = torch.arange(scores.numel(), device=scores.device) // group_size
+        return reference.group_advantages(scores, group_ids, mode=mode, eps=eps)
+    sorted_ids = order = None
+    if group_ids is not None:
+        sorted_ids, order = torch.sort(group_ids.to(torch.int64), stable=True)  # as they stand, a group's scores add up
+    code = BASELINES.index(mode)
+    return backends.kernel(op, impl)(scores, sorted_ids, order, group_size, code, eps)

@@ -5,9 +5,22 @@ from __future__ import annotations
 from torch import Tensor
 
 from ppo_kernels import backends, reference
-from ppo_kernels.ops._autograd import first_order_only
+from ppo_kernels.ops._autograd import ScaledGradient, fake_loss, first_order_only
 from ppo_kernels.ops._inputs import Tokens, bound, check_choice, check_integer_option, check_number, number_or_tensor
 from ppo_kernels.reference.p3o_loss import VARIANTS, P3OStats
+
+
+def _fake(logprobs, *inputs_and_options):
+    return fake_loss(logprobs, len(P3OStats._fields), grad=inputs_and_options[-1])
+
+
+backends.declare(
+    "p3o_loss(Tensor logprobs, Tensor old_logprobs, Tensor ref_logprobs, Tensor scores, Tensor? mask,"
+    " Tensor? normalizer, Tensor? cu_seqlens, Tensor? kl_coef_tensor, int variant, int group_size, float kl_coef,"
+    " float cliprange, float cliprange_ratio, float log_ratio_clamp, bool grad)"
+    " -> (Tensor loss, Tensor stats, Tensor grad, Tensor inv_normalizer)",
+    _fake,
+)
 
 
 def p3o_loss(
@@ -74,7 +87,7 @@ def p3o_loss(
     arXiv 2310.00212). Without clipping, the gradient is that of RLOO.
     """
     op = "p3o_loss"
-    check_choice(op, "variant", variant, VARIANTS)
+    code = check_choice(op, "variant", variant, VARIANTS)
     group_size = check_integer_option(op, "group_size", group_size, least=2)
     tokens = Tokens(
         op,
@@ -89,10 +102,10 @@ def p3o_loss(
             f"p3o_loss: {tokens.rows} rows are not groups of group_size={group_size}; pass the responses to a prompt"
             " in neighbouring rows, as many for each, or change group_size"
         )
-    number_or_tensor(op, "kl_coef", kl_coef, tokens.like.device)
+    coef, coef_tensor = number_or_tensor(op, "kl_coef", kl_coef, tokens.like.device)
     check_number(op, "cliprange", cliprange, least=0.0)
     check_number(op, "cliprange_ratio", cliprange_ratio, least=1.0)
-    bound(op, "log_ratio_clamp", log_ratio_clamp)
+    log_bound = bound(op, "log_ratio_clamp", log_ratio_clamp)
     mask = tokens.mask(mask)
     scores = tokens.per_row("scores", scores).detach()
     normalizer = tokens.normalizer(normalizer)
@@ -102,19 +115,24 @@ def p3o_loss(
     old_logprobs, ref_logprobs = tokens.constant(old_logprobs), tokens.constant(ref_logprobs)
 
     impl = backends.choose(op, impl, logprobs.device.type, tokens.dtype)
-    backends.count_torch_call(op)
-    return reference.p3o_loss(
-        first_order_only(op, logprobs),
-        old_logprobs,
-        ref_logprobs,
-        scores,
-        mask,
-        variant=variant,
-        group_size=group_size,
-        kl_coef=kl_coef,
-        cliprange=cliprange,
-        cliprange_ratio=cliprange_ratio,
-        log_ratio_clamp=log_ratio_clamp,
-        normalizer=normalizer,
-        cu_seqlens=tokens.cu_seqlens,
-    )
+    if impl == "torch":
+        backends.count_torch_call(op)
+        return reference.p3o_loss(
+            first_order_only(op, logprobs),
+            old_logprobs,
+            ref_logprobs,
+            scores,
+            mask,
+            variant=variant,
+            group_size=group_size,
+            kl_coef=kl_coef,
+            cliprange=cliprange,
+            cliprange_ratio=cliprange_ratio,
+            log_ratio_clamp=log_ratio_clamp,
+            normalizer=normalizer,
+            cu_seqlens=tokens.cu_seqlens,
+        )
+    inputs = (old_logprobs, ref_logprobs, scores, mask, normalizer, tokens.cu_seqlens, coef_tensor)
+    options = (code, group_size, coef, cliprange, cliprange_ratio, log_bound)
+    loss, stats = ScaledGradient.apply(op, impl, logprobs, (*inputs, *options))
+    return loss, P3OStats(*stats.unbind(0))

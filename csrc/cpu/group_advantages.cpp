@@ -1,0 +1,43 @@
+// Advantages over the responses to one prompt, on CPU tensors.
+#include "math/group_advantages.h"
+
+#include "checks.h"
+
+namespace ppo {
+namespace {
+
+Tensor group_advantages(const Tensor& scores, const OptTensor& sorted_ids, const OptTensor& order, int64_t group_size,
+                        int64_t mode, double eps) {
+  PPO_COUNT("group_advantages");
+  STD_TORCH_CHECK(sorted_ids.has_value() == order.has_value(), "sorted_ids and order come together");
+  STD_TORCH_CHECK(order.has_value() || group_size >= 1, "expected groups of at least one score");
+  return dispatch_compute(scores, [&](auto zero) {
+    using T = decltype(zero);
+    const int64_t total = scores.numel();
+    const Dense<T> score(scores, total, dtype_of<T>());
+    const Dense<int64_t> ids(sorted_ids, total, ScalarType::Long), from(order, total, ScalarType::Long);
+    Tensor advantages = empty({total}, dtype_of<T>(), scores);
+    T* out = static_cast<T*>(advantages.data_ptr());
+    // A raw call's order may hold anything; the public function sorted it.
+    const auto at = [&](int64_t i) { return from ? std::clamp<int64_t>(from[i], 0, total - 1) : i; };
+    for (int64_t begin = 0, end = 0; begin < total; begin = end) {
+      end = begin + 1;
+      while (end < total && (ids ? ids[end] == ids[begin] : end - begin < group_size)) ++end;
+      // Differences to the first score: equal ones, whatever their size, have a deviation of exactly 0.
+      const double first = score[at(begin)], count = static_cast<double>(end - begin);
+      double sum = 0.0, m2 = 0.0;
+      for (int64_t i = begin; i < end; ++i) sum += score[at(i)] - first;
+      const double mean = sum / count;
+      const auto deviation = [&](int64_t i) { return score[at(i)] - first - mean; };
+      for (int64_t i = begin; i < end; ++i) m2 += deviation(i) * deviation(i);
+      const double scale = group_scale(mode, count, m2, eps);
+      for (int64_t i = begin; i < end; ++i) out[at(i)] = static_cast<T>(deviation(i) * scale);
+    }
+    return advantages;
+  });
+}
+
+}  // namespace
+}  // namespace ppo
+
+STABLE_TORCH_LIBRARY_IMPL(ppo_kernels, CPU, m) { m.impl("group_advantages", TORCH_BOX(&ppo::group_advantages)); }

@@ -1,0 +1,31 @@
+#include "cuda/group_advantages.cuh"
+#include "cuda/launch.cuh"
+
+namespace ppo {
+namespace {
+
+Tensor group_advantages(const Tensor& scores, const OptTensor& sorted_ids, const OptTensor& order, int64_t group_size,
+                        int64_t mode, double eps) {
+  PPO_COUNT("group_advantages");
+  STD_TORCH_CHECK(sorted_ids.has_value() == order.has_value(), "sorted_ids and order come together");
+  STD_TORCH_CHECK(order.has_value() || group_size >= 1, "expected groups of at least one score");
+  const Launcher launch(scores);
+  const int64_t total = scores.numel();
+  const Tensor advantages = empty({total}, ScalarType::Float, scores);
+  const GroupInputs in{data_or_null<float>(scores, total, ScalarType::Float),
+                       data_or_null<int64_t>(sorted_ids, total, ScalarType::Long),
+                       data_or_null<int64_t>(order, total, ScalarType::Long),
+                       total,
+                       group_size,
+                       mode,
+                       eps,
+                       static_cast<float*>(advantages.data_ptr())};
+  constexpr int64_t kPerBlock = kGroupThreads / kWarp;
+  launch(group_advantages_kernel, (total + kPerBlock - 1) / kPerBlock, kGroupThreads, in);
+  return advantages;
+}
+
+}  // namespace
+}  // namespace ppo
+
+PPO_CUDA_OPS(m) { m.impl("group_advantages", TORCH_BOX(&ppo::group_advantages)); }
