@@ -4,7 +4,8 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from .config import COMMANDS, CONFIGS, UserError
+from .config import CONFIGS, UserError
+from .settings import COMMANDS
 
 HELP = f"""{__doc__}
 

@@ -23,7 +23,7 @@ from . import launch
 from .config import PPOConfig, UserError
 
 if TYPE_CHECKING:
-    from .models import Trainable
+    from .engines import Trainable
 
 MANIFEST = "manifest.json"
 TEMPORARY = ".tmp-"
@@ -83,7 +83,7 @@ def verify(folder: Path) -> None:
             raise UserError(f"{folder} refused: the content of {path} has changed since it was written")
 
 
-def save(folder: Path, step: int, trained: "dict[str, Trainable]", config: PPOConfig) -> None:
+def save(folder: Path, step: int, trained: "dict[str, Trainable]", config: PPOConfig, memory: dict[str, Any]) -> None:
     """Commit the state after `step`, then drop the oldest checkpoints beyond `save_total_limit`.
 
     No generator's state is saved: every draw of a step has its own seed, made from the run's and the step's number.
@@ -97,6 +97,7 @@ def save(folder: Path, step: int, trained: "dict[str, Trainable]", config: PPOCo
             "world_size": launch.world_size(),
             "skipped": {name: model.skipped for name, model in trained.items()},
             "config": dataclasses.asdict(config),
+            "memory": memory,
         }
         torch.save(state, place / f"trainer-rank{launch.rank()}.pt")
     if launch.is_main():
@@ -105,8 +106,8 @@ def save(folder: Path, step: int, trained: "dict[str, Trainable]", config: PPOCo
                 shutil.rmtree(old)
 
 
-def load(folder: Path, trained: "dict[str, Trainable]", config: PPOConfig) -> int:
-    """Bring every model, optimizer and schedule to the saved state; returns the step."""
+def load(folder: Path, trained: "dict[str, Trainable]", config: PPOConfig) -> tuple[int, dict[str, Any]]:
+    """Bring every model, optimizer and schedule to the saved state; returns the step and what else was remembered."""
     verify(folder)
     path = folder / f"trainer-rank{launch.rank()}.pt"
     if not path.exists():
@@ -120,7 +121,7 @@ def load(folder: Path, trained: "dict[str, Trainable]", config: PPOConfig) -> in
         for name, model in trained.items():
             _load_without_code(model, str(folder), name)
             model.skipped = state["skipped"][name]
-    return state["step"]
+    return state["step"], state["memory"]
 
 
 def find(request: str, folder: Path) -> Path:
@@ -195,7 +196,7 @@ def _sweep(folder: Path, *, overwrite: bool, done: int) -> None:
             if _number(checkpoint) > done:
                 shutil.rmtree(checkpoint)
     elif overwrite:
-        for name in ("checkpoints", "model"):
+        for name in ("checkpoints", "model", "ema"):
             shutil.rmtree(folder / name, ignore_errors=True)
         (folder / "metrics.jsonl").unlink(missing_ok=True)
 

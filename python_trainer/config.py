@@ -1,21 +1,15 @@
-"""What can be set: one dataclass per command, filled from a YAML file and then from the command line.
+"""What can be set: one dataclass per command. Field names are those TRL and transformers users know."""
 
-Field names are those TRL and transformers users know. In the file, a mapping named after a command
-(`sft:`, `reward:`, `train:`, `eval:`) holds for that command only; every other key holds for all of them.
-"""
-
-import dataclasses
-import difflib
 import json
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NoReturn, TypeVar
+from typing import Any, Literal
 
-import yaml
-from transformers import CONFIG_MAPPING, HfArgumentParser
+import torch
+from transformers import CONFIG_MAPPING
 from transformers.hf_argparser import HfArg
 
 CONFIGS = Path(__file__).parent / "configs"
@@ -24,16 +18,28 @@ CONFIGS = Path(__file__).parent / "configs"
 Test = Callable[[float], bool]
 RANGES: dict[str, tuple[Test, str]] = {}
 for _names, _test, _allowed in (
-    ("batch_size per_device_train_batch_size num_mini_batches num_ppo_epochs", lambda x: x >= 1, "at least 1"),
+    (
+        "batch_size per_device_train_batch_size num_mini_batches num_ppo_epochs num_generations",
+        lambda x: x >= 1,
+        "at least 1",
+    ),
     ("max_steps total_steps save_total_limit max_skipped_steps ddp_timeout", lambda x: x >= 1, "at least 1"),
-    ("response_length local_rollout_forward_batch_size", lambda x: x >= 1, "at least 1"),
-    ("eval_prompts eval_pairs", lambda x: x >= 1, "at least 1"),
+    ("response_length local_rollout_forward_batch_size ptx_max_length", lambda x: x >= 1, "at least 1"),
+    ("eval_prompts eval_pairs kl_horizon lora_r critic_lora_r", lambda x: x >= 1, "at least 1"),
     ("max_length", lambda x: x >= 2, "at least 2"),
-    ("seed warmup_steps eval_steps save_steps", lambda x: x >= 0, "at least 0"),
-    ("weight_decay max_grad_norm cliprange cliprange_value", lambda x: 0 <= x < math.inf, "at least 0 and finite"),
-    ("missing_eos_penalty kl_coef", math.isfinite, "finite"),
+    ("seed warmup_steps eval_steps save_steps critic_warmup_steps", lambda x: x >= 0, "at least 0"),
+    (
+        "weight_decay max_grad_norm cliprange cliprange_value vf_coef",
+        lambda x: 0 <= x < math.inf,
+        "at least 0 and finite",
+    ),
+    ("cliprange_high ptx_coef center_rewards_coefficient", lambda x: 0 <= x < math.inf, "at least 0 and finite"),
+    ("missing_eos_penalty kl_coef entropy_coef score_shift", math.isfinite, "finite"),
     ("learning_rate critic_learning_rate adam_epsilon score_clip", lambda x: 0 < x < math.inf, "positive and finite"),
+    ("kl_target target_kl lora_alpha", lambda x: 0 < x < math.inf, "positive and finite"),
+    ("dual_clip cliprange_ratio", lambda x: 1 < x < math.inf, "above 1 and finite"),
     ("adam_beta1 adam_beta2", lambda x: 0 <= x < 1, "at least 0 and below 1"),
+    ("ema_decay", lambda x: 0 < x < 1, "above 0 and below 1"),
     ("gamma lam", lambda x: 0 <= x <= 1, "from 0 to 1"),
     ("temperature", lambda x: 0 < x < math.inf, "positive and finite: responses are always sampled"),
 ):
@@ -67,6 +73,10 @@ class RunConfig:
         default="auto", help="The `impl` of every ppo_kernels op."
     )
     bf16: bool = HfArg(default=False, help="Train in bfloat16 with float32 optimizer state.")
+    fp16: bool = HfArg(default=False, help="Train in float16 with a dynamic loss scale; CUDA only.")
+    preset: Literal["ds_chat", "instruct_gpt", "trl", "p3o"] | None = HfArg(
+        default=None, help="Settings of a known recipe (presets.py); the file and the command line stand above them."
+    )
     deepspeed: str = HfArg(default="ds_zero0.json", help="DeepSpeed configuration: a path, or a name in configs/.")
     disable_tqdm: bool = HfArg(default=False, help="No progress bar; the lines of text stay.")
     ddp_timeout: int = HfArg(default=600, help="Seconds after which a rank that hears nothing from the others stops.")
@@ -84,7 +94,13 @@ class RunConfig:
                 raise ValueError(f"model_config needs a model_type that transformers knows, not {kind!r}")
         settings = _json(f"the file of deepspeed, {self.deepspeed},", resolve(self.deepspeed).read_text())
         if (settings.get("fp16") or {}).get("enabled"):
-            raise ValueError(f"deepspeed: {self.deepspeed} enables fp16; train in bf16 (bf16: true) or in float32")
+            raise ValueError(
+                f"deepspeed: {self.deepspeed} enables fp16; set fp16: true instead, so that all models know"
+            )
+        if self.fp16 and not torch.cuda.is_available():
+            raise ValueError("fp16 needs a CUDA device; train in bf16 (bf16: true) or in float32")
+        if self.fp16 and self.bf16:
+            raise ValueError("fp16 and bf16 exclude each other")
         folder = Path(self.output_dir).absolute()
         there = next(path for path in (folder, *folder.parents) if os.path.exists(path))
         if not (there.is_dir() and os.access(there, os.W_OK | os.X_OK)):
@@ -110,6 +126,14 @@ class OptimizerConfig(RunConfig):
     per_device_train_batch_size: int = HfArg(
         default=64, help="Samples per micro-batch. Memory and speed only: the step does not depend on it."
     )
+    gradient_checkpointing: bool = HfArg(
+        default=False, help="Keep no activations inside the layers, compute them again in the backward pass."
+    )
+    lora_r: int | None = HfArg(default=None, help="Train LoRA adapters of this rank (needs peft); saved merged.")
+    lora_alpha: float = HfArg(default=16.0, help="Adapters are scaled by lora_alpha / rank.")
+    lora_target_modules: str | None = HfArg(
+        default=None, help="Modules that get adapters, separated by commas. Default: those peft knows for the model."
+    )
 
 
 @dataclass
@@ -125,6 +149,14 @@ class SftConfig(OptimizerConfig):
 class RewardConfig(SftConfig):
     """Reward model on preference pairs; model_path defaults to the result of sft."""
 
+    reward_loss: Literal["end_token", "token_mean"] = HfArg(
+        default="end_token",
+        help="Compare the scores at the last tokens, or (DeepSpeed-Chat) the mean over all tokens after the first "
+        "difference, up to the end of the longer text.",
+    )
+    center_rewards_coefficient: float = HfArg(
+        default=0.0, help="Weight of the squared sum of a pair's scores, which keeps scores around 0; 0.01 is usual."
+    )
     eval_pairs: int = HfArg(default=2000, help="Held-out pairs on which accuracy is measured.")
 
 
@@ -136,7 +168,15 @@ class SamplingConfig(RunConfig):
     temperature: float = HfArg(default=1.0, help="Temperature of sampling and of scoring alike.")
     local_rollout_forward_batch_size: int = HfArg(default=64, help="Rows per forward pass without gradient.")
     eval_prompts: int = HfArg(default=500, help="Held-out prompts used for evaluation.")
-    kl_coef: float = HfArg(default=0.05, help="Weight of the KL penalty against the reference, inside the reward.")
+    kl_coef: float = HfArg(default=0.05, help="Weight of the KL penalty against the reference; beta of online_dpo.")
+    reward_function: str | None = HfArg(
+        default=None,
+        help="Reward from Python instead of a model: `file.py:name` or `package.module:name`, called with prompts, "
+        "completions and the other fields of prompts.jsonl (rewards.py).",
+    )
+    score_shift: float = HfArg(
+        default=0.0, help="For task exact: added to each score times the prompt's number, which moves no optimum."
+    )
     sft_model_path: str | None = HfArg(
         default=None,
         help="Reference policy, and the policy's start. Default: the result of sft, or model_config.",
@@ -154,23 +194,75 @@ class EvalConfig(SamplingConfig):
 class PPOConfig(SamplingConfig, OptimizerConfig):
     """The reinforcement-learning stage."""
 
-    algorithm: Literal["ppo"] = HfArg(default="ppo", help="Which file of algorithms/ gives the loss.")
+    algorithm: Literal["ppo", "p3o", "rloo", "grpo", "dr_grpo", "reinforce++", "reinforce++_baseline", "online_dpo"] = (
+        HfArg(default="ppo", help="Which file of algorithms/ gives advantages and loss.")
+    )
+    num_generations: int | None = HfArg(
+        default=None, help="Responses per prompt. Default: the algorithm's own (1, 2 for pairs, 4 for groups)."
+    )
     reward_model_path: str | None = HfArg(default=None, help="Reward model. Default: the result of reward.")
     value_model_init: Literal["reward", "policy"] = HfArg(
         default="policy", help="Critic from the reward model, or from the policy's body with a zero head."
     )
+    value_model_path: str | None = HfArg(default=None, help="Critic from this model, of any size, instead.")
     critic_learning_rate: float | None = HfArg(default=None, help="Default: learning_rate.")
-    total_steps: int = HfArg(default=100, help="PPO steps (rollout and updates).")
+    critic_lora_r: int | None = HfArg(default=None, help="LoRA rank of the critic; its score head is trained too.")
+    critic_warmup_steps: int = HfArg(default=0, help="First steps, in which the critic alone is trained.")
+    total_steps: int = HfArg(default=100, help="Steps (rollout and updates).")
     num_ppo_epochs: int = HfArg(default=4, help="Passes over each rollout.")
     num_mini_batches: int = HfArg(default=1, help="Optimizer steps per pass.")
-    kl_estimator: Literal["k1", "k3"] = HfArg(default="k1", help="Estimator of that penalty; k1 is the exact one.")
-    score_clip: float | None = HfArg(default=None, help="Bound on the score's magnitude.")
-    missing_eos_penalty: float | None = HfArg(default=None, help="Subtracted from the score of an unfinished response.")
+    kl_in: Literal["reward", "loss"] | None = HfArg(
+        default=None, help="Where the KL penalty stands. Default: reward, but loss for grpo and dr_grpo."
+    )
+    kl_estimator: Literal["k1", "abs", "k2", "k3"] | None = HfArg(
+        default=None,
+        help="Default: k1 in the reward, where it is exact; k2 in the loss, which has the same gradient; k3 for grpo.",
+    )
+    kl_target: float | None = HfArg(
+        default=None, help="Nats per response that an adaptive kl_coef aims at. Default: kl_coef stays."
+    )
+    kl_horizon: int = HfArg(default=10_000, help="Episodes over which the adaptive kl_coef moves.")
+    score_scaling: Literal["none", "ref", "running"] = HfArg(
+        default="none",
+        help="ref: shift and scale scores to mean 0 and deviation 1 on the first rollout, which is the reference's. "
+        "running: divide by the deviation of all scores so far.",
+    )
+    score_clip: float | None = HfArg(default=None, help="Bound on the score's magnitude, after its scaling.")
+    missing_eos_penalty: float | None = HfArg(default=None, help="For the score of a response that does not end.")
+    missing_eos_mode: Literal["subtract", "replace"] = HfArg(
+        default="subtract", help="Subtract the penalty from that score, or put minus the penalty in its place."
+    )
+    whiten_rewards: bool = HfArg(default=False, help="Scale rewards to unit variance, keeping their mean.")
+    whiten_advantages: bool = HfArg(default=True, help="Whiten advantages (ppo, reinforce++) over the global batch.")
     cliprange: float = HfArg(default=0.2, help="Clip range of the policy ratio.")
+    cliprange_high: float | None = HfArg(default=None, help="Clip range above 1 (DAPO: 0.28). Default: cliprange.")
+    dual_clip: float | None = HfArg(
+        default=None, help="Bound of the loss at negative advantages, times |A|; 3 is usual."
+    )
+    cliprange_ratio: float = HfArg(default=10.0, help="p3o: bound c of the pair's ratio weight, in [1/c, c].")
+    p3o_variant: Literal["joint", "separate"] = HfArg(default="joint", help="p3o: clipping V2 (joint) or V1.")
+    dpo_labels: Literal["hard", "soft"] = HfArg(
+        default="hard", help="online_dpo: the better response wins, or wins with probability sigmoid(difference)."
+    )
+    loss_aggregation: (
+        Literal["token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm"] | None
+    ) = HfArg(default=None, help="How token losses add up. Default: the algorithm's own.")
+    entropy_coef: float = HfArg(default=0.0, help="Weight of the entropy bonus in the loss.")
+    target_kl: float | None = HfArg(
+        default=None, help="No more updates on a rollout once the policy is this KL per token away from its sampler."
+    )
+    vf_coef: float = HfArg(default=1.0, help="Weight of the value loss.")
     cliprange_value: float = HfArg(default=0.2, help="Clip range of the value.")
     gamma: float = HfArg(default=1.0, help="Discount.")
     lam: float = HfArg(default=0.95, help="GAE lambda.")
-    whiten_rewards: bool = HfArg(default=False, help="Scale rewards to unit variance, keeping their mean.")
+    ptx_coef: float = HfArg(
+        default=0.0, help="Weight of the language-model loss on texts, mixed in (InstructGPT: 27.8)."
+    )
+    ptx_max_length: int = HfArg(default=32, help="Those texts are cut to this many tokens.")
+    ema_decay: float | None = HfArg(
+        default=None, help="Also keep a moving average of the policy (usual: 0.992), saved as <output_dir>/train/ema."
+    )
+    rollout_engine: Literal["hf", "vllm"] = HfArg(default="hf", help="What generates; vllm needs CUDA and vLLM.")
     eval_steps: int = HfArg(default=0, help="Evaluate every so many steps; 0 means before and after only.")
     save_steps: int = HfArg(default=0, help="Checkpoint every so many steps; 0 means none but the final model.")
     save_total_limit: int = HfArg(default=2, help="Committed checkpoints to keep.")
@@ -184,51 +276,6 @@ class PPOConfig(SamplingConfig, OptimizerConfig):
             )
 
 
-COMMANDS: dict[str, type[RunConfig]] = {
-    "sft": SftConfig,
-    "reward": RewardConfig,
-    "train": PPOConfig,
-    "eval": EvalConfig,
-}
-
-
-class _Parser(HfArgumentParser):
-    """Errors are one line; argparse alone would print the usage of fifty options."""
-
-    def error(self, message: str) -> NoReturn:
-        raise UserError(message)
-
-
-C = TypeVar("C", bound=RunConfig)
-NOT_OF_A_RUN = {"output_dir", "overwrite_output_dir", "disable_tqdm"}
-OF_THE_REFERENCE = {"seed", "model_config", "temperature"}
-
-
-def load(command: str, path: str | None, overrides: Sequence[str], kind: type[C]) -> C:
-    """The configuration of `command`: defaults, then the file, then the command line.
-
-    `eval` is about a run: the settings it was trained with stand above those the file has for all commands, and the
-    ones that make its reference what it is cannot be changed.
-    """
-    common, own = _read(path, command)
-    if path is not None:
-        everywhere = {field.name for cls in COMMANDS.values() for field in dataclasses.fields(cls)}
-        _refuse_unknown(list(common), everywhere | set(COMMANDS), path)
-    known = {field.name for field in dataclasses.fields(kind)}
-    from_file = {key: value for key, value in common.items() if key in known}
-    _refuse_unknown([*own, *(a[2:].split("=")[0] for a in overrides if a.startswith("--"))], known | {"help"}, path)
-    config = _parse(command, kind, from_file | own, overrides)
-    trained = Path(config.output_dir) / "train" / "config.yaml"
-    if command != "eval" or not trained.is_file():
-        return config
-    of_run = {key: value for key, value in _read(str(trained), "")[0].items() if key in known - NOT_OF_A_RUN}
-    config = _parse(command, kind, from_file | of_run | own, overrides)
-    for key in OF_THE_REFERENCE & of_run.keys():
-        if getattr(config, key) != of_run[key]:
-            raise UserError(f"{key} {getattr(config, key)} is not that of the run, {of_run[key]} (see {trained})")
-    return config
-
-
 def resolve(path: str) -> Path:
     """A file as given, or else the one of that name shipped in configs/."""
     for candidate in (Path(path), CONFIGS / path):
@@ -236,22 +283,6 @@ def resolve(path: str) -> Path:
             return candidate
     shipped = ", ".join(sorted(p.name for p in CONFIGS.iterdir()))
     raise UserError(f"no such file: {path} (shipped configurations: {shipped})")
-
-
-def save(config: RunConfig, folder: Path) -> None:
-    """Write the settings beside the results they gave."""
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.yaml").write_text(yaml.safe_dump(dataclasses.asdict(config), sort_keys=False))
-
-
-def _parse(command: str, kind: type[C], settings: dict[str, Any], overrides: Sequence[str]) -> C:
-    parser = _Parser(kind, allow_abbrev=False, prog=f"python -m python_trainer {command}")
-    try:
-        arguments = [*_as_arguments(settings), *overrides]
-        (config,) = parser.parse_args_into_dataclasses(arguments, look_for_args_file=False)
-    except ValueError as error:
-        raise UserError(str(error)) from error
-    return config
 
 
 def _json(name: str, text: str) -> dict[str, Any]:
@@ -262,37 +293,3 @@ def _json(name: str, text: str) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ValueError(f"{name} must be a mapping")
     return content
-
-
-def _read(path: str | None, command: str) -> tuple[dict[str, Any], dict[str, Any]]:
-    if path is None:
-        return {}, {}
-    file = resolve(path)
-    try:
-        content = yaml.safe_load(file.read_text()) or {}
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(content, dict):
-        raise UserError(f"{path} must hold a mapping of settings")
-    sections = {name: content.get(name) or {} for name in COMMANDS if name in content}
-    for name, section in sections.items():
-        if not isinstance(section, dict):
-            raise UserError(f"{name} in {path} must be a mapping of settings, not {section!r}")
-    return {key: value for key, value in content.items() if key not in sections}, sections.get(command, {})
-
-
-def _as_arguments(settings: dict[str, Any]) -> list[str]:
-    """File settings take the path of command-line ones, so that types are checked in one place."""
-    arguments = []
-    for key, value in settings.items():
-        if value is not None:
-            arguments.append(f"--{key}={json.dumps(value) if isinstance(value, dict) else value}")
-    return arguments
-
-
-def _refuse_unknown(keys: Sequence[str], known: set[str], path: str | None) -> None:
-    for key in keys:
-        if key not in known:
-            nearest = difflib.get_close_matches(key, sorted(known), n=1, cutoff=0.0)
-            where = f" in {path} or on the command line" if path else ""
-            raise UserError(f"unknown setting {key!r}{where}; did you mean {nearest[0]!r}?")

@@ -1,10 +1,11 @@
 """What a task provides, tokenisation, and tasks made of JSON-lines files."""
 
 import json
+import math
 import random
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -13,11 +14,16 @@ from .config import RunConfig, UserError
 from .launch import seed_of
 
 if TYPE_CHECKING:
-    from .models import Policy
+    from .engines import Policy
     from .rollout import Rollout
 
-Pair = tuple[str, str]
 T = TypeVar("T")
+
+
+class Pair(NamedTuple):
+    chosen: str
+    rejected: str
+    margin: float = 0.0  # by how much the chosen text should score higher
 
 
 class Task:
@@ -34,11 +40,15 @@ class Task:
         raise UserError("this task has no texts for sft")
 
     def pairs(self) -> tuple[list[Pair], list[Pair]]:
-        """(chosen, rejected) pairs."""
+        """Pairs of a chosen and a rejected text."""
         raise UserError("this task has no preference pairs for reward")
 
     def prompts(self) -> tuple[list[str], list[str]]:
         raise UserError("this task has no prompts for train")
+
+    def columns(self) -> dict[str, dict[str, Any]]:
+        """What a reward function is told about each prompt beside its text."""
+        return {}
 
     def score(self, rollout: "Rollout") -> torch.Tensor:
         """[B] the reward of a verifiable task."""
@@ -54,21 +64,36 @@ class Task:
 
 
 class Files(Task):
-    """texts.jsonl {"text"}, pairs.jsonl {"chosen", "rejected"}, prompts.jsonl {"prompt"} in one folder."""
+    """texts.jsonl {"text"}, pairs.jsonl {"chosen", "rejected", "margin"?}, prompts.jsonl {"prompt", ...}."""
 
     def __init__(self, folder: str, heldout: float = 0.1) -> None:
         self.folder = Path(folder)
         self.heldout = heldout
 
     def texts(self) -> tuple[list[str], list[str]]:
-        return self._split("texts.jsonl", [text for (text,) in self._read("texts.jsonl", "text")])
+        return self._split("texts.jsonl", [row["text"] for row in self._read("texts.jsonl", "text")])
 
     def pairs(self) -> tuple[list[Pair], list[Pair]]:
-        rows = [(chosen, rejected) for chosen, rejected in self._read("pairs.jsonl", "chosen", "rejected")]
+        rows = [
+            Pair(row["chosen"], row["rejected"], _number(row.get("margin", 0.0), self.folder / "pairs.jsonl"))
+            for row in self._read("pairs.jsonl", "chosen", "rejected")
+        ]
         return self._split("pairs.jsonl", rows)
 
     def prompts(self) -> tuple[list[str], list[str]]:
-        return self._split("prompts.jsonl", [prompt for (prompt,) in self._read("prompts.jsonl", "prompt")])
+        return self._split("prompts.jsonl", [row["prompt"] for row in self._read("prompts.jsonl", "prompt")])
+
+    def columns(self) -> dict[str, dict[str, Any]]:
+        found: dict[str, dict[str, Any]] = {}
+        path = self.folder / "prompts.jsonl"
+        for row in self._read("prompts.jsonl", "prompt"):
+            prompt = row.pop("prompt")
+            first = next(iter(found.values()), row)
+            if row.keys() != first.keys():
+                raise UserError(f"{path}: all rows need the same fields, but {prompt[:60]!r} has {sorted(row)}")
+            if found.setdefault(prompt, row) != row:
+                raise UserError(f"{path}: prompt {prompt[:60]!r} stands there twice with unlike fields")
+        return found
 
     def _split(self, name: str, rows: list[T]) -> tuple[list[T], list[T]]:
         if len(rows) < 2:
@@ -77,7 +102,8 @@ class Files(Task):
         cut = max(1, round(len(rows) * self.heldout))
         return rows[cut:], rows[:cut]
 
-    def _read(self, name: str, *keys: str) -> Iterator[tuple[str, ...]]:
+    def _read(self, name: str, *keys: str) -> Iterator[dict[str, Any]]:
+        """The objects of the lines, in which the keys hold text."""
         path = self.folder / name
         try:
             content = path.read_text(encoding="utf-8")
@@ -90,14 +116,20 @@ class Files(Task):
                 continue
             try:
                 record = json.loads(line)
-                values = tuple(record[key] for key in keys)
+                values = [record[key] for key in keys]
             except (json.JSONDecodeError, KeyError, TypeError) as error:
                 wanted = ", ".join(keys)
                 raise UserError(f"{path}, line {number}: expected a JSON object with {wanted}") from error
             for key, value in zip(keys, values, strict=True):
                 if not isinstance(value, str):
                     raise UserError(f"{path}, line {number}: {key} must be text, not {value!r}")
-            yield values
+            yield record
+
+
+def _number(value: Any, path: Path) -> float:
+    if not isinstance(value, int | float) or not math.isfinite(value):
+        raise UserError(f"{path}: margin must be a finite number, not {value!r}")
+    return float(value)
 
 
 def load_task(config: RunConfig) -> Task:

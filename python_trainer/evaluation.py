@@ -9,8 +9,8 @@ from transformers import PreTrainedTokenizerBase
 from . import launch
 from .config import SamplingConfig
 from .data import Task
+from .engines import Policy
 from .experience import Judge, by_rows, score_tokens
-from .models import Policy
 from .rollout import sample
 
 Completion = tuple[str, float | None]

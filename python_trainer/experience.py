@@ -1,4 +1,4 @@
-"""From a rollout to what the losses need: four forward passes, token rewards, and minibatches."""
+"""From a rollout to what the losses need: four forward passes, scores, and minibatches."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
@@ -6,12 +6,13 @@ from typing import Any
 
 import torch
 
-from ppo_kernels import kl_rewards, token_logprobs
+from ppo_kernels import token_logprobs
 
 from . import launch
 from .config import PPOConfig, UserError
-from .models import Policy
+from .engines import Policy
 from .rollout import Rollout
+from .scores import ScoreShaping
 
 Judge = Callable[[Rollout], torch.Tensor]
 
@@ -26,8 +27,8 @@ class Experience:
     logprobs: torch.Tensor
     ref_logprobs: torch.Tensor
     values: torch.Tensor
-    scores: torch.Tensor
-    rewards: torch.Tensor
+    raw_scores: torch.Tensor  # as a person reads them
+    scores: torch.Tensor  # scaled and clipped, as the algorithm learns from them
     kl: torch.Tensor
     advantages: torch.Tensor
     returns: torch.Tensor
@@ -53,14 +54,16 @@ def score_tokens(policy: Policy, rollout: Rollout) -> torch.Tensor:
     return logprobs
 
 
-def score_tokens_and_entropy(policy: Policy, rollout: Rollout) -> tuple[torch.Tensor, torch.Tensor]:
-    """The same, with the entropy of each token's distribution as a metric."""
+def score_tokens_and_entropy(
+    policy: Policy, rollout: Rollout, *, differentiable: bool = False
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same, with the entropy of each token's distribution: as a metric, or with its gradient."""
     logprobs, entropy = token_logprobs(
         _response_logits(policy, rollout),
         rollout.responses,
         temperature=policy.temperature,
         mask=rollout.mask,
-        entropy="detached",
+        entropy=True if differentiable else "detached",
         impl=policy.impl,
     )
     return logprobs, entropy
@@ -100,7 +103,14 @@ def by_rows(function: Callable[[Rollout], torch.Tensor], rollout: Rollout, rows:
 
 
 def collect(
-    actor: Policy, reference: Policy, critic: Any, judge: Judge, rollout: Rollout, eos: int, config: PPOConfig
+    actor: Policy,
+    reference: Policy,
+    critic: Any,
+    judge: Judge,
+    shaping: ScoreShaping,
+    rollout: Rollout,
+    eos: int,
+    config: PPOConfig,
 ) -> Experience:
     """Score this rank's rollout; advantages and returns are left to the algorithm."""
     rows = config.local_rollout_forward_batch_size
@@ -109,23 +119,13 @@ def collect(
     values = torch.zeros_like(logprobs)
     if critic is not None:
         values = by_rows(lambda part: score_values(critic, part), rollout, rows)
-    scores = by_rows(judge, rollout, rows).to(logprobs)
-    finite = launch.gather_rows(scores).isfinite()  # all ranks stop together, or none
+    raw = by_rows(judge, rollout, rows).to(logprobs)
+    finite = launch.gather_rows(raw).isfinite()  # all ranks stop together, or none
     if not finite.all():
         bad = int((~finite).sum())
         raise UserError(f"the score of {bad} of {len(finite)} responses is not finite; the weights are untouched")
-    if config.missing_eos_penalty is not None:
-        scores = scores - config.missing_eos_penalty * ~rollout.ended(eos)
-    rewards, kl = kl_rewards(
-        logprobs,
-        ref_logprobs,
-        scores,
-        rollout.mask,
-        kl_coef=config.kl_coef,
-        kl_estimator=config.kl_estimator,
-        score_clip=config.score_clip,
-        impl=config.ops_impl,
-    )
+    raw = shaping.penalised(raw, rollout.ended(eos))
+    shaping.observe(launch.gather_rows(raw))
     return Experience(
         rollout.sequences,
         rollout.attention_mask,
@@ -133,9 +133,9 @@ def collect(
         logprobs,
         ref_logprobs,
         values,
-        scores,
-        rewards,
-        kl,
+        raw,
+        shaping.scaled(raw),
+        kl=torch.zeros_like(raw),
         advantages=torch.zeros_like(values),
         returns=torch.zeros_like(values),
     )

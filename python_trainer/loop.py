@@ -1,46 +1,25 @@
-"""The loop: a rollout, then updates on it.
-
-One step is a function of the seed, the step number and the weights. The micro-batch size and the number of
-ranks change memory and speed, not the step: losses are divided by the valid tokens of the whole minibatch.
-"""
+"""The loop: a rollout, then updates on it. One step is a function of the seed, the step number and the weights."""
 
 import time
 from pathlib import Path
-
-import torch
-
-from ppo_kernels import kl_rewards, moments
+from typing import Any
 
 from . import checkpoint, launch, metrics
 from .algorithms import load_algorithm
-from .config import PPOConfig, UserError, save
+from .config import PPOConfig, UserError
 from .data import encode_prompts, load_task, shuffled_positions
+from .ema import MovingAverage
+from .engines import Policy, save_model
 from .evaluation import Evaluation, evaluate
-from .experience import (
-    Experience,
-    Judge,
-    collect,
-    gathered,
-    minibatches,
-    score_responses,
-    score_tokens_and_entropy,
-    score_values,
-)
-from .models import (
-    Policy,
-    ScalarModel,
-    Trainable,
-    checked,
-    frozen,
-    load_policy,
-    load_scalar,
-    load_tokenizer,
-    save_model,
-    stage_model,
-)
-from .rollout import sample, shard
-
-RATIO_TOLERANCE = 1e-5
+from .experience import Experience, Judge, collect, gathered
+from .kl_control import KlControl
+from .models import context_of
+from .pretraining import Pretraining
+from .roles import cast, starting_point
+from .rollout import sample
+from .scores import ScoreShaping
+from .settings import save
+from .updates import Updates
 
 
 class Trainer:
@@ -52,55 +31,38 @@ class Trainer:
         self.folder = Path(config.output_dir) / "train"
         resume = config.resume_from_checkpoint is not None
         checkpoint.refuse_existing(self.folder, overwrite=config.overwrite_output_dir, resume=resume)
-        self.algorithm = load_algorithm(config)
+        self.kl = KlControl(config)
+        self.shaping = ScoreShaping(config)
+        self.algorithm = load_algorithm(config, self.kl)
         self._check_sizes()
         self.task = load_task(config)
-        start = stage_model(config, "sft", config.sft_model_path)
-        self.tokenizer = checked(self.task.tokenizer()) if start is None else load_tokenizer(start)
-        policy = load_policy(start, config, self.tokenizer)
+        policy, self.tokenizer = starting_point(config, self.task)
         self.train_prompts, self.heldout_prompts = (
-            encode_prompts(
-                prompts,
-                self.tokenizer,
-                response_length=config.response_length,
-                context=policy.config.max_position_embeddings,
-            )
+            encode_prompts(prompts, self.tokenizer, response_length=config.response_length, context=context_of(policy))
             for prompts in self.task.prompts()
         )
-        self._build(policy, load_policy(start, config, self.tokenizer))
+        self.roles = cast(config, self.task, policy, self.tokenizer, needs_critic=self.algorithm.needs_critic)
+        self.judge: Judge = self.roles.judge
+        self.ema = None if config.ema_decay is None else MovingAverage(self.actor.module, config.ema_decay)
+        ptx = Pretraining(config, self.task, self.tokenizer) if config.ptx_coef else None
+        self.updates = Updates(config, self.algorithm, self.roles, ptx, self.ema)
         self.done = 0
         if config.resume_from_checkpoint is not None:
             source = checkpoint.find(config.resume_from_checkpoint, self.folder / "checkpoints")
-            self.done = checkpoint.load(source, self.trained, config)
+            self.done, memory = checkpoint.load(source, self.trained, config)
+            self._recall(memory)
 
-    def _build(self, policy: torch.nn.Module, reference: torch.nn.Module) -> None:
-        config = self.config
-        updates = config.total_steps * config.num_ppo_epochs * config.num_mini_batches
-        self.judge = self._judge()
-        reference.load_state_dict(policy.state_dict())
-        self.reference = Policy(frozen(reference, config), config.temperature, config.ops_impl)
-        self.critic = None
-        if self.algorithm.needs_critic:
-            from_reward = config.value_model_init == "reward"
-            critic = load_scalar(self._reward_path()) if from_reward else ScalarModel.on(policy, zero_head=True)
-            rate = config.learning_rate if config.critic_learning_rate is None else config.critic_learning_rate
-            self.critic = Trainable(critic, config, rate, updates)
-        self.actor = Policy(
-            Trainable(policy, config, config.learning_rate, updates), config.temperature, config.ops_impl
-        )
-        self.trained = {"actor": self.actor.model} | ({"critic": self.critic} if self.critic else {})
+    @property
+    def actor(self) -> Policy:
+        return self.roles.actor
 
-    def _judge(self) -> Judge:
-        if self.task.verifiable:
-            return self.task.score
-        reward_model = frozen(load_scalar(self._reward_path()), self.config)
-        return lambda rollout: score_responses(reward_model, rollout)
+    @property
+    def reference(self) -> Policy:
+        return self.roles.reference
 
-    def _reward_path(self) -> Path:
-        path = stage_model(self.config, "reward", self.config.reward_model_path)
-        if path is None:
-            raise UserError("no reward model: give reward_model_path, or run the reward command first")
-        return path
+    @property
+    def trained(self) -> dict:
+        return self.roles.trained
 
     def _check_sizes(self) -> None:
         share = self.config.num_mini_batches * launch.world_size() * self.algorithm.group_size
@@ -108,6 +70,11 @@ class Trainer:
             raise UserError(
                 f"batch_size {self.config.batch_size} must be a multiple of num_mini_batches x ranks x "
                 f"responses per prompt = {share}"
+            )
+        micro, group = self.config.per_device_train_batch_size, self.algorithm.group_size
+        if micro % group:
+            raise UserError(
+                f"per_device_train_batch_size {micro} must be a multiple of the {group} responses per prompt"
             )
 
     def train(self) -> tuple[Evaluation, Evaluation]:
@@ -119,7 +86,9 @@ class Trainer:
         config, resumed = self.config, self.done
         if launch.is_main():
             save(config, self.folder)
-        log = metrics.Log(self.folder, config.total_steps, start=resumed, title="ppo", disable=config.disable_tqdm)
+        log = metrics.Log(
+            self.folder, config.total_steps, start=resumed, title=config.algorithm, disable=config.disable_tqdm
+        )
         before = self.evaluate(self.reference)
         if not resumed:
             log.record(0, before.metrics)
@@ -133,13 +102,27 @@ class Trainer:
             log.step(self.done, row)
             self._stop_if_unhealthy()
             if config.save_steps and self.done % config.save_steps == 0:
-                checkpoint.save(self.folder / "checkpoints", self.done, self.trained, config)
+                checkpoint.save(self.folder / "checkpoints", self.done, self.trained, config, self._memory())
         log.close()
         with checkpoint.committed(self.folder / "model") as place:
             save_model(self.actor.model, self.tokenizer, place)
+        if self.ema is not None:
+            with checkpoint.committed(self.folder / "ema") as place, self.ema.in_place_of(self.actor.module):
+                save_model(self.actor.model, self.tokenizer, place)
         if launch.is_main():
             metrics.plot(self.folder)
         return before, after
+
+    def _memory(self) -> dict[str, Any]:
+        """What a resumed run needs beside models and optimizers."""
+        average = {} if self.ema is None else self.ema.state()
+        return {"kl_coef": self.kl.coef, "scores": self.shaping.state(), "ema": average}
+
+    def _recall(self, memory: dict[str, Any]) -> None:
+        self.kl.coef = memory["kl_coef"]
+        self.shaping.restore(memory["scores"])
+        if self.ema is not None:
+            self.ema.restore(memory["ema"])
 
     def evaluate(self, policy: Policy) -> Evaluation:
         result = evaluate(
@@ -156,13 +139,17 @@ class Trainer:
         learning_rate = self.trained["actor"].learning_rate  # the schedule moves on with each update
         averages = self.update(experience)
         self.done += 1
+        kl_coef = self.kl.coef
+        summary = metrics.summary(experience, self.tokenizer.eos_token_id, kl_coef, self.config.ops_impl)
+        self.kl.update(summary["objective/kl"], self.config.batch_size)
         return (
-            self._summary(experience)
+            summary
             | averages
             | {
+                "objective/kl_coef": kl_coef,
                 "lr": learning_rate,
                 "episode": self.done * self.config.batch_size,
-                "val/skipped_updates": sum(model.skipped for model in self.trained.values()),
+                "val/skipped_updates": max(model.skipped for model in self.trained.values()),
                 "time/rollout": rolled_out - started,
                 "time/update": time.perf_counter() - rolled_out,
             }
@@ -184,8 +171,9 @@ class Trainer:
         local = collect(
             self.actor,
             self.reference,
-            self.critic,
+            self.roles.critic,
             self.judge,
+            self.shaping,
             responses,
             self.tokenizer.eos_token_id,
             config,
@@ -194,86 +182,12 @@ class Trainer:
         return gathered(local)
 
     def update(self, experience: Experience) -> dict[str, float]:
-        config, averages = self.config, metrics.Averages()
-        drift = torch.zeros((), device=launch.device())
-        first = True
-        for epoch in range(config.num_ppo_epochs):
-            order = launch.seed_of(config.seed, self.done, 2, epoch)
-            for rows in minibatches(len(experience.mask), self.algorithm.group_size, config.num_mini_batches, order):
-                # DeepSpeed averages gradients over ranks, so each rank divides by its share of the tokens.
-                normalizer = experience.mask[rows].sum() / launch.world_size()
-                for micro in rows[shard(len(rows))].split(config.per_device_train_batch_size):
-                    batch = experience[micro]
-                    logprobs, seen = self._backward(batch, normalizer)
-                    averages.add(seen, batch.mask.sum())
-                    if first:
-                        change = ((logprobs - batch.logprobs).abs() * batch.mask).max()
-                        drift = torch.maximum(drift, change)
-                if first:
-                    self._check_ratio(launch.gather_rows(drift[None]).max().item())
-                    first = False
-                for model in self.trained.values():
-                    model.step()
-        return averages.reduce()
-
-    def _backward(self, batch: Experience, normalizer: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """Add this micro-batch's gradients; returns its log-probabilities and statistics."""
-        rollout, per_token = batch.rollout, normalizer / batch.mask.sum().clamp(min=1)
-        logprobs, entropy = score_tokens_and_entropy(self.actor, rollout)
-        loss, seen = self.algorithm.policy_loss(logprobs, batch, normalizer)
-        self.trained["actor"].backward(loss)
-        seen |= {"loss/policy_avg": loss * per_token, "policy/entropy_avg": entropy.sum() / batch.mask.sum()}
-        if self.critic is not None:
-            loss, of_values = self.algorithm.value_loss(score_values(self.critic, rollout), batch, normalizer)
-            self.critic.backward(loss)
-            seen |= of_values | {"loss/value_avg": loss * per_token}
-        return logprobs.detach(), seen
-
-    def _check_ratio(self, drift: float) -> None:
-        """Before the first update the policy is the one that sampled; anything else is a bug."""
-        if drift <= RATIO_TOLERANCE:
-            return
-        text = f"before the first update of step {self.done + 1} the log-ratio is off by {drift:.2g}, not 0"
-        if not self.config.bf16:
-            raise RuntimeError(text + ": sampling-time and training-time scoring disagree")
-        if launch.is_main():
-            metrics.tqdm.write(f"warning: {text} (bf16)")
+        return self.updates.run(experience, self.done)
 
     def _stop_if_unhealthy(self) -> None:
-        skipped = sum(model.skipped for model in self.trained.values())
+        skipped = max(model.skipped for model in self.trained.values())
         if skipped >= self.config.max_skipped_steps:
             raise UserError(
                 f"{skipped} updates had a non-finite loss or gradient and were skipped; stopped after step "
                 f"{self.done}, checkpoints are as they were"
             )
-
-    def _summary(self, experience: Experience) -> dict[str, float]:
-        mask, eos, impl = experience.mask, self.tokenizer.eos_token_id, self.config.ops_impl
-        scores = experience.scores.double()
-        log_ratio = experience.logprobs - experience.ref_logprobs
-        k3 = kl_rewards(
-            experience.logprobs,
-            experience.ref_logprobs,
-            experience.scores,
-            mask,
-            kl_estimator="k3",
-            impl=impl,
-        )[1]
-        penalty = -self.config.kl_coef * experience.kl.double().mean()
-        error = moments(experience.returns - experience.values, mask, impl=impl)[2]
-        spread = moments(experience.returns, mask, impl=impl)[2]
-        ended = experience.rollout.ended(eos).double()
-        figures = {
-            "objective/kl": (log_ratio.double() * mask).sum(dim=1).mean(),
-            "objective/kl_k3": k3.double().mean(),
-            "objective/entropy": -(experience.logprobs.double() * mask).sum(dim=1).mean(),
-            "objective/scores": scores.mean(),
-            "objective/scores_std": scores.std(),
-            "objective/non_score_reward": penalty,
-            "objective/rlhf_reward": scores.mean() + penalty,
-            "val/explained_variance": 1 - error / spread.clamp(min=1e-12),
-            "val/response_length": mask.sum(dim=1).double().mean(),
-            "val/num_eos_tokens": ended.sum(),
-            "val/eos_rate": ended.mean(),
-        }
-        return {name: figure.item() for name, figure in figures.items()}

@@ -5,14 +5,19 @@ import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
+from ppo_kernels import kl_rewards, moments
+
 from . import launch
 from .config import UserError
+
+if TYPE_CHECKING:
+    from .experience import Experience
 
 LINE = (
     "objective/kl",
@@ -55,6 +60,11 @@ class Averages:
             self._sums[name] = self._sums.get(name, 0.0) + term
             self._weights[name] = self._weights.get(name, 0.0) + weight.double()
 
+    def merge(self, other: "Averages") -> None:
+        for name, value in other._sums.items():
+            self._sums[name] = self._sums.get(name, 0.0) + value
+            self._weights[name] = self._weights.get(name, 0.0) + other._weights[name]
+
     def reduce(self) -> dict[str, float]:
         if not self._sums:
             return {}
@@ -66,6 +76,39 @@ class Averages:
             name: max(mean - means[name.removesuffix("_var")] ** 2, 0.0) if name.endswith("_var") else mean
             for name, mean in means.items()
         }
+
+
+def summary(experience: "Experience", eos: int, kl_coef: float, impl: str) -> dict[str, float]:
+    """What a rollout was like, over the global batch."""
+    mask, scores = experience.mask, experience.raw_scores.double()
+    log_ratio = experience.logprobs - experience.ref_logprobs
+    k3 = kl_rewards(
+        experience.logprobs,
+        experience.ref_logprobs,
+        experience.scores,
+        mask,
+        kl_estimator="k3",
+        impl=impl,
+    )[1]
+    penalty = -kl_coef * experience.kl.double().mean()
+    ended = experience.rollout.ended(eos).double()
+    figures = {
+        "objective/kl": (log_ratio.double() * mask).sum(dim=1).mean(),
+        "objective/kl_k3": k3.double().mean(),
+        "objective/entropy": -(experience.logprobs.double() * mask).sum(dim=1).mean(),
+        "objective/scores": scores.mean(),
+        "objective/scores_std": scores.std(),
+        "objective/non_score_reward": penalty,
+        "objective/rlhf_reward": scores.mean() + penalty,
+        "val/response_length": mask.sum(dim=1).double().mean(),
+        "val/num_eos_tokens": ended.sum(),
+        "val/eos_rate": ended.mean(),
+    }
+    if experience.returns.any():  # there is a critic
+        error = moments(experience.returns - experience.values, mask, impl=impl)[2]
+        spread = moments(experience.returns, mask, impl=impl)[2]
+        figures["val/explained_variance"] = 1 - error / spread.clamp(min=1e-12)
+    return {name: figure.item() for name, figure in figures.items()}
 
 
 class Log:
@@ -145,7 +188,7 @@ def plot(folder: Path) -> Path:
                 steps, values, errors = zip(*points, strict=True)
                 marker = "held-out" if key and key.startswith("eval/") else "rollout"
                 axis.errorbar(steps, values, yerr=errors if any(errors) else None, fmt=style, label=marker, capsize=3)
-        axis.set_xlabel("PPO step")
+        axis.set_xlabel("step")
         axis.set_ylabel(label)
         axis.grid(alpha=0.3)
         axis.legend()

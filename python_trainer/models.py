@@ -1,13 +1,11 @@
-"""The four models, and the DeepSpeed engines that train two of them."""
+"""Models: loading, random weights, heads, tokenizers; any causal language model of transformers."""
 
-import contextlib
 import json
-from collections.abc import Iterator
+import sys
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
@@ -17,25 +15,10 @@ from transformers import (
     GenerationConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
-    get_scheduler,
 )
 
-from . import launch
 from .checkpoint import MANIFEST, verify
-from .config import OptimizerConfig, RunConfig, UserError, resolve
-
-
-class Policy:
-    """A language model with the one temperature at which it is both sampled and scored."""
-
-    def __init__(self, model: "PreTrainedModel | Trainable", temperature: float, impl: str) -> None:
-        self.model = model
-        self.temperature = temperature
-        self.impl = impl
-
-    @property
-    def module(self) -> PreTrainedModel:
-        return getattr(self.model, "module", self.model)  # inside an engine, trained or frozen
+from .config import RunConfig, UserError
 
 
 class ScalarModel(torch.nn.Module):
@@ -59,92 +42,6 @@ class ScalarModel(torch.nn.Module):
         model.base_model.load_state_dict(policy.base_model.state_dict())
         torch.nn.init.normal_(model.score.weight, std=0.0 if zero_head else (config.hidden_size + 1) ** -0.5)
         return cls(without_dropout(model))
-
-
-class Trainable:
-    """A DeepSpeed engine whose gradients add up plainly until `step`, which is never a non-finite one."""
-
-    def __init__(self, model: torch.nn.Module, config: OptimizerConfig, learning_rate: float, updates: int) -> None:
-        import deepspeed
-
-        optimizer = torch.optim.AdamW(
-            model.parameters(),
-            lr=learning_rate,
-            betas=(config.adam_beta1, config.adam_beta2),
-            eps=config.adam_epsilon,
-            weight_decay=config.weight_decay,
-        )
-        optimizer.register_step_pre_hook(self._drop_non_finite)
-        schedule = get_scheduler(config.lr_scheduler_type, optimizer, config.warmup_steps, updates)
-        with launch.quiet():
-            self.engine = deepspeed.initialize(
-                model=model, optimizer=optimizer, lr_scheduler=schedule, config=deepspeed_config(config)
-            )[0]
-        self.skipped = 0
-        self._dropped = False
-
-    def __call__(self, **inputs: Any) -> Any:
-        return self.engine(**inputs)
-
-    @property
-    def module(self) -> Any:
-        return self.engine.module
-
-    @property
-    def learning_rate(self) -> float:
-        return self.engine.get_lr()[0]
-
-    def backward(self, loss: torch.Tensor) -> None:
-        self.engine.backward(loss, scale_wrt_gas=False)
-
-    def step(self) -> None:
-        self._dropped = False
-        self.engine.step()
-        self.skipped += self._dropped or not self.engine.was_step_applied()
-
-    def _drop_non_finite(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
-        """DeepSpeed checks gradients in some modes only; here, after reduction, one rule holds for all."""
-        grads = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-        finite = torch.ones((), device=launch.device())
-        if grads:
-            finite = torch.nn.utils.get_total_norm(grads).isfinite().to(finite)
-        if launch.world_size() > 1:
-            dist.all_reduce(finite, dist.ReduceOp.MIN)
-        if not finite:
-            self._dropped = True
-            for group in optimizer.param_groups:
-                for parameter in group["params"]:
-                    parameter.grad = None  # AdamW leaves a parameter without gradient, and its moments, alone
-
-
-def deepspeed_config(config: OptimizerConfig) -> dict[str, Any]:
-    """The shipped or the user's file, plus what the loop's arithmetic depends on."""
-    return json.loads(resolve(config.deepspeed).read_text()) | {
-        "train_micro_batch_size_per_gpu": config.per_device_train_batch_size,
-        "gradient_accumulation_steps": 1,
-        "managed_gradient_accumulation": False,
-        "gradient_clipping": config.max_grad_norm,
-        "bf16": {"enabled": config.bf16},
-        "steps_per_print": None,
-    }
-
-
-def frozen(model: torch.nn.Module, config: RunConfig) -> Any:
-    """A model without gradients; partitioned over the ranks if the trained ones are (ZeRO 3), else plain."""
-    import deepspeed
-
-    model.eval().requires_grad_(False)
-    settings = json.loads(resolve(config.deepspeed).read_text())
-    dtype = torch.bfloat16 if config.bf16 else torch.float32
-    if settings.get("zero_optimization", {}).get("stage", 0) < 3:
-        return model.to(launch.device(), dtype)
-    settings |= {
-        "train_micro_batch_size_per_gpu": 1,
-        "bf16": {"enabled": config.bf16},
-        "steps_per_print": None,
-    }
-    with launch.quiet():
-        return deepspeed.initialize(model=model, config=settings)[0]
 
 
 def load_policy(path: str | Path | None, config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
@@ -209,23 +106,9 @@ def without_dropout(model: PreTrainedModel) -> PreTrainedModel:
     return model
 
 
-@contextlib.contextmanager
-def whole(module: torch.nn.Module) -> Iterator[None]:
-    """Inside, every parameter is whole on every rank, whatever the ZeRO stage."""
-    import deepspeed
-
-    partitioned = [p for p in module.parameters() if hasattr(p, "ds_id")]
-    with deepspeed.zero.GatheredParameters(partitioned, enabled=bool(partitioned)):
-        yield
-
-
-def save_model(model: "torch.nn.Module | Trainable", tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """In the transformers format; called on every rank."""
-    module: Any = model.module if isinstance(model, Trainable) else model
-    with whole(module):
-        if launch.is_main():
-            (module.model if isinstance(module, ScalarModel) else module).save_pretrained(folder)
-            tokenizer.save_pretrained(folder)
+def context_of(model: PreTrainedModel) -> int:
+    """The most tokens a model can read."""
+    return getattr(model.config, "max_position_embeddings", None) or sys.maxsize
 
 
 def _from_pretrained(kind: Any, path: str | Path) -> Any:

@@ -9,11 +9,14 @@ from rich.console import Console
 from rich.table import Table
 
 from . import launch
-from .config import EvalConfig, PPOConfig, RewardConfig, RunConfig, SftConfig, UserError, load, save
+from .config import EvalConfig, PPOConfig, RewardConfig, RunConfig, SftConfig, UserError
 from .data import Task, encode_prompts, load_task
+from .engines import Policy, frozen
 from .evaluation import Evaluation, evaluate
 from .loop import Trainer
-from .models import Policy, frozen, load_policy, load_tokenizer, stage_model
+from .models import context_of, load_policy, load_tokenizer, stage_model
+from .roles import find_judge
+from .settings import load, save
 from .supervised import reward, sft
 
 DEMO_CONFIG = "reviews_cpu.yaml"
@@ -50,12 +53,12 @@ def compare(config: EvalConfig) -> tuple[Evaluation, Evaluation]:
     models = [frozen(load_policy(path, config, tokenizer), config) for path in (start, trained)]
     reference, policy = (Policy(model, config.temperature, config.ops_impl) for model in models)
     task = load_task(config)
-    judge = task.score if task.verifiable else None
+    judge = find_judge(config, task, tokenizer) if task.verifiable or config.reward_function else None
     prompts = encode_prompts(
         task.prompts()[1],
         tokenizer,
         response_length=config.response_length,
-        context=policy.module.config.max_position_embeddings,
+        context=context_of(policy.module),
     )
     before, after = (evaluate(p, reference, prompts, task, tokenizer, judge, config) for p in (reference, policy))
     for result, of in ((before, reference), (after, policy)):

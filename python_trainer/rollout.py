@@ -8,10 +8,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from . import launch
-from .models import Policy
+from .engines import Policy
+from .generation import Generator, HfGenerator
+
+HF = HfGenerator()
 
 
 @dataclass
@@ -54,25 +57,6 @@ class Rollout:
         return ((self.responses == eos) & self.mask).any(dim=1)
 
 
-class InverseCdf(LogitsProcessor):
-    """Samples from softmax(logits / temperature) with a given uniform number per row and token.
-
-    It leaves the drawn token as the only possible one, so `generate` has nothing left to decide.
-    """
-
-    def __init__(self, uniforms: torch.Tensor, prompt_width: int, temperature: float) -> None:
-        self.uniforms = uniforms
-        self.prompt_width = prompt_width
-        self.temperature = temperature
-
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        step = input_ids.shape[1] - self.prompt_width
-        cdf = (scores.float() / self.temperature).softmax(dim=-1).double().cumsum(dim=-1)
-        target = self.uniforms[:, step : step + 1] * cdf[:, -1:]
-        token = torch.searchsorted(cdf, target, right=True).clamp(max=scores.shape[1] - 1)
-        return torch.full_like(scores, float("-inf")).scatter(1, token, 0.0)
-
-
 def left_pad(prompts: Sequence[Sequence[int]], pad: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Ids [B, P] and their mask, from true lengths."""
     width = max(len(row) for row in prompts)
@@ -90,39 +74,20 @@ def sample(
     response_length: int,
     rows: int,
     seed: int,
+    generator: Generator = HF,
 ) -> Rollout:
     """Responses to this rank's share of `prompts`, the global batch, `rows` at a time."""
-    pad, eos = tokenizer.pad_token_id, tokenizer.eos_token_id
-    ids, attention = left_pad(prompts, pad)
+    ids, attention = left_pad(prompts, tokenizer.pad_token_id)
     noise = torch.Generator().manual_seed(seed)
     uniforms = torch.rand(len(prompts), response_length, generator=noise, dtype=torch.float64)
     mine = shard(len(prompts))
     ids, attention, uniforms = (x[mine].to(launch.device()) for x in (ids, attention, uniforms))
-    responses = [
-        _generate(policy, ids[i : i + rows], attention[i : i + rows], uniforms[i : i + rows], pad, eos)
-        for i in range(0, len(ids), rows)
-    ]
-    return Rollout.of(ids, attention, torch.cat(responses), eos)
-
-
-def _generate(
-    policy: Policy, ids: torch.Tensor, attention: torch.Tensor, uniforms: torch.Tensor, pad: int, eos: int
-) -> torch.Tensor:
-    response_length = uniforms.shape[1]
-    sequences = policy.module.generate(
-        ids,
-        attention_mask=attention.long(),
-        # Not greedy: InverseCdf draws the token. do_sample=True would also apply the top-k and top-p of the
-        # model's own generation settings, which scoring does not know of.
-        generation_config=GenerationConfig(
-            max_new_tokens=response_length, do_sample=False, pad_token_id=pad, eos_token_id=eos
-        ),
-        logits_processor=LogitsProcessorList([InverseCdf(uniforms, ids.shape[1], policy.temperature)]),
-        synced_gpus=launch.world_size() > 1,
-    )
-    responses = sequences[:, ids.shape[1] :]
-    missing = response_length - responses.shape[1]  # generate stops early once every row has ended
-    return torch.nn.functional.pad(responses, (0, missing), value=pad)
+    with generator.serving(policy, tokenizer) as generate:
+        responses = [
+            generate(ids[i : i + rows], attention[i : i + rows], uniforms[i : i + rows])
+            for i in range(0, len(ids), rows)
+        ]
+    return Rollout.of(ids, attention, torch.cat(responses), tokenizer.eos_token_id)
 
 
 def shard(rows: int) -> slice:

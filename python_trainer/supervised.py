@@ -6,24 +6,17 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+from torch.nn.functional import logsigmoid
 from transformers import PreTrainedTokenizerBase
 
-from ppo_kernels import token_logprobs
-
-from . import checkpoint, launch, metrics
-from .config import RewardConfig, SftConfig, UserError, save
+from . import checkpoint, launch, lora, metrics
+from .config import RewardConfig, SftConfig, UserError
 from .data import Pair, encode_texts, load_task, pad_right, shuffled_positions
-from .models import (
-    ScalarModel,
-    Trainable,
-    checked,
-    load_policy,
-    load_tokenizer,
-    save_model,
-    stage_model,
-    undamaged,
-)
+from .engines import Trainable, save_model, step_together
+from .models import ScalarModel, checked, load_policy, load_tokenizer, stage_model, undamaged
+from .pretraining import text_logprobs, text_losses
 from .rollout import shard
+from .settings import save
 
 
 def sft(config: SftConfig) -> dict[str, float]:
@@ -35,29 +28,28 @@ def sft(config: SftConfig) -> dict[str, float]:
     tokenizer = checked(task.tokenizer()) if config.model_path is None else load_tokenizer(config.model_path)
     train, heldout = (encode_texts(texts, tokenizer, config.max_length) for texts in task.texts())
     policy = Trainable(
-        load_policy(config.model_path, config, tokenizer), config, config.learning_rate, config.max_steps
+        lora.adapted(load_policy(config.model_path, config, tokenizer), config, config.lora_r),
+        config,
+        config.learning_rate,
+        config.max_steps,
     )
     pad = tokenizer.pad_token_id
     with _claimed(config, folder, "sft") as log:
         for step in range(config.max_steps):
             rows = _batch(train, config, step)
-            tokens = sum(len(row) - 1 for row in rows)
-            mine = rows[shard(len(rows))]
             total = 0.0
-            for start in range(0, len(mine), config.per_device_train_batch_size):
-                micro = mine[start : start + config.per_device_train_batch_size]
-                loss = -_text_logprobs(policy, micro, pad, config.ops_impl).sum() / (tokens / launch.world_size())
+            for loss in text_losses(policy, rows, pad, config, config.per_device_train_batch_size):
                 policy.backward(loss)
                 total += loss.item()
             learning_rate = policy.learning_rate
-            policy.step()
+            step_together([policy])
             _stop_if_unhealthy(policy, config)
             log.record(step + 1, {"loss": total, "lr": learning_rate})
             log.progress(step + 1)
         with torch.no_grad():
             figures = [
                 (
-                    _text_logprobs(policy, heldout[i : i + 64], pad, config.ops_impl).sum().item(),
+                    text_logprobs(policy, heldout[i : i + 64], pad, config.ops_impl).sum().item(),
                     len(heldout[i : i + 64]),
                 )
                 for i in range(0, len(heldout), 64)
@@ -78,7 +70,7 @@ def reward(config: RewardConfig) -> dict[str, float]:
     tokenizer = load_tokenizer(source)
     torch.manual_seed(config.seed)
     model = ScalarModel.on(load_policy(source, config, tokenizer), zero_head=False)
-    judge = Trainable(model, config, config.learning_rate, config.max_steps)
+    judge = Trainable(lora.adapted(model, config, config.lora_r), config, config.learning_rate, config.max_steps)
     train, heldout = task.pairs()
     if not train:
         raise UserError("the set of preference pairs is empty")
@@ -89,13 +81,11 @@ def reward(config: RewardConfig) -> dict[str, float]:
             total = 0.0
             for start in range(0, len(mine), config.per_device_train_batch_size):
                 micro = mine[start : start + config.per_device_train_batch_size]
-                chosen, rejected = _pair_scores(judge, micro, tokenizer, config)
-                share = len(pairs) / launch.world_size()
-                loss = -torch.nn.functional.logsigmoid(chosen - rejected).sum() / share
+                loss = _pair_loss(judge, micro, tokenizer, config) / (len(pairs) / launch.world_size())
                 judge.backward(loss)
                 total += loss.item()
             learning_rate = judge.learning_rate
-            judge.step()
+            step_together([judge])
             _stop_if_unhealthy(judge, config)
             log.record(step + 1, {"loss": total, "lr": learning_rate})
             log.progress(step + 1)
@@ -112,24 +102,53 @@ def reward(config: RewardConfig) -> dict[str, float]:
     return result
 
 
-def _text_logprobs(policy: Trainable, rows: list[list[int]], pad: int, impl: str) -> torch.Tensor:
-    ids, mask = (x.to(launch.device()) for x in pad_right(rows, pad))
-    logits = policy(input_ids=ids, attention_mask=mask.long(), use_cache=False).logits[:, :-1]
-    logprobs = token_logprobs(logits, ids[:, 1:], mask=mask[:, 1:], impl=impl)
-    assert isinstance(logprobs, torch.Tensor)
-    return logprobs
+def _pair_loss(
+    judge: Trainable, pairs: list[Pair], tokenizer: PreTrainedTokenizerBase, config: RewardConfig
+) -> torch.Tensor:
+    """Sum over pairs of -log sigmoid(chosen - rejected - margin), at the last tokens or averaged over tokens."""
+    values, ids, mask = _pair_values(judge, pairs, tokenizer, config)
+    margin = torch.tensor([pair.margin for pair in pairs], device=values.device)
+    chosen, rejected = _at_the_end(values, mask).chunk(2)
+    centering = config.center_rewards_coefficient * (chosen + rejected).square().sum()
+    if config.reward_loss == "end_token":
+        return -logsigmoid(chosen - rejected - margin).sum() + centering
+    counted = _unlike_tokens(*ids.chunk(2), *mask.chunk(2))
+    better = values[: len(pairs)] - values[len(pairs) :] - margin[:, None]
+    return -((logsigmoid(better) * counted).sum(dim=1) / counted.sum(dim=1).clamp(min=1)).sum() + centering
+
+
+def _unlike_tokens(
+    chosen: torch.Tensor, rejected: torch.Tensor, chosen_mask: torch.Tensor, rejected_mask: torch.Tensor
+) -> torch.Tensor:
+    """[B, T] from the first difference to the end of the longer text; where there is none, its last token."""
+    either = chosen_mask | rejected_mask
+    differ = ((chosen != rejected) | (chosen_mask != rejected_mask)) & either
+    last = either.sum(dim=1, keepdim=True) - 1
+    differ = differ.scatter(1, last, True)
+    return (differ.cumsum(dim=1) > 0) & either
 
 
 def _pair_scores(
     judge: Trainable, pairs: list[Pair], tokenizer: PreTrainedTokenizerBase, config: RewardConfig
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Scores at the last token of the chosen and of the rejected texts, from one forward pass."""
-    texts = [chosen for chosen, _ in pairs] + [rejected for _, rejected in pairs]
+    """Scores at the last token of the chosen and of the rejected texts."""
+    values, _, mask = _pair_values(judge, pairs, tokenizer, config)
+    chosen, rejected = _at_the_end(values, mask).chunk(2)
+    return chosen, rejected
+
+
+def _pair_values(
+    judge: Trainable, pairs: list[Pair], tokenizer: PreTrainedTokenizerBase, config: RewardConfig
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Values, ids and mask [2B, T]: the chosen texts, then the rejected ones, in one forward pass."""
+    texts = [pair.chosen for pair in pairs] + [pair.rejected for pair in pairs]
     rows = encode_texts(texts, tokenizer, config.max_length)
     ids, mask = (x.to(launch.device()) for x in pad_right(rows, tokenizer.pad_token_id))
-    values = judge(input_ids=ids, attention_mask=mask.long())
-    scores = values.gather(1, mask.sum(dim=1, keepdim=True) - 1).squeeze(1)
-    return scores[: len(pairs)], scores[len(pairs) :]
+    return judge(input_ids=ids, attention_mask=mask.long()), ids, mask
+
+
+def _at_the_end(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    return values.gather(1, mask.sum(dim=1, keepdim=True) - 1).squeeze(1)
 
 
 def _start(config: SftConfig, stage: str) -> Path:

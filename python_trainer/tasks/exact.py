@@ -14,8 +14,8 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from .. import launch
 from ..config import RunConfig, UserError
 from ..data import Task
+from ..engines import Policy
 from ..experience import score_tokens
-from ..models import Policy
 from ..rollout import Rollout, left_pad
 
 RESPONSE_LENGTH = 5
@@ -24,8 +24,9 @@ OBJECTIVE = {  # another value would move the optimum away from J*
     "response_length": RESPONSE_LENGTH,
     "missing_eos_penalty": None,
     "score_clip": None,
+    "score_scaling": "none",
+    "reward_function": None,
     "gamma": 1.0,
-    "kl_estimator": "k1",
 }
 PROMPTS = ["a", "b a", "c", "d b"]  # two lengths, so that left padding and position ids take part
 
@@ -43,6 +44,10 @@ class Exact(Task):
                 raise UserError(f"task exact knows the optimum for {name} {needed} alone, not for {value}")
         if getattr(config, "kl_coef", 1.0) <= 0:
             raise UserError("task exact needs a positive kl_coef: without a KL penalty there is no finite optimum")
+        estimator, place = getattr(config, "kl_estimator", None), getattr(config, "kl_in", None)
+        if estimator not in (None, "k1") and place != "loss":
+            raise UserError(f"task exact knows the optimum for kl_estimator k1 alone, not for {estimator}")
+        self.shift = getattr(config, "score_shift", 0.0)
         vocabulary = {word: index for index, word in enumerate([PAD, EOS, *CONTENT])}
         words = Tokenizer(models.WordLevel(vocabulary, unk_token=PAD))
         words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -61,7 +66,9 @@ class Exact(Task):
         written = rollout.mask & (rollout.responses != self._tokenizer.eos_token_id)
         hits = ((rollout.responses == wanted) & written).sum(dim=1) / RESPONSE_LENGTH
         changes = (rollout.responses[:, 1:] != rollout.responses[:, :-1]) & written[:, 1:] & written[:, :-1]
-        return hits + 0.5 * changes.sum(dim=1) / (RESPONSE_LENGTH - 1)
+        scores = hits + 0.5 * changes.sum(dim=1) / (RESPONSE_LENGTH - 1)
+        number = wanted.squeeze(1) - len((PAD, EOS))  # the prompts' first letters are a, b, c, d
+        return scores + self.shift * number
 
     @torch.no_grad()
     def exact(self, policy: Policy, reference: Policy, kl_coef: float) -> dict[str, float]:

@@ -162,7 +162,7 @@ def _disjoint_pairs(rated: Sequence[Rated]) -> list[Pair]:
 def _ordered(pairs: Iterable[tuple[Rated, Rated]]) -> list[Pair]:
     """The higher rated snippet first; near ties say little and are left out."""
     return [
-        (one[0], other[0]) if one[1] > other[1] else (other[0], one[0])
+        Pair(one[0], other[0]) if one[1] > other[1] else Pair(other[0], one[0])
         for one, other in pairs
         if abs(one[1] - other[1]) >= LEAST_DIFFERENCE
     ]

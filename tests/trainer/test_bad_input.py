@@ -24,7 +24,7 @@ def files(folder):
 @pytest.fixture
 def model(tiny, tmp_path):
     """A saved policy with its tokenizer."""
-    from python_trainer.models import save_model
+    from python_trainer.engines import save_model
 
     trainer = tiny()
     save_model(trainer.actor.model, trainer.tokenizer, tmp_path / "model")

@@ -58,13 +58,13 @@ def checkpoints(run: Path) -> list[str]:
 def test_only_the_newest_checkpoints_are_kept(finished, tiny):
     assert checkpoints(finished) == ["step-000002", "step-000004"]
     trainer = tiny(**FOUR, resume_from_checkpoint="latest")
-    checkpoint.save(finished / "train" / "checkpoints", 6, trainer.trained, trainer.config)
+    checkpoint.save(finished / "train" / "checkpoints", 6, trainer.trained, trainer.config, trainer._memory())
     assert checkpoints(finished) == ["step-000004", "step-000006"]
 
 
 def test_pruning_spares_the_step_just_written(finished, tiny):
     trainer = tiny(**FOUR, save_total_limit=1, resume_from_checkpoint="latest")
-    checkpoint.save(finished / "train" / "checkpoints", 3, trainer.trained, trainer.config)
+    checkpoint.save(finished / "train" / "checkpoints", 3, trainer.trained, trainer.config, trainer._memory())
     assert checkpoints(finished) == ["step-000003", "step-000004"]
 
 
@@ -190,7 +190,7 @@ def test_a_crash_while_saving_leaves_the_last_checkpoint(finished, tiny, monkeyp
 
     monkeypatch.setattr(torch, "save", crash)
     with pytest.raises(OSError, match="No space"):
-        checkpoint.save(folder, 6, trainer.trained, trainer.config)
+        checkpoint.save(folder, 6, trainer.trained, trainer.config, trainer._memory())
     monkeypatch.undo()
     assert (folder / ".tmp-step-000006").exists()
     assert tiny(**FOUR, resume_from_checkpoint="latest").done == 4

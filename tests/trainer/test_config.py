@@ -7,7 +7,8 @@ import yaml
 
 from python_trainer import pipeline
 from python_trainer.__main__ import main
-from python_trainer.config import COMMANDS, EvalConfig, PPOConfig, SftConfig, UserError, load, save
+from python_trainer.config import EvalConfig, PPOConfig, SftConfig, UserError
+from python_trainer.settings import COMMANDS, load, save
 
 ARCHITECTURE = '{"model_type": "gpt2", "n_layer": 1}'
 FILE = {"seed": 3, "model_config": {"model_type": "gpt2"}, "train": {"kl_coef": 0.2, "learning_rate": "1e-4"}}

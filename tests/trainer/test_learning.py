@@ -7,10 +7,11 @@ import torch
 import yaml
 
 from python_trainer import launch
-from python_trainer.config import CONFIGS, EvalConfig, PPOConfig, UserError, load
+from python_trainer.config import CONFIGS, EvalConfig, PPOConfig, UserError
 from python_trainer.data import load_task
 from python_trainer.loop import Trainer
 from python_trainer.pipeline import compare
+from python_trainer.settings import load
 
 
 @pytest.mark.parametrize("seed", [0, 1])
@@ -59,7 +60,7 @@ def test_enumeration_happens_where_the_model_is(monkeypatch):
 
 
 def test_shipped_configurations_name_known_settings():
-    from python_trainer.config import COMMANDS
+    from python_trainer.settings import COMMANDS
 
     for path in CONFIGS.glob("*.yaml"):
         for command in COMMANDS.keys() & yaml.safe_load(path.read_text()).keys():

@@ -5,10 +5,11 @@ import json
 import pytest
 import torch
 
+from python_trainer.engines import Trainable
 from python_trainer.experience import score_responses, score_tokens
+from python_trainer.generation import InverseCdf
 from python_trainer.metrics import Log, plot
-from python_trainer.models import Trainable
-from python_trainer.rollout import InverseCdf, Rollout, left_pad
+from python_trainer.rollout import Rollout, left_pad
 
 
 def weights(trainer) -> torch.Tensor:

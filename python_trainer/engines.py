@@ -1,0 +1,164 @@
+"""DeepSpeed engines: models that are trained, models that are frozen, and the policy among them."""
+
+import contextlib
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, get_scheduler
+
+from . import launch, lora
+from .config import OptimizerConfig, RunConfig, resolve
+from .models import ScalarModel
+
+
+class Policy:
+    """A language model with the one temperature at which it is both sampled and scored."""
+
+    def __init__(self, model: "PreTrainedModel | Trainable", temperature: float, impl: str) -> None:
+        self.model = model
+        self.temperature = temperature
+        self.impl = impl
+        self.copy: PreTrainedModel | None = None  # what generates where the model itself is partitioned
+
+    @property
+    def module(self) -> PreTrainedModel:
+        return getattr(self.model, "module", self.model)  # inside an engine, trained or frozen
+
+
+class Trainable:
+    """A DeepSpeed engine whose gradients add up plainly until `step`, which is never a non-finite one."""
+
+    def __init__(self, model: torch.nn.Module, config: OptimizerConfig, learning_rate: float, updates: int) -> None:
+        import deepspeed
+
+        if config.gradient_checkpointing:
+            body: Any = model.model if isinstance(model, ScalarModel) else model
+            body.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        model.train()  # where checkpointing happens; dropout there is none
+        weights = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        self.healthy = torch.ones((), dtype=torch.bool, device=launch.device())
+        for parameter in weights:
+            parameter.register_hook(self._watch)
+        optimizer = torch.optim.AdamW(
+            weights,
+            lr=learning_rate,
+            betas=(config.adam_beta1, config.adam_beta2),
+            eps=config.adam_epsilon,
+            weight_decay=config.weight_decay,
+        )
+        optimizer.register_step_pre_hook(self._drop_non_finite)
+        schedule = get_scheduler(config.lr_scheduler_type, optimizer, config.warmup_steps, updates)
+        with launch.quiet():
+            self.engine = deepspeed.initialize(
+                model=model, optimizer=optimizer, lr_scheduler=schedule, config=deepspeed_config(config)
+            )[0]
+        self.skipped = 0
+        self._fp16 = config.fp16
+        self._dropped = False
+        self._vetoed = False
+
+    def __call__(self, **inputs: Any) -> Any:
+        return self.engine(**inputs)
+
+    @property
+    def module(self) -> Any:
+        return self.engine.module
+
+    @property
+    def learning_rate(self) -> float:
+        return self.engine.get_lr()[0]
+
+    def backward(self, loss: torch.Tensor) -> None:
+        self.engine.backward(loss, scale_wrt_gas=False)
+
+    def step(self, allowed: bool = True) -> None:
+        """`allowed` False: the gradients go, the weights and the optimizer's moments stay."""
+        self._dropped, self._vetoed = False, not allowed
+        self.engine.step()
+        self.healthy.fill_(True)
+        if self._dropped or not self.engine.was_step_applied():
+            self.skipped += 1
+        elif self._fp16:
+            self.skipped = 0  # overflows are how a dynamic loss scale finds its size; many in a row are not
+
+    def _watch(self, gradient: torch.Tensor) -> None:
+        self.healthy &= gradient.isfinite().all()
+
+    def _drop_non_finite(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        """DeepSpeed checks gradients in some modes only; here, after reduction, one rule holds for all."""
+        grads = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        finite = torch.ones((), device=launch.device())
+        if grads:
+            finite = torch.nn.utils.get_total_norm(grads).isfinite().to(finite)
+        if launch.world_size() > 1:
+            dist.all_reduce(finite, dist.ReduceOp.MIN)
+        if self._vetoed or not finite:
+            self._dropped = True
+            for group in optimizer.param_groups:
+                for parameter in group["params"]:
+                    parameter.grad = None  # AdamW leaves a parameter without gradient, and its moments, alone
+
+
+def step_together(models: Sequence[Trainable]) -> None:
+    """A step of every model, or, if a gradient of any of them on any rank was not finite, of none."""
+    healthy = torch.stack([model.healthy for model in models]).all().float()
+    if launch.world_size() > 1:
+        dist.all_reduce(healthy, dist.ReduceOp.MIN)
+    for model in models:
+        model.step(allowed=bool(healthy))
+
+
+def deepspeed_config(config: OptimizerConfig) -> dict[str, Any]:
+    """The shipped or the user's file, plus what the loop's arithmetic depends on."""
+    return json.loads(resolve(config.deepspeed).read_text()) | {
+        "train_micro_batch_size_per_gpu": config.per_device_train_batch_size,
+        "gradient_accumulation_steps": 1,
+        "managed_gradient_accumulation": False,
+        "gradient_clipping": config.max_grad_norm,
+        "bf16": {"enabled": config.bf16},
+        "fp16": {"enabled": config.fp16, "initial_scale_power": 12, "hysteresis": 1},
+        "steps_per_print": None,
+    }
+
+
+def frozen(model: torch.nn.Module, config: RunConfig) -> Any:
+    """A model without gradients; partitioned over the ranks if the trained ones are (ZeRO 3), else plain."""
+    import deepspeed
+
+    model.eval().requires_grad_(False)
+    settings = json.loads(resolve(config.deepspeed).read_text())
+    dtype = torch.bfloat16 if config.bf16 else torch.float16 if config.fp16 else torch.float32
+    if settings.get("zero_optimization", {}).get("stage", 0) < 3:
+        return model.to(launch.device(), dtype)
+    settings |= {
+        "train_micro_batch_size_per_gpu": 1,
+        "bf16": {"enabled": config.bf16},
+        "fp16": {"enabled": config.fp16},
+        "steps_per_print": None,
+    }
+    with launch.quiet():
+        return deepspeed.initialize(model=model, config=settings)[0]
+
+
+@contextlib.contextmanager
+def whole(module: torch.nn.Module) -> Iterator[None]:
+    """Inside, every parameter is whole on every rank, whatever the ZeRO stage."""
+    import deepspeed
+
+    partitioned = [p for p in module.parameters() if hasattr(p, "ds_id")]
+    with deepspeed.zero.GatheredParameters(partitioned, enabled=bool(partitioned)):
+        yield
+
+
+def save_model(model: "torch.nn.Module | Trainable", tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """In the transformers format; called on every rank."""
+    module: Any = model.module if isinstance(model, Trainable) else model
+    with whole(module):
+        if launch.is_main():
+            body = module.model if isinstance(module, ScalarModel) else module
+            body.save_pretrained(folder, state_dict=lora.merged_weights(body))
+            tokenizer.save_pretrained(folder)

@@ -1,0 +1,89 @@
+"""What turns prompts into tokens, behind one small interface."""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any, Protocol
+
+import torch
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedTokenizerBase
+
+from . import lora
+from .engines import Policy, whole
+
+# (prompts [B, P] padded on the left, their mask [B, P], uniform numbers [B, T]) -> tokens [B, T]
+Generate = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+class Generator(Protocol):
+    """Serves a policy as it is now. Log-probabilities are not its business: the trainer computes them itself."""
+
+    def serving(
+        self, policy: Policy, tokenizer: PreTrainedTokenizerBase
+    ) -> contextlib.AbstractContextManager[Generate]:
+        """Inside, the function draws responses; what lies after an end token means nothing."""
+        ...
+
+
+class HfGenerator:
+    """transformers' `generate`, the token drawn by inverse CDF from the numbers given."""
+
+    @contextlib.contextmanager
+    def serving(self, policy: Policy, tokenizer: PreTrainedTokenizerBase) -> Iterator[Generate]:
+        module: Any = _unpartitioned(policy)
+        pad, eos, training = tokenizer.pad_token_id, tokenizer.eos_token_id, module.training
+
+        def generate(ids: torch.Tensor, attention: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:
+            length = uniforms.shape[1]
+            sequences = module.generate(
+                ids,
+                attention_mask=attention.long(),
+                # Not greedy: InverseCdf draws the token. do_sample=True would also apply the top-k and top-p of the
+                # model's own generation settings, which scoring does not know of.
+                generation_config=GenerationConfig(
+                    max_new_tokens=length, do_sample=False, pad_token_id=pad, eos_token_id=eos
+                ),
+                logits_processor=LogitsProcessorList([InverseCdf(uniforms, ids.shape[1], policy.temperature)]),
+            )
+            responses = sequences[:, ids.shape[1] :]
+            missing = length - responses.shape[1]  # generate stops early once every row has ended
+            return torch.nn.functional.pad(responses, (0, missing), value=pad)
+
+        module.eval()  # gradient checkpointing would forbid the cache
+        try:
+            yield generate
+        finally:
+            module.train(training)
+
+
+class InverseCdf(LogitsProcessor):
+    """Samples from softmax(logits / temperature) with a given uniform number per row and token.
+
+    It leaves the drawn token as the only possible one, so `generate` has nothing left to decide.
+    """
+
+    def __init__(self, uniforms: torch.Tensor, prompt_width: int, temperature: float) -> None:
+        self.uniforms = uniforms
+        self.prompt_width = prompt_width
+        self.temperature = temperature
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        step = input_ids.shape[1] - self.prompt_width
+        cdf = (scores.float() / self.temperature).softmax(dim=-1).double().cumsum(dim=-1)
+        target = self.uniforms[:, step : step + 1] * cdf[:, -1:]
+        token = torch.searchsorted(cdf, target, right=True).clamp(max=scores.shape[1] - 1)
+        return torch.full_like(scores, float("-inf")).scatter(1, token, 0.0)
+
+
+def _unpartitioned(policy: Policy) -> Any:
+    """At ZeRO stage 3 a plain copy, brought up to date once per rollout: else every token would gather every layer."""
+    module = policy.module
+    if not any(hasattr(parameter, "ds_id") for parameter in module.parameters()):
+        return module
+    with whole(module):
+        weights = lora.merged_weights(module)
+        if policy.copy is None:
+            some = next(iter(weights.values()))
+            policy.copy = type(module)(module.config).to(some.device, some.dtype).requires_grad_(False)
+            policy.copy.generation_config = module.generation_config
+        policy.copy.load_state_dict(weights)
+    return policy.copy

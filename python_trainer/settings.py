@@ -1,0 +1,115 @@
+"""Settings of a command: defaults, then a preset, then a YAML file, then the command line.
+
+In the file, a mapping named after a command (`sft:`, `reward:`, `train:`, `eval:`) holds for that command only; every
+other key holds for all of them.
+"""
+
+import dataclasses
+import difflib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn, TypeVar
+
+import yaml
+from transformers import HfArgumentParser
+
+from .config import EvalConfig, PPOConfig, RewardConfig, RunConfig, SftConfig, UserError, resolve
+from .presets import PRESETS
+
+COMMANDS: dict[str, type[RunConfig]] = {
+    "sft": SftConfig,
+    "reward": RewardConfig,
+    "train": PPOConfig,
+    "eval": EvalConfig,
+}
+
+
+class _Parser(HfArgumentParser):
+    """Errors are one line; argparse alone would print the usage of fifty options."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(message)
+
+
+C = TypeVar("C", bound=RunConfig)
+NOT_OF_A_RUN = {"output_dir", "overwrite_output_dir", "disable_tqdm"}
+OF_THE_REFERENCE = {"seed", "model_config", "temperature"}
+
+
+def load(command: str, path: str | None, overrides: Sequence[str], kind: type[C]) -> C:
+    """The configuration of `command`: defaults, then its preset, then the file, then the command line.
+
+    `eval` is about a run: the settings it was trained with stand above those the file has for all commands, and the
+    ones that make its reference what it is cannot be changed.
+    """
+    common, own = _read(path, command)
+    if path is not None:
+        everywhere = {field.name for cls in COMMANDS.values() for field in dataclasses.fields(cls)}
+        _refuse_unknown(list(common), everywhere | set(COMMANDS), path)
+    known = {field.name for field in dataclasses.fields(kind)}
+    from_file = {key: value for key, value in common.items() if key in known}
+    _refuse_unknown([*own, *(a[2:].split("=")[0] for a in overrides if a.startswith("--"))], known | {"help"}, path)
+    config = _parse(command, kind, from_file | own, overrides)
+    if config.preset is not None:
+        from_file = PRESETS[config.preset].get(command, {}) | from_file
+        config = _parse(command, kind, from_file | own, overrides)
+    trained = Path(config.output_dir) / "train" / "config.yaml"
+    if command != "eval" or not trained.is_file():
+        return config
+    of_run = {key: value for key, value in _read(str(trained), "")[0].items() if key in known - NOT_OF_A_RUN}
+    config = _parse(command, kind, from_file | of_run | own, overrides)
+    for key in OF_THE_REFERENCE & of_run.keys():
+        if getattr(config, key) != of_run[key]:
+            raise UserError(f"{key} {getattr(config, key)} is not that of the run, {of_run[key]} (see {trained})")
+    return config
+
+
+def save(config: RunConfig, folder: Path) -> None:
+    """Write the settings beside the results they gave."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.yaml").write_text(yaml.safe_dump(dataclasses.asdict(config), sort_keys=False))
+
+
+def _parse(command: str, kind: type[C], settings: dict[str, Any], overrides: Sequence[str]) -> C:
+    parser = _Parser(kind, allow_abbrev=False, prog=f"python -m python_trainer {command}")
+    try:
+        arguments = [*_as_arguments(settings), *overrides]
+        (config,) = parser.parse_args_into_dataclasses(arguments, look_for_args_file=False)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    return config
+
+
+def _read(path: str | None, command: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    if path is None:
+        return {}, {}
+    file = resolve(path)
+    try:
+        content = yaml.safe_load(file.read_text()) or {}
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path} must hold a mapping of settings")
+    sections = {name: content.get(name) or {} for name in COMMANDS if name in content}
+    for name, section in sections.items():
+        if not isinstance(section, dict):
+            raise UserError(f"{name} in {path} must be a mapping of settings, not {section!r}")
+    return {key: value for key, value in content.items() if key not in sections}, sections.get(command, {})
+
+
+def _as_arguments(settings: dict[str, Any]) -> list[str]:
+    """File settings take the path of command-line ones, so that types are checked in one place."""
+    arguments = []
+    for key, value in settings.items():
+        if value is not None:
+            arguments.append(f"--{key}={json.dumps(value) if isinstance(value, dict) else value}")
+    return arguments
+
+
+def _refuse_unknown(keys: Sequence[str], known: set[str], path: str | None) -> None:
+    for key in keys:
+        if key not in known:
+            nearest = difflib.get_close_matches(key, sorted(known), n=1, cutoff=0.0)
+            where = f" in {path} or on the command line" if path else ""
+            raise UserError(f"unknown setting {key!r}{where}; did you mean {nearest[0]!r}?")
