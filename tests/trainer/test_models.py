@@ -5,7 +5,8 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from python_trainer.config import PPOConfig
-from python_trainer.models import Policy, frozen, without_dropout
+from python_trainer.engines import Policy, frozen
+from python_trainer.models import without_dropout
 
 from .conftest import TINY
 
