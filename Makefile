@@ -13,11 +13,12 @@ ARGS ?=
 
 SOURCES := $(shell find csrc -type f) csrc/cpu csrc/cuda CMakeLists.txt setup.py
 .DELETE_ON_ERROR:
-.PHONY: missing help demo test planted sanitize accuracy lint bench quick setup build env clean
+.PHONY: missing help demo test learn planted sanitize accuracy lint bench quick setup build env clean
 
 help:
 	@echo "make demo      train a small model on a CPU and plot its learning"
 	@echo "make test      the test suite"
+	@echo "make learn     every algorithm, three seeds, beside the known optimum of a small task: one table"
 	@echo "make lint      ruff, clang-format and mypy"
 	@echo "make quick     one table of every op's speed on a CPU, in two minutes (ARGS=--check: fail on a missed target)"
 	@echo "make bench     the benchmarks of the ops"
@@ -78,6 +79,9 @@ demo: build
 test: build
 	OMP_NUM_THREADS=1 $(RUN) -m pytest tests -q --numprocesses 2 --dist loadscope --ignore tests/trainer --ignore tests/test_build.py $(ARGS)
 	$(RUN) -m pytest tests/trainer tests/test_build.py -q $(ARGS)
+
+learn: build
+	$(RUN) -m pytest tests/trainer/test_learn.py -m learn -q $(ARGS)
 
 bench: build
 	$(RUN) -m pytest bench --benchmark-only $(ARGS)
