@@ -1,4 +1,4 @@
-"""python -m python_trainer sft|reward|train|eval|demo --config file.yaml [--key value ...]"""
+"""python -m python_trainer sft|reward|train|eval|frontier|demo --config file.yaml [--key value ...]"""
 
 import argparse
 import sys
@@ -13,6 +13,7 @@ HELP = f"""{__doc__}
   reward   a reward model from preference pairs   -> <output_dir>/reward/model
   train    reinforcement learning                 -> <output_dir>/train/model, metrics.jsonl, curves.png
   eval     a trained policy beside its reference  -> <output_dir>/eval/metrics.json
+  frontier algorithms x kl_coefs                  -> <output_dir>/frontier/frontier.csv and .png
   demo     sft, reward and train on real reviews; fails if nothing is learned. Replaces its earlier results.
 
 Shipped configurations: {", ".join(sorted(path.name for path in CONFIGS.glob("*.yaml")))}

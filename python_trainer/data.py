@@ -62,6 +62,10 @@ class Task:
         """Figures known by enumeration, where the task is small enough."""
         return {}
 
+    def best(self, reference: "Policy", kl_coefs: Sequence[float]) -> list[tuple[float, float, float]]:
+        """(kl_coef, KL, reward) of the best policy for each weight of the penalty, where the task can enumerate it."""
+        return []
+
 
 class Files(Task):
     """texts.jsonl {"text"}, pairs.jsonl {"chosen", "rejected", "margin"?}, prompts.jsonl {"prompt", ...}."""

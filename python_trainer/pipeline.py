@@ -13,6 +13,7 @@ from .config import EvalConfig, PPOConfig, RewardConfig, RunConfig, SftConfig, U
 from .data import Task, encode_prompts, load_task
 from .engines import Policy, frozen
 from .evaluation import Evaluation, evaluate
+from .frontier import FrontierConfig, frontier
 from .loop import Trainer
 from .models import context_of, load_policy, load_tokenizer, stage_model
 from .roles import find_judge
@@ -36,6 +37,10 @@ def run(command: str, path: str | None, overrides: Sequence[str]) -> int:
     elif command == "eval":
         config = load("eval", path, overrides, EvalConfig)
         _report(load_task(config), *compare(config))
+    elif command == "frontier":
+        study = load("frontier", path, overrides, FrontierConfig)
+        _prepare(study, path, overrides)
+        _say(f"frontier: {frontier(study)}")
     else:
         demo(path or DEMO_CONFIG, overrides)
     launch.stop()
@@ -69,6 +74,16 @@ def compare(config: EvalConfig) -> tuple[Evaluation, Evaluation]:
         figures = {"reference": before.metrics, "policy": after.metrics}
         (folder / "metrics.json").write_text(json.dumps(figures, indent=2) + "\n")
     return before, after
+
+
+def _prepare(study: FrontierConfig, path: str | None, overrides: Sequence[str]) -> None:
+    """A task with texts and pairs gets its first policy and reward model, unless they are there."""
+    if study.model_config is None or load_task(study).verifiable or study.reward_function is not None:
+        return
+    shared = [option for option in overrides if option.split("=")[0] == "--output_dir"]
+    for stage, given in (("sft", study.sft_model_path), ("reward", study.reward_model_path)):
+        if stage_model(study, stage, given) is None:
+            run(stage, path, shared)
 
 
 def demo(path: str, overrides: Sequence[str]) -> None:

@@ -15,6 +15,7 @@ import yaml
 from transformers import HfArgumentParser
 
 from .config import EvalConfig, PPOConfig, RewardConfig, RunConfig, SftConfig, UserError, resolve
+from .frontier import FrontierConfig
 from .presets import PRESETS
 
 COMMANDS: dict[str, type[RunConfig]] = {
@@ -22,6 +23,7 @@ COMMANDS: dict[str, type[RunConfig]] = {
     "reward": RewardConfig,
     "train": PPOConfig,
     "eval": EvalConfig,
+    "frontier": FrontierConfig,
 }
 
 
@@ -44,6 +46,8 @@ def load(command: str, path: str | None, overrides: Sequence[str], kind: type[C]
     ones that make its reference what it is cannot be changed.
     """
     common, own = _read(path, command)
+    if command == "frontier":  # its runs are those of train
+        own = _read(path, "train")[1] | own
     if path is not None:
         everywhere = {field.name for cls in COMMANDS.values() for field in dataclasses.fields(cls)}
         _refuse_unknown(list(common), everywhere | set(COMMANDS), path)
@@ -52,7 +56,7 @@ def load(command: str, path: str | None, overrides: Sequence[str], kind: type[C]
     _refuse_unknown([*own, *(a[2:].split("=")[0] for a in overrides if a.startswith("--"))], known | {"help"}, path)
     config = _parse(command, kind, from_file | own, overrides)
     if config.preset is not None:
-        from_file = PRESETS[config.preset].get(command, {}) | from_file
+        from_file = PRESETS[config.preset].get("train" if command == "frontier" else command, {}) | from_file
         config = _parse(command, kind, from_file | own, overrides)
     trained = Path(config.output_dir) / "train" / "config.yaml"
     if command != "eval" or not trained.is_file():

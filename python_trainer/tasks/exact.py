@@ -6,6 +6,7 @@ J* = kl_coef · log Σ_y π_ref(y) exp(r(y) / kl_coef). Reward alone proves noth
 """
 
 import itertools
+from collections.abc import Sequence
 
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -97,6 +98,20 @@ class Exact(Task):
             "exact/optimum": optimum,
             "exact/score": (objective - at_reference) / (optimum - at_reference),
         }
+
+    @torch.no_grad()
+    def best(self, reference: Policy, kl_coefs: Sequence[float]) -> list[tuple[float, float, float]]:
+        """The policy proportional to π_ref · exp(r / kl_coef), prompt by prompt."""
+        totals = torch.zeros(len(kl_coefs), 2, dtype=torch.float64)
+        for prompt in PROMPTS:
+            rollout = self._all_responses(prompt)
+            ref, reward = _sequence_logprobs(reference, rollout), self.score(rollout).double().cpu()
+            for index, coef in enumerate(kl_coefs):
+                logp = (ref + reward / coef).log_softmax(dim=0)
+                kl, mean = (logp.exp() * (logp - ref)).sum(), (logp.exp() * reward).sum()
+                totals[index] += torch.stack([kl, mean])
+        means = (totals / len(PROMPTS)).tolist()
+        return [(coef, kl, reward) for coef, (kl, reward) in zip(kl_coefs, means, strict=True)]
 
     def _all_responses(self, prompt: str) -> Rollout:
         eos = self._tokenizer.eos_token_id

@@ -1,0 +1,144 @@
+"""The KL-reward frontier: what reward each algorithm reaches at what distance from the reference.
+
+Figures 3 and 4 of the P3O article (arXiv 2310.00212) compare this way: reward alone, or one point of each algorithm,
+says little, since every algorithm can buy reward with KL.
+"""
+
+import csv
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+from transformers.hf_argparser import HfArg
+
+from . import launch, metrics
+from .config import PPOConfig, UserError
+from .models import stage_model
+
+
+@dataclass
+class FrontierConfig(PPOConfig):
+    """Training runs: each of algorithms at each of kl_coefs; their settings are those of train."""
+
+    algorithms: str = HfArg(
+        default="ppo,p3o,rloo,online_dpo", help="What to compare, separated by commas; online_dpo has soft labels here."
+    )
+    kl_coefs: str = HfArg(default="0.05,0.1,0.2", help="Values of kl_coef, separated by commas.")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.runs()
+
+    def runs(self) -> list[tuple[str, float]]:
+        from .algorithms import ALGORITHMS
+
+        names = [name.strip() for name in self.algorithms.split(",")]
+        for name in names:
+            if name not in ALGORITHMS:
+                raise ValueError(f"algorithms: {name!r} is none of {', '.join(ALGORITHMS)}")
+        try:
+            coefs = [float(coef) for coef in self.kl_coefs.split(",")]
+        except ValueError as error:
+            raise ValueError(f"kl_coefs must be numbers separated by commas, not {self.kl_coefs!r}") from error
+        return [(name, coef) for name in names for coef in coefs]
+
+
+class Point(NamedTuple):
+    algorithm: str
+    kl_coef: float
+    step: int
+    kl: float  # nats per response
+    reward: float
+    gold: float | None  # an independent judge, where there is one
+
+
+def frontier(config: FrontierConfig) -> Path:
+    """Run what has not been run yet; returns the picture, beside which lies frontier.csv."""
+    from .loop import Trainer
+
+    folder = Path(config.output_dir) / "frontier"
+    points: list[Point] = []
+    optimum: list[tuple[float, float, float]] = []
+    for algorithm, coef in config.runs():
+        place = folder / f"{algorithm}-{coef:g}"
+        if not (place / "train" / "model").exists():
+            trainer = Trainer(_run_config(config, algorithm, coef, place))
+            if not optimum:
+                optimum = trainer.task.best(trainer.reference, _spread([c for _, c in config.runs()]))
+            trainer.train()
+        points += _points(place / "train", algorithm, coef)
+    if launch.is_main():
+        _write(folder / "frontier.csv", [*points, *(Point("optimum", c, 0, kl, r, None) for c, kl, r in optimum)])
+        draw(folder / "frontier.csv", folder / "frontier.png")
+    return folder / "frontier.png"
+
+
+def _run_config(config: FrontierConfig, algorithm: str, coef: float, place: Path) -> PPOConfig:
+    settings = {field.name: getattr(config, field.name) for field in dataclasses.fields(PPOConfig)}
+    for stage, name in (("sft", "sft_model_path"), ("reward", "reward_model_path")):
+        found = stage_model(config, stage, settings[name])
+        settings[name] = None if found is None else str(found)
+    if algorithm == "online_dpo":
+        settings["dpo_labels"] = "soft"
+    settings |= {"algorithm": algorithm, "kl_coef": coef, "output_dir": str(place), "overwrite_output_dir": True}
+    settings["eval_steps"] = config.eval_steps or max(config.total_steps // 6, 1)
+    return PPOConfig(**settings)
+
+
+def _points(run: Path, algorithm: str, coef: float) -> list[Point]:
+    """The evaluations of a run: enumerated where the task can do that, sampled on held-out prompts elsewhere."""
+    found = []
+    for row in metrics.read(run / "metrics.jsonl"):
+        if "exact/kl" in row:
+            found.append(Point(algorithm, coef, row["step"], row["exact/kl"], row["exact/reward"], None))
+        elif "eval/kl" in row:
+            found.append(Point(algorithm, coef, row["step"], row["eval/kl"], row["eval/score"], row.get("eval/gold")))
+    return found
+
+
+def _spread(coefs: Sequence[float]) -> list[float]:
+    """Weights at which the optimum is drawn: beyond both ends of those that were run."""
+    low, high = min(coefs) / 3, max(coefs) * 10
+    return [low * (high / low) ** (index / 30) for index in range(31)]
+
+
+def _write(path: Path, points: Sequence[Point]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(Point._fields)
+        writer.writerows([field if not isinstance(field, float) else f"{field:.6g}" for field in p] for p in points)
+
+
+def draw(table: Path, picture: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    with table.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    if not rows:
+        raise UserError(f"{table} holds no points")
+    panels = ["reward", "gold"] if any(row["gold"] for row in rows) else ["reward"]
+    figure, axes = pyplot.subplots(1, len(panels), figsize=(7 * len(panels), 5), layout="constrained", squeeze=False)
+    names = list(dict.fromkeys(row["algorithm"] for row in rows if row["algorithm"] != "optimum"))
+    for axis, panel in zip(axes.flat, panels, strict=True):
+        best = sorted((float(row["kl"]), float(row["reward"])) for row in rows if row["algorithm"] == "optimum")
+        if best:
+            axis.plot(*zip(*best, strict=True), color="black", label="best there is", zorder=1)
+        for number, name in enumerate(names):
+            for at, coef in enumerate(dict.fromkeys(row["kl_coef"] for row in rows if row["algorithm"] == name)):
+                mine = [row for row in rows if (row["algorithm"], row["kl_coef"]) == (name, coef)]
+                x, y = ([float(row[column]) for row in mine] for column in ("kl", panel))
+                axis.plot(x, y, "-", color=f"C{number}", alpha=0.35, linewidth=1)
+                axis.plot(x[-1:], y[-1:], "o", color=f"C{number}", label=name if at == 0 else None)
+                axis.annotate(coef, (x[-1], y[-1]), textcoords="offset points", xytext=(5, -9), fontsize=7)
+        axis.set_xlabel("KL to the reference [nats per response]")
+        axis.set_ylabel({"reward": "mean reward", "gold": "mean gold score, which nothing was trained on"}[panel])
+        axis.grid(alpha=0.3)
+        axis.legend()
+    figure.savefig(picture, dpi=120)
+    pyplot.close(figure)
