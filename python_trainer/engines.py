@@ -36,8 +36,7 @@ class Trainable:
         import deepspeed
 
         if config.gradient_checkpointing:
-            body: Any = model.model if isinstance(model, ScalarModel) else model
-            body.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            checkpoint_activations(model.model if isinstance(model, ScalarModel) else model)
         model.train()  # where checkpointing happens; dropout there is none
         weights = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self.healthy = torch.ones((), dtype=torch.bool, device=launch.device())
@@ -57,6 +56,7 @@ class Trainable:
                 model=model, optimizer=optimizer, lr_scheduler=schedule, config=deepspeed_config(config)
             )[0]
         self.skipped = 0
+        self.gradient_norm = 0.0  # before clipping, of the last step
         self._fp16 = config.fp16
         self._dropped = False
         self._vetoed = False
@@ -80,6 +80,7 @@ class Trainable:
         self._dropped, self._vetoed = False, not allowed
         self.engine.step()
         self.healthy.fill_(True)
+        self.gradient_norm = float(self.engine.get_global_grad_norm() or 0.0)
         if self._dropped or not self.engine.was_step_applied():
             self.skipped += 1
         elif self._fp16:
@@ -101,6 +102,13 @@ class Trainable:
             for group in optimizer.param_groups:
                 for parameter in group["params"]:
                     parameter.grad = None  # AdamW leaves a parameter without gradient, and its moments, alone
+
+
+def checkpoint_activations(model: Any) -> None:
+    if hasattr(model, "activation_checkpointing_enable"):
+        model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+    else:  # the name of older transformers
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
 
 def step_together(models: Sequence[Trainable]) -> None:

@@ -45,6 +45,8 @@ class Updates:
                 if self.ptx is not None and "actor" in trained:
                     seen.add(self.ptx.backward(self.roles.actor, update, len(rows)), torch.ones(()))
                 step_together(list(trained.values()))
+                norms = {f"{name}/grad_norm": torch.tensor(model.gradient_norm) for name, model in trained.items()}
+                seen.add(norms, torch.ones(()))
                 if self.ema is not None and "actor" in trained:
                     self.ema.update(self.roles.actor.module)
                 averages.merge(seen)

@@ -1,0 +1,140 @@
+"""Scores from a person's own Python, and the reward model's loss."""
+
+import json
+import math
+
+import pytest
+import torch
+
+from python_trainer.config import RewardConfig, UserError
+from python_trainer.data import Files, Pair
+from python_trainer.rewards import FunctionReward, exact_match
+from python_trainer.rollout import Rollout, left_pad
+from python_trainer.supervised import _pair_loss
+
+REWARD = """
+def most_wanted(prompts, completions, wanted, **_):
+    return [completion.split().count(letter) for completion, letter in zip(completions, wanted)]
+
+def too_few(prompts, completions, **_):
+    return [1.0]
+
+def words(prompts, completions, **_):
+    return ["good"] * len(prompts)
+"""
+ROWS = [{"prompt": "a", "wanted": "b"}, {"prompt": "b c", "wanted": "c"}, {"prompt": "d", "wanted": "e"}]
+
+
+@pytest.fixture
+def folder(tmp_path):
+    (tmp_path / "mine.py").write_text(REWARD)
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    return tmp_path
+
+
+@pytest.fixture
+def tokenizer(tiny):
+    return tiny().tokenizer
+
+
+def rollout() -> Rollout:
+    responses = torch.tensor([[3, 3, 1, 0, 0], [2, 2, 2, 2, 4], [1, 0, 0, 0, 0]])  # b b, a a a a c, nothing
+    return Rollout.of(*left_pad([[2], [3, 4], [5]], 0), responses, 1)
+
+
+def test_a_function_gets_prompts_completions_and_fields(folder, tokenizer):
+    reward = FunctionReward(f"{folder}/mine.py:most_wanted", tokenizer, Files(str(folder)).columns())
+    assert reward(rollout()).tolist() == [2.0, 1.0, 0.0]
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("mine.py:too_few", "gave 1 scores for 3 responses"),
+        ("mine.py:words", "must give numbers"),
+        ("mine.py:nothing", "cannot load reward_function"),
+        ("yours.py:most_wanted", "cannot load reward_function"),
+        ("mine.py", "must be file.py:name"),
+    ],
+)
+def test_a_function_that_cannot_serve_is_named(folder, tokenizer, name, message):
+    with pytest.raises(UserError, match=message):
+        FunctionReward(f"{folder}/{name}", tokenizer, Files(str(folder)).columns())(rollout())
+
+
+def test_the_verifier_compares_with_the_answer():
+    verdicts = exact_match([""] * 3, ["Four", "5 ", "six"], answer=["four", 5, "seven"])
+    assert verdicts == [True, True, False]
+
+
+def test_fields_must_be_the_same_in_all_rows(folder):
+    (folder / "prompts.jsonl").write_text('{"prompt": "a", "wanted": "b"}\n{"prompt": "b"}\n')
+    with pytest.raises(UserError, match="all rows need the same fields"):
+        Files(str(folder)).columns()
+    (folder / "prompts.jsonl").write_text('{"prompt": "a", "wanted": "b"}\n{"prompt": "a", "wanted": "c"}\n')
+    with pytest.raises(UserError, match="stands there twice"):
+        Files(str(folder)).columns()
+
+
+def test_from_prompts_and_a_function_to_a_trained_model(tiny, folder):
+    """What a newcomer does: his prompts, his function, a model of his, no reward model."""
+    from python_trainer.engines import save_model
+
+    first = tiny()
+    save_model(first.actor.model, first.tokenizer, folder / "model")
+    trainer = tiny(
+        task="files",
+        data_path=str(folder),
+        sft_model_path=str(folder / "model"),
+        reward_function=f"{folder}/mine.py:most_wanted",
+        algorithm="rloo",
+        output_dir=str(folder / "mine"),
+        batch_size=64,
+        per_device_train_batch_size=64,
+        learning_rate=1e-2,
+        total_steps=12,
+        kl_coef=0.02,
+    )
+    scores = [trainer.step()["objective/scores"] for _ in range(12)]
+    assert scores[-1] > scores[0] + 0.5
+
+
+class Judge:
+    """Values are the token ids, so that losses can be written down."""
+
+    def __call__(self, input_ids, attention_mask):
+        return input_ids.double()
+
+
+PAIRS = [Pair("a b c", "a c", 0.5), Pair("e", "b")]
+
+
+def minus_log_sigmoid(x):
+    return math.log1p(math.exp(-x))
+
+
+@pytest.mark.parametrize("center", [0.0, 0.1])
+def test_the_loss_compares_scores_at_the_end(tokenizer, center):
+    config = RewardConfig(max_length=8, center_rewards_coefficient=center)
+    eos = 1  # every text ends with it, so both scores are its id
+    expected = minus_log_sigmoid(eos - eos - 0.5) + minus_log_sigmoid(0) + center * 2 * (eos + eos) ** 2
+    assert _pair_loss(Judge(), PAIRS, tokenizer, config).item() == pytest.approx(expected)
+
+
+def test_the_token_mean_starts_at_the_first_difference(tokenizer):
+    """a b c <eos> beside a c <eos> <pad>: places 1 to 3; e <eos> beside b <eos>: both places."""
+    config = RewardConfig(max_length=8, reward_loss="token_mean")
+    first = [minus_log_sigmoid(gap - 0.5) for gap in (3 - 4, 4 - 1, 1 - 0)]
+    second = [minus_log_sigmoid(gap) for gap in (6 - 3, 1 - 1)]
+    expected = sum(first) / 3 + sum(second) / 2
+    assert _pair_loss(Judge(), PAIRS, tokenizer, config).item() == pytest.approx(expected)
+
+
+def test_margins_of_a_file(tmp_path):
+    rows = [{"chosen": "a", "rejected": "b", "margin": 0.5}, {"chosen": "c", "rejected": "d"}]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    train, heldout = Files(str(tmp_path)).pairs()
+    assert sorted(train + heldout) == [Pair("a", "b", 0.5), Pair("c", "d", 0.0)]
+    (tmp_path / "pairs.jsonl").write_text('{"chosen": "a", "rejected": "b", "margin": "much"}\n' * 2)
+    with pytest.raises(UserError, match="margin must be a finite number"):
+        Files(str(tmp_path)).pairs()
