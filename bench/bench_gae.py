@@ -1,13 +1,15 @@
-"""Generalised advantage estimation."""
+"""Generalised advantage estimation; with whitening, as verl and SkyRL do both in one function."""
 
 from __future__ import annotations
 
-import pytest
-import setups
-from conftest import providers
+from bench import rows, setups
+
+SHAPES = {"small": (64, 1024), "full": (256, 8192)}
 
 
-@pytest.mark.parametrize("shape", [(8, 128), (256, 8192)], ids=str)
-@pytest.mark.parametrize("provider", providers("gae"))
-def bench_gae(measure, provider, shape):
-    measure(setups.gae(*shape), provider)
+def rows_of(size: str) -> list[rows.Row]:
+    return rows.of(setups.gae(*SHAPES[size])) + rows.of(setups.gae_whiten(*SHAPES[size]))
+
+
+def bench_gae(measure, row):
+    measure(row)

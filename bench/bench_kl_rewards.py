@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-import pytest
-import setups
-from conftest import providers
+from bench import rows, setups
+
+SHAPES = {"small": (64, 2048), "full": (256, 8192)}
 
 
-@pytest.mark.parametrize("estimator", ["k1", "k3"])
-@pytest.mark.parametrize("provider", providers("kl_rewards"))
-def bench_kl_rewards(measure, provider, estimator):
-    measure(setups.kl_rewards(estimator, 256, 8192), provider)
+def rows_of(size: str) -> list[rows.Row]:
+    shape = SHAPES[size]
+    return rows.of(setups.kl_rewards("k1", *shape), compiled=size == "full") + rows.of(setups.kl_rewards("k3", *shape))
+
+
+def bench_kl_rewards(measure, row):
+    measure(row)

@@ -1,13 +1,22 @@
-"""The clipped policy loss with its statistics, forward and backward."""
+"""The clipped policy loss with its statistics, forward and backward; also from the logits on."""
 
 from __future__ import annotations
 
-import pytest
-import setups
-from conftest import providers
+import torch
+
+from bench import rows, setups
+
+SHAPES = {"small": (64, 2048), "full": (512, 2048)}
+LOGITS = {"small": (2, 16, 32000), "full": (4, 31, 151936)}
 
 
-@pytest.mark.parametrize("ref", [False, True], ids=["plain", "ref"])
-@pytest.mark.parametrize("provider", providers("policy_loss"))
-def bench_policy_loss(measure, provider, ref):
-    measure(setups.policy_loss(512, 2048, ref=ref), provider)
+def rows_of(size: str) -> list[rows.Row]:
+    return [
+        *rows.of(setups.policy_loss(*SHAPES[size])),
+        *rows.of(setups.policy_loss(*SHAPES[size], ref=True), compiled=size == "full"),
+        *rows.of(setups.policy_loss_from_logits(torch.bfloat16, *LOGITS[size]), compiled=size == "full"),
+    ]
+
+
+def bench_policy_loss(measure, row):
+    measure(row)

@@ -2,22 +2,30 @@
 
 from __future__ import annotations
 
-import pytest
-import setups
 import torch
-from conftest import providers
 
-N, V = (8192, 128256) if setups.DEVICE == "cuda" else (128, 151936)
+from bench import rows, setups
 
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])
-@pytest.mark.parametrize("provider", providers("token_logprobs"))
-@pytest.mark.parametrize("entropy", [False, True], ids=["logp", "logp+entropy"])
-def bench_forward(measure, provider, dtype, entropy):
-    measure(setups.token_logprobs(dtype, N, V, entropy=entropy), provider)
+BF16, FP32 = torch.bfloat16, torch.float32
+ROWS = {"small": 64, "full": 1024}
+ROWS_BACKWARD = {"small": 64, "full": 256}
+VOCAB = {"small": 32000, "full": 151936}
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])
-@pytest.mark.parametrize("provider", providers("token_logprobs"))
-def bench_forward_backward(measure, provider, dtype):
-    measure(setups.token_logprobs(dtype, N, V, backward=True), provider)
+def rows_of(size: str) -> list[rows.Row]:
+    full = size == "full"
+    if setups.DEVICE == "cuda":
+        forward, backward = (8192, VOCAB[size]), (8192, VOCAB[size])
+    else:
+        forward, backward = (ROWS[size], VOCAB[size]), (ROWS_BACKWARD[size], VOCAB[size])
+    return [
+        *rows.of(setups.token_logprobs(BF16, *forward)),
+        *rows.of(setups.token_logprobs(FP32, *forward), compiled=full),
+        *rows.of(setups.token_logprobs(BF16, *forward, entropy=True), compiled=full),
+        *rows.of(setups.token_logprobs(BF16, *backward, backward=True)),
+        *rows.of(setups.token_logprobs(FP32, *backward, backward=True), compiled=full),
+    ]
+
+
+def bench_token_logprobs(measure, row):
+    measure(row)

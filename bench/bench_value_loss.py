@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-import pytest
-import setups
-from conftest import providers
+from bench import rows, setups
+
+SHAPES = {"small": (64, 2048), "full": (512, 2048)}
 
 
-@pytest.mark.parametrize("provider", providers("value_loss"))
-def bench_value_loss(measure, provider):
-    measure(setups.value_loss(512, 2048), provider)
+def rows_of(size: str) -> list[rows.Row]:
+    return rows.of(setups.value_loss(*SHAPES[size]))
+
+
+def bench_value_loss(measure, row):
+    measure(row)

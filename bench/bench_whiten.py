@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-import pytest
-import setups
-from conftest import providers
+from bench import rows, setups
+
+SHAPES = {"small": (64, 2048), "full": (256, 8192)}
 
 
-@pytest.mark.parametrize("provider", providers("whiten"))
-def bench_whiten(measure, provider):
-    measure(setups.whiten(256, 8192), provider)
+def rows_of(size: str) -> list[rows.Row]:
+    return rows.of(setups.whiten(*SHAPES[size]))
+
+
+def bench_whiten(measure, row):
+    measure(row)

@@ -1,66 +1,133 @@
-"""What every benchmark shares: one row is (op, shape, provider), checked against the reference before it is timed."""
+"""``pytest bench --benchmark-only``: every row is (set-up, provider), checked against float64 before it is timed.
+
+pytest-benchmark times one test after another. Here the rows of a group are timed in turns when the first of them comes
+up (bench/measure.py), and its clock then shows each test the times that were measured; statistics, JSON and comparisons
+are its own.
+"""
 
 from __future__ import annotations
 
+import os
 import subprocess
 from pathlib import Path
 
 import pytest
-import torch
-from setups import DEVICE, Setup
 
-import ppo_kernels
-from ppo_kernels import backends
+from bench import report, rows
+from bench.measure import bandwidth
+from bench.rows import Outcome, Row
+from ppo_kernels import _native
 
-
-def providers(op: str) -> list[str]:
-    """Ours per implementation, and the reference eager and compiled."""
-    return [*backends.implementations(op, DEVICE), "torch.compile"]
+SECONDS = {"small": 0.6, "full": 2.5}  # of timing, per group
 
 
-@pytest.fixture(scope="session")
-def commit() -> str:
-    run = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], cwd=Path(__file__).parent, capture_output=True, text=True
-    )
-    return run.stdout.strip() or "unknown"
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("bench")
+    group.addoption("--bench-size", choices=["small", "full"], default="small", help="the class of shapes")
+    group.addoption("--bench-seconds", type=float, help="of timing per group; 0 times one round (default: by size)")
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "row" in metafunc.fixturenames:
+        cases = metafunc.module.rows_of(metafunc.config.getoption("bench_size"))
+        metafunc.parametrize("row", cases, ids=str)
+
+
+class Bench:
+    """The outcomes of the group at hand, and what has to be told about rows that were not timed."""
+
+    def __init__(self, config: pytest.Config) -> None:
+        seconds = config.getoption("bench_seconds")
+        self.seconds = SECONDS[config.getoption("bench_size")] if seconds is None else seconds
+        self.groups: dict[str, list[Row]] = {}
+        self.outcomes: dict[Row, Outcome] = {}
+        self.untimed: list[dict[str, object]] = []
+        self.now = 0.0
+        run = subprocess.run(
+            ["git", "describe", "--always", "--dirty"], cwd=Path(__file__).parent, capture_output=True, text=True
+        )
+        self.commit = run.stdout.strip() or "unknown"
+
+    def clock(self) -> float:
+        return self.now
+
+    def outcome(self, row: Row) -> Outcome:
+        if row not in self.outcomes:
+            self.outcomes = rows.measure(self.groups[row.group], self.seconds)
+        return self.outcomes[row]
+
+
+KEY = pytest.StashKey[Bench]()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.stash[KEY] = Bench(config)
+    if getattr(config.option, "benchmark_compare", None) is None:
+        config.option.benchmark_quiet = True  # one table, ours, in the place of one per group
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    bench = config.stash[KEY]
+    for item in items:
+        if (row := _row(item)) is not None:
+            item.add_marker(pytest.mark.benchmark(timer=bench.clock, group=row.group))
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    groups = session.config.stash[KEY].groups
+    for item in session.items:
+        if (row := _row(item)) is not None:
+            groups.setdefault(row.group, []).append(row)
+
+
+def _row(item: pytest.Item) -> Row | None:
+    return item.callspec.params.get("row") if hasattr(item, "callspec") else None
 
 
 @pytest.fixture
-def measure(benchmark, commit):
-    """``measure(setup, provider)``: check the provider against the reference, then time it."""
+def measure(request, benchmark):
+    """``measure(row)``: check the row, time it with its group, and hand the times to pytest-benchmark."""
+    bench = request.config.stash[KEY]
 
-    def run(setup: Setup, provider: str) -> None:
-        if provider == "torch.compile":
-            forward = torch.compile(lambda: setup.forward("torch"), dynamic=False)
+    def run(row: Row) -> None:
+        outcome = bench.outcome(row)
+        facts = rows.describe(row) | outcome.facts | {"commit": bench.commit}
+        if outcome.absent or outcome.wrong:
+            bench.untimed.append({"group": row.group, "why": outcome.absent or outcome.wrong, **facts})
+            bench.untimed[-1]["state"] = "absent" if outcome.absent else "wrong"
+            (pytest.skip if outcome.absent else pytest.fail)(outcome.absent or outcome.wrong)
+        benchmark.extra_info.update(facts)
+        samples = iter(outcome.samples)
 
-            def target():
-                return setup.finish(forward())
-        else:
+        def replay() -> None:
+            bench.now += next(samples)
 
-            def target():
-                return setup.call(provider)
-
-        for got, want in zip(target(), setup.call("torch"), strict=True):
-            torch.testing.assert_close(got, want, rtol=setup.tolerance, atol=setup.tolerance, equal_nan=True)
-
-        def timed():
-            result = target()
-            if DEVICE == "cuda":
-                torch.cuda.synchronize()
-            return result
-
-        benchmark.group = setup.name
-        benchmark.extra_info.update(
-            provider=provider,
-            device=torch.cuda.get_device_name() if DEVICE == "cuda" else f"cpu, {torch.get_num_threads()} threads",
-            bytes=setup.moved,
-            torch=torch.__version__,
-            ppo_kernels=ppo_kernels.__version__,
-            commit=commit,
-        )
-        benchmark.pedantic(timed, rounds=7, warmup_rounds=2)
-        if benchmark.stats:
-            benchmark.extra_info["GB/s"] = round(setup.moved / benchmark.stats.stats.median / 1e9, 2)
+        benchmark.pedantic(replay, rounds=len(outcome.samples))
 
     return run
+
+
+def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict) -> None:
+    machine_info["isa"] = _native.cpu_capability() if _native.CPU_ERROR is None else "C++ ops not built"
+    machine_info["cores"] = os.cpu_count()
+    machine_info["load"] = round(os.getloadavg()[0], 2)
+    machine_info["size"] = config.getoption("bench_size")
+    machine_info["GB/s"] = bandwidth() if config.stash[KEY].groups else {}
+    if rows.DEVICE == "cuda":
+        machine_info["gpu"] = rows.torch.cuda.get_device_name()
+
+
+def pytest_benchmark_update_json(config: pytest.Config, benchmarks: list, output_json: dict) -> None:
+    output_json["untimed"] = config.stash[KEY].untimed
+    for row in output_json["benchmarks"]:
+        row["stats"].pop("data", None)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_terminal_summary(terminalreporter, config: pytest.Config) -> None:
+    session = getattr(config, "_benchmarksession", None)
+    timed = [bench for bench in getattr(session, "benchmarks", []) if bench]
+    if timed:
+        results = [b.as_dict(include_data=False) for b in timed]
+        terminalreporter.write_line("")
+        terminalreporter.write_line(report.overview({"benchmarks": results, "untimed": config.stash[KEY].untimed}))

@@ -1,9 +1,13 @@
-"""One set-up per op: inputs, the call, the same work in eager code as a trainer writes it, and what may differ."""
+"""One set-up per op: its inputs, the call, and the same work in eager code as a trainer writes it.
+
+Speed, memory and error are all measured on these. Inputs are made when they are first asked for.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -11,29 +15,79 @@ from torch import Tensor
 import ppo_kernels
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+CLIP, GAMMA, LAM, KL_COEF, SCORE_CLIP = 0.2, 1.0, 0.95, 0.1, 5.0
+
+Inputs = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
 class Setup:
-    op: str
-    name: str
-    forward: Callable[[str], object]  # takes ``impl``
-    moved: int  # bytes that have to be read or written, once each
-    tolerance: float
-    eager: Callable[[], object]  # in the dtype of the inputs; its outputs are the first of ours
-    eager_tolerance: float
-    loop: Callable[[], object] | None = None  # the time loop that trainers run
-    leaf: Tensor | None = None  # the first output is differentiated with respect to it
+    """``work`` says what is computed, whatever the shape; other libraries are known by it (peers.py).
 
-    def finish(self, outputs: object) -> list[Tensor]:
-        """The outputs as a flat list, and the gradient where the set-up has one."""
+    ``run(impl, **inputs)`` is our call and ``plain(**inputs)`` the eager one, whose outputs are the first of ours. Where
+    ``wrt`` names an input, the first output is differentiated with respect to it. The tolerances are for errors as
+    ``errors`` counts them, the second for code that computes in the dtype of the inputs.
+    """
+
+    op: str
+    work: str
+    name: str
+    make: Callable[[], Inputs]
+    run: Callable[..., object]
+    count: Callable[[Inputs], int]
+    tolerance: float
+    plain: Callable[..., object]
+    eager_tolerance: float
+    steps: bool = False  # the eager code is a Python loop over time
+    wrt: str | None = None
+    bare: Callable[..., object] | None = None  # the registered op without the public function around it
+
+    @cached_property
+    def inputs(self) -> Inputs:
+        torch.manual_seed(0)
+        return self.make()
+
+    @cached_property
+    def moved(self) -> int:
+        """Bytes that have to be read or written, once each."""
+        return self.count(self.inputs)
+
+    def release(self) -> None:
+        self.__dict__.pop("inputs", None)
+
+    def forward(self, impl: str) -> object:
+        return self.run(impl, **self.inputs)
+
+    def eager(self) -> object:
+        return self.plain(**self.inputs)
+
+    @property
+    def loop(self) -> Callable[[], object] | None:
+        """The time loop that trainers run."""
+        return self.eager if self.steps else None
+
+    def finish(self, outputs: object, inputs: Inputs | None = None) -> list[Tensor]:
+        """The outputs as a flat list, and the gradient second where the set-up has one."""
         flat = _flat(outputs)
-        if self.leaf is not None:
-            flat.insert(1, torch.autograd.grad(flat[0].sum(), self.leaf)[0])
+        if self.wrt is not None:
+            flat.insert(1, torch.autograd.grad(flat[0].sum(), (inputs or self.inputs)[self.wrt])[0])
         return flat
 
     def call(self, impl: str) -> list[Tensor]:
         return self.finish(self.forward(impl))
+
+    def exact(self) -> list[Tensor]:
+        """The reference on the same inputs in float64."""
+        inputs = {
+            name: x.detach().double().requires_grad_(x.requires_grad) if x.is_floating_point() else x
+            for name, x in self.inputs.items()
+        }
+        return [x.detach() for x in self.finish(self.run("torch", **inputs), inputs)]
+
+    def errors(self, got: list[Tensor], exact: list[Tensor]) -> list[float]:
+        """Per output, the largest error over the largest value, at valid tokens. More outputs than ``got`` is fine."""
+        mask = self.inputs.get("mask")
+        return [_error(g, want, mask) for g, want in zip(got, exact, strict=False)]
 
 
 def _flat(result: object) -> list[Tensor]:
@@ -43,92 +97,165 @@ def _flat(result: object) -> list[Tensor]:
     return [t for part in result for t in _flat(part)]
 
 
+def _error(got: Tensor, want: Tensor, mask: Tensor | None) -> float:
+    """inf where one is NaN or infinite and the other is not. A scalar below 0.1 counts absolutely: means cancel."""
+    assert got.shape == want.shape, f"the output has shape {tuple(got.shape)}, not {tuple(want.shape)}"
+    got, want = got.detach(), want.to(got.device)
+    if mask is not None and mask.shape == want.shape:
+        got, want = got[mask], want[mask]
+    if want.numel() == 0 or torch.equal(got.double(), want):
+        return 0.0
+    scale = want.abs().max().item()
+    if want.numel() == 1:
+        scale = max(scale, 0.1)
+    difference = max((g - w).abs().max().item() for g, w in zip(got.split(64), want.split(64), strict=True)) if (
+        want.dim()
+    ) else (got - want).abs().item()
+    error = difference / scale if scale else difference
+    return error if error == error else float("inf")
+
+
 def _mask(*shape: int) -> Tensor:
-    return torch.rand(shape, device=DEVICE) < 0.9
+    """Responses of 80 to 100 % of the columns, padded on the right."""
+    rows, columns = shape
+    lengths = torch.randint(max(1, columns * 4 // 5), columns + 1, (rows, 1), device=DEVICE)
+    return torch.arange(columns, device=DEVICE) < lengths
+
+
+def _normal(*shape: int) -> Tensor:
+    return torch.randn(shape, device=DEVICE)
+
+
+def _name(work: str, shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> str:
+    return f"{work} {'bf16' if dtype == torch.bfloat16 else 'fp32'} {list(shape)}"
 
 
 def token_logprobs(
     dtype: torch.dtype, rows: int, vocab: int, *, entropy: bool = False, backward: bool = False
 ) -> Setup:
-    logits = torch.randn(rows, vocab, device=DEVICE).to(dtype).requires_grad_(backward)
-    labels = torch.randint(vocab, (rows,), device=DEVICE)
+    narrow = dtype == torch.bfloat16
 
-    def eager():
+    def make():
+        logits = _normal(rows, vocab).to(dtype).requires_grad_(backward)
+        return {"logits": logits, "labels": torch.randint(vocab, (rows,), device=DEVICE)}
+
+    def plain(logits, labels):
         logp = torch.log_softmax(logits, -1).gather(-1, labels[:, None]).squeeze(-1)
         if not entropy:
             return logp
         p = torch.softmax(logits, -1)
         return logp, torch.logsumexp(logits, -1) - (p * logits).sum(-1)
 
+    work = f"token_logprobs{' + entropy' if entropy else ''}{' fwd+bwd' if backward else ''}"
     return Setup(
         op="token_logprobs",
-        name=f"token_logprobs{' + entropy' if entropy else ''} {'fwd+bwd ' if backward else ''}"
-        f"{'bf16' if dtype == torch.bfloat16 else 'fp32'} [{rows}, {vocab}]",
-        forward=lambda impl: ppo_kernels.token_logprobs(logits, labels, entropy=entropy, impl=impl),
-        moved=logits.nbytes * (3 if backward else 1),
-        tolerance=1e-2 if backward and dtype == torch.bfloat16 else 2e-4,
-        eager=eager,
-        eager_tolerance=0.1 if dtype == torch.bfloat16 else 1e-3,
-        leaf=logits if backward else None,
+        work=work,
+        name=_name(work, (rows, vocab), dtype),
+        make=make,
+        run=lambda impl, **inputs: ppo_kernels.token_logprobs(**inputs, entropy=entropy, impl=impl),
+        count=lambda inputs: inputs["logits"].nbytes * (3 if backward else 1),
+        tolerance=5e-3 if backward and narrow else 2e-5,
+        plain=plain,
+        eager_tolerance=3e-2 if narrow else 1e-4,
+        wrt="logits" if backward else None,
     )
 
 
-def eager_gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float) -> tuple[Tensor, Tensor]:
+def eager_gae(rewards: Tensor, values: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     """One step per token for all rows at once; masked tokens pass the carry on."""
     live = mask.to(rewards.dtype)
     advantage, next_value = torch.zeros_like(rewards[:, 0]), torch.zeros_like(rewards[:, 0])
     steps = []
     for t in reversed(range(rewards.size(1))):
         m = live[:, t]
-        delta = rewards[:, t] + gamma * next_value - values[:, t]
-        advantage = m * (delta + gamma * lam * advantage) + (1 - m) * advantage
+        delta = rewards[:, t] + GAMMA * next_value - values[:, t]
+        advantage = m * (delta + GAMMA * LAM * advantage) + (1 - m) * advantage
         next_value = m * values[:, t] + (1 - m) * next_value
         steps.append(advantage)
     advantages = torch.stack(steps[::-1], 1) * live
     return advantages, (advantages + values) * live
 
 
+def _advantage_inputs(*shape: int) -> Inputs:
+    return {"rewards": _normal(*shape), "values": _normal(*shape), "mask": _mask(*shape)}
+
+
+def _bare_gae(rewards: Tensor, values: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    return torch.ops.ppo_kernels.gae.default(rewards, values, mask, None, None, None, GAMMA, LAM, 0)
+
+
 def gae(*shape: int) -> Setup:
-    rewards, values = torch.randn(2, *shape, device=DEVICE)
-    mask = _mask(*shape)
-
-    def loop():
-        return eager_gae(rewards, values, mask, 1.0, 0.95)
-
     return Setup(
         op="gae",
-        name=f"gae fp32 {list(shape)}",
-        forward=lambda impl: ppo_kernels.gae(rewards, values, mask, impl=impl),
-        moved=4 * rewards.nbytes + mask.nbytes,
-        tolerance=1e-4,
-        eager=loop,
-        eager_tolerance=1e-3,
-        loop=loop,
+        work="gae",
+        name=_name("gae", shape),
+        make=lambda: _advantage_inputs(*shape),
+        run=lambda impl, **inputs: ppo_kernels.gae(**inputs, gamma=GAMMA, lam=LAM, impl=impl),
+        count=lambda inputs: 4 * inputs["values"].nbytes + inputs["mask"].nbytes,
+        tolerance=1e-6,
+        plain=eager_gae,
+        eager_tolerance=1e-5,
+        steps=True,
+        bare=_bare_gae,
     )
 
 
-def eager_kl_rewards(logprobs: Tensor, ref: Tensor, scores: Tensor, mask: Tensor, estimator: str) -> Tensor:
-    x = ref - logprobs
+def gae_whiten(*shape: int) -> Setup:
+    """What verl and SkyRL call GAE: their function whitens the advantages too."""
+
+    def run(impl, rewards, values, mask):
+        advantages, returns = ppo_kernels.gae(rewards, values, mask, gamma=GAMMA, lam=LAM, impl=impl)
+        return ppo_kernels.whiten(advantages, mask, impl=impl), returns
+
+    def plain(rewards, values, mask):
+        advantages, returns = eager_gae(rewards, values, mask)
+        return eager_whiten(advantages, mask), returns
+
+    return Setup(
+        op="gae",
+        work="gae + whiten",
+        name=_name("gae + whiten", shape),
+        make=lambda: _advantage_inputs(*shape),
+        run=run,
+        count=lambda inputs: 7 * inputs["values"].nbytes + 3 * inputs["mask"].nbytes,
+        tolerance=2e-6,
+        plain=plain,
+        eager_tolerance=1e-5,
+        steps=True,
+    )
+
+
+def eager_kl_rewards(logprobs: Tensor, ref_logprobs: Tensor, scores: Tensor, mask: Tensor, estimator: str) -> Tensor:
+    x = ref_logprobs - logprobs
     k = -x if estimator == "k1" else torch.exp(x) - 1 - x
-    rewards = torch.where(mask, -0.1 * k, 0.0)
+    rewards = torch.where(mask, -KL_COEF * k, 0.0)
     last = mask.shape[1] - 1 - mask.flip(1).int().argmax(1)
-    rewards[torch.arange(len(scores)), last] += scores.clamp(-5.0, 5.0)
+    rewards[torch.arange(len(scores)), last] += scores.clamp(-SCORE_CLIP, SCORE_CLIP)
     return rewards
 
 
-def kl_rewards(estimator: str, *shape: int) -> Setup:
+def _rollout(*shape: int) -> Inputs:
     logprobs, ref_logprobs = -torch.rand(2, *shape, device=DEVICE)
-    scores, mask = torch.randn(shape[0], device=DEVICE), _mask(*shape)
+    return {"logprobs": logprobs, "ref_logprobs": ref_logprobs, "scores": _normal(shape[0]), "mask": _mask(*shape)}
+
+
+def _kl_rewards(impl: str, estimator: str, inputs: Inputs) -> tuple[Tensor, Tensor]:
+    return ppo_kernels.kl_rewards(
+        **inputs, kl_coef=KL_COEF, kl_estimator=estimator, score_clip=SCORE_CLIP, impl=impl
+    )
+
+
+def kl_rewards(estimator: str, *shape: int) -> Setup:
     return Setup(
         op="kl_rewards",
-        name=f"kl_rewards fp32 {estimator} {list(shape)}",
-        forward=lambda impl: ppo_kernels.kl_rewards(
-            logprobs, ref_logprobs, scores, mask, kl_estimator=estimator, impl=impl
-        ),
-        moved=3 * logprobs.nbytes + mask.nbytes,
-        tolerance=1e-3,
-        eager=lambda: eager_kl_rewards(logprobs, ref_logprobs, scores, mask, estimator),
-        eager_tolerance=1e-4,
+        work=f"kl_rewards {estimator}",
+        name=_name(f"kl_rewards {estimator}", shape),
+        make=lambda: _rollout(*shape),
+        run=lambda impl, **inputs: _kl_rewards(impl, estimator, inputs),
+        count=lambda inputs: 3 * inputs["logprobs"].nbytes + inputs["mask"].nbytes,
+        tolerance=5e-6,
+        plain=lambda **inputs: eager_kl_rewards(**inputs, estimator=estimator),
+        eager_tolerance=1e-5,
     )
 
 
@@ -140,42 +267,43 @@ def eager_whiten(x: Tensor, mask: Tensor) -> Tensor:
 
 
 def whiten(*shape: int) -> Setup:
-    x, mask = torch.randn(shape, device=DEVICE), _mask(*shape)
     return Setup(
         op="whiten",
-        name=f"whiten fp32 {list(shape)}",
-        forward=lambda impl: ppo_kernels.whiten(x, mask, impl=impl),
-        moved=3 * x.nbytes + 2 * mask.nbytes,
-        tolerance=1e-4,
-        eager=lambda: eager_whiten(x, mask),
-        eager_tolerance=1e-3,
+        work="whiten",
+        name=_name("whiten", shape),
+        make=lambda: {"x": _normal(*shape), "mask": _mask(*shape)},
+        run=lambda impl, **inputs: ppo_kernels.whiten(**inputs, impl=impl),
+        count=lambda inputs: 3 * inputs["x"].nbytes + 2 * inputs["mask"].nbytes,
+        tolerance=2e-6,
+        plain=eager_whiten,
+        eager_tolerance=1e-5,
     )
 
 
 def experience(*shape: int) -> Setup:
     """kl_rewards, gae and whiten, one after another."""
-    logprobs, ref_logprobs = -torch.rand(2, *shape, device=DEVICE)
-    values, mask, scores = torch.randn(shape, device=DEVICE), _mask(*shape), torch.randn(shape[0], device=DEVICE)
 
-    def forward(impl):
-        rewards, kl = ppo_kernels.kl_rewards(logprobs, ref_logprobs, scores, mask, impl=impl)
-        advantages, returns = ppo_kernels.gae(rewards, values, mask, impl=impl)
+    def run(impl, values, **rollout):
+        mask = rollout["mask"]
+        rewards, kl = _kl_rewards(impl, "k1", rollout)
+        advantages, returns = ppo_kernels.gae(rewards, values, mask, gamma=GAMMA, lam=LAM, impl=impl)
         return ppo_kernels.whiten(advantages, mask, impl=impl), returns, kl
 
-    def loop():
-        rewards = eager_kl_rewards(logprobs, ref_logprobs, scores, mask, "k1")
-        advantages, returns = eager_gae(rewards, values, mask, 1.0, 0.95)
-        return eager_whiten(advantages, mask), returns
+    def plain(values, **rollout):
+        advantages, returns = eager_gae(eager_kl_rewards(**rollout, estimator="k1"), values, rollout["mask"])
+        return eager_whiten(advantages, rollout["mask"]), returns
 
     return Setup(
         op="gae",
-        name=f"kl_rewards + gae + whiten fp32 {list(shape)}",
-        forward=forward,
-        moved=10 * values.nbytes + 4 * mask.nbytes,
-        tolerance=1e-3,
-        eager=loop,
-        eager_tolerance=1e-3,
-        loop=loop,
+        work="kl_rewards + gae + whiten",
+        name=_name("kl_rewards + gae + whiten", shape),
+        make=lambda: _rollout(*shape) | {"values": _normal(*shape)},
+        run=run,
+        count=lambda inputs: 10 * inputs["values"].nbytes + 4 * inputs["mask"].nbytes,
+        tolerance=5e-6,
+        plain=plain,
+        eager_tolerance=1e-5,
+        steps=True,
     )
 
 
@@ -183,71 +311,125 @@ def _mean(x: Tensor, mask: Tensor) -> Tensor:
     return (x * mask).sum() / mask.sum()
 
 
+def _eager_policy_loss(logprobs, old_logprobs, advantages, mask, ref_logprobs=None):
+    d = (logprobs - old_logprobs).clamp(-20.0, 20.0)
+    ratio = d.exp()
+    losses = torch.max(-advantages * ratio, -advantages * ratio.clamp(1 - CLIP, 1 + CLIP))
+    x = torch.zeros_like(d) if ref_logprobs is None else (ref_logprobs - logprobs).clamp(-20.0, 20.0)
+    k3 = x.exp() - 1 - x
+    loss = _mean(losses + KL_COEF * k3, mask)
+    with torch.no_grad():
+        mean = _mean(ratio, mask)
+        return (
+            loss,
+            _mean(-d, mask),
+            _mean(0.5 * d * d, mask),
+            _mean(ratio - 1 - d, mask),
+            mean,
+            _mean((ratio - mean).square(), mask),
+            torch.where(mask, ratio, 0.0).max(),
+            _mean((ratio > 1 + CLIP) & (advantages > 0), mask),
+            _mean((ratio < 1 - CLIP) & (advantages < 0), mask),
+            torch.zeros_like(mean),
+            _mean(k3, mask),
+        )
+
+
 def policy_loss(*shape: int, ref: bool = False) -> Setup:
-    logprobs = (-torch.rand(shape, device=DEVICE)).requires_grad_()
-    old, advantages = logprobs.detach() + 0.1 * torch.randn_like(logprobs), torch.randn(shape, device=DEVICE)
-    ref_logprobs = logprobs.detach() + 0.1 * torch.randn_like(logprobs)
-    mask = _mask(*shape)
-    penalty = {"ref_logprobs": ref_logprobs, "kl_coef": 0.1, "kl_estimator": "k3"} if ref else {}
+    penalty = {"kl_coef": KL_COEF, "kl_estimator": "k3"} if ref else {}
 
-    def eager():
-        d = (logprobs - old).clamp(-20.0, 20.0)
-        ratio = d.exp()
-        losses = torch.max(-advantages * ratio, -advantages * ratio.clamp(0.8, 1.2))
-        x = (ref_logprobs - logprobs).clamp(-20.0, 20.0)
-        k3 = x.exp() - 1 - x if ref else torch.zeros_like(x)
-        loss = _mean(losses + 0.1 * k3, mask)
-        with torch.no_grad():
-            mean = _mean(ratio, mask)
-            return (
-                loss,
-                _mean(-d, mask),
-                _mean(0.5 * d * d, mask),
-                _mean(ratio - 1 - d, mask),
-                mean,
-                _mean((ratio - mean).square(), mask),
-                torch.where(mask, ratio, 0.0).max(),
-                _mean((ratio > 1.2) & (advantages > 0), mask),
-                _mean((ratio < 0.8) & (advantages < 0), mask),
-                torch.zeros_like(mean),
-                _mean(k3, mask),
-            )
+    def make():
+        logprobs = (-torch.rand(shape, device=DEVICE)).requires_grad_()
+        old_logprobs, ref_logprobs = logprobs.detach() + 0.1 * torch.randn(2, *shape, device=DEVICE)
+        inputs = {
+            "logprobs": logprobs,
+            "old_logprobs": old_logprobs,
+            "advantages": _normal(*shape),
+            "mask": _mask(*shape),
+        }
+        return inputs | ({"ref_logprobs": ref_logprobs} if ref else {})
 
+    work = f"policy_loss{' + ref KL k3' if ref else ''} fwd+bwd"
     return Setup(
         op="policy_loss",
-        name=f"policy_loss{' + ref KL k3' if ref else ''} fwd+bwd fp32 {list(shape)}",
-        forward=lambda impl: ppo_kernels.policy_loss(logprobs, old, advantages, mask, impl=impl, **penalty),
-        moved=(5 + ref) * logprobs.nbytes + mask.nbytes + logprobs.nbytes,
-        tolerance=1e-4,
-        eager=eager,
-        eager_tolerance=1e-3,
-        leaf=logprobs,
+        work=work,
+        name=_name(work, shape),
+        make=make,
+        run=lambda impl, **inputs: ppo_kernels.policy_loss(**inputs, cliprange=CLIP, impl=impl, **penalty),
+        count=lambda inputs: (6 + ref) * inputs["logprobs"].nbytes + inputs["mask"].nbytes,
+        tolerance=1e-5,
+        plain=_eager_policy_loss,
+        eager_tolerance=1e-4,
+        wrt="logprobs",
     )
 
 
-def value_loss(*shape: int) -> Setup:
-    values = torch.randn(shape, device=DEVICE, requires_grad=True)
-    old, returns = values.detach() + 0.3 * torch.randn_like(values), torch.randn(shape, device=DEVICE)
-    mask = _mask(*shape)
+def policy_loss_from_logits(dtype: torch.dtype, rows: int, columns: int, vocab: int) -> Setup:
+    """token_logprobs and policy_loss, differentiated down to the logits. The last column predicts no token."""
+    work = "token_logprobs + policy_loss fwd+bwd"
 
-    def eager():
-        clipped = old + (values - old).clamp(-0.2, 0.2)
-        plain_error, clipped_error = (values - returns).square(), (clipped - returns).square()
-        loss = 0.5 * _mean(torch.max(plain_error, clipped_error), mask)
-        with torch.no_grad():
-            error = _mean(values - returns, mask)
-            target = _mean(returns, mask)
-            unexplained = _mean((values - returns - error).square(), mask)
-            explained = 1 - unexplained / _mean((returns - target).square(), mask)
-            return loss, _mean(clipped_error > plain_error, mask), error, explained
+    def make():
+        logits = _normal(rows, columns + 1, vocab).to(dtype)
+        labels = torch.randint(vocab, (rows, columns), device=DEVICE)
+        logprobs = torch.log_softmax(logits[:, :-1].float(), -1).gather(-1, labels[..., None]).squeeze(-1)
+        return {
+            "logits": logits.requires_grad_(),
+            "labels": labels,
+            "old_logprobs": logprobs + 0.1 * torch.randn_like(logprobs),
+            "advantages": _normal(rows),
+            "mask": _mask(rows, columns),
+        }
+
+    def run(impl, logits, labels, old_logprobs, advantages, mask):
+        logprobs = ppo_kernels.token_logprobs(logits[:, :-1], labels, mask=mask, impl=impl)
+        advantages = advantages[:, None].expand_as(logprobs)
+        return ppo_kernels.policy_loss(logprobs, old_logprobs, advantages, mask, cliprange=CLIP, impl=impl)[0]
+
+    def plain(logits, labels, old_logprobs, advantages, mask):
+        logprobs = torch.log_softmax(logits[:, :-1], -1).gather(-1, labels[..., None]).squeeze(-1)
+        return _eager_policy_loss(logprobs, old_logprobs, advantages[:, None], mask)[0]
+
+    return Setup(
+        op="policy_loss",
+        work=work,
+        name=_name(work, (rows, columns, vocab), dtype),
+        make=make,
+        run=run,
+        count=lambda inputs: 3 * inputs["logits"].nbytes,
+        tolerance=5e-3 if dtype == torch.bfloat16 else 1e-4,
+        plain=plain,
+        eager_tolerance=5e-2,
+        wrt="logits",
+    )
+
+
+def _eager_value_loss(values, old_values, returns, mask):
+    clipped = values.clamp(old_values - CLIP, old_values + CLIP)
+    plain_error, clipped_error = (values - returns).square(), (clipped - returns).square()
+    loss = 0.5 * _mean(torch.max(plain_error, clipped_error), mask)
+    with torch.no_grad():
+        error = _mean(values - returns, mask)
+        target = _mean(returns, mask)
+        unexplained = _mean((values - returns - error).square(), mask)
+        explained = 1 - unexplained / _mean((returns - target).square(), mask)
+        return loss, _mean(clipped_error > plain_error, mask), error, explained
+
+
+def value_loss(*shape: int) -> Setup:
+    def make():
+        values = _normal(*shape).requires_grad_()
+        old_values = values.detach() + 0.3 * torch.randn_like(values)
+        return {"values": values, "old_values": old_values, "returns": _normal(*shape), "mask": _mask(*shape)}
 
     return Setup(
         op="value_loss",
-        name=f"value_loss fwd+bwd fp32 {list(shape)}",
-        forward=lambda impl: ppo_kernels.value_loss(values, old, returns, mask, impl=impl),
-        moved=6 * values.nbytes + mask.nbytes,
-        tolerance=1e-4,
-        eager=eager,
-        eager_tolerance=1e-3,
-        leaf=values,
+        work="value_loss fwd+bwd",
+        name=_name("value_loss fwd+bwd", shape),
+        make=make,
+        run=lambda impl, **inputs: ppo_kernels.value_loss(**inputs, cliprange_value=CLIP, impl=impl),
+        count=lambda inputs: 6 * inputs["values"].nbytes + inputs["mask"].nbytes,
+        tolerance=1e-5,
+        plain=_eager_value_loss,
+        eager_tolerance=1e-4,
+        wrt="values",
     )
