@@ -8,12 +8,13 @@ VENV ?= .venv
 PINNED_TORCH := $(shell grep "^torch==" constraints.txt)
 TORCH ?= $(PINNED_TORCH)
 PIP_ARGS ?=
+REPORT ?= build/report
 DEMO_CONFIG ?= python_trainer/configs/reviews_cpu.yaml
 ARGS ?=
 
 SOURCES := $(shell find csrc -type f) csrc/cpu csrc/cuda CMakeLists.txt setup.py
 .DELETE_ON_ERROR:
-.PHONY: missing help demo test learn planted sanitize accuracy lint bench quick setup build env clean
+.PHONY: missing help demo test learn planted sanitize accuracy lint bench report peers quick setup build env clean
 
 help:
 	@echo "make demo      train a small model on a CPU and plot its learning"
@@ -21,7 +22,8 @@ help:
 	@echo "make learn     every algorithm, three seeds, beside the known optimum of a small task: one table"
 	@echo "make lint      ruff, clang-format and mypy"
 	@echo "make quick     one table of every op's speed on a CPU, in two minutes (ARGS=--check: fail on a missed target)"
-	@echo "make bench     the benchmarks of the ops"
+	@echo "make bench     the benchmarks of the ops beside other libraries, small shapes, 3 minutes (ARGS=--bench-size=full)"
+	@echo "make report    the same at full size, 15 minutes, as tables, figures and an HTML page in $(REPORT)"
 	@echo "make accuracy  errors against float64, beside those of eager code"
 	@echo "make planted   plants bugs, one at a time, and says which of them the tests notice"
 	@echo "make sanitize  the tests of the C++ ops under address, undefined-behaviour and thread sanitizers"
@@ -83,8 +85,22 @@ test: build
 learn: build
 	$(RUN) -m pytest tests/trainer/test_learn.py -m learn -q $(ARGS)
 
-bench: build
-	$(RUN) -m pytest bench --benchmark-only $(ARGS)
+# Other libraries, without their dependencies, where only the benchmarks look.
+PEERS := build/peers/.installed
+PEERS_WANTED := $(if $(filter none,$(VENV)),,$(PEERS))
+peers: $(PEERS)
+$(PEERS): bench/peers.txt $(INSTALLED)
+	@rm -rf build/peers
+	@$(RUN) -m pip --disable-pip-version-check install --quiet --no-deps --target build/peers $(PIP_ARGS) -r bench/peers.txt \
+	  && touch $@ || echo "Not all could be fetched: their rows will be skipped"
+
+bench: build $(PEERS_WANTED)
+	$(RUN) -m pytest bench --benchmark-only -q $(ARGS)
+
+report: build $(PEERS_WANTED)
+	@mkdir -p $(REPORT)
+	$(RUN) -m pytest bench --benchmark-only -q --bench-size full --benchmark-json $(REPORT)/results.json $(ARGS)
+	$(RUN) -m bench.report $(REPORT)/results.json
 
 quick: build
 	@$(RUN) -m bench.quick $(ARGS)

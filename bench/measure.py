@@ -15,7 +15,8 @@ from torch.profiler import ProfilerActivity, profile
 Call = Callable[[], object]
 
 SHORT = 1e-3  # seconds; a shorter call is repeated within one sample
-LEAST, MOST = 3, 200  # samples
+SLOW = 0.1  # seconds; a call that takes longer gets fewer samples
+LEAST, LEAST_SLOW, MOST = 15, 3, 200  # samples
 
 
 @dataclass
@@ -63,7 +64,8 @@ def in_turns(timed: dict[Hashable, Timed], seconds: float) -> None:
         cost = min(one.sample(), one.sample())
         one.repeats = math.ceil(SHORT / cost) if cost < SHORT else len(one.calls)
         share = seconds / len(timed) / (cost * one.repeats)
-        rounds[key] = min(MOST, max(LEAST, int(share))) if seconds else 1
+        least = LEAST if cost < SLOW else LEAST_SLOW
+        rounds[key] = min(MOST, max(least, int(share))) if seconds else 1
     total = max(rounds.values())
     gc.collect()
     gc.disable()

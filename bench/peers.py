@@ -1,36 +1,22 @@
-"""The same work by other libraries: their own functions, from their own packages (``make peers``).
-
-Each function below takes the library's functions and the inputs of a set-up, does what the trainer does once per batch
-(casts of masks, shapes), and returns the call that is timed. Its outputs are the first of ours.
-"""
+"""The same work by other libraries: their own functions, from their own packages (``make peers``)."""
 
 from __future__ import annotations
 
-import importlib.util
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
-from importlib.metadata import PackageNotFoundError, distribution, version
+from functools import cache, partial
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
-from typing import Any
+from types import SimpleNamespace
 
-import torch
-from torch import Tensor
-
-from bench.setups import CLIP, DEVICE, GAMMA, KL_COEF, LAM, SCORE_CLIP, Setup
-from bench.source import functions
+from bench import peer_calls as calls
+from bench.peer_calls import AbsentError, Call
+from bench.setups import DEVICE, Setup
 
 FOLDER = Path(__file__).parent.parent / "build" / "peers"
 if FOLDER.is_dir() and str(FOLDER) not in sys.path:
     sys.path.append(str(FOLDER))  # last: what the environment brings comes first
-
-Call = Callable[[], object]
-
-
-class AbsentError(Exception):
-    """Why a provider has no row."""
 
 
 @dataclass(frozen=True)
@@ -42,287 +28,6 @@ class Peer:
     device: str | None = None  # the only device type that it serves
 
 
-def _file(package: str, file: str, *names: str, **given: object) -> dict[str, Any]:
-    return functions(package, file, list(names), given)
-
-
-def _module(package: str, file: str) -> ModuleType:
-    """A file that imports nothing of its package (Triton wants its kernels in a real file)."""
-    spec = importlib.util.spec_from_file_location(f"bench_{package}", distribution(package).locate_file(file))
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def _trl() -> SimpleNamespace:
-    try:
-        import transformers.utils
-    except ImportError as error:
-        raise AbsentError(f"needs transformers: {error}") from error
-    given: dict[str, object] = {"_use_triton": lambda device: device.type == "cuda"}
-    if transformers.utils.is_triton_available():
-        kernel = "selective_log_softmax_and_entropy"
-        given["_fused_logprob_entropy"] = getattr(_module("trl", "trl/kernels/logprob_entropy.py"), kernel)
-    names = ("selective_log_softmax", "entropy_from_logits", "selective_log_softmax_and_entropy")
-    return SimpleNamespace(**_file("trl", "trl/trainer/utils.py", *names, **given))
-
-
-def _trl_logprobs(trl, logits, labels):
-    return lambda: trl.selective_log_softmax(logits, labels)
-
-
-def _trl_entropy(trl, logits, labels):
-    return lambda: trl.selective_log_softmax_and_entropy(logits, labels)
-
-
-def _verl() -> SimpleNamespace:
-    tensors = _file(
-        "verl",
-        "verl/utils/torch_functional.py",
-        *("logprobs_from_logits", "entropy_from_logits", "masked_sum", "masked_mean", "masked_whiten", "clip_by_value"),
-    )
-    core = _file(
-        "verl",
-        "verl/trainer/ppo/core_algos.py",
-        *("compute_gae_advantage_return", "compute_policy_loss_vanilla", "compute_value_loss", "kl_penalty"),
-        *("FixedKLController",),
-        verl_F=SimpleNamespace(**tensors),
-        AlgoConfig=type("AlgoConfig", (), {}),  # what the config must not be
-    )
-    penalty = _file(
-        "verl",
-        "verl/trainer/ppo/ray_trainer.py",
-        "apply_kl_penalty",
-        core_algos=SimpleNamespace(**core),
-        masked_mean=tensors["masked_mean"],
-    )
-    return SimpleNamespace(**tensors, **core, **penalty)
-
-
-class _Config(SimpleNamespace):
-    """verl's actor config: attributes and ``get``."""
-
-    def get(self, name: str, default: object) -> object:
-        return getattr(self, name, default)
-
-
-class _Batch(dict):
-    """verl's TensorDict, as far as the KL penalty uses it."""
-
-    @property
-    def batch_size(self) -> torch.Size:
-        return self["response_mask"].shape[:1]
-
-
-def _verl_logprobs(verl, logits, labels):
-    return lambda: verl.logprobs_from_logits(logits, labels, inplace_backward=False)
-
-
-def _verl_entropy(verl, logits, labels):
-    return lambda: (
-        verl.logprobs_from_logits(logits, labels, inplace_backward=False),
-        verl.entropy_from_logits(logits),
-    )
-
-
-def _verl_gae(verl, rewards, values, mask):
-    mask = mask.long()
-    return lambda: verl.compute_gae_advantage_return(rewards, values, mask, GAMMA, LAM)
-
-
-def _verl_penalty(verl, logprobs, ref_logprobs, scores, mask, estimator):
-    batch = _Batch(
-        response_mask=mask.long(),
-        token_level_scores=_at_last_token(scores, mask),
-        old_log_probs=logprobs,
-        ref_log_prob=ref_logprobs,
-    )
-    data, control = SimpleNamespace(batch=batch), verl.FixedKLController(KL_COEF)
-
-    def call():
-        verl.apply_kl_penalty(data, control, estimator)
-        return batch["token_level_rewards"]
-
-    return call
-
-
-def _verl_experience(verl, values, **rollout):
-    rewards = _verl_penalty(verl, **rollout, estimator="k1")
-    mask = rollout["mask"].long()
-    return lambda: verl.compute_gae_advantage_return(rewards(), values, mask, GAMMA, LAM)
-
-
-def _verl_policy_loss(verl, logprobs, old_logprobs, advantages, mask):
-    mask = mask.long()
-    config = _Config(clip_ratio=CLIP, clip_ratio_low=CLIP, clip_ratio_high=CLIP, global_batch_info={})
-    return lambda: verl.compute_policy_loss_vanilla(old_logprobs, logprobs, advantages, mask, config=config)[0]
-
-
-def _verl_value_loss(verl, values, old_values, returns, mask):
-    mask = mask.long()
-    return lambda: verl.compute_value_loss(values, returns, old_values, mask, CLIP)[0]
-
-
-def _verl_from_logits(verl, logits, labels, old_logprobs, advantages, mask):
-    advantages, mask = advantages[:, None].expand_as(mask), mask.long()
-    config = _Config(clip_ratio=CLIP, clip_ratio_low=CLIP, clip_ratio_high=CLIP, global_batch_info={})
-
-    def call():
-        logprobs = verl.logprobs_from_logits(logits[:, :-1], labels, inplace_backward=False)
-        return verl.compute_policy_loss_vanilla(old_logprobs, logprobs, advantages, mask, config=config)[0]
-
-    return call
-
-
-def _openrlhf() -> SimpleNamespace:
-    folder = "openrlhf/models"
-    utils = _file(
-        "openrlhf",
-        f"{folder}/utils.py",
-        *("log_probs_from_logits", "compute_approx_kl", "compute_reward", "masked_mean"),
-    )
-    losses = _file(
-        "openrlhf", f"{folder}/loss.py", "PolicyLoss", "ValueLoss", masked_mean=utils["masked_mean"]
-    )
-    gae = _file(
-        "openrlhf",
-        "openrlhf/trainer/ppo_utils/experience_maker.py",
-        "RemoteExperienceMaker.get_advantages_and_returns",
-    )
-    return SimpleNamespace(**utils, **losses, **gae)
-
-
-def _openrlhf_logprobs(openrlhf, logits, labels):
-    return lambda: openrlhf.log_probs_from_logits(logits, labels)
-
-
-def _openrlhf_gae(openrlhf, rewards, values, mask):
-    return lambda: openrlhf.get_advantages_and_returns(None, values, rewards, mask, GAMMA, LAM)
-
-
-def _openrlhf_rewards(openrlhf, logprobs, ref_logprobs, scores, mask, estimator):
-    def call():
-        kl = openrlhf.compute_approx_kl(logprobs, ref_logprobs, kl_estimator=estimator)
-        return openrlhf.compute_reward(scores, KL_COEF, kl, mask, (-SCORE_CLIP, SCORE_CLIP))
-
-    return call
-
-
-def _openrlhf_policy_loss(openrlhf, logprobs, old_logprobs, advantages, mask):
-    loss = openrlhf.PolicyLoss(CLIP, CLIP)
-    return lambda: loss(logprobs, old_logprobs, advantages, mask)[0]
-
-
-def _openrlhf_value_loss(openrlhf, values, old_values, returns, mask):
-    loss = openrlhf.ValueLoss(CLIP)
-    return lambda: loss(values, old_values, returns, mask)
-
-
-def _skyrl() -> SimpleNamespace:
-    tensors = _file("skyrl", "skyrl/backends/skyrl_train/utils/torch_utils.py", "logprobs_from_logits", "masked_mean")
-    ppo = _file(
-        "skyrl",
-        "skyrl/backends/skyrl_train/utils/ppo_utils.py",
-        "compute_gae_advantage_return",
-        "masked_whiten",
-        masked_mean=tensors["masked_mean"],
-        register_advantage_estimator=lambda name: lambda function: function,  # a registry of ray actors
-    )
-    return SimpleNamespace(**tensors, **ppo)
-
-
-def _skyrl_gae(skyrl, rewards, values, mask):
-    rewards, values, live = rewards * mask, values * mask, mask.float()  # padding is 0 in its batches
-    return lambda: skyrl.compute_gae_advantage_return(rewards, values, live, GAMMA, LAM)
-
-
-def _torchrl() -> SimpleNamespace:
-    module = importlib.import_module("torchrl.objectives.value.functional")
-    return SimpleNamespace(gae=module.generalized_advantage_estimate, fast=module.vec_generalized_advantage_estimate)
-
-
-def _torchrl_gae(torchrl, rewards, values, mask):
-    done = torch.zeros_like(mask)
-    done.scatter_(1, mask.sum(1, keepdim=True) - 1, True)
-    done[:, -1] = True
-    following = torch.nn.functional.pad(values[:, 1:], (0, 1))
-    arguments = [x[..., None].contiguous() for x in (values, following, rewards, done)]
-
-    def call():
-        advantages, returns = torchrl.fast(GAMMA, LAM, *arguments)
-        return advantages.squeeze(-1), returns.squeeze(-1)
-
-    return call
-
-
-def _liger() -> SimpleNamespace:
-    loss = importlib.import_module("liger_kernel.ops.grpo_loss")
-    grpo = importlib.import_module("liger_kernel.transformers.grpo_loss")
-    entropy = importlib.import_module("liger_kernel.ops.cross_entropy")
-    return SimpleNamespace(
-        selective=loss.fused_selective_log_softmax,
-        grpo=grpo.triton_grpo_loss,
-        cross_entropy=entropy.LigerCrossEntropyFunction.apply,
-    )
-
-
-def _liger_selective(liger, logits, labels):
-    """It leaves out the last position, so one more row follows."""
-    padded = torch.nn.functional.pad(logits, (0, 0, 0, 1))[None]
-    return lambda: liger.selective(padded, labels[None], temperature=1.0)[0]
-
-
-def _liger_cross_entropy(liger, logits, labels):
-    """In place it would overwrite the logits of the next call; a clone is what its caller would need then."""
-    return lambda: -liger.cross_entropy(logits.clone(), labels, None, -100, 0.0, 0.0, "none")[0]
-
-
-def _liger_grpo(liger, logits, labels, old_logprobs, advantages, mask):
-    count = mask.sum()
-
-    def call():
-        losses = liger.grpo(
-            logits,
-            *(old_logprobs, None, labels, advantages, mask),
-            temperature=1.0,
-            beta=0.0,
-            eps_low=CLIP,
-            eps_high=CLIP,
-            inplace=False,
-        )[0]
-        return (losses * mask).sum() / count
-
-    return call
-
-
-def _flash_attn() -> SimpleNamespace:
-    return SimpleNamespace(loss=importlib.import_module("flash_attn.ops.triton.cross_entropy").cross_entropy_loss)
-
-
-def _flash_attn_logprobs(flash_attn, logits, labels):
-    return lambda: -flash_attn.loss(logits, labels, inplace_backward=False)[0]
-
-
-def _quack() -> SimpleNamespace:
-    return SimpleNamespace(loss=importlib.import_module("quack.cross_entropy").cross_entropy)
-
-
-def _quack_logprobs(quack, logits, labels):
-    return lambda: -quack.loss(logits, labels, reduction="none")
-
-
-def _torch_logprobs(_, logits, labels):
-    return lambda: -torch.nn.functional.cross_entropy(logits, labels, reduction="none")
-
-
-def _at_last_token(scores: Tensor, mask: Tensor) -> Tensor:
-    return torch.zeros_like(mask, dtype=scores.dtype).scatter_(1, mask.sum(1, keepdim=True) - 1, scores[:, None])
-
-
-def _with(make: Callable[..., Call], **options: object) -> Callable[..., Call]:
-    return lambda library, **inputs: make(library, **inputs, **options)
-
-
 LOGPROBS, ENTROPY, BACKWARD = "token_logprobs", "token_logprobs + entropy", "token_logprobs fwd+bwd"
 FROM_LOGITS = "token_logprobs + policy_loss fwd+bwd"
 
@@ -330,75 +35,79 @@ FROM_LOGITS = "token_logprobs + policy_loss fwd+bwd"
 PEERS = {
     "TRL": Peer(
         "trl",
-        _trl,
+        calls.load_trl,
         "functions of trl/trainer/utils.py (the package imports accelerate and datasets)",
-        {LOGPROBS: _trl_logprobs, BACKWARD: _trl_logprobs, ENTROPY: _trl_entropy},
+        {LOGPROBS: calls.trl_logprobs, BACKWARD: calls.trl_logprobs, ENTROPY: calls.trl_entropy},
     ),
     "verl": Peer(
         "verl",
-        _verl,
+        calls.load_verl,
         "functions of torch_functional.py, core_algos.py and ray_trainer.py (the package imports ray and tensordict)",
         {
-            LOGPROBS: _verl_logprobs,
-            BACKWARD: _verl_logprobs,
-            ENTROPY: _verl_entropy,
-            FROM_LOGITS: _verl_from_logits,
-            "gae + whiten": _verl_gae,
-            "kl_rewards k1": _with(_verl_penalty, estimator="k1"),
-            "kl_rewards k3": _with(_verl_penalty, estimator="k3"),
-            "kl_rewards + gae + whiten": _verl_experience,
+            LOGPROBS: calls.verl_logprobs,
+            BACKWARD: calls.verl_logprobs,
+            ENTROPY: calls.verl_entropy,
+            FROM_LOGITS: calls.verl_from_logits,
+            "gae + whiten": calls.verl_gae,
+            "kl_rewards k1": partial(calls.verl_penalty, estimator="k1"),
+            "kl_rewards k3": partial(calls.verl_penalty, estimator="k3"),
+            "kl_rewards + gae + whiten": calls.verl_experience,
             "whiten": lambda verl, x, mask: lambda: verl.masked_whiten(x, mask),
-            "policy_loss fwd+bwd": _verl_policy_loss,
-            "value_loss fwd+bwd": _verl_value_loss,
+            "policy_loss fwd+bwd": calls.verl_policy_loss,
+            "value_loss fwd+bwd": calls.verl_value_loss,
         },
     ),
     "OpenRLHF": Peer(
         "openrlhf",
-        _openrlhf,
+        calls.load_openrlhf,
         "functions of models/utils.py, models/loss.py and experience_maker.py (the package imports deepspeed and vLLM)",
         {
-            LOGPROBS: _openrlhf_logprobs,
-            BACKWARD: _openrlhf_logprobs,
-            "gae": _openrlhf_gae,
-            "kl_rewards k1": _with(_openrlhf_rewards, estimator="k1"),
-            "kl_rewards k3": _with(_openrlhf_rewards, estimator="k3"),
-            "policy_loss fwd+bwd": _openrlhf_policy_loss,
-            "value_loss fwd+bwd": _openrlhf_value_loss,
+            LOGPROBS: calls.openrlhf_logprobs,
+            BACKWARD: calls.openrlhf_logprobs,
+            "gae": calls.openrlhf_gae,
+            "kl_rewards k1": partial(calls.openrlhf_rewards, estimator="k1"),
+            "kl_rewards k3": partial(calls.openrlhf_rewards, estimator="k3"),
+            "policy_loss fwd+bwd": calls.openrlhf_policy_loss,
+            "value_loss fwd+bwd": calls.openrlhf_value_loss,
         },
     ),
     "SkyRL": Peer(
         "skyrl",
-        _skyrl,
+        calls.load_skyrl,
         "functions of torch_utils.py and ppo_utils.py (the package imports ray)",
         {
             LOGPROBS: lambda skyrl, logits, labels: lambda: skyrl.logprobs_from_logits(logits, labels, False),
-            "gae + whiten": _skyrl_gae,
+            "gae + whiten": calls.skyrl_gae,
             "whiten": lambda skyrl, x, mask: lambda: skyrl.masked_whiten(x, mask),
         },
     ),
-    "torchrl": Peer("torchrl", _torchrl, "imported", {"gae": _torchrl_gae}),
+    "torchrl": Peer("torchrl", calls.load_torchrl, "imported", {"gae": calls.torchrl_gae}),
     "Liger": Peer(
         "liger-kernel",
-        _liger,
+        calls.load_liger,
         "imported",
-        {LOGPROBS: _liger_selective, BACKWARD: _liger_cross_entropy, FROM_LOGITS: _liger_grpo},
+        {LOGPROBS: calls.liger_selective, BACKWARD: calls.liger_cross_entropy, FROM_LOGITS: calls.liger_grpo},
         device="cuda",
     ),
     "flash-attn": Peer(
         "flash-attn",
-        _flash_attn,
+        calls.load_flash_attn,
         "imported",
-        {LOGPROBS: _flash_attn_logprobs, BACKWARD: _flash_attn_logprobs},
+        {LOGPROBS: calls.flash_attn_logprobs, BACKWARD: calls.flash_attn_logprobs},
         device="cuda",
     ),
     "QuACK": Peer(
-        "quack-kernels", _quack, "imported", {LOGPROBS: _quack_logprobs, BACKWARD: _quack_logprobs}, device="cuda"
+        "quack-kernels",
+        calls.load_quack,
+        "imported",
+        {LOGPROBS: calls.quack_logprobs, BACKWARD: calls.quack_logprobs},
+        device="cuda",
     ),
     "F.cross_entropy": Peer(
         "torch",
         lambda: SimpleNamespace(),
         "imported",
-        {LOGPROBS: _torch_logprobs, BACKWARD: _torch_logprobs},
+        {LOGPROBS: calls.torch_logprobs, BACKWARD: calls.torch_logprobs},
     ),
 }
 
@@ -411,8 +120,7 @@ def _loaded(name: str) -> SimpleNamespace:
     try:
         found = version(peer.package)
     except PackageNotFoundError:
-        hint = "make peers" if peer.package in (FOLDER.parents[1] / "bench" / "peers.txt").read_text() else "see peers.txt"
-        raise AbsentError(f"{peer.package} is not installed ({hint})") from None
+        raise AbsentError(f"{peer.package} is not installed (see bench/peers.txt)") from None
     try:
         return peer.load()
     except (ImportError, LookupError, OSError) as error:

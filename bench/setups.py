@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 import ppo_kernels
+from bench import eager
+from bench.eager import CLIP, GAMMA, KL_COEF, LAM, SCORE_CLIP
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-CLIP, GAMMA, LAM, KL_COEF, SCORE_CLIP = 0.2, 1.0, 0.95, 0.1, 5.0
 
 Inputs = dict[str, Tensor]
 
@@ -108,9 +109,11 @@ def _error(got: Tensor, want: Tensor, mask: Tensor | None) -> float:
     scale = want.abs().max().item()
     if want.numel() == 1:
         scale = max(scale, 0.1)
-    difference = max((g - w).abs().max().item() for g, w in zip(got.split(64), want.split(64), strict=True)) if (
-        want.dim()
-    ) else (got - want).abs().item()
+    difference = (
+        max((g - w).abs().max().item() for g, w in zip(got.split(64), want.split(64), strict=True))
+        if (want.dim())
+        else (got - want).abs().item()
+    )
     error = difference / scale if scale else difference
     return error if error == error else float("inf")
 
@@ -140,11 +143,8 @@ def token_logprobs(
         return {"logits": logits, "labels": torch.randint(vocab, (rows,), device=DEVICE)}
 
     def plain(logits, labels):
-        logp = torch.log_softmax(logits, -1).gather(-1, labels[:, None]).squeeze(-1)
-        if not entropy:
-            return logp
-        p = torch.softmax(logits, -1)
-        return logp, torch.logsumexp(logits, -1) - (p * logits).sum(-1)
+        logp = eager.token_logprobs(logits, labels)
+        return (logp, eager.entropy(logits)) if entropy else logp
 
     work = f"token_logprobs{' + entropy' if entropy else ''}{' fwd+bwd' if backward else ''}"
     return Setup(
@@ -159,21 +159,6 @@ def token_logprobs(
         eager_tolerance=3e-2 if narrow else 1e-4,
         wrt="logits" if backward else None,
     )
-
-
-def eager_gae(rewards: Tensor, values: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    """One step per token for all rows at once; masked tokens pass the carry on."""
-    live = mask.to(rewards.dtype)
-    advantage, next_value = torch.zeros_like(rewards[:, 0]), torch.zeros_like(rewards[:, 0])
-    steps = []
-    for t in reversed(range(rewards.size(1))):
-        m = live[:, t]
-        delta = rewards[:, t] + GAMMA * next_value - values[:, t]
-        advantage = m * (delta + GAMMA * LAM * advantage) + (1 - m) * advantage
-        next_value = m * values[:, t] + (1 - m) * next_value
-        steps.append(advantage)
-    advantages = torch.stack(steps[::-1], 1) * live
-    return advantages, (advantages + values) * live
 
 
 def _advantage_inputs(*shape: int) -> Inputs:
@@ -193,7 +178,7 @@ def gae(*shape: int) -> Setup:
         run=lambda impl, **inputs: ppo_kernels.gae(**inputs, gamma=GAMMA, lam=LAM, impl=impl),
         count=lambda inputs: 4 * inputs["values"].nbytes + inputs["mask"].nbytes,
         tolerance=1e-6,
-        plain=eager_gae,
+        plain=eager.gae,
         eager_tolerance=1e-5,
         steps=True,
         bare=_bare_gae,
@@ -208,8 +193,8 @@ def gae_whiten(*shape: int) -> Setup:
         return ppo_kernels.whiten(advantages, mask, impl=impl), returns
 
     def plain(rewards, values, mask):
-        advantages, returns = eager_gae(rewards, values, mask)
-        return eager_whiten(advantages, mask), returns
+        advantages, returns = eager.gae(rewards, values, mask)
+        return eager.whiten(advantages, mask), returns
 
     return Setup(
         op="gae",
@@ -225,24 +210,13 @@ def gae_whiten(*shape: int) -> Setup:
     )
 
 
-def eager_kl_rewards(logprobs: Tensor, ref_logprobs: Tensor, scores: Tensor, mask: Tensor, estimator: str) -> Tensor:
-    x = ref_logprobs - logprobs
-    k = -x if estimator == "k1" else torch.exp(x) - 1 - x
-    rewards = torch.where(mask, -KL_COEF * k, 0.0)
-    last = mask.shape[1] - 1 - mask.flip(1).int().argmax(1)
-    rewards[torch.arange(len(scores)), last] += scores.clamp(-SCORE_CLIP, SCORE_CLIP)
-    return rewards
-
-
 def _rollout(*shape: int) -> Inputs:
     logprobs, ref_logprobs = -torch.rand(2, *shape, device=DEVICE)
     return {"logprobs": logprobs, "ref_logprobs": ref_logprobs, "scores": _normal(shape[0]), "mask": _mask(*shape)}
 
 
 def _kl_rewards(impl: str, estimator: str, inputs: Inputs) -> tuple[Tensor, Tensor]:
-    return ppo_kernels.kl_rewards(
-        **inputs, kl_coef=KL_COEF, kl_estimator=estimator, score_clip=SCORE_CLIP, impl=impl
-    )
+    return ppo_kernels.kl_rewards(**inputs, kl_coef=KL_COEF, kl_estimator=estimator, score_clip=SCORE_CLIP, impl=impl)
 
 
 def kl_rewards(estimator: str, *shape: int) -> Setup:
@@ -254,16 +228,9 @@ def kl_rewards(estimator: str, *shape: int) -> Setup:
         run=lambda impl, **inputs: _kl_rewards(impl, estimator, inputs),
         count=lambda inputs: 3 * inputs["logprobs"].nbytes + inputs["mask"].nbytes,
         tolerance=5e-6,
-        plain=lambda **inputs: eager_kl_rewards(**inputs, estimator=estimator),
+        plain=lambda **inputs: eager.kl_rewards(**inputs, estimator=estimator),
         eager_tolerance=1e-5,
     )
-
-
-def eager_whiten(x: Tensor, mask: Tensor) -> Tensor:
-    count = mask.sum()
-    mean = (x * mask).sum() / count
-    variance = ((x - mean).square() * mask).sum() / (count - 1)
-    return (x - mean) * torch.rsqrt(variance + 1e-8) * mask
 
 
 def whiten(*shape: int) -> Setup:
@@ -275,7 +242,7 @@ def whiten(*shape: int) -> Setup:
         run=lambda impl, **inputs: ppo_kernels.whiten(**inputs, impl=impl),
         count=lambda inputs: 3 * inputs["x"].nbytes + 2 * inputs["mask"].nbytes,
         tolerance=2e-6,
-        plain=eager_whiten,
+        plain=eager.whiten,
         eager_tolerance=1e-5,
     )
 
@@ -290,8 +257,8 @@ def experience(*shape: int) -> Setup:
         return ppo_kernels.whiten(advantages, mask, impl=impl), returns, kl
 
     def plain(values, **rollout):
-        advantages, returns = eager_gae(eager_kl_rewards(**rollout, estimator="k1"), values, rollout["mask"])
-        return eager_whiten(advantages, rollout["mask"]), returns
+        advantages, returns = eager.gae(eager.kl_rewards(**rollout, estimator="k1"), values, rollout["mask"])
+        return eager.whiten(advantages, rollout["mask"]), returns
 
     return Setup(
         op="gae",
@@ -305,34 +272,6 @@ def experience(*shape: int) -> Setup:
         eager_tolerance=1e-5,
         steps=True,
     )
-
-
-def _mean(x: Tensor, mask: Tensor) -> Tensor:
-    return (x * mask).sum() / mask.sum()
-
-
-def _eager_policy_loss(logprobs, old_logprobs, advantages, mask, ref_logprobs=None):
-    d = (logprobs - old_logprobs).clamp(-20.0, 20.0)
-    ratio = d.exp()
-    losses = torch.max(-advantages * ratio, -advantages * ratio.clamp(1 - CLIP, 1 + CLIP))
-    x = torch.zeros_like(d) if ref_logprobs is None else (ref_logprobs - logprobs).clamp(-20.0, 20.0)
-    k3 = x.exp() - 1 - x
-    loss = _mean(losses + KL_COEF * k3, mask)
-    with torch.no_grad():
-        mean = _mean(ratio, mask)
-        return (
-            loss,
-            _mean(-d, mask),
-            _mean(0.5 * d * d, mask),
-            _mean(ratio - 1 - d, mask),
-            mean,
-            _mean((ratio - mean).square(), mask),
-            torch.where(mask, ratio, 0.0).max(),
-            _mean((ratio > 1 + CLIP) & (advantages > 0), mask),
-            _mean((ratio < 1 - CLIP) & (advantages < 0), mask),
-            torch.zeros_like(mean),
-            _mean(k3, mask),
-        )
 
 
 def policy_loss(*shape: int, ref: bool = False) -> Setup:
@@ -358,7 +297,7 @@ def policy_loss(*shape: int, ref: bool = False) -> Setup:
         run=lambda impl, **inputs: ppo_kernels.policy_loss(**inputs, cliprange=CLIP, impl=impl, **penalty),
         count=lambda inputs: (6 + ref) * inputs["logprobs"].nbytes + inputs["mask"].nbytes,
         tolerance=1e-5,
-        plain=_eager_policy_loss,
+        plain=eager.policy_loss,
         eager_tolerance=1e-4,
         wrt="logprobs",
     )
@@ -371,7 +310,7 @@ def policy_loss_from_logits(dtype: torch.dtype, rows: int, columns: int, vocab: 
     def make():
         logits = _normal(rows, columns + 1, vocab).to(dtype)
         labels = torch.randint(vocab, (rows, columns), device=DEVICE)
-        logprobs = torch.log_softmax(logits[:, :-1].float(), -1).gather(-1, labels[..., None]).squeeze(-1)
+        logprobs = eager.token_logprobs(logits[:, :-1].float(), labels)
         return {
             "logits": logits.requires_grad_(),
             "labels": labels,
@@ -386,8 +325,8 @@ def policy_loss_from_logits(dtype: torch.dtype, rows: int, columns: int, vocab: 
         return ppo_kernels.policy_loss(logprobs, old_logprobs, advantages, mask, cliprange=CLIP, impl=impl)[0]
 
     def plain(logits, labels, old_logprobs, advantages, mask):
-        logprobs = torch.log_softmax(logits[:, :-1], -1).gather(-1, labels[..., None]).squeeze(-1)
-        return _eager_policy_loss(logprobs, old_logprobs, advantages[:, None], mask)[0]
+        logprobs = eager.token_logprobs(logits[:, :-1], labels)
+        return eager.policy_loss(logprobs, old_logprobs, advantages[:, None], mask)[0]
 
     return Setup(
         op="policy_loss",
@@ -401,18 +340,6 @@ def policy_loss_from_logits(dtype: torch.dtype, rows: int, columns: int, vocab: 
         eager_tolerance=5e-2,
         wrt="logits",
     )
-
-
-def _eager_value_loss(values, old_values, returns, mask):
-    clipped = values.clamp(old_values - CLIP, old_values + CLIP)
-    plain_error, clipped_error = (values - returns).square(), (clipped - returns).square()
-    loss = 0.5 * _mean(torch.max(plain_error, clipped_error), mask)
-    with torch.no_grad():
-        error = _mean(values - returns, mask)
-        target = _mean(returns, mask)
-        unexplained = _mean((values - returns - error).square(), mask)
-        explained = 1 - unexplained / _mean((returns - target).square(), mask)
-        return loss, _mean(clipped_error > plain_error, mask), error, explained
 
 
 def value_loss(*shape: int) -> Setup:
@@ -429,7 +356,7 @@ def value_loss(*shape: int) -> Setup:
         run=lambda impl, **inputs: ppo_kernels.value_loss(**inputs, cliprange_value=CLIP, impl=impl),
         count=lambda inputs: 6 * inputs["values"].nbytes + inputs["mask"].nbytes,
         tolerance=1e-5,
-        plain=_eager_value_loss,
+        plain=eager.value_loss,
         eager_tolerance=1e-4,
         wrt="values",
     )

@@ -6,7 +6,6 @@ functions is the package's own, unchanged; annotations are not evaluated.
 """
 
 from __future__ import annotations
-
 import __future__
 
 import ast

@@ -1,0 +1,300 @@
+"""How other libraries are called: what to load of them, and what a trainer does with it.
+
+Each ``<library>_<work>`` takes the library's functions and the inputs of a set-up, does what the trainer does once per
+batch (casts of masks, shapes), and returns the call that is timed. Its outputs are the first of ours.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from importlib.metadata import distribution
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bench.eager import CLIP, GAMMA, KL_COEF, LAM, SCORE_CLIP
+from bench.source import functions
+
+Call = Callable[[], object]
+
+
+class AbsentError(Exception):
+    """Why a provider has no row."""
+
+
+def _file(package: str, file: str, *names: str, **given: object) -> dict[str, Any]:
+    return functions(package, file, list(names), given)
+
+
+def _module(package: str, file: str) -> ModuleType:
+    """A file that imports nothing of its package (Triton wants its kernels in a real file)."""
+    spec = importlib.util.spec_from_file_location(f"bench_{package}", distribution(package).locate_file(file))
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def load_trl() -> SimpleNamespace:
+    try:
+        import transformers.utils
+    except ImportError as error:
+        raise AbsentError(f"needs transformers: {error}") from error
+    given: dict[str, object] = {"_use_triton": lambda device: device.type == "cuda"}
+    if transformers.utils.is_triton_available():
+        kernel = "selective_log_softmax_and_entropy"
+        given["_fused_logprob_entropy"] = getattr(_module("trl", "trl/kernels/logprob_entropy.py"), kernel)
+    names = ("selective_log_softmax", "entropy_from_logits", "selective_log_softmax_and_entropy")
+    return SimpleNamespace(**_file("trl", "trl/trainer/utils.py", *names, **given))
+
+
+def trl_logprobs(trl, logits, labels):
+    return lambda: trl.selective_log_softmax(logits, labels)
+
+
+def trl_entropy(trl, logits, labels):
+    return lambda: trl.selective_log_softmax_and_entropy(logits, labels)
+
+
+def load_verl() -> SimpleNamespace:
+    tensors = _file(
+        "verl",
+        "verl/utils/torch_functional.py",
+        *("logprobs_from_logits", "entropy_from_logits", "masked_sum", "masked_mean", "masked_whiten", "clip_by_value"),
+    )
+    core = _file(
+        "verl",
+        "verl/trainer/ppo/core_algos.py",
+        *("compute_gae_advantage_return", "compute_policy_loss_vanilla", "compute_value_loss", "kl_penalty"),
+        *("FixedKLController",),
+        verl_F=SimpleNamespace(**tensors),
+        AlgoConfig=type("AlgoConfig", (), {}),  # what the config must not be
+    )
+    penalty = _file(
+        "verl",
+        "verl/trainer/ppo/ray_trainer.py",
+        "apply_kl_penalty",
+        core_algos=SimpleNamespace(**core),
+        masked_mean=tensors["masked_mean"],
+    )
+    return SimpleNamespace(**tensors, **core, **penalty)
+
+
+class _Config(SimpleNamespace):
+    """verl's actor config: attributes and ``get``."""
+
+    def get(self, name: str, default: object) -> object:
+        return getattr(self, name, default)
+
+
+class _Batch(dict):
+    """verl's TensorDict, as far as the KL penalty uses it."""
+
+    @property
+    def batch_size(self) -> torch.Size:
+        return self["response_mask"].shape[:1]
+
+
+def verl_logprobs(verl, logits, labels):
+    return lambda: verl.logprobs_from_logits(logits, labels, inplace_backward=False)
+
+
+def verl_entropy(verl, logits, labels):
+    return lambda: (
+        verl.logprobs_from_logits(logits, labels, inplace_backward=False),
+        verl.entropy_from_logits(logits),
+    )
+
+
+def verl_gae(verl, rewards, values, mask):
+    mask = mask.long()
+    return lambda: verl.compute_gae_advantage_return(rewards, values, mask, GAMMA, LAM)
+
+
+def verl_penalty(verl, logprobs, ref_logprobs, scores, mask, estimator):
+    batch = _Batch(
+        response_mask=mask.long(),
+        token_level_scores=_at_last_token(scores, mask),
+        old_log_probs=logprobs,
+        ref_log_prob=ref_logprobs,
+    )
+    data, control = SimpleNamespace(batch=batch), verl.FixedKLController(KL_COEF)
+
+    def call():
+        verl.apply_kl_penalty(data, control, estimator)
+        return batch["token_level_rewards"]
+
+    return call
+
+
+def verl_experience(verl, values, **rollout):
+    rewards = verl_penalty(verl, **rollout, estimator="k1")
+    mask = rollout["mask"].long()
+    return lambda: verl.compute_gae_advantage_return(rewards(), values, mask, GAMMA, LAM)
+
+
+def verl_policy_loss(verl, logprobs, old_logprobs, advantages, mask):
+    mask = mask.long()
+    config = _Config(clip_ratio=CLIP, clip_ratio_low=CLIP, clip_ratio_high=CLIP, global_batch_info={})
+    return lambda: verl.compute_policy_loss_vanilla(old_logprobs, logprobs, advantages, mask, config=config)[0]
+
+
+def verl_value_loss(verl, values, old_values, returns, mask):
+    mask = mask.long()
+    return lambda: verl.compute_value_loss(values, returns, old_values, mask, CLIP)[0]
+
+
+def verl_from_logits(verl, logits, labels, old_logprobs, advantages, mask):
+    advantages, mask = advantages[:, None].expand_as(mask), mask.long()
+    config = _Config(clip_ratio=CLIP, clip_ratio_low=CLIP, clip_ratio_high=CLIP, global_batch_info={})
+
+    def call():
+        logprobs = verl.logprobs_from_logits(logits[:, :-1], labels, inplace_backward=False)
+        return verl.compute_policy_loss_vanilla(old_logprobs, logprobs, advantages, mask, config=config)[0]
+
+    return call
+
+
+def load_openrlhf() -> SimpleNamespace:
+    folder = "openrlhf/models"
+    utils = _file(
+        "openrlhf",
+        f"{folder}/utils.py",
+        *("log_probs_from_logits", "compute_approx_kl", "compute_reward", "masked_mean"),
+    )
+    losses = _file("openrlhf", f"{folder}/loss.py", "PolicyLoss", "ValueLoss", masked_mean=utils["masked_mean"])
+    gae = _file(
+        "openrlhf",
+        "openrlhf/trainer/ppo_utils/experience_maker.py",
+        "RemoteExperienceMaker.get_advantages_and_returns",
+    )
+    return SimpleNamespace(**utils, **losses, **gae)
+
+
+def openrlhf_logprobs(openrlhf, logits, labels):
+    return lambda: openrlhf.log_probs_from_logits(logits, labels)
+
+
+def openrlhf_gae(openrlhf, rewards, values, mask):
+    return lambda: openrlhf.get_advantages_and_returns(None, values, rewards, mask, GAMMA, LAM)
+
+
+def openrlhf_rewards(openrlhf, logprobs, ref_logprobs, scores, mask, estimator):
+    def call():
+        kl = openrlhf.compute_approx_kl(logprobs, ref_logprobs, kl_estimator=estimator)
+        return openrlhf.compute_reward(scores, KL_COEF, kl, mask, (-SCORE_CLIP, SCORE_CLIP))
+
+    return call
+
+
+def openrlhf_policy_loss(openrlhf, logprobs, old_logprobs, advantages, mask):
+    loss = openrlhf.PolicyLoss(CLIP, CLIP)
+    return lambda: loss(logprobs, old_logprobs, advantages, mask)[0]
+
+
+def openrlhf_value_loss(openrlhf, values, old_values, returns, mask):
+    loss = openrlhf.ValueLoss(CLIP)
+    return lambda: loss(values, old_values, returns, mask)
+
+
+def load_skyrl() -> SimpleNamespace:
+    tensors = _file("skyrl", "skyrl/backends/skyrl_train/utils/torch_utils.py", "logprobs_from_logits", "masked_mean")
+    ppo = _file(
+        "skyrl",
+        "skyrl/backends/skyrl_train/utils/ppo_utils.py",
+        "compute_gae_advantage_return",
+        "masked_whiten",
+        masked_mean=tensors["masked_mean"],
+        register_advantage_estimator=lambda name: lambda function: function,  # a registry of ray actors
+    )
+    return SimpleNamespace(**tensors, **ppo)
+
+
+def skyrl_gae(skyrl, rewards, values, mask):
+    rewards, values, live = rewards * mask, values * mask, mask.float()  # padding is 0 in its batches
+    return lambda: skyrl.compute_gae_advantage_return(rewards, values, live, GAMMA, LAM)
+
+
+def load_torchrl() -> SimpleNamespace:
+    module = importlib.import_module("torchrl.objectives.value.functional")
+    return SimpleNamespace(gae=module.generalized_advantage_estimate, fast=module.vec_generalized_advantage_estimate)
+
+
+def torchrl_gae(torchrl, rewards, values, mask):
+    done = torch.zeros_like(mask)
+    done.scatter_(1, mask.sum(1, keepdim=True) - 1, True)
+    done[:, -1] = True
+    following = torch.nn.functional.pad(values[:, 1:], (0, 1))
+    arguments = [x[..., None].contiguous() for x in (values, following, rewards, done)]
+
+    def call():
+        advantages, returns = torchrl.fast(GAMMA, LAM, *arguments)
+        return advantages.squeeze(-1), returns.squeeze(-1)
+
+    return call
+
+
+def load_liger() -> SimpleNamespace:
+    loss = importlib.import_module("liger_kernel.ops.grpo_loss")
+    grpo = importlib.import_module("liger_kernel.transformers.grpo_loss")
+    entropy = importlib.import_module("liger_kernel.ops.cross_entropy")
+    return SimpleNamespace(
+        selective=loss.fused_selective_log_softmax,
+        grpo=grpo.triton_grpo_loss,
+        cross_entropy=entropy.LigerCrossEntropyFunction.apply,
+    )
+
+
+def liger_selective(liger, logits, labels):
+    """It leaves out the last position, so one more row follows."""
+    padded = torch.nn.functional.pad(logits, (0, 0, 0, 1))[None]
+    return lambda: liger.selective(padded, labels[None], temperature=1.0)[0]
+
+
+def liger_cross_entropy(liger, logits, labels):
+    """In place it would overwrite the logits of the next call; a clone is what its caller would need then."""
+    return lambda: -liger.cross_entropy(logits.clone(), labels, None, -100, 0.0, 0.0, "none")[0]
+
+
+def liger_grpo(liger, logits, labels, old_logprobs, advantages, mask):
+    count = mask.sum()
+
+    def call():
+        losses = liger.grpo(
+            logits,
+            *(old_logprobs, None, labels, advantages, mask),
+            temperature=1.0,
+            beta=0.0,
+            eps_low=CLIP,
+            eps_high=CLIP,
+            inplace=False,
+        )[0]
+        return (losses * mask).sum() / count
+
+    return call
+
+
+def load_flash_attn() -> SimpleNamespace:
+    return SimpleNamespace(loss=importlib.import_module("flash_attn.ops.triton.cross_entropy").cross_entropy_loss)
+
+
+def flash_attn_logprobs(flash_attn, logits, labels):
+    return lambda: -flash_attn.loss(logits, labels, inplace_backward=False)[0]
+
+
+def load_quack() -> SimpleNamespace:
+    return SimpleNamespace(loss=importlib.import_module("quack.cross_entropy").cross_entropy)
+
+
+def quack_logprobs(quack, logits, labels):
+    return lambda: -quack.loss(logits, labels, reduction="none")
+
+
+def torch_logprobs(_, logits, labels):
+    return lambda: -torch.nn.functional.cross_entropy(logits, labels, reduction="none")
+
+
+def _at_last_token(scores: Tensor, mask: Tensor) -> Tensor:
+    return torch.zeros_like(mask, dtype=scores.dtype).scatter_(1, mask.sum(1, keepdim=True) - 1, scores[:, None])

@@ -1,0 +1,178 @@
+"""The figures of the report, as PNG files."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+from matplotlib.axes import Axes
+
+from bench.results import ORDER, OURS, Line, Results, duration, exponents, seconds, times
+
+COLOURS = {
+    "cpu": "#0b6e4f",
+    "cuda": "#0b6e4f",
+    "triton": "#3fa34d",
+    "reference": "#8d99ae",
+    "eager": "#5c677d",
+    "torch.compile": "#ee6c4d",
+    "TRL": "#f2b134",
+    "verl": "#2176ae",
+    "OpenRLHF": "#9b5de5",
+    "SkyRL": "#4cc9f0",
+    "torchrl": "#bc4749",
+    "F.cross_entropy": "#33415c",
+}
+PLAIN = "#6c757d"
+LINES = ("#0b6e4f", "#2176ae", "#ee6c4d", "#9b5de5", "#f2b134", "#bc4749", "#4cc9f0", "#33415c")
+
+
+def _colour(provider: str) -> str:
+    return COLOURS.get(provider, PLAIN)
+
+
+def _grid(count: int, columns: int, width: float, height: float) -> tuple[plt.Figure, list[Axes]]:
+    rows = max(1, math.ceil(count / columns))
+    figure, axes = plt.subplots(rows, columns, figsize=(width * columns, height * rows), squeeze=False)
+    flat = list(axes.flat)
+    for spare in flat[count:]:
+        spare.set_visible(False)
+    return figure, flat[:count]
+
+
+def _save(figure: plt.Figure, path: Path) -> Path:
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+    return path
+
+
+def _caption(results: Results) -> str:
+    gpu = results.machine.get("gpu")
+    cpu = f"{results.machine.get('cpu', {}).get('brand_raw', 'CPU')}, {results.versions['threads']} threads"
+    return f"{gpu or cpu}, torch {results.versions['torch']}, {results.when[:10]}"
+
+
+def speedups(results: Results, path: Path, groups: list[str]) -> Path:
+    """One panel per row: what everyone takes, ours first."""
+    figure, axes = _grid(len(groups), 3, 5.2, 2.7)
+    for ax, group in zip(axes, groups, strict=True):
+        rows = results.groups[group]
+        names = [name for name in ORDER if name in rows and name != "bare op"]
+        values = [seconds(rows[name]) for name in names]
+        ax.barh(names, values, color=[_colour(name) for name in names], height=0.72)
+        mine = results.ours(group)
+        for i, (name, value) in enumerate(zip(names, values, strict=True)):
+            ratio = "" if name == mine else f"  {times(value / seconds(rows[mine]))}"
+            ax.text(value * 1.08, i, f"{duration(value)}{ratio}", va="center", fontsize=8)
+        ax.set_xscale("log")
+        ax.set_xlim(min(values) / 2, max(values) * 12)
+        ax.invert_yaxis()
+        ax.set_title(group, fontsize=9, fontweight="bold")
+        ax.set_xlabel("time per call, seconds (log scale; shorter is better)", fontsize=7.5)
+        ax.tick_params(labelsize=8)
+        ax.spines[["top", "right"]].set_visible(False)
+        labels = ax.get_yticklabels()
+        for label in labels:
+            if label.get_text() in OURS:
+                label.set_text(f"ppo_kernels ({label.get_text()})")
+                label.set_fontweight("bold")
+        ax.set_yticks(range(len(names)), [label.get_text() for label in labels])
+    figure.suptitle(f"Time per call, and how many times ours ({_caption(results)})", fontsize=11)
+    figure.tight_layout(rect=(0, 0, 1, 0.985))
+    return _save(figure, path)
+
+
+def rooflines(results: Results, path: Path) -> Path:
+    """One panel per op: the rate that it reaches against the size of the data, and the limits."""
+    works = [work for work in dict.fromkeys(line.work for line in results.lines)]
+    figure, axes = _grid(len(works), 4, 3.7, 3.0)
+    read = results.machine.get("GB/s", {}).get("read")
+    for ax, work in zip(axes, works, strict=True):
+        lines = [line for line in results.lines if line.work == work and line.axis != "threads"]
+        for line, marker in zip(lines, "os^", strict=False):
+            rates = [size / time / 1e9 for size, (_, time) in zip(line.bytes, line.points, strict=True)]
+            mib = [size / 2**20 for size in line.bytes]
+            ax.plot(mib, rates, marker=marker, ms=4, lw=1.2, label=f"against {line.axis}")
+        best = results.best_rate(work)
+        if best:
+            ax.axhline(best, color="#0b6e4f", ls=":", lw=1.2, label=f"instructions: {best:.3g}")
+        if read:
+            ax.axhline(read, color="#bc4749", ls="--", lw=1.2, label=f"memory read: {read:.3g}")
+        cache = _cache(results)
+        if cache:
+            ax.axvline(cache / 2**20, color=PLAIN, ls=":", lw=0.9)
+        ax.set_xscale("log", base=2)
+        ax.set_yscale("log")
+        ax.set_title(work, fontsize=9, fontweight="bold")
+        ax.set_xlabel("data per call, MiB", fontsize=8)
+        ax.set_ylabel("rate, GB/s", fontsize=8)
+        ax.tick_params(labelsize=7.5)
+        ax.grid(alpha=0.25)
+        ax.legend(fontsize=6.5, loc="lower right")
+    figure.suptitle(
+        f"Rate against size, and what limits it: instructions within the caches, memory beyond ({_caption(results)})",
+        fontsize=11,
+    )
+    figure.tight_layout(rect=(0, 0, 1, 0.97))
+    return _save(figure, path)
+
+
+def _cache(results: Results) -> float | None:
+    size = results.machine.get("cpu", {}).get("l3_cache_size")
+    return float(size) if isinstance(size, (int, float)) else None
+
+
+UNITS = {"V": "vocabulary V", "T": "tokens per row T", "B": "rows B"}
+
+
+def scaling(results: Results, path: Path) -> Path:
+    axes_of: dict[str, list[Line]] = {}
+    for line in results.lines:
+        if line.axis != "threads":
+            axes_of.setdefault(line.axis, []).append(line)
+    figure, axes = _grid(len(axes_of), 3, 5.4, 4.6)
+    for ax, (axis, lines) in zip(axes, axes_of.items(), strict=True):
+        for line, colour in zip(lines, LINES, strict=False):
+            xs, ys = zip(*line.points, strict=True)
+            slope, _ = exponents(line)
+            ax.plot(
+                xs, [y * 1e6 for y in ys], marker="o", ms=3.5, lw=1.3, color=colour, label=f"{line.work}: {slope:.2f}"
+            )
+        end, top = xs[-1], max(line.points[-1][1] for line in lines) * 1e6 * 3
+        ax.plot([end / 256, end], [top / 256, top], color="black", lw=1, ls="--", label="linear: 1.00")
+        ax.set_xscale("log", base=2)
+        ax.set_yscale("log")
+        ax.set_xlabel(UNITS.get(axis, axis), fontsize=9)
+        ax.set_ylabel("time per call, µs", fontsize=9)
+        ax.set_title(f"against {UNITS.get(axis, axis)}", fontsize=10, fontweight="bold")
+        ax.tick_params(labelsize=8)
+        ax.grid(alpha=0.25)
+        ax.legend(fontsize=7, title="growth exponent, upper half", title_fontsize=7)
+    figure.suptitle(f"Cost of ours against size ({_caption(results)})", fontsize=11)
+    figure.tight_layout(rect=(0, 0, 1, 0.97))
+    return _save(figure, path)
+
+
+def draw(results: Results, folder: Path) -> dict[str, Path]:
+    """Every figure that the results have the rows for, by title."""
+    figures = {}
+    large = [group for group in results.groups if not _small(group)]
+    small = [group for group in results.groups if _small(group)]
+    if large:
+        figures["Speed against everyone else"] = speedups(results, folder / "speed.png", large)
+    if small:
+        figures["Small calls: what a call costs when there is nothing to compute"] = speedups(
+            results, folder / "small_calls.png", small
+        )
+    if results.lines:
+        figures["Rate and limits of each op"] = rooflines(results, folder / "roofline.png")
+        figures["Growth with size"] = scaling(results, folder / "scaling.png")
+    return figures
+
+
+def _small(group: str) -> bool:
+    return "[8, " in group

@@ -1,0 +1,259 @@
+"""The JSON of a run as tables. Nothing here needs torch: results can be read on any machine."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Any
+
+OURS = ("cpu", "cuda", "triton")
+#: The order of columns; peers that are not named here come last.
+ORDER = (
+    *OURS,
+    *("bare op", "reference", "eager", "torch.compile"),
+    *("TRL", "verl", "OpenRLHF", "SkyRL", "torchrl", "Liger", "flash-attn", "QuACK", "F.cross_entropy"),
+)
+MIB = 2**20
+
+Bench = dict[str, Any]
+
+
+@dataclass
+class Table:
+    title: str
+    note: str
+    header: list[str]
+    lines: list[list[str]] = field(default_factory=list)
+
+    def markdown(self) -> str:
+        body = [self.header, *self.lines]
+        widths = [max(len(line[i]) for line in body) for i in range(len(self.header))]
+
+        def text(line: list[str]) -> str:
+            cells = [c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(line, widths, strict=True))]
+            return "| " + " | ".join(cells) + " |"
+
+        rule = "|" + "|".join("-" * (w + 2) if i == 0 else "-" * (w + 1) + ":" for i, w in enumerate(widths)) + "|"
+        return "\n".join([text(self.header), rule, *map(text, self.lines)])
+
+
+@dataclass
+class Line:
+    """One scaling line: seconds at each point of an axis."""
+
+    work: str
+    axis: str
+    points: list[tuple[int, float]]
+    bytes: list[int]
+
+
+class Results:
+    def __init__(self, data: dict[str, Any]) -> None:
+        self.machine = data.get("machine_info", {})
+        self.when = str(data.get("datetime", ""))[:16].replace("T", " ")
+        self.untimed: list[Bench] = data.get("untimed", [])
+        self.groups: dict[str, dict[str, Bench]] = {}
+        scaling: dict[tuple[str, str], list[Bench]] = {}
+        for bench in data["benchmarks"]:
+            info = bench["extra_info"]
+            if "axis" in info:
+                scaling.setdefault((info["work"], info["axis"].rpartition(" ")[2]), []).append(bench)
+            elif "provider" in info:
+                self.groups.setdefault(bench["group"], {})[info["provider"]] = bench
+        self.lines = [_line(work, axis, benches) for (work, axis), benches in scaling.items()]
+        first = data["benchmarks"][0]["extra_info"] if data["benchmarks"] else {}
+        self.versions = {name: first.get(name, "") for name in ("torch", "ppo_kernels", "commit", "threads")}
+
+    def providers(self) -> list[str]:
+        found = {provider for group in self.groups.values() for provider in group}
+        return sorted(found, key=lambda name: ORDER.index(name) if name in ORDER else len(ORDER))
+
+    def ours(self, group: str) -> str | None:
+        """Our fastest implementation in this group."""
+        mine = [name for name in OURS if name in self.groups[group]]
+        return min(mine, key=lambda name: seconds(self.groups[group][name]), default=None)
+
+    def ratio(self, group: str, provider: str) -> float | None:
+        """How many times longer the provider takes than we do."""
+        rows, mine = self.groups.get(group, {}), self.ours(group) if group in self.groups else None
+        if mine is None or provider not in rows:
+            return None
+        return seconds(rows[provider]) / seconds(rows[mine])
+
+    def best_rate(self, work: str) -> float | None:
+        """GB/s at the best size of the scaling lines: in cache, where instructions are the limit."""
+        rates = [
+            size / at / 1e9
+            for line in self.lines
+            if line.work == work and line.axis != "threads"
+            for size, (_, at) in zip(line.bytes, line.points, strict=True)
+        ]
+        return max(rates, default=None)
+
+
+def seconds(bench: Bench) -> float:
+    return bench["stats"]["median"]
+
+
+def _line(work: str, axis: str, benches: list[Bench]) -> Line:
+    benches = sorted(benches, key=lambda bench: bench["extra_info"]["at"])
+    points = [(bench["extra_info"]["at"], seconds(bench)) for bench in benches]
+    return Line(work, axis, points, [bench["extra_info"]["bytes"] for bench in benches])
+
+
+def duration(s: float) -> str:
+    for scale, unit in ((1.0, "s"), (1e-3, "ms"), (1e-6, "µs")):
+        if s >= scale * 0.9995:
+            return f"{s / scale:.3g} {unit}"
+    return f"{s * 1e9:.3g} ns"
+
+
+def times(ratio: float | None) -> str:
+    if ratio is None:
+        return ""
+    return f"{ratio:.0f}×" if ratio >= 99.5 else f"{ratio:.3g}×"
+
+
+def mib(size: float) -> str:
+    return f"{size / MIB:.2f}" if size < 10 * MIB else f"{size / MIB:.0f}"
+
+
+def speed_table(results: Results) -> Table:
+    others = [name for name in results.providers() if name not in OURS]
+    read = results.machine.get("GB/s", {}).get("read")
+    table = Table(
+        "Speed",
+        "× is how many times longer the other takes (medians of calls in turns). GB/s counts the bytes that have to be "
+        "read or written, once each, over our time; % is the share of what torch reads from memory on this machine "
+        "(more than 100 % means that the data was in the caches). Best GB/s is ours at the best size, in cache: where "
+        "the instructions are the limit, more memory bandwidth would not help.",
+        ["work", "ours", "GB/s", "% of read", "best GB/s", *others],
+    )
+    for group, rows in results.groups.items():
+        mine = results.ours(group)
+        if mine is None:
+            continue
+        info = rows[mine]["extra_info"]
+        best = results.best_rate(info["work"])
+        table.lines.append(
+            [
+                group,
+                f"{duration(seconds(rows[mine]))}" + (f" ({mine})" if mine != "cpu" else ""),
+                f"{info['GB/s']:.3g}",
+                f"{100 * info['GB/s'] / read:.0f} %" if read else "",
+                f"{best:.3g}" if best else "",
+                *(times(results.ratio(group, name)) for name in others),
+            ]
+        )
+    return table
+
+
+def _per_provider(results: Results, title: str, note: str, fact: str, show: Any) -> Table:
+    table = Table(title, note, ["work", *results.providers()])
+    for group, rows in results.groups.items():
+        cells = [show(rows[name]["extra_info"][fact]) if name in rows else "" for name in results.providers()]
+        table.lines.append([group, *cells])
+    return table
+
+
+def memory_table(results: Results) -> Table:
+    note = "MiB that torch's allocator holds at once during a call, beyond the inputs; outputs included."
+    return _per_provider(results, "Extra memory, MiB", note, "extra_bytes", mib)
+
+
+def error_table(results: Results) -> Table:
+    note = (
+        "Against the reference in float64: the largest error over the largest value of an output, worst of the outputs "
+        "that the provider returns. Code that returns bf16 cannot be better than 4e-3; so is every bf16 gradient."
+    )
+    return _per_provider(results, "Error", note, "error", lambda error: f"{error:.0e}")
+
+
+def spread_table(results: Results) -> Table:
+    note = "Median time and, in brackets, the interquartile range over it. Above 20 % the machine was busy: run again."
+    table = Table("Times", note, ["work", *results.providers()])
+    for group, rows in results.groups.items():
+        cells = []
+        for name in results.providers():
+            stats = rows[name]["stats"] if name in rows else None
+            cells.append(f"{duration(stats['median'])} ({stats['iqr'] / stats['median']:.0%})" if stats else "")
+        table.lines.append([group, *cells])
+    return table
+
+
+def untimed_table(results: Results) -> Table:
+    """Who is missing, and why."""
+    reasons: dict[tuple[str, str, str], list[str]] = {}
+    for row in results.untimed:
+        reasons.setdefault((row["provider"], row["state"], row["why"]), []).append(row["group"])
+    note = "Rows that were not timed. Wrong means that the result was off: such a row is never timed."
+    table = Table("Not timed", note, ["provider", "state", "why", "rows"])
+    for (provider, state, why), groups in sorted(reasons.items()):
+        table.lines.append([provider, state, why, str(len(groups)) if state == "absent" else "; ".join(groups)])
+    return table
+
+
+def sources_table(results: Results) -> Table:
+    table = Table("Who is who", "", ["provider", "version", "what is called"])
+    said = {
+        "cpu": "ours, C++",
+        "cuda": "ours, CUDA C++",
+        "triton": "ours, Triton",
+        "bare op": "ours, the registered op without the public function's checks",
+        "reference": 'impl="torch": our eager reference, which computes in float32',
+        "eager": "the few lines that a trainer would write, in the dtype of the inputs",
+        "torch.compile": "torch.compile of the reference",
+    }
+    for name in results.providers():
+        info = next(rows[name]["extra_info"] for rows in results.groups.values() if name in rows)
+        own = name in said
+        version = f"ppo_kernels {info['ppo_kernels']}" if own and name != "torch.compile" else f"torch {info['torch']}"
+        table.lines.append([name, info.get("version", version), said.get(name, info.get("loaded", ""))])
+    return table
+
+
+def exponents(line: Line) -> tuple[float, float]:
+    """The growth exponent of the upper half of a line (least squares), and the steepest doubling of the whole."""
+    logs = [(math.log2(at), math.log2(time)) for at, time in line.points]
+    steps = [(y1 - y0) / (x1 - x0) for (x0, y0), (x1, y1) in pairwise(logs)]
+    half = logs[len(logs) // 2 :]
+    if len(half) < 2:
+        return float("nan"), max(steps, default=float("nan"))
+    mx, my = (sum(v) / len(half) for v in zip(*half, strict=True))
+    slope = sum((x - mx) * (y - my) for x, y in half) / sum((x - mx) ** 2 for x, _ in half)
+    return slope, max(steps)
+
+
+CLIFF = math.log2(3)  # a doubling that costs more than three times as much
+
+
+def scaling_table(results: Results) -> Table:
+    table = Table(
+        "Growth",
+        "Exponent of the time over the upper half of each line (1 is linear; below 1 a fixed cost still shows) and the "
+        f"steepest doubling; a doubling beyond {CLIFF:.2f} (three times the time) would be a cliff. Per-unit cost is "
+        "at the last point.",
+        ["work", "axis", "from", "to", "exponent", "steepest doubling", "time at the end", "verdict"],
+    )
+    for line in results.lines:
+        if line.axis == "threads":
+            continue
+        slope, steepest = exponents(line)
+        (start, _), (end, last) = line.points[0], line.points[-1]
+        verdict = "linear" if slope <= 1.15 and steepest <= CLIFF else "LOOK"
+        table.lines.append(
+            [line.work, line.axis, str(start), str(end), f"{slope:.2f}", f"{steepest:.2f}", duration(last), verdict]
+        )
+    return table
+
+
+def threads_table(results: Results) -> Table:
+    table = Table(
+        "Threads", "Time with one thread over time with two; 2 is ideal.", ["work", "1 thread", "2 threads", "gain"]
+    )
+    for line in results.lines:
+        if line.axis == "threads" and len(line.points) == 2:
+            (_, one), (_, two) = line.points
+            table.lines.append([line.work, duration(one), duration(two), times(one / two)])
+    return table

@@ -1,0 +1,138 @@
+"""The benchmarks run, compare right with right, and end in a report. No times are asserted."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from bench import measure, peers, results, rows, setups, source, targets
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory) -> Path:
+    """One round of every row of the small size that needs no compiler."""
+    folder = tmp_path_factory.mktemp("bench")
+    command = [sys.executable, "-m", "pytest", "bench", "--benchmark-only", "-q", "--bench-seconds", "0"]
+    command += ["-k", "not compile and not scaling", "--benchmark-json", str(folder / "results.json")]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-1000:]
+    assert "policy_loss fwd+bwd fp32 [64, 2048]" in run.stdout  # the table
+    return folder / "results.json"
+
+
+def test_every_row_is_timed_or_says_why_not(small):
+    data = json.loads(small.read_text())
+    read = results.Results(data)
+    assert len(read.groups) >= 20
+    for group, timed in read.groups.items():
+        assert {"reference", "eager"} <= set(timed), group
+        absent = {row["provider"]: row["why"] for row in data["untimed"] if row["group"] == group}
+        work = timed["reference"]["extra_info"]["work"]
+        assert {*rows.OURS, *peers.for_work(work)} <= {*timed, *absent}, group
+        assert all(absent.values())
+        assert "triton" in absent or torch.cuda.is_available()
+    assert not [row for row in data["untimed"] if row["state"] == "wrong"]
+    info = next(iter(read.groups.values()))["reference"]["extra_info"]
+    assert {"bytes", "GB/s", "error", "extra_bytes", "torch", "commit"} <= set(info)
+
+
+def test_report(small, tmp_path):
+    command = [sys.executable, "-m", "bench.report", str(small)]
+    run = subprocess.run([*command, "--out", str(tmp_path)], cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    page = (tmp_path / "index.html").read_text()
+    assert page.count("data:image/png;base64,") == 2  # speed and small calls: no scaling rows here
+    assert 'src="http' not in page
+    assert "## Speed" in (tmp_path / "report.md").read_text()
+    check = subprocess.run([*command, "--check-targets"], cwd=ROOT, capture_output=True, text=True)
+    assert check.returncode == 1
+    assert "not measured" in check.stdout
+
+
+def test_a_wrong_row_is_never_timed():
+    right = setups.whiten(4, 16)
+    off = dataclasses.replace(right, plain=lambda x, mask: eager.whiten(x, mask) * 1.001)
+    broken = dataclasses.replace(right, plain=lambda x, mask: x[:0, 0] @ x)
+    group = [rows.Row("g", right, "reference"), *(rows.Row("g", setup, "eager") for setup in (right, off, broken))]
+    reference, eager, wrong, raised = rows.measure(group, 0.0).values()
+    assert reference.samples
+    assert eager.samples
+    assert not wrong.samples
+    assert "against float64" in wrong.wrong
+    assert not raised.samples
+    assert "RuntimeError" in raised.wrong
+
+
+def test_errors_see_what_is_wrong_and_not_what_is_masked():
+    setup = setups.gae(3, 8)
+    exact = setup.exact()
+    mask = setup.inputs["mask"]
+    got = [x.float() for x in exact]
+    assert max(setup.errors(got, exact)) < 1e-6
+    under = [torch.where(mask, x, float("nan")) for x in got]
+    assert max(setup.errors(under, exact)) < 1e-6
+    last = mask.sum(1)[0] - 1
+    got[1][0, last] = float("nan")
+    assert setup.errors(got, exact)[1] == float("inf")
+    got[1][0, last] = exact[1][0, last] + 0.1
+    assert setup.errors(got, exact)[1] > 1e-3
+    with pytest.raises(AssertionError, match="shape"):
+        setup.errors([got[0][:1]], exact)
+
+
+def test_calls_take_turns():
+    order: list[str] = []
+    timed = {name: measure.Timed([lambda name=name: order.append(name)]) for name in "ab"}
+    measure.in_turns(timed, 0.0)
+    assert [len(one.samples) for one in timed.values()] == [1, 1]
+    slow = measure.Timed([lambda: torch.randn(400, 400) @ torch.randn(400, 400)])
+    measure.in_turns({"slow": slow, **{name: measure.Timed([lambda: None]) for name in "ab"}}, 0.05)
+    assert len(slow.samples) >= measure.LEAST
+
+
+def test_functions_of_a_file_whose_package_cannot_be_imported(tmp_path, monkeypatch):
+    (tmp_path / "heavy").mkdir()
+    (tmp_path / "heavy-1.0.dist-info").mkdir()
+    (tmp_path / "heavy-1.0.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\nName: heavy\nVersion: 1.0\n")
+    (tmp_path / "heavy" / "ops.py").write_text(
+        "import math\nimport not_there\nFACTOR = 2.0\n"
+        "def helper(x: not_there.Type) -> float:\n    return FACTOR * math.sqrt(x)\n"
+        "def wanted(x):\n    return helper(x) + given(x)\n"
+        "class Owner:\n    @staticmethod\n    def method(x): return x\n"
+        "def other():\n    return not_there.thing\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    found = source.functions("heavy", "heavy/ops.py", ["wanted", "Owner.method"], {"given": lambda x: 100.0 * x})
+    assert found["wanted"](4.0) == 404.0
+    assert found["method"](3) == 3
+    with pytest.raises(ImportError):
+        source.functions("heavy", "heavy/ops.py", ["other"])
+    with pytest.raises(LookupError, match="gone"):
+        source.functions("heavy", "heavy/ops.py", ["gone"])
+
+
+def test_exponents_and_targets():
+    linear = results.Line("x", "T", [(2**k, 1e-6 * 2**k) for k in range(8)], [1] * 8)
+    assert results.exponents(linear) == pytest.approx((1.0, 1.0))
+    cliff = results.Line("x", "T", [(2**k, 1e-6 * 2**k * (4 if k > 5 else 1)) for k in range(8)], [1] * 8)
+    assert results.exponents(cliff)[1] > results.CLIFF
+
+    def bench(provider, group, median):
+        info = {"provider": provider, "work": "w", "GB/s": 1.0, "extra_bytes": 0}
+        return {"group": group, "extra_info": info, "stats": {"median": median, "iqr": 0.0}}
+
+    target = targets.TARGETS[0]
+    for factor, verdict in ((1.01, "met"), (0.99, "MISSED")):
+        times = {"cpu": 1.0, target.provider: target.ratio * factor}
+        data = {"benchmarks": [bench(provider, target.group, at) for provider, at in times.items()]}
+        table, bad = targets.check(results.Results(data))
+        assert table.lines[0][-1] == verdict
+        assert bad > 0  # the others were not measured
