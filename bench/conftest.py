@@ -71,8 +71,11 @@ KEY = pytest.StashKey[Bench]()
 
 def pytest_configure(config: pytest.Config) -> None:
     config.stash[KEY] = Bench(config)
-    if not getattr(config.option, "benchmark_compare", False):
-        config.option.benchmark_quiet = True  # one table, ours, in the place of one per group
+    option = config.option
+    if not getattr(option, "benchmark_compare", False):
+        option.benchmark_quiet = True  # one table, ours, in the place of one per group
+    elif not any(argument.startswith("--benchmark-columns") for argument in config.invocation_params.args):
+        option.benchmark_columns = ["median", "iqr", "rounds"]
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -43,10 +43,11 @@ p.note {{ color: #4a5568; max-width: 60rem; }} code {{ background: #f4f6fa; padd
 
 WHAT = (
     "ppo_kernels is a library of fused kernels for the arithmetic of reinforcement learning from human feedback "
-    "(RLHF): log-probabilities of tokens, KL-shaped rewards, advantages (GAE), whitening and the clipped PPO losses. This page "
-    "compares them with the code that trainers run today: their own functions, called from their own packages, on the "
-    "same tensors in the same run. Every row was checked against float64 before it was timed. Shapes: [rows, "
-    "vocabulary] for the logits, [sequences, tokens] for everything else; fwd+bwd is the value and its gradient."
+    "(RLHF): log-probabilities of tokens, KL-shaped rewards, advantages (GAE), whitening and the clipped PPO losses. "
+    "This page compares them with the code that trainers run today: their own functions, called from their own "
+    "packages, on the same tensors in the same run. Every row was checked against float64 before it was timed. "
+    "Shapes: [rows, vocabulary] for logits, [sequences, tokens] for everything else; fwd+bwd is the value and its "
+    "gradient."
 )
 
 

@@ -25,9 +25,9 @@ Inputs = dict[str, Tensor]
 class Setup:
     """``work`` says what is computed, whatever the shape; other libraries are known by it (peers.py).
 
-    ``run(impl, **inputs)`` is our call and ``plain(**inputs)`` the eager one, whose outputs are the first of ours. Where
-    ``wrt`` names an input, the first output is differentiated with respect to it. The tolerances are for errors as
-    ``errors`` counts them, the second for code that computes in the dtype of the inputs.
+    ``run(impl, **inputs)`` is our call and ``plain(**inputs)`` the eager one, whose outputs are the first of ours.
+    Where ``wrt`` names an input, the first output is differentiated with respect to it. The tolerances are for errors
+    as ``errors`` counts them, the second for code that computes in the dtype of the inputs.
     """
 
     op: str
