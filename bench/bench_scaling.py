@@ -1,4 +1,8 @@
-"""Our own cost against V, T, B and threads. The points of a line take turns; report.py fits the exponents."""
+"""Our own cost against V, T and B with one thread, and against threads.
+
+The points of a line take turns; the report fits the exponents. With more threads the lines would show from which size
+on the work is shared out, not how it grows.
+"""
 
 from __future__ import annotations
 
@@ -35,7 +39,7 @@ TOKENS: dict[str, Callable[[int, int], Setup]] = {
 
 def _line(work: str, axis: str, points: list[int], make: Callable[[int], Setup]) -> list[Row]:
     return [
-        Row(f"scaling: {work} against {axis}", setup, rows.best(setup), point=(f"{work} {axis}", at))
+        Row(f"scaling: {work} against {axis}", setup, rows.best(setup), threads=1, point=(f"{work} {axis}", at))
         for at, setup in ((at, make(at)) for at in points)
     ]
 

@@ -124,18 +124,25 @@ def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: di
     if bench.groups:
         bench.measure_bandwidth()
     machine_info.pop("node", None)
-    machine_info["cpu"] = {
-        name: machine_info["cpu"].get(name) for name in ("brand_raw", "l2_cache_size", "l3_cache_size")
-    }
+    machine_info["cpu"] = {"brand_raw": machine_info["cpu"].get("brand_raw")}
     machine_info |= {
         "isa": _native.cpu_capability() if _native.CPU_ERROR is None else "C++ ops not built",
         "cores": os.cpu_count(),
         "load": [round(load, 2) for load in os.getloadavg()],
         "size": config.getoption("bench_size"),
         "GB/s": bench.bandwidth,
+        "cache MiB": _last_cache(),
     }
     if rows.DEVICE == "cuda":
         machine_info["gpu"] = torch.cuda.get_device_name()
+
+
+def _last_cache() -> float | None:
+    """MiB of the last cache before memory."""
+    if rows.DEVICE == "cuda":
+        return torch.cuda.get_device_properties(0).L2_cache_size / 2**20
+    sizes = [path.read_text().strip() for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")]
+    return max((int(size[:-1]) / 1024 for size in sizes if size.endswith("K")), default=None)
 
 
 def pytest_benchmark_update_json(config: pytest.Config, benchmarks: list, output_json: dict) -> None:

@@ -85,7 +85,7 @@ PEERS = {
     "Liger": Peer(
         "liger-kernel",
         calls.load_liger,
-        "imported",
+        "imported; its cross entropy writes the gradient over the logits, so each call gets a copy of them",
         {LOGPROBS: calls.liger_selective, BACKWARD: calls.liger_cross_entropy, FROM_LOGITS: calls.liger_grpo},
         device="cuda",
     ),

@@ -11,7 +11,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 
-from bench.results import ORDER, OURS, Line, Results, duration, exponents, seconds, times
+from bench.results import ORDER, OURS, Line, Results, duration, exponents, seconds, small_call, times
 
 COLOURS = {
     "cpu": "#0b6e4f",
@@ -70,7 +70,7 @@ def speedups(results: Results, path: Path, groups: list[str]) -> Path:
             ax.text(value * 1.08, i, f"{duration(value)}{ratio}", va="center", fontsize=8)
         ax.set_xscale("log")
         ax.set_xlim(min(values) / 2, max(values) * 12)
-        ax.invert_yaxis()
+        ax.set_ylim(max(len(names), 5) - 0.4, -0.6)
         ax.set_title(group, fontsize=9, fontweight="bold")
         ax.set_xlabel("time per call, seconds (log scale; shorter is better)", fontsize=7.5)
         ax.tick_params(labelsize=8)
@@ -102,9 +102,9 @@ def rooflines(results: Results, path: Path) -> Path:
             ax.axhline(best, color="#0b6e4f", ls=":", lw=1.2, label=f"instructions: {best:.3g}")
         if read:
             ax.axhline(read, color="#bc4749", ls="--", lw=1.2, label=f"memory read: {read:.3g}")
-        cache = _cache(results)
+        cache = results.machine.get("cache MiB")
         if cache:
-            ax.axvline(cache / 2**20, color=PLAIN, ls=":", lw=0.9)
+            ax.axvline(cache, color=PLAIN, ls=":", lw=0.9, label=f"last cache: {cache:g} MiB")
         ax.set_xscale("log", base=2)
         ax.set_yscale("log")
         ax.set_title(work, fontsize=9, fontweight="bold")
@@ -112,18 +112,14 @@ def rooflines(results: Results, path: Path) -> Path:
         ax.set_ylabel("rate, GB/s", fontsize=8)
         ax.tick_params(labelsize=7.5)
         ax.grid(alpha=0.25)
-        ax.legend(fontsize=6.5, loc="lower right")
+        ax.legend(fontsize=6.5, framealpha=0.6)
     figure.suptitle(
-        f"Rate against size, and what limits it: instructions within the caches, memory beyond ({_caption(results)})",
+        "Rate against size with one thread, and what limits it: instructions within the caches, memory beyond "
+        f"({_caption(results)})",
         fontsize=11,
     )
     figure.tight_layout(rect=(0, 0, 1, 0.97))
     return _save(figure, path)
-
-
-def _cache(results: Results) -> float | None:
-    size = results.machine.get("cpu", {}).get("l3_cache_size")
-    return float(size) if isinstance(size, (int, float)) else None
 
 
 UNITS = {"V": "vocabulary V", "T": "tokens per row T", "B": "rows B"}
@@ -151,8 +147,8 @@ def scaling(results: Results, path: Path) -> Path:
         ax.set_title(f"against {UNITS.get(axis, axis)}", fontsize=10, fontweight="bold")
         ax.tick_params(labelsize=8)
         ax.grid(alpha=0.25)
-        ax.legend(fontsize=7, title="growth exponent, upper half", title_fontsize=7)
-    figure.suptitle(f"Cost of ours against size ({_caption(results)})", fontsize=11)
+        ax.legend(fontsize=7, title="growth exponent, upper half", title_fontsize=7, loc="upper left", framealpha=0.6)
+    figure.suptitle(f"Cost of ours against size, one thread ({_caption(results)})", fontsize=11)
     figure.tight_layout(rect=(0, 0, 1, 0.97))
     return _save(figure, path)
 
@@ -160,8 +156,8 @@ def scaling(results: Results, path: Path) -> Path:
 def draw(results: Results, folder: Path) -> dict[str, Path]:
     """Every figure that the results have the rows for, by title."""
     figures = {}
-    large = [group for group in results.groups if not _small(group)]
-    small = [group for group in results.groups if _small(group)]
+    large = [group for group in results.groups if not small_call(group)]
+    small = [group for group in results.groups if small_call(group)]
     if large:
         figures["Speed against everyone else"] = speedups(results, folder / "speed.png", large)
     if small:
@@ -172,7 +168,3 @@ def draw(results: Results, folder: Path) -> dict[str, Path]:
         figures["Rate and limits of each op"] = rooflines(results, folder / "roofline.png")
         figures["Growth with size"] = scaling(results, folder / "scaling.png")
     return figures
-
-
-def _small(group: str) -> bool:
-    return "[8, " in group

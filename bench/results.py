@@ -8,6 +8,8 @@ from itertools import pairwise
 from typing import Any
 
 OURS = ("cpu", "cuda", "triton")
+#: The order of rows: what comes first in a training step.
+WORKS = ("token_logprobs", "kl_rewards", "gae", "whiten", "policy_loss", "value_loss")
 #: The order of columns; peers that are not named here come last.
 ORDER = (
     *OURS,
@@ -15,6 +17,7 @@ ORDER = (
     *("TRL", "verl", "OpenRLHF", "SkyRL", "torchrl", "Liger", "flash-attn", "QuACK", "F.cross_entropy"),
 )
 MIB = 2**20
+NOISY = 0.25  # interquartile range over the median
 
 Bench = dict[str, Any]
 
@@ -61,6 +64,7 @@ class Results:
                 scaling.setdefault((info["work"], info["axis"].rpartition(" ")[2]), []).append(bench)
             elif "provider" in info:
                 self.groups.setdefault(bench["group"], {})[info["provider"]] = bench
+        self.groups = dict(sorted(self.groups.items(), key=lambda item: _place(item[0])))
         self.lines = [_line(work, axis, benches) for (work, axis), benches in scaling.items()]
         first = data["benchmarks"][0]["extra_info"] if data["benchmarks"] else {}
         self.versions = {name: first.get(name, "") for name in ("torch", "ppo_kernels", "commit", "threads")}
@@ -96,6 +100,20 @@ def seconds(bench: Bench) -> float:
     return bench["stats"]["median"]
 
 
+def small_call(group: str) -> bool:
+    """Next to nothing to compute: 8 rows."""
+    return "[8, " in group
+
+
+def noisy(bench: Bench) -> bool:
+    return bench["stats"]["iqr"] > NOISY * bench["stats"]["median"]
+
+
+def _place(group: str) -> tuple[bool, int]:
+    """Small calls last; the others in the order of a training step."""
+    return small_call(group), next((i for i, work in enumerate(WORKS) if group.startswith(work)), len(WORKS))
+
+
 def _line(work: str, axis: str, benches: list[Bench]) -> Line:
     benches = sorted(benches, key=lambda bench: bench["extra_info"]["at"])
     points = [(bench["extra_info"]["at"], seconds(bench)) for bench in benches]
@@ -127,7 +145,7 @@ def speed_table(results: Results) -> Table:
         "× is how many times longer the other takes (medians of calls in turns). GB/s counts the bytes that have to be "
         "read or written, once each, over our time; % is the share of what torch reads from memory on this machine "
         "(more than 100 % means that the data was in the caches). Best GB/s is ours at the best size, in cache: where "
-        "the instructions are the limit, more memory bandwidth would not help.",
+        "the instructions are the limit, more memory bandwidth would not help. ~ marks what a busy machine blurred.",
         ["work", "ours", "GB/s", "% of read", "best GB/s", *others],
     )
     for group, rows in results.groups.items():
@@ -136,6 +154,8 @@ def speed_table(results: Results) -> Table:
             continue
         info = rows[mine]["extra_info"]
         best = results.best_rate(info["work"])
+        blurred = {name: "~" for name in rows if noisy(rows[name]) or noisy(rows[mine])}
+        ratios = [times(results.ratio(group, name)) + blurred.get(name, "") for name in others]
         table.lines.append(
             [
                 group,
@@ -143,7 +163,7 @@ def speed_table(results: Results) -> Table:
                 f"{info['GB/s']:.3g}",
                 f"{100 * info['GB/s'] / read:.0f} %" if read else "",
                 f"{best:.3g}" if best else "",
-                *(times(results.ratio(group, name)) for name in others),
+                *ratios,
             ]
         )
     return table
@@ -171,7 +191,7 @@ def error_table(results: Results) -> Table:
 
 
 def spread_table(results: Results) -> Table:
-    note = "Median time and, in brackets, the interquartile range over it. Above 20 % the machine was busy: run again."
+    note = "Medians and, in brackets, the interquartile range over them. Many above 25 %: run on a quieter machine."
     table = Table("Times", note, ["work", *results.providers()])
     for group, rows in results.groups.items():
         cells = []
