@@ -99,27 +99,49 @@ __device__ bool block_any(bool mine) {
   return any;
 }
 
+// Relaxed accesses of a word that other blocks read or write.
+__device__ inline unsigned load_relaxed(const unsigned* p) {
+#ifdef PPO_HOST_CUDA
+  return host_cuda::load(p);
+#else
+  unsigned x;
+  asm volatile("ld.relaxed.gpu.global.u32 %0, [%1];" : "=r"(x) : "l"(p) : "memory");
+  return x;
+#endif
+}
+
+__device__ inline void store_relaxed(unsigned* p, unsigned x) {
+#ifdef PPO_HOST_CUDA
+  host_cuda::store(p, x);
+#else
+  asm volatile("st.relaxed.gpu.global.u32 [%0], %1;" : : "l"(p), "r"(x) : "memory");
+#endif
+}
+
 // What a thread wrote before publish() is seen, through __ldcg, by a thread whose await() of the same flag returned.
 // To await a flag is safe only if the block that publishes it has already begun and publishes before it waits itself.
 __device__ inline void publish(unsigned* flag) {
   __threadfence();
-  *static_cast<volatile unsigned*>(flag) = 1u;
+  store_relaxed(flag, 1u);
 }
 
 __device__ inline void await(const unsigned* flag) {
-  while (*static_cast<const volatile unsigned*>(flag) == 0u) {
+  while (load_relaxed(flag) == 0u) {
   }
   __threadfence();
 }
 
-// Whether this block is the last of `blocks` to come here; then it sees what all of them wrote before.
+// Whether this block is the last of `blocks` to come here; then it sees what all of them wrote before. The fences are
+// those of the thread that takes the ticket: the barriers order the other threads with it.
 __device__ inline bool is_last_block(unsigned* ticket, unsigned blocks) {
   __shared__ bool last;
-  __threadfence();
   __syncthreads();
-  if (threadIdx.x == 0) last = atomicAdd(ticket, 1u) == blocks - 1;
+  if (threadIdx.x == 0) {
+    __threadfence();
+    last = atomicAdd(ticket, 1u) == blocks - 1;
+    __threadfence();
+  }
   __syncthreads();
-  __threadfence();
   return last;
 }
 

@@ -1,8 +1,18 @@
-// The runtime behind include/cuda_runtime.h: fibers, or std::threads with HOST_CUDA_THREADS.
+// The runtime behind include/cuda_runtime.h. A CUDA thread is a fiber; the fibers of a block share one OS thread, and up
+// to HOST_CUDA_BLOCKS blocks run at the same time.
+//
+// For ThreadSanitizer every fiber is a thread of its own, ordered with others by what CUDA orders alone: barriers, and
+// fences around atomics (as in C++: a relaxed write after a fence, read before a fence). This file is not instrumented.
 #include <cuda_runtime.h>
+#ifdef HOST_CUDA_TSAN
+#include <sanitizer/tsan_interface.h>
 
-#include <algorithm>
-#include <barrier>
+extern "C" int __tsan_atomic32_fetch_add(volatile int* at, int value, int order);  // gcc 12 has no header for these
+extern "C" int __tsan_atomic32_load(const volatile int* at, int order);
+extern "C" void __tsan_atomic32_store(volatile int* at, int value, int order);
+#endif
+
+#include <atomic>
 #include <cstdio>
 #include <cstdlib>
 #include <memory>
@@ -17,73 +27,50 @@ unsigned block_size = 0, grid_size = 0;
 
 namespace {
 
-std::mutex one_launch;
-unsigned launches = 0;
-std::vector<uint64_t> slots;
-std::vector<Thread> threads;
-
-// Forwards, backwards, and by a stride: no result may depend on the order in which blocks run.
-unsigned block_at(unsigned i, unsigned blocks) {
-  switch (launches % 3) {
-    case 0:
-      return i;
-    case 1:
-      return blocks - 1 - i;
-    default: {
-      const unsigned odd = (blocks + 1) / 2;
-      return i < odd ? 2 * i : 2 * (i - odd) + 1;
-    }
-  }
+// What ThreadSanitizer is told: nothing without it.
+#ifdef HOST_CUDA_TSAN
+constexpr size_t kStack = 64 * 1024;
+void acquire(void* at) { __tsan_acquire(at); }
+void release(void* at) { __tsan_release(at); }
+void* own_fiber() { return __tsan_get_current_fiber(); }
+void* new_fiber() { return __tsan_create_fiber(0); }
+void end_fiber(void* fiber) { __tsan_destroy_fiber(fiber); }
+void show_switch(void* fiber) { __tsan_switch_to_fiber(fiber, __tsan_switch_to_fiber_no_sync); }
+unsigned relaxed_add(unsigned* at, unsigned value) {
+  return __tsan_atomic32_fetch_add(reinterpret_cast<int*>(at), static_cast<int>(value), __ATOMIC_RELAXED);
 }
-
-}  // namespace
-
-uint64_t& slot(unsigned lane) { return slots[warp() * 32 + lane]; }
-
-#ifdef HOST_CUDA_THREADS
-
-namespace {
-std::vector<std::unique_ptr<std::barrier<>>> barriers;
+unsigned relaxed_load(const unsigned* at) {
+  return __tsan_atomic32_load(reinterpret_cast<const int*>(at), __ATOMIC_RELAXED);
 }
-
-void wait(int barrier, unsigned) { barriers[barrier]->arrive_and_wait(); }
-
-static void run_block(const std::function<void()>& kernel) {
-  const unsigned warps = (block_size + 31) / 32;
-  barriers.clear();
-  barriers.push_back(std::make_unique<std::barrier<>>(block_size));
-  for (unsigned w = 0; w < warps; ++w) {
-    barriers.push_back(std::make_unique<std::barrier<>>(std::min(32u, block_size - 32 * w)));
-  }
-  std::vector<std::thread> running;
-  for (Thread& thread : threads) {
-    running.emplace_back([&] {
-      current = &thread;
-      kernel();
-    });
-  }
-  for (std::thread& thread : running) thread.join();
+void relaxed_store(unsigned* at, unsigned value) {
+  __tsan_atomic32_store(reinterpret_cast<int*>(at), static_cast<int>(value), __ATOMIC_RELAXED);
 }
-
 #else
-
-namespace {
-
-struct Barrier {
-  unsigned arrived = 0;
-  uint64_t generation = 0;
-};
-
 constexpr size_t kStack = 256 * 1024;
+void acquire(void*) {}
+void release(void*) {}
+void* own_fiber() { return nullptr; }
+void* new_fiber() { return nullptr; }
+void end_fiber(void*) {}
+void show_switch(void*) {}
+unsigned relaxed_add(unsigned* at, unsigned value) { return std::atomic_ref(*at).fetch_add(value); }
+unsigned relaxed_load(const unsigned* at) { return std::atomic_ref(const_cast<unsigned&>(*at)).load(); }
+void relaxed_store(unsigned* at, unsigned value) { std::atomic_ref(*at).store(value); }
+#endif
 
-std::vector<std::unique_ptr<char[]>> stacks;
-std::vector<void*> stack_pointers;
-std::vector<bool> finished;
-std::vector<Barrier> barriers;
-const std::function<void()>* body = nullptr;
-void* scheduler = nullptr;
-unsigned running = 0;
-uint64_t progress = 0;
+// What happened before one point happens before another, and nothing of the caller's own does.
+void pass_on(void* from, void* to) {
+#ifdef HOST_CUDA_TSAN
+  void *self = own_fiber(), *messenger = new_fiber();
+  show_switch(messenger);
+  acquire(from);
+  release(to);
+  show_switch(self);
+  end_fiber(messenger);
+#else
+  static_cast<void>(from), static_cast<void>(to);
+#endif
+}
 
 extern "C" void host_cuda_switch(void** save, void* load);
 asm(R"(
@@ -108,73 +95,196 @@ host_cuda_switch:
 .size host_cuda_switch, .-host_cuda_switch
 )");
 
-void yield() { host_cuda_switch(&stack_pointers[running], scheduler); }
+std::atomic<unsigned> blocks_running{0};
 
-void enter() {
-  (*body)();
-  finished[running] = true;
-  ++progress;
-  yield();
+struct Barrier {
+  unsigned arrived = 0;
+  uint64_t generation = 0;
+  char passed[2];  // in turns: who is late must not learn what others did after the barrier
+};
+
+struct Fiber {
+  Thread thread;
+  void *stack_pointer, *shown;
+  bool finished = false;
+  char seen, fenced;  // what its reads of atomics brought; what it did before its last fence
+};
+
+class Block {
+ public:
+  static thread_local Block* running;
+
+  Block(unsigned index, std::vector<std::unique_ptr<char[]>>& stacks)
+      : fibers_(block_size), slots_((block_size + 31) / 32 * 32), barriers_(1 + (block_size + 31) / 32) {
+    while (stacks.size() < block_size) stacks.emplace_back(new char[kStack]);
+    for (unsigned i = 0; i < block_size; ++i) {
+      auto* top = reinterpret_cast<void**>((reinterpret_cast<uintptr_t>(stacks[i].get()) + kStack) & ~uintptr_t{15});
+      *--top = nullptr;                          // the return address of enter(), which never returns
+      *--top = reinterpret_cast<void*>(&enter);  // what the first switch returns to
+      fibers_[i].thread = {i, index};
+      fibers_[i].stack_pointer = top - 6;  // six registers to pop, whatever they hold
+      fibers_[i].shown = new_fiber();
+    }
+  }
+
+  void run(const std::function<void()>& kernel) {
+    kernel_ = &kernel;
+    running = this;
+    scheduler_shown_ = own_fiber();
+    release(&begun_);
+    for (unsigned live = block_size; live > 0;) {
+      const uint64_t before = progress_;
+      for (Fiber& fiber : fibers_) {
+        if (fiber.finished) continue;
+        at_ = &fiber;
+        current = &fiber.thread;
+        show_switch(fiber.shown);
+        host_cuda_switch(&scheduler_, fiber.stack_pointer);
+        if (fiber.finished) --live;
+      }
+      if (progress_ != before) continue;
+      if (blocks_running <= 1) {
+        std::fprintf(stderr, "host_cuda: deadlock: the threads of a block wait for what never comes\n");
+        std::abort();
+      }
+      std::this_thread::yield();
+    }
+    acquire(&ended_);
+    for (Fiber& fiber : fibers_) end_fiber(fiber.shown);
+    running = nullptr;
+  }
+
+  void yield() {
+    Fiber& self = *at_;
+    show_switch(scheduler_shown_);
+    host_cuda_switch(&self.stack_pointer, scheduler_);
+  }
+
+  void wait(unsigned barrier, unsigned expected, bool orders_memory) {
+    Barrier& b = barriers_[barrier];
+    const uint64_t generation = b.generation;
+    if (orders_memory) release(&b.passed[generation % 2]);
+    ++progress_;
+    if (++b.arrived == expected) {
+      b.arrived = 0;
+      ++b.generation;
+    }
+    while (b.generation == generation) yield();
+    if (orders_memory) acquire(&b.passed[generation % 2]);
+  }
+
+  Fiber& self() { return *at_; }
+  uint64_t& slot(unsigned lane) { return slots_[at_->thread.index / 32 * 32 + lane]; }
+
+ private:
+  static void enter() {
+    Block& block = *running;
+    acquire(&block.begun_);
+    (*block.kernel_)();
+    release(&block.ended_);
+    block.at_->finished = true;
+    ++block.progress_;
+    block.yield();
+  }
+
+  std::vector<Fiber> fibers_;
+  std::vector<uint64_t> slots_;
+  std::vector<Barrier> barriers_;  // 0 is the block's; 1 + w is warp w's
+  const std::function<void()>* kernel_ = nullptr;
+  Fiber* at_ = nullptr;
+  void *scheduler_ = nullptr, *scheduler_shown_ = nullptr;
+  uint64_t progress_ = 0;
+  char begun_, ended_;
+};
+
+thread_local Block* Block::running = nullptr;
+
+void wait_warp(unsigned mask, bool orders_memory) {
+  Block::running->wait(1 + current->index / 32, __builtin_popcount(mask), orders_memory);
 }
 
-void* fresh_stack(unsigned i) {
-  if (stacks.size() <= i) stacks.resize(i + 1);
-  if (!stacks[i]) stacks[i] = std::make_unique<char[]>(kStack);
-  auto* top = reinterpret_cast<void**>((reinterpret_cast<uintptr_t>(stacks[i].get()) + kStack) & ~uintptr_t{15});
-  *--top = nullptr;                          // the return address of enter(), which never returns
-  *--top = reinterpret_cast<void*>(&enter);  // what the first switch returns to
-  return top - 6;                            // six registers to pop, whatever they hold
+std::mutex one_launch;
+unsigned launches = 0;
+
+// Forwards, backwards, and by a stride: no result may depend on the order in which blocks run.
+unsigned block_at(unsigned i, unsigned blocks) {
+  switch (launches % 3) {
+    case 0:
+      return i;
+    case 1:
+      return blocks - 1 - i;
+    default: {
+      const unsigned odd = (blocks + 1) / 2;
+      return i < odd ? 2 * i : 2 * (i - odd) + 1;
+    }
+  }
 }
 
 }  // namespace
 
-void wait(int barrier, unsigned expected) {
-  Barrier& b = barriers[barrier];
-  const uint64_t generation = b.generation;
-  if (++b.arrived == expected) {
-    b.arrived = 0;
-    ++b.generation;
-    ++progress;
-    return;
-  }
-  while (b.generation == generation) yield();
+void sync_block() { Block::running->wait(0, block_size, true); }
+void sync_warp(unsigned mask) { wait_warp(mask, true); }
+
+uint64_t exchange(unsigned mask, uint64_t value, unsigned source) {
+  Block::running->slot(current->index % 32) = value;
+  wait_warp(mask, false);
+  value = Block::running->slot(source);
+  wait_warp(mask, false);
+  return value;
 }
 
-static void run_block(const std::function<void()>& kernel) {
-  barriers.assign(1 + (block_size + 31) / 32, {});
-  finished.assign(block_size, false);
-  stack_pointers.assign(block_size, nullptr);
-  for (unsigned i = 0; i < block_size; ++i) stack_pointers[i] = fresh_stack(i);
-  body = &kernel;
-  unsigned live = block_size;
-  while (live > 0) {
-    const uint64_t before = progress;
-    for (unsigned i = 0; i < block_size; ++i) {
-      if (finished[i]) continue;
-      running = i;
-      current = &threads[i];
-      host_cuda_switch(&scheduler, stack_pointers[i]);
-      if (finished[i]) --live;
-    }
-    if (progress == before) {
-      std::fprintf(stderr, "host_cuda: deadlock: the threads of a block wait at different barriers\n");
-      std::abort();
-    }
-  }
+void fence() {
+  std::atomic_thread_fence(std::memory_order_seq_cst);
+  Fiber& self = Block::running->self();
+  acquire(&self.seen);
+  release(&self.fenced);
 }
 
-#endif
+unsigned atomic_add(unsigned* address, unsigned value) {
+  Fiber& self = Block::running->self();
+  pass_on(&self.fenced, address);
+  const unsigned old = relaxed_add(address, value);
+  pass_on(address, &self.seen);
+  return old;
+}
+
+void store(unsigned* address, unsigned value) {
+  pass_on(&Block::running->self().fenced, address);
+  relaxed_store(address, value);
+}
+
+unsigned load(const unsigned* address) {
+  const unsigned value = relaxed_load(address);
+  pass_on(const_cast<unsigned*>(address), &Block::running->self().seen);
+  if (value == 0) Block::running->yield();  // what it waits for has yet to come
+  return value;
+}
 
 void run(unsigned blocks, unsigned threads_per_block, const std::function<void()>& kernel) {
   const std::lock_guard<std::mutex> lock(one_launch);
   block_size = threads_per_block;
   grid_size = blocks;
-  slots.assign((block_size + 31) / 32 * 32, 0);
-  threads.resize(block_size);
+#if HOST_CUDA_BLOCKS > 1
+  std::vector<std::thread> threads;
   for (unsigned i = 0; i < blocks; ++i) {
-    for (unsigned t = 0; t < block_size; ++t) threads[t] = {t, block_at(i, blocks)};
-    run_block(kernel);
+    while (blocks_running >= HOST_CUDA_BLOCKS) std::this_thread::yield();
+    ++blocks_running;
+    threads.emplace_back([&kernel, index = block_at(i, blocks)] {
+      {
+        std::vector<std::unique_ptr<char[]>> stacks;
+        Block(index, stacks).run(kernel);
+      }
+      --blocks_running;
+    });
+    // To join a thread orders what it did before what starts later, and so it is done rarely.
+    if (i + 1 < blocks && threads.size() < 64) continue;
+    for (std::thread& thread : threads) thread.join();
+    threads.clear();
   }
+#else
+  static std::vector<std::unique_ptr<char[]>> stacks;
+  for (unsigned i = 0; i < blocks; ++i) Block(block_at(i, blocks), stacks).run(kernel);
+#endif
   ++launches;
 }
 

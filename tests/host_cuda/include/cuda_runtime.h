@@ -1,10 +1,7 @@
 // Test only: just enough of CUDA to compile the kernels and launchers with a C++ compiler and run them on the host.
-//
-// A CUDA thread is a fiber (fast, for correctness and ASan) or, with HOST_CUDA_THREADS, a std::thread (for TSan).
-// Blocks run one after another, in another order at each launch. What this does not show is in README.md beside it.
+// What it does not show is in README.md beside it.
 #pragma once
 
-#include <atomic>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -16,7 +13,16 @@
 #define __host__
 #define __forceinline__ inline __attribute__((always_inline))
 #define __launch_bounds__(...)
-#define __shared__ static  // one block at a time, so that a static is what a block shares
+
+// How many blocks run at the same time. All threads of a block are fibers of one OS thread.
+#ifndef HOST_CUDA_BLOCKS
+#define HOST_CUDA_BLOCKS 1
+#endif
+#if HOST_CUDA_BLOCKS > 1
+#define __shared__ static thread_local
+#else
+#define __shared__ static  // ASan puts red zones around it
+#endif
 
 struct uint3 {
   unsigned x, y, z;
@@ -40,27 +46,29 @@ struct Thread {
 extern thread_local Thread* current;
 extern unsigned block_size, grid_size;
 
-// Waits until all `expected` threads of a barrier are there. 0 is the block's; 1 + w is warp w's.
-void wait(int barrier, unsigned expected);
-uint64_t& slot(unsigned lane);  // of the caller's warp
 void run(unsigned blocks, unsigned threads, const std::function<void()>& kernel);
 
-inline unsigned lane() { return current->index % 32; }
-inline unsigned warp() { return current->index / 32; }
-inline void wait_warp(unsigned mask) { wait(1 + static_cast<int>(warp()), __builtin_popcount(mask)); }
+void sync_block();
+void sync_warp(unsigned mask);
+void fence();
+// `value` of the lane `source`. It orders no memory, as in CUDA.
+uint64_t exchange(unsigned mask, uint64_t value, unsigned source);
+// Relaxed accesses of a word that other blocks write; load() of a 0 lets other threads run.
+unsigned atomic_add(unsigned* address, unsigned value);
+unsigned load(const unsigned* address);
+void store(unsigned* address, unsigned value);
 
 template <class T>
-T exchange(unsigned mask, T value, unsigned source) {
+T shuffle(unsigned mask, T value, unsigned source) {
   static_assert(sizeof(T) <= 8);
   uint64_t bits = 0;
   std::memcpy(&bits, &value, sizeof(T));
-  slot(lane()) = bits;
-  wait_warp(mask);
-  bits = slot(source);
-  wait_warp(mask);
+  bits = exchange(mask, bits, source);
   std::memcpy(&value, &bits, sizeof(T));
   return value;
 }
+
+inline unsigned lane() { return current->index % 32; }
 
 }  // namespace host_cuda
 
@@ -89,36 +97,30 @@ inline constexpr HostBlockIdx blockIdx{};
 inline constexpr HostBlockDim blockDim{};
 inline constexpr HostGridDim gridDim{};
 
-inline void __syncthreads() { host_cuda::wait(0, host_cuda::block_size); }
-inline void __syncwarp(unsigned mask = ~0u) { host_cuda::wait_warp(mask); }
+inline void __syncthreads() { host_cuda::sync_block(); }
+inline void __syncwarp(unsigned mask = ~0u) { host_cuda::sync_warp(mask); }
 
 template <class T>
 T __shfl_sync(unsigned mask, T value, int source) {
-  return host_cuda::exchange(mask, value, static_cast<unsigned>(source) % 32);
+  return host_cuda::shuffle(mask, value, static_cast<unsigned>(source) % 32);
 }
 template <class T>
 T __shfl_xor_sync(unsigned mask, T value, int lanes) {
-  return host_cuda::exchange(mask, value, host_cuda::lane() ^ static_cast<unsigned>(lanes));
+  return host_cuda::shuffle(mask, value, host_cuda::lane() ^ static_cast<unsigned>(lanes));
 }
 template <class T>
 T __shfl_down_sync(unsigned mask, T value, unsigned delta) {
   const unsigned source = host_cuda::lane() + delta;
-  return host_cuda::exchange(mask, value, source < 32 ? source : host_cuda::lane());
+  return host_cuda::shuffle(mask, value, source < 32 ? source : host_cuda::lane());
 }
 template <class T>
 T __shfl_up_sync(unsigned mask, T value, unsigned delta) {
   const unsigned lane = host_cuda::lane();
-  return host_cuda::exchange(mask, value, lane >= delta ? lane - delta : lane);
+  return host_cuda::shuffle(mask, value, lane >= delta ? lane - delta : lane);
 }
 inline unsigned __ballot_sync(unsigned mask, bool predicate) {
-  unsigned votes = 0;
-  const unsigned mine = predicate ? 1u : 0u;
-  host_cuda::slot(host_cuda::lane()) = mine;
-  host_cuda::wait_warp(mask);
-  for (unsigned lane = 0; lane < 32; ++lane) {
-    if ((mask >> lane & 1u) != 0 && host_cuda::slot(lane) != 0) votes |= 1u << lane;
-  }
-  host_cuda::wait_warp(mask);
+  unsigned votes = (predicate ? 1u : 0u) << host_cuda::lane();
+  for (int lanes = 1; lanes < 32; lanes *= 2) votes |= __shfl_xor_sync(mask, votes, lanes);
   return votes;
 }
 
@@ -131,10 +133,8 @@ inline int __reduce_max_sync(unsigned mask, int value) {
 }
 
 inline int __popc(unsigned bits) { return __builtin_popcount(bits); }
-inline unsigned atomicAdd(unsigned* address, unsigned value) {
-  return std::atomic_ref<unsigned>(*address).fetch_add(value, std::memory_order_acq_rel);
-}
-inline void __threadfence() { std::atomic_thread_fence(std::memory_order_seq_cst); }
+inline unsigned atomicAdd(unsigned* address, unsigned value) { return host_cuda::atomic_add(address, value); }
+inline void __threadfence() { host_cuda::fence(); }
 
 template <class T>
 T __ldcs(const T* address) {
