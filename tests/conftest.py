@@ -9,15 +9,11 @@ import numpy as np
 import pytest
 import torch
 
-HOST_CUDA = os.environ.get("PPO_KERNELS_HOST_CUDA") == "1"  # also test the CUDA kernels, compiled for the host
-IMPLEMENTATIONS = ["cpu", "triton", "torch"]
-if torch.cuda.is_available():
-    IMPLEMENTATIONS.insert(0, "cuda")
-else:
+if not torch.cuda.is_available():
     # The Triton kernels run in Triton's interpreter, which Triton asks for once, when it is imported.
     os.environ.setdefault("TRITON_INTERPRET", "1")
-    if HOST_CUDA:
-        IMPLEMENTATIONS.insert(0, "cuda")
+
+import devices
 
 ALLOW_MISSING = "PPO_KERNELS_ALLOW_MISSING"
 
@@ -47,15 +43,9 @@ def _reproducible():
 @pytest.fixture(scope="session")
 def require_impl():
     """``require_impl(op, impl)`` fails if the implementation cannot serve CPU tensors here."""
-    import devices
-
     from ppo_kernels import backends
 
-    if torch.cuda.is_available():
-        devices.serve_from_gpu("cuda")
-        devices.serve_from_gpu("triton")
-    elif HOST_CUDA:
-        devices.serve_cuda_from_host()
+    devices.serve()
 
     def require(op: str, impl: str) -> str:
         have = backends.implementations(op, "cpu")
@@ -69,7 +59,7 @@ def require_impl():
     return require
 
 
-@pytest.fixture(params=IMPLEMENTATIONS)
+@pytest.fixture(params=devices.IMPLEMENTATIONS)
 def impl(request, require_impl):
     """Each implementation of the module's op, named by its variable OP."""
     return require_impl(request.module.OP, request.param)

@@ -6,10 +6,27 @@ it, storage and strides as they are, and the results back.
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
 
 from ppo_kernels import backends
+
+#: Compile the CUDA kernels for the host and test them too.
+HOST_CUDA = os.environ.get("PPO_KERNELS_HOST_CUDA") == "1" and not torch.cuda.is_available()
+#: What is tested here, and of that what has kernels.
+IMPLEMENTATIONS = [*(["cuda"] if HOST_CUDA or torch.cuda.is_available() else []), "cpu", "triton", "torch"]
+KERNELS = IMPLEMENTATIONS[:-1]
+
+
+def serve() -> None:
+    """Make ``IMPLEMENTATIONS`` serve CPU tensors in this process."""
+    if torch.cuda.is_available():
+        serve_from_gpu("cuda")
+        serve_from_gpu("triton")
+    elif HOST_CUDA:
+        serve_cuda_from_host()
 
 
 def serve_cuda_from_host() -> None:

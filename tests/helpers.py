@@ -152,9 +152,16 @@ def eager_policy_terms(logp, old, adv, low=0.2, high=0.2):
     return torch.max(-adv * ratio, -adv * ratio.clamp(1 - low, 1 + high))
 
 
+def _serve_and_run(target, args) -> None:
+    import devices
+
+    devices.serve()
+    target(*args)
+
+
 def in_fresh_process(target, *args) -> None:
     """Run ``target(*args)`` in a process of its own: a wild read then fails the test and not the session."""
-    process = torch.multiprocessing.get_context("spawn").Process(target=target, args=args)
+    process = torch.multiprocessing.get_context("spawn").Process(target=_serve_and_run, args=(target, args))
     process.start()
     process.join(120)
     assert process.exitcode == 0, f"{target.__name__}: exit code {process.exitcode}"

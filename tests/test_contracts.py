@@ -4,13 +4,14 @@ import cases
 import pytest
 import torch
 from cases import DIFFERENTIABLE, NAMES, ROWWISE, run
+from devices import IMPLEMENTATIONS, KERNELS
 from helpers import bit_equal, in_fresh_process
 
 import ppo_kernels as pk
 from ppo_kernels import backends
 
 
-@pytest.fixture(params=["cpu", "triton", "torch"])
+@pytest.fixture(params=IMPLEMENTATIONS)
 def impl_of(request, require_impl):
     """``impl_of(case name)``: one of the implementations, which must be there."""
     return lambda name: require_impl(name.partition(":")[0], request.param)
@@ -180,7 +181,7 @@ def _counts_since(before):
 
 
 @pytest.mark.parametrize("name", ["token_logprobs", "policy_loss"])
-@pytest.mark.parametrize("impl", ["cpu", "triton"])
+@pytest.mark.parametrize("impl", KERNELS)
 def test_status_counts_backward_kernels(require_impl, name, impl):
     case = cases.make(name)
     before = _counts()
@@ -200,7 +201,8 @@ def refused(case, impl):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_an_implementation_that_cannot_serve_is_refused_with_a_remedy(name):
-    for impl in ("cuda", "nonsense", "", "CPU"):
+    absent = [] if "cuda" in IMPLEMENTATIONS else ["cuda"]
+    for impl in (*absent, "nonsense", "", "CPU"):
         refused(cases.make(name), impl)
 
 

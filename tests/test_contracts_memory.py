@@ -9,6 +9,7 @@ import cases
 import pytest
 import torch
 from cases import NAMES, run
+from devices import IMPLEMENTATIONS, KERNELS
 from helpers import bit_equal, in_fresh_process
 
 import ppo_kernels as pk
@@ -102,14 +103,14 @@ def garbage_between_guard_pages(impl, front):
 
 
 @pytest.mark.parametrize("front", [False, True])
-@pytest.mark.parametrize("impl", ["cpu", "triton", "torch"])
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 def test_no_op_touches_what_lies_outside_its_tensors(require_impl, impl, front):
     require_impl("gae", impl)
     in_fresh_process(everything_between_guard_pages, impl, front)
 
 
 @pytest.mark.parametrize("front", [False, True])
-@pytest.mark.parametrize("impl", ["cpu", "triton"])
+@pytest.mark.parametrize("impl", KERNELS)
 def test_garbage_labels_and_offsets_read_nothing_outside(require_impl, impl, front):
     require_impl("gae", impl)
     in_fresh_process(garbage_between_guard_pages, impl, front)
@@ -147,13 +148,13 @@ def gradient_written_over_rows_beyond_32_bits(impl, stride):
 
 
 @pytest.mark.parametrize("stride", [2**31 - 40, 2**31 + 40])
-@pytest.mark.parametrize("impl", ["cpu", "triton"])
+@pytest.mark.parametrize("impl", KERNELS)
 def test_rows_further_apart_than_32_bits_count(require_impl, impl, stride):
     require_impl("gae", impl)
     in_fresh_process(rows_beyond_32_bits, impl, stride)
 
 
-@pytest.mark.parametrize("impl", ["cpu", "triton"])
+@pytest.mark.parametrize("impl", KERNELS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_every_alignment_of_base_and_rows(require_impl, impl, dtype):
     """Vector loads may only be chosen where they are legal, and never show in the bits."""

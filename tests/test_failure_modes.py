@@ -85,11 +85,10 @@ import oracle
 import pytest
 import torch
 from cases import NAMES, run
+from devices import IMPLEMENTATIONS
 from helpers import INF, NAN, assert_close_to_oracle, assert_raises, bit_equal, grad_of, holey_mask
 
 import ppo_kernels as pk
-
-IMPLS = ["cpu", "triton", "torch"]
 
 
 def test_the_table_names_tests_that_exist():
@@ -112,7 +111,7 @@ ABOVE = {
 }
 
 
-@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 @pytest.mark.parametrize("form", ABOVE)
 @pytest.mark.parametrize("entropy", [False, True])
 def test_a_gradient_from_above_is_read_by_its_strides(require_impl, impl, form, entropy):
@@ -131,7 +130,7 @@ def test_a_gradient_from_above_is_read_by_its_strides(require_impl, impl, form, 
     assert_close_to_oracle(grads[0], want, ceiling=2e-6, scale=max(float(g.abs().max()) for g in above))
 
 
-@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("micro", [4, 1, 3])
 def test_the_ratio_is_exactly_one_before_the_first_update(require_impl, impl, dtype, micro):
@@ -155,7 +154,7 @@ def test_the_ratio_is_exactly_one_before_the_first_update(require_impl, impl, dt
 GAPS = [50.0, 1e4, 3e38, INF]
 
 
-@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 @pytest.mark.parametrize("gap", GAPS)
 @pytest.mark.parametrize("estimator", ["k1", "abs", "k2", "k3"])
 def test_gaps_that_overflow_are_clamped_and_counted(require_impl, impl, gap, estimator):
@@ -181,7 +180,7 @@ def test_gaps_that_overflow_are_clamped_and_counted(require_impl, impl, gap, est
     assert kl.abs().tolist() == [20.0]
 
 
-@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 @pytest.mark.parametrize("gap", [1e-4, -1e-4, 1e-3, -1e-3, 3e-2, -3e-2, 0.4999, -0.4999, 0.5001, -0.5001, 2.0])
 def test_k3_of_a_small_gap_keeps_its_digits_and_its_gradient(require_impl, impl, gap):
     logp = torch.tensor([[-gap]])
@@ -201,7 +200,7 @@ def test_k3_of_a_small_gap_keeps_its_digits_and_its_gradient(require_impl, impl,
     assert float(stats.kl_k3) == pytest.approx(want, rel=limit)
 
 
-@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 def test_a_score_on_a_masked_end_token_reaches_every_advantage(require_impl, impl):
     """DeepSpeed-Chat and TRL score one past the last token of the loss: gae's mask has to include that one."""
     impl = require_impl("gae", require_impl("kl_rewards", impl))
@@ -221,7 +220,7 @@ def test_a_score_on_a_masked_end_token_reaches_every_advantage(require_impl, imp
     torch.testing.assert_close(ret[:, 0] - without[:, 0], scores, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 @pytest.mark.parametrize("sentinel", [0.0, -1e9, NAN])
 def test_the_mean_entropy_does_not_count_padding(require_impl, impl, sentinel):
     logits, mask, labels = torch.randn(5, 9, 40), holey_mask(5, 9), torch.randint(0, 40, (5, 9))
@@ -232,7 +231,7 @@ def test_the_mean_entropy_does_not_count_padding(require_impl, impl, sentinel):
     assert not h[~mask].any()
 
 
-@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 @pytest.mark.parametrize("name", cases.DIFFERENTIABLE)
 def test_gradients_made_in_the_forward_obey_what_comes_from_above(require_impl, impl, name):
     """Not a mean, not a sum, twice through one graph, and beside another use of the same leaf."""
@@ -249,7 +248,7 @@ def test_gradients_made_in_the_forward_obey_what_comes_from_above(require_impl, 
     torch.testing.assert_close(curved, once * slope + 1, rtol=2e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_logits_of_a_head_that_was_not_gathered_are_refused(require_impl, impl, dtype):
     hidden, partitioned = torch.randn(2, 3, 8, dtype=dtype), torch.empty(0, 8, dtype=dtype)

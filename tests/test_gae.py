@@ -318,7 +318,7 @@ def test_wrong_cu_seqlens_never_read_outside(impl, bounds):
         ({"bootstrap_value": torch.ones(3, 1)}, ValueError, ("bootstrap_value", "(3,)", "(3, 1)")),
         ({"cu_seqlens": torch.tensor([0, 12])}, ValueError, ("cu_seqlens", "[N]", "(3, 4)")),
         ({"values": torch.randn(3, 4, device="meta")}, ValueError, ("values", "meta", "cpu")),
-        ({"impl": "cuda"}, ValueError, ("cuda", "cpu", "auto")),
+        ({"impl": "CUDA"}, ValueError, ("CUDA", "cpu", "auto")),
         ({"impl": "nonsense"}, ValueError, ("nonsense", "torch")),
     ],
 )

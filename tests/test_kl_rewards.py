@@ -304,7 +304,7 @@ def test_score_index_outside_the_row_places_no_score_and_validate_says_so(impl, 
         ({"cu_seqlens": torch.tensor([0.0, 12.0])}, TypeError, ("cu_seqlens", "int32", "float32")),
         ({"cu_seqlens": torch.tensor([0, 12])}, ValueError, ("cu_seqlens", "(3, 4)")),
         ({"ref_logprobs": torch.randn(3, 4, device="meta")}, ValueError, ("ref_logprobs", "meta", "cpu")),
-        ({"impl": "cuda"}, ValueError, ("cuda", "cpu", "auto")),
+        ({"impl": "CUDA"}, ValueError, ("CUDA", "cpu", "auto")),
         ({"impl": "nonsense"}, ValueError, ("nonsense", "torch")),
     ],
 )

@@ -4,11 +4,11 @@ import cases
 import pytest
 import torch
 from cases import NAMES, run
+from devices import IMPLEMENTATIONS
 from helpers import INF, INTERIORS, NAN, bit_equal, cu, grad_of, holey_mask, pack, unpack
 
 import ppo_kernels as pk
 
-IMPLS = ["cpu", "triton", "torch"]
 #: The ops whose rows do not know of each other, and the losses, whose gradients do not once the normalizer is given.
 BY_ROW = [name for name in NAMES if name.split(":")[0] not in ("whiten", "moments") and "packed" not in name]
 PADDED = ["kl_rewards", "gae", "policy_loss", "value_loss"]
@@ -32,7 +32,7 @@ def of_rows(tensors, index) -> dict[str, torch.Tensor]:
     return {k: x[index] if x.dim() else x for k, x in tensors.items()}
 
 
-@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 @pytest.mark.parametrize("name", BY_ROW)
 def test_rows_may_change_places(require_impl, impl, name):
     case = batch_of(name)
@@ -41,7 +41,7 @@ def test_rows_may_change_places(require_impl, impl, name):
     assert bit_equal(rowwise(case, impl, of_rows(case.tensors, order)), tuple(x[order] for x in whole))
 
 
-@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 @pytest.mark.parametrize("name", BY_ROW)
 def test_batches_may_be_concatenated(require_impl, impl, name):
     case = batch_of(name)
@@ -51,7 +51,7 @@ def test_batches_may_be_concatenated(require_impl, impl, name):
     assert bit_equal(tuple(torch.cat(x) for x in zip(*parts, strict=True)), whole)
 
 
-@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 @pytest.mark.parametrize("name", PADDED)
 @pytest.mark.parametrize("extra", [1, 90, 1100])
 def test_time_may_be_padded(require_impl, impl, name, extra):
@@ -74,7 +74,7 @@ def test_time_may_be_padded(require_impl, impl, name, extra):
         assert bit_equal(a, b)
 
 
-@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 @pytest.mark.parametrize("name", [name for name in NAMES if name != "moments"])
 def test_masked_outputs_are_a_positive_zero(require_impl, impl, name):
     """-0 would print as a difference, and 1 / -0 is another infinity."""
@@ -92,7 +92,7 @@ def test_masked_outputs_are_a_positive_zero(require_impl, impl, name):
         assert not x[masked].signbit().any()
 
 
-@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 @pytest.mark.parametrize("name", PADDED)
 def test_packed_is_padded(require_impl, impl, name):
     """Token by token the same bits; sums over the batch may be grouped in another way."""
@@ -112,7 +112,7 @@ def test_packed_is_padded(require_impl, impl, name):
             torch.testing.assert_close(b, a, rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 @pytest.mark.parametrize("shift", [-64.0, 16.0, 1024.0])
 def test_logits_may_be_shifted(require_impl, impl, shift):
     """On a grid that the shift does not leave, nothing is rounded and so no bit may change."""
@@ -127,7 +127,7 @@ def test_logits_may_be_shifted(require_impl, impl, shift):
     assert bit_equal(*results)
 
 
-@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 def test_the_vocabulary_may_be_permuted_and_padded_with_minus_infinity(require_impl, impl):
     impl = require_impl("token_logprobs", impl)
     logits, labels, order = torch.randn(4, 515) * 3, torch.randint(0, 515, (4,)), torch.randperm(600)
@@ -145,7 +145,7 @@ def test_the_vocabulary_may_be_permuted_and_padded_with_minus_infinity(require_i
     assert grad.double().sum(1).abs().max() < 3e-6, "the gradients of a row add up to zero"
 
 
-@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 @pytest.mark.parametrize("interior", INTERIORS)
 def test_gae_is_linear_in_rewards_values_and_bootstrap_values(require_impl, impl, interior):
     impl, mask = require_impl("gae", impl), holey_mask(6, 70)
@@ -158,7 +158,7 @@ def test_gae_is_linear_in_rewards_values_and_bootstrap_values(require_impl, impl
         assert both.abs().max() > 1
 
 
-@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 def test_carry_is_gae_without_the_masked_tokens_and_decay_is_gae_of_zeros(require_impl, impl):
     impl, mask = require_impl("gae", impl), holey_mask(6, 70)
     rewards, values, boot = torch.randn(6, 70), torch.randn(6, 70), torch.randn(6)
@@ -173,7 +173,7 @@ def test_carry_is_gae_without_the_masked_tokens_and_decay_is_gae_of_zeros(requir
         assert bit_equal(decayed[i], zeroed[i])
 
 
-@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 def test_lambda_zero_is_delta_and_lambda_one_the_discounted_return(require_impl, impl):
     impl, gamma = require_impl("gae", impl), 0.9
     rewards, values, boot = torch.randn(4, 60), torch.randn(4, 60), torch.randn(4)
@@ -191,7 +191,7 @@ def test_lambda_zero_is_delta_and_lambda_one_the_discounted_return(require_impl,
         torch.testing.assert_close(adv.double(), total - values, rtol=0, atol=5e-6)
 
 
-@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 @pytest.mark.parametrize(("scale", "offset"), [(4.0, 0.0), (0.25, 1024.0), (-2.0, -64.0)])
 def test_whitening_forgets_scale_and_offset_and_repeats_nothing(require_impl, impl, scale, offset):
     impl, mask = require_impl("whiten", impl), holey_mask(5, 300)
@@ -207,7 +207,7 @@ def test_whitening_forgets_scale_and_offset_and_repeats_nothing(require_impl, im
     torch.testing.assert_close(kept, (plain + x[mask].mean()) * mask, rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 def test_an_inactive_clip_leaves_the_importance_weighted_mean(require_impl, impl):
     impl, mask = require_impl("policy_loss", impl), holey_mask(5, 60)
     old, adv = -torch.rand(5, 60) * 5, torch.randn(5, 60)
@@ -221,7 +221,7 @@ def test_an_inactive_clip_leaves_the_importance_weighted_mean(require_impl, impl
         assert float(stats.clipfrac_high) == float(stats.clipfrac_low) == float(stats.dual_clipfrac) == 0.0
 
 
-@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 def test_rewards_are_the_penalty_plus_the_score(require_impl, impl):
     """Linear in kl_coef, and the sum of the penalties is the kl that is reported."""
     impl, mask = require_impl("kl_rewards", impl), holey_mask(5, 60)

@@ -365,7 +365,7 @@ WRONG = [
     ({"cu_seqlens": torch.tensor([0, 12])}, ValueError, ("cu_seqlens", "(3, 4)")),
     ({"logprobs": torch.ones(3, 4, dtype=torch.int64)}, TypeError, ("logprobs", "int64")),
     ({"old_logprobs": torch.randn(3, 4, device="meta")}, ValueError, ("old_logprobs", "meta", "cpu")),
-    ({"impl": "cuda"}, ValueError, ("cuda", "cpu", "auto")),
+    ({"impl": "CUDA"}, ValueError, ("CUDA", "cpu", "auto")),
     ({"impl": "nonsense"}, ValueError, ("nonsense", "torch")),
 ]
 

@@ -4,6 +4,7 @@ import numpy as np
 import oracle
 import pytest
 import torch
+from devices import IMPLEMENTATIONS
 from helpers import INF, MASK_DTYPES, NAN, assert_close_to_oracle, magnitude, out_dtype, strided
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -93,7 +94,7 @@ def limits(batch, impl: str, coarse: float) -> np.ndarray:
     return (share + rounding) * parts + slack + max(info.smallest_normal * info.eps, least)
 
 
-@pytest.mark.parametrize("impl", ["cpu", "triton", "torch"])
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 @settings(max_examples=200, deadline=None, derandomize=True)
 @given(batch=batches())
 def test_any_batch_of_logits_matches_the_oracle(require_impl, impl, batch):

@@ -4,6 +4,7 @@ import numpy as np
 import oracle
 import pytest
 import torch
+from devices import IMPLEMENTATIONS
 from helpers import ESTIMATORS, assert_close_to_oracle, grad_of, magnitude
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -11,7 +12,6 @@ from strategies import SCALES, batches, poisoned, poisons
 
 from ppo_kernels import policy_loss, value_loss
 
-IMPLS = ["cpu", "triton", "torch"]
 EXAMPLES = settings(max_examples=200, deadline=None, derandomize=True)
 NORMALIZERS = st.sampled_from([None, 4.0, torch.tensor(7), torch.tensor([2.5]), 0.0])
 UPSTREAM = st.sampled_from([None, torch.tensor(-2.5), torch.ones(()).expand(()), torch.tensor([3.0, 0.0])[1]])
@@ -102,7 +102,7 @@ def sizes_of_policy(tensors, mask, options):
     return loss, gap, stats["ref_kl"], surrogate
 
 
-@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 @EXAMPLES
 @given(call=policy_calls())
 def test_any_policy_loss_matches_the_oracle(require_impl, impl, call):
@@ -160,7 +160,7 @@ def value_calls(draw):
     return batch, tensors, options, spots, draw(UPSTREAM)
 
 
-@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 @EXAMPLES
 @given(call=value_calls())
 def test_any_value_loss_matches_the_oracle(require_impl, impl, call):

@@ -4,6 +4,7 @@ import numpy as np
 import oracle
 import pytest
 import torch
+from devices import IMPLEMENTATIONS
 from helpers import ESTIMATORS, INTERIORS, assert_close_to_oracle, magnitude
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -11,7 +12,6 @@ from strategies import SCALES, batches, poisoned, poisons
 
 from ppo_kernels import gae, kl_rewards, moments, whiten
 
-IMPLS = ["cpu", "triton", "torch"]
 EXAMPLES = settings(max_examples=200, deadline=None, derandomize=True)
 
 
@@ -39,7 +39,7 @@ def kl_calls(draw):
     return batch, tensors, options
 
 
-@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 @EXAMPLES
 @given(call=kl_calls())
 def test_any_rewards_match_the_oracle(require_impl, impl, call):
@@ -77,7 +77,7 @@ def gae_calls(draw):
     return batch, tensors, options
 
 
-@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 @EXAMPLES
 @given(call=gae_calls())
 def test_any_advantages_match_the_oracle(require_impl, impl, call):
@@ -107,7 +107,7 @@ def whiten_calls(draw):
     return batch, batch.view(tensors["x"]), options
 
 
-@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 @EXAMPLES
 @given(call=whiten_calls())
 def test_any_whitening_matches_the_oracle(require_impl, impl, call):

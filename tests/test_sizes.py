@@ -6,12 +6,12 @@ import numpy as np
 import oracle
 import pytest
 import torch
+from devices import IMPLEMENTATIONS
 from helpers import INTERIORS, assert_close_to_oracle, cu, holey_mask, magnitude
 from test_token_logprobs import check
 
 from ppo_kernels import gae, token_logprobs
 
-IMPLS = ["cpu", "triton", "torch"]
 LONG = [4095, 4096, 4097, 8191, 8192, 8193, 65536]
 DISCOUNTS = [(1.0, 1.0), (0.99, 0.95)]
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -54,7 +54,7 @@ def check_gae(impl, lengths, holes, interior, gamma, lam):
             assert_close_to_oracle(padded[i].reshape(-1), want[i], ceiling=1e-6, scale=largest[rows], what=name)
 
 
-@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 @pytest.mark.parametrize("interior", INTERIORS)
 @pytest.mark.parametrize(("gamma", "lam"), DISCOUNTS)
 def test_gae_at_every_length_to_300(require_impl, impl, interior, gamma, lam):
@@ -67,7 +67,7 @@ def test_gae_at_every_length_to_300_without_a_mask(require_impl, impl, gamma, la
     check_gae(require_impl("gae", impl), tuple(range(301)), False, "carry", gamma, lam)
 
 
-@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 @pytest.mark.parametrize("length", LONG)
 @pytest.mark.parametrize("interior", INTERIORS)
 @pytest.mark.parametrize(("gamma", "lam"), DISCOUNTS)
@@ -75,7 +75,7 @@ def test_gae_of_long_rows(require_impl, impl, length, interior, gamma, lam):
     check_gae(require_impl("gae", impl), (length,), interior != "ignore", interior, gamma, lam)
 
 
-@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 @pytest.mark.parametrize("length", [*range(1, 34), 63, 64, 65, 127, 128, 129, 255, 256, 257])
 def test_padded_gae_at_short_lengths(require_impl, impl, length):
     """The padded twin of the packed lengths above, where a row ends at the end of its memory."""
@@ -89,7 +89,7 @@ def test_padded_gae_at_short_lengths(require_impl, impl, length):
             assert_close_to_oracle(g, w, ceiling=1e-6, scale=scale)
 
 
-@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shift", [0.0, 1e4, -1e4])
 @pytest.mark.parametrize("vocab", [1, 2, 127, 50257, 151935, 151936])
@@ -100,7 +100,7 @@ def test_token_logprobs_of_real_vocabularies(require_impl, impl, vocab, shift, d
     check(require_impl("token_logprobs", impl), logits, labels, eager=impl != "torch")
 
 
-@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 @pytest.mark.parametrize("block", [256, 512, 1024, 2048, 4096, 8192])
 def test_columns_beyond_the_vocabulary_add_nothing_to_rows_far_below_zero(require_impl, impl, block):
     """A column padded with 0 instead of -inf is invisible under peaked logits and costs nats here."""
@@ -113,7 +113,7 @@ def test_columns_beyond_the_vocabulary_add_nothing_to_rows_far_below_zero(requir
             check(impl, logits.to(DTYPES[vocab % 3]), labels)
 
 
-@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 def test_float16_gradients_below_the_normal_numbers_are_not_lost(require_impl, impl):
     """Most probabilities of a large vocabulary are below 6e-5, where float16 has fewer and fewer digits."""
     g = torch.Generator().manual_seed(0)

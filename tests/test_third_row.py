@@ -5,6 +5,7 @@ from __future__ import annotations
 import cases
 import pytest
 import torch
+from devices import KERNELS
 from helpers import bit_equal, in_fresh_process
 from test_contracts_memory import PADDED, far_rows, outputs_and_gradient
 
@@ -16,7 +17,7 @@ def three_rows(impl):
         assert bit_equal(*(outputs_and_gradient(case, impl, tensors) for tensors in (far, case.tensors))), name
 
 
-@pytest.mark.parametrize("impl", ["cpu", "triton"])
+@pytest.mark.parametrize("impl", KERNELS)
 def test_the_offset_of_a_third_row_is_64_bits(require_impl, impl):
     require_impl("gae", impl)
     in_fresh_process(three_rows, impl)

@@ -6,6 +6,7 @@ import numpy as np
 import oracle
 import pytest
 import torch
+from devices import KERNELS
 from helpers import (
     INF,
     MASK_DTYPES,
@@ -20,7 +21,6 @@ from helpers import (
 from ppo_kernels import token_logprobs
 
 OP = "token_logprobs"
-KERNELS = ("cpu", "triton")
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 

@@ -5,6 +5,7 @@ import inspect
 import oracle
 import pytest
 import torch
+from devices import KERNELS
 from helpers import NAN, assert_close_to_oracle, assert_raises, bit_equal, in_fresh_process, strided
 from test_contracts_memory import fenced
 from test_token_logprobs import make
@@ -14,7 +15,6 @@ from ppo_kernels import selective_log_softmax, selective_log_softmax_and_entropy
 from ppo_kernels.integrations import trl
 
 OP = "token_logprobs"
-KERNELS = ("cpu", "triton")
 
 
 VIEWS = {
@@ -287,7 +287,7 @@ WRONG = [
     ({"mask": torch.ones(3, dtype=torch.complex64)}, TypeError, ("mask", "complex64")),
     ({"ignore_index": 1.5}, TypeError, ("ignore_index", "int", "float")),
     ({"entropy": "yes"}, ValueError, ("entropy", "detached", "yes")),
-    ({"impl": "cuda"}, ValueError, ("cuda", "cpu", "auto")),
+    ({"impl": "CUDA"}, ValueError, ("CUDA", "cpu", "auto")),
     ({"impl": "nonsense"}, ValueError, ("nonsense", "torch")),
 ]
 

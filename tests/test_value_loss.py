@@ -235,7 +235,7 @@ WRONG = [
     ({"normalizer": -1.0}, ValueError, ("normalizer", "-1.0")),
     ({"cu_seqlens": torch.tensor([0.0, 12.0])}, TypeError, ("cu_seqlens", "float32")),
     ({"returns": torch.randn(3, 4, device="meta")}, ValueError, ("returns", "meta", "cpu")),
-    ({"impl": "cuda"}, ValueError, ("cuda", "cpu", "auto")),
+    ({"impl": "CUDA"}, ValueError, ("CUDA", "cpu", "auto")),
     ({"impl": "nonsense"}, ValueError, ("nonsense", "torch")),
 ]
 

@@ -5,6 +5,7 @@ import math
 import os
 import socket
 
+import devices
 import numpy as np
 import oracle
 import pytest
@@ -184,7 +185,7 @@ def test_nan_in_a_valid_element_shows_in_every_valid_one_only(impl):
         ({"eps": -1e-3}, ValueError, ("eps", "0", "-0.001")),
         ({"eps": None}, TypeError, ("eps", "number", "NoneType")),
         ({"mask": torch.ones(3, device="meta")}, ValueError, ("mask", "meta", "cpu")),
-        ({"impl": "cuda"}, ValueError, ("cuda", "cpu", "auto")),
+        ({"impl": "CUDA"}, ValueError, ("CUDA", "cpu", "auto")),
         ({"impl": "nonsense"}, ValueError, ("nonsense", "torch")),
     ],
 )
@@ -198,6 +199,7 @@ def test_wrong_arguments_are_named(impl, change, error, mentions):
 def _rank(rank, port, shards, masks, impl, results):
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     torch.set_num_threads(1)
+    devices.serve()
     torch.distributed.init_process_group("gloo", rank=rank, world_size=len(shards))
     group = torch.distributed.group.WORLD
     for i, options in enumerate(OPTIONS):

@@ -6,15 +6,14 @@ import cases
 import pytest
 import torch
 from cases import NAMES, run
+from devices import IMPLEMENTATIONS, KERNELS
 from helpers import grad_of
 
 import ppo_kernels as pk
 from ppo_kernels import backends
 
-IMPLS = ("cpu", "triton", "torch")
 
-
-@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 @pytest.mark.parametrize("name", [name for name in NAMES if name != "moments"])
 def test_masked_outputs_are_plus_zero(require_impl, impl, name):
     """-0 becomes -inf where somebody divides by it, and other bits where bits are compared."""
@@ -29,7 +28,7 @@ def test_masked_outputs_are_plus_zero(require_impl, impl, name):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 def test_gradients_are_rounded_to_the_nearest(require_impl, impl, dtype):
     impl = require_impl("token_logprobs", impl)
     logits, labels = (torch.randn(3, 500) * 2).to(dtype), torch.randint(0, 500, (3,))
@@ -42,7 +41,7 @@ def test_gradients_are_rounded_to_the_nearest(require_impl, impl, dtype):
     assert ((low.float() - full).abs() <= half_a_unit * 1.001).all()
 
 
-@pytest.mark.parametrize("impl", ["cpu", "triton"])
+@pytest.mark.parametrize("impl", KERNELS)
 def test_traced_outputs_have_the_dtypes_of_real_ones(require_impl, impl):
     """For logits whose dtype is not that of the results; float32 ones would show no difference."""
     from torch._subclasses.fake_tensor import FakeTensorMode
