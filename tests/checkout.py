@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 import sysconfig
+from collections.abc import Iterable
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -48,6 +49,20 @@ def build(copy: Path, **changes: str) -> None:
     done = subprocess.run(command, cwd=copy, env=env, capture_output=True, text=True)
     if done.returncode != 0:
         raise RuntimeError(f"{copy} does not build:\n{done.stdout[-4000:]}{done.stderr[-2000:]}")
+
+
+def build_host_cuda(copy: Path, **changes: str) -> None:
+    """Compile the CUDA kernels for the host."""
+    command = [sys.executable, "tests/host_cuda/__init__.py"]
+    done = subprocess.run(command, cwd=copy, env=environment(**changes), capture_output=True, text=True)
+    if done.returncode != 0:
+        raise RuntimeError(f"{copy} does not build for the host:\n{done.stderr[-4000:]}")
+
+
+def ops_of(tests: Iterable[str]) -> str:
+    """The ops that files of tests are named after, for HOST_CUDA_OPS."""
+    names = {re.sub(r".*test_(\w+?)(_api)?\.py.*", r"\1", test) for test in tests}
+    return " ".join(sorted(names)) if all((ROOT / "csrc" / "cuda" / f"{name}.cu").exists() for name in names) else ""
 
 
 def header(patch: str) -> dict[str, str]:

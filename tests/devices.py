@@ -6,12 +6,13 @@ it, storage and strides as they are, and the results back.
 
 from __future__ import annotations
 
+import ctypes
 import os
 
 import pytest
 import torch
 
-from ppo_kernels import backends
+from ppo_kernels import _native, backends
 
 #: Compile the CUDA kernels for the host and test them too.
 HOST_CUDA = os.environ.get("PPO_KERNELS_HOST_CUDA") == "1" and not torch.cuda.is_available()
@@ -33,7 +34,10 @@ def serve_cuda_from_host() -> None:
     """Make ``impl="cuda"`` serve CPU tensors with the kernels compiled for the host."""
     import host_cuda
 
-    torch.ops.load_library(host_cuda.build())
+    path = host_cuda.build()
+    torch.ops.load_library(path)
+    _native._cuda = ctypes.CDLL(str(path))  # counts its calls
+    _native._cuda.ppo_kernels_call_counts.restype = ctypes.c_char_p
     ops = getattr(torch.ops, host_cuda.NAMESPACE)
     _serve("cuda", lambda name: getattr(ops, name).default)
 

@@ -167,6 +167,18 @@ def test_packed_equals_padded(impl, interior, cu_dtype):
             assert bit_equal(unpack(b, lengths, 31), a)
 
 
+@pytest.mark.parametrize("interior", INTERIORS)
+def test_packed_rows_of_several_blocks_equal_padded_ones(impl, interior):
+    lengths = [2100, 0, 6200, 1, 700]
+    rewards, values = make(5, 6200)
+    mask = (torch.rand(5, 6200) < 0.7) & (torch.arange(6200) < torch.tensor(lengths)[:, None])
+    options = {"interior": interior, "bootstrap_value": torch.randn(5), "gamma": 0.99, "impl": impl}
+    padded = gae(rewards, values, mask, **options)
+    packed = gae(*(pack(x, lengths) for x in (rewards, values, mask)), cu_seqlens=cu(lengths), **options)
+    for a, b in zip(padded, packed, strict=True):
+        assert_close_to_oracle(unpack(b, lengths, 6200), a, ceiling=2e-7, scale=row_scale(a.numpy()))
+
+
 @pytest.mark.parametrize("shape", [(0, 0), (0, 5), (5, 0), (3, 4)])
 def test_empty_and_all_masked_batches(impl, shape):
     rewards, values = torch.full(shape, NAN), torch.full(shape, NAN)

@@ -58,7 +58,7 @@ def check(impl, logp, ref, scores, mask=None, **options):
 
 @pytest.mark.parametrize("estimator", ESTIMATORS)
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("length", [1, 2, 33, 128, 257, 1500])
+@pytest.mark.parametrize("length", [1, 2, 33, 128, 257, 1500, 4100])
 def test_matches_the_loop(impl, length, dtype, estimator):
     check(impl, *make(6, length, dtype), holey_mask(6, length), kl_estimator=estimator, kl_coef=0.3)
 
@@ -184,6 +184,17 @@ def test_packed_equals_padded(impl, estimator, with_index):
         torch.testing.assert_close(packed_kl, kl, rtol=0, atol=1e-5)
         if impl == "cpu":
             assert bit_equal(packed_kl, kl)
+
+
+def test_packed_rows_of_several_blocks_equal_padded_ones(impl):
+    lengths = [2100, 0, 4100, 1, 700]
+    logp, ref, scores = make(5, 4100)
+    mask = (torch.rand(5, 4100) < 0.7) & (torch.arange(4100) < torch.tensor(lengths)[:, None])
+    padded, kl = kl_rewards(logp, ref, scores, mask, impl=impl)
+    tokens = [pack(x, lengths) for x in (logp, ref, mask)]
+    packed, packed_kl = kl_rewards(*tokens[:2], scores, tokens[2], cu_seqlens=cu(lengths), impl=impl)
+    assert bit_equal(unpack(packed, lengths, 4100), padded)
+    torch.testing.assert_close(packed_kl, kl, rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize("shape", [(0, 0), (0, 5), (5, 0), (3, 4)])

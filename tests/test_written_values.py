@@ -48,6 +48,8 @@ def test_traced_outputs_have_the_dtypes_of_real_ones(require_impl, impl):
 
     forward = backends.kernel("token_logprobs", require_impl("token_logprobs", impl))
     logits, labels = torch.randn(3, 40, dtype=torch.bfloat16), torch.tensor([1, 2, 3])
+    if not isinstance(forward, torch._ops.OpOverload):
+        pytest.skip("on a GPU, or for one, the tests call a wrapper")
     options = (None, None, 1.0, -100, True)
     with FakeTensorMode() as mode:
         fake = forward(mode.from_tensor(logits), mode.from_tensor(labels), *options)

@@ -1,6 +1,7 @@
-"""The tests of the C++ ops under sanitizers, in copies of the sources built for them: ``run.py [address] [thread]``.
+"""The tests of the ops under sanitizers, in copies of the sources built for them: ``run.py [address] [thread] ...``.
 
-"address" looks for accesses outside of memory and, in the same binary, for undefined behaviour; "thread" for races.
+"address" looks for accesses outside of memory and, in the same binary, for undefined behaviour; "thread" for races:
+both in the C++ ops. "cuda_address" and "cuda_thread" do so in the CUDA kernels, compiled for the host.
 Afterwards the patches of this folder are planted one by one, and each must be reported: a silent sanitizer is no news.
 """
 
@@ -10,20 +11,57 @@ import re
 import subprocess
 import sys
 import time
+from collections.abc import Iterable
 from pathlib import Path
+from typing import NamedTuple
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
 import checkout  # noqa: E402
 
-FLAGS = {"address": "address,undefined,float-cast-overflow", "thread": "thread"}
-LIBRARY = {"address": "libasan.so", "thread": "libtsan.so"}
 OPS = ("token_logprobs", "token_logprobs_api", "kl_rewards", "gae", "whiten", "policy_loss", "value_loss")
-FILES = [*(f"tests/test_{op}.py" for op in OPS), "tests/test_contracts.py", "tests/test_contracts_dispatcher.py"]
-# The C++ kernels alone; what torch.compile builds is not theirs, a group starts processes, and refusals are Python's.
-CHOICE = "not torch and not triton and not compile and not group and not refused"
+FILES = tuple(f"tests/test_{op}.py" for op in OPS)
+CONTRACTS = ("tests/test_contracts.py", "tests/test_contracts_dispatcher.py")
+# Rows and batches of several blocks, which run at the same time.
+SHARED_WORK = (
+    "tests/test_gae.py::test_lengths_around_the_blocks_of_a_kernel[cuda-4097]",
+    "tests/test_gae.py::test_packed_rows_of_several_blocks_equal_padded_ones[cuda-decay]",
+    "tests/test_gae.py::test_hand_computed_rows_tell_the_interior_modes_apart[cuda]",
+    "tests/test_kl_rewards.py::test_packed_rows_of_several_blocks_equal_padded_ones[cuda]",
+    "tests/test_kl_rewards.py::test_matches_the_loop[cuda-33-dtype0-k3]",
+    "tests/test_policy_loss.py::test_matches_the_loop[cuda-shape5-dtype0]",
+    "tests/test_value_loss.py::test_matches_the_loop[cuda-shape5-0.2-dtype0]",
+    "tests/test_whiten.py::test_a_large_mean_does_not_cancel_the_variance",
+    "tests/test_token_logprobs.py::test_a_vocabulary_of_151936[cuda-dtype2]",
+)
+QUIET = ("-p", "no:cacheprovider", "-p", "no:warnings")
 REPORT = re.compile(r"AddressSanitizer|runtime error|ThreadSanitizer")
+
+
+class Kind(NamedTuple):
+    flags: str
+    library: str
+    tests: tuple[str, ...]
+    choice: str
+    cuda: bool = False  # the CUDA kernels, compiled for the host
+
+    @property
+    def host_cuda(self) -> dict[str, str]:
+        blocks = "-DHOST_CUDA_BLOCKS=3 " if self.library == "libtsan.so" else ""
+        return {"PPO_KERNELS_HOST_CUDA": "1", "HOST_CUDA_FLAGS": f"{blocks}-fsanitize={self.flags} -fno-sanitize=vptr"}
+
+
+# What torch.compile builds is not the kernels', a group starts processes, and refusals are Python's.
+OTHERS = "not compile and not group and not refused"
+ADDRESS = ("address,undefined,float-cast-overflow", "libasan.so")
+THREAD = ("thread", "libtsan.so")
+KINDS = {
+    "address": Kind(*ADDRESS, FILES + CONTRACTS, f"{OTHERS} and not torch and not triton"),
+    "thread": Kind(*THREAD, FILES + CONTRACTS, f"{OTHERS} and not torch and not triton"),
+    "cuda_address": Kind(*ADDRESS, FILES, f"{OTHERS} and cuda and not wrong_arguments", cuda=True),
+    "cuda_thread": Kind(*THREAD, SHARED_WORK, "cuda", cuda=True),
+}
 
 
 def gcc_file(name: str) -> str:
@@ -32,14 +70,25 @@ def gcc_file(name: str) -> str:
     ).stdout.strip()
 
 
-def prepare(kind: str) -> tuple[Path, dict[str, str]]:
-    """A built copy, and the environment in which its tests see the sanitizer."""
-    copy = checkout.copy_sources(checkout.ROOT / "build" / "sanitize" / kind, "tests")
-    checkout.build(copy, PPO_KERNELS_SANITIZE=FLAGS[kind])
-    preload = [gcc_file(LIBRARY[kind])]
-    if kind == "address":
-        preload.append(gcc_file("libstdc++.so.6"))  # else the interceptor of exceptions finds none to call
+def build(kind: Kind, copy: Path) -> None:
+    if kind.cuda:
+        checkout.build_host_cuda(copy, **kind.host_cuda)
     else:
+        checkout.build(copy, PPO_KERNELS_SANITIZE=kind.flags)
+
+
+def prepare(name: str) -> tuple[Path, dict[str, str]]:
+    """A built copy, and the environment in which its tests see the sanitizer."""
+    kind, copy = KINDS[name], checkout.copy_sources(checkout.ROOT / "build" / "sanitize" / name, "tests")
+    build(kind, copy)
+    preload, more = [gcc_file(kind.library)], {}
+    if kind.library == "libasan.so":
+        preload.append(gcc_file("libstdc++.so.6"))  # else the interceptor of exceptions finds none to call
+    if kind.cuda:
+        more = kind.host_cuda
+        for binary in (checkout.ROOT / "ppo_kernels").glob("_C.*so"):  # the schemas, not sanitized
+            (copy / "ppo_kernels" / binary.name).write_bytes(binary.read_bytes())
+    elif kind.library == "libtsan.so":
         threads = copy / "threads.so"
         options = ("-std=c++20", "-O1", "-g", "-fPIC", "-shared", "-pthread", "-fsanitize=thread")
         subprocess.run(["g++", *options, HERE / "threads.cpp", "-o", threads], check=True)
@@ -51,12 +100,13 @@ def prepare(kind: str) -> tuple[Path, dict[str, str]]:
         ASAN_OPTIONS="detect_leaks=0",  # Python frees little at its end
         UBSAN_OPTIONS="print_stacktrace=1",
         TSAN_OPTIONS="halt_on_error=1",
+        **more,
     )
 
 
-def run_tests(copy: Path, env: dict[str, str], tests: list[str]) -> tuple[int, str]:
+def run_tests(copy: Path, env: dict[str, str], tests: Iterable[str], choice: str) -> tuple[int, str]:
     # Reports go to the real stderr: pytest would lose them when the process ends.
-    command = [sys.executable, "-m", "pytest", "-q", "--capture=sys", "-p", "no:cacheprovider", "-k", CHOICE, *tests]
+    command = [sys.executable, "-m", "pytest", "-q", "--capture=sys", *QUIET, "-k", choice, *tests]
     done = subprocess.run(command, cwd=copy, env=env, capture_output=True, text=True)
     return done.returncode, done.stdout + done.stderr
 
@@ -74,8 +124,13 @@ def noticed(patch: Path, copy: Path, env: dict[str, str]) -> bool:
     try:
         for path, content in spoiled.items():
             path.write_text(content)
-        checkout.build(copy, PPO_KERNELS_SANITIZE=FLAGS[fields["Sanitizer"]])
-        code, output = run_tests(copy, env, fields["Tests"].split())
+        kind, tests = KINDS[fields["Sanitizer"]], fields["Tests"].split()
+        if kind.cuda:  # the ops that its tests need
+            env = {**env, "HOST_CUDA_OPS": checkout.ops_of(tests)}
+            checkout.build_host_cuda(copy, **kind.host_cuda, HOST_CUDA_OPS=env["HOST_CUDA_OPS"])
+        else:
+            build(kind, copy)
+        code, output = run_tests(copy, env, tests, kind.choice)
     finally:
         for path, content in originals.items():
             path.write_text(content)
@@ -86,19 +141,20 @@ def noticed(patch: Path, copy: Path, env: dict[str, str]) -> bool:
     return found
 
 
-def check(kind: str) -> bool:
+def check(name: str) -> bool:
     begin = time.monotonic()
-    copy, env = prepare(kind)
-    print(f"{kind}: built with -fsanitize={FLAGS[kind]} in {time.monotonic() - begin:.0f} s", flush=True)
-    code, output = run_tests(copy, env, FILES)
+    copy, env = prepare(name)
+    kind = KINDS[name]
+    print(f"{name}: built with -fsanitize={kind.flags} in {time.monotonic() - begin:.0f} s", flush=True)
+    code, output = run_tests(copy, env, kind.tests, kind.choice)
     clean = code == 0 and not REPORT.search(output)
-    print(f"{kind}: {output.strip().splitlines()[-1] if clean else excerpt(output)}", flush=True)
-    patches = [path for path in sorted(HERE.glob("*.patch")) if f"\nSanitizer: {kind}\n" in path.read_text()]
+    print(f"{name}: {output.strip().splitlines()[-1] if clean else excerpt(output)}", flush=True)
+    patches = [path for path in sorted(HERE.glob("*.patch")) if f"\nSanitizer: {name}\n" in path.read_text()]
     proven = [noticed(path, copy, env) for path in patches] if clean else []
     good = clean and bool(proven) and all(proven)
-    print(f"{kind}: {'no report' if good else 'FAILED'} ({time.monotonic() - begin:.0f} s)", flush=True)
+    print(f"{name}: {'no report' if good else 'FAILED'} ({time.monotonic() - begin:.0f} s)", flush=True)
     return good
 
 
 if __name__ == "__main__":
-    sys.exit(0 if all([check(kind) for kind in sys.argv[1:] or FLAGS]) else 1)
+    sys.exit(0 if all([check(name) for name in sys.argv[1:] or KINDS]) else 1)
