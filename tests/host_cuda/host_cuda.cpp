@@ -1,5 +1,5 @@
-// The runtime behind include/cuda_runtime.h. A CUDA thread is a fiber; the fibers of a block share one OS thread, and up
-// to HOST_CUDA_BLOCKS blocks run at the same time.
+// The runtime behind include/cuda_runtime.h. A CUDA thread is a fiber; the fibers of a block share one OS thread, and
+// up to HOST_CUDA_BLOCKS blocks run at the same time.
 //
 // For ThreadSanitizer every fiber is a thread of its own, ordered with others by what CUDA orders alone: barriers, and
 // fences around atomics (as in C++: a relaxed write after a fence, read before a fence). This file is not instrumented.
@@ -57,20 +57,6 @@ unsigned relaxed_add(unsigned* at, unsigned value) { return std::atomic_ref(*at)
 unsigned relaxed_load(const unsigned* at) { return std::atomic_ref(const_cast<unsigned&>(*at)).load(); }
 void relaxed_store(unsigned* at, unsigned value) { std::atomic_ref(*at).store(value); }
 #endif
-
-// What happened before one point happens before another, and nothing of the caller's own does.
-void pass_on(void* from, void* to) {
-#ifdef HOST_CUDA_TSAN
-  void *self = own_fiber(), *messenger = new_fiber();
-  show_switch(messenger);
-  acquire(from);
-  release(to);
-  show_switch(self);
-  end_fiber(messenger);
-#else
-  static_cast<void>(from), static_cast<void>(to);
-#endif
-}
 
 extern "C" void host_cuda_switch(void** save, void* load);
 asm(R"(
@@ -174,6 +160,19 @@ class Block {
   }
 
   Fiber& self() { return *at_; }
+
+  // What happened before one point happens before another, and nothing of the caller's own does. A new fiber knows what
+  // its maker does: the scheduler, which knows of the launch alone.
+  void pass_on(void* from, void* to) {
+    show_switch(scheduler_shown_);
+    void* messenger = new_fiber();
+    show_switch(messenger);
+    acquire(from);
+    release(to);
+    show_switch(at_->shown);
+    end_fiber(messenger);
+  }
+
   uint64_t& slot(unsigned lane) { return slots_[at_->thread.index / 32 * 32 + lane]; }
 
  private:
@@ -241,22 +240,27 @@ void fence() {
 }
 
 unsigned atomic_add(unsigned* address, unsigned value) {
-  Fiber& self = Block::running->self();
-  pass_on(&self.fenced, address);
+  Block& block = *Block::running;
+  block.pass_on(&block.self().fenced, address);
   const unsigned old = relaxed_add(address, value);
-  pass_on(address, &self.seen);
+  block.pass_on(address, &block.self().seen);
   return old;
 }
 
 void store(unsigned* address, unsigned value) {
-  pass_on(&Block::running->self().fenced, address);
+  Block& block = *Block::running;
+  block.pass_on(&block.self().fenced, address);
   relaxed_store(address, value);
 }
 
 unsigned load(const unsigned* address) {
+  Block& block = *Block::running;
   const unsigned value = relaxed_load(address);
-  pass_on(const_cast<unsigned*>(address), &Block::running->self().seen);
-  if (value == 0) Block::running->yield();  // what it waits for has yet to come
+  if (value == 0) {
+    block.yield();  // what it waits for has yet to come
+  } else {
+    block.pass_on(const_cast<unsigned*>(address), &block.self().seen);
+  }
   return value;
 }
 
