@@ -88,6 +88,15 @@ def make(name: str, dtype=torch.float32, batch=4, length=None, seed=0) -> Case:
         tensors = _tokens(dtype, batch, length, g, ("values", "old_values", "returns"))
         tensors |= _rows(dtype, batch, g, "row_weight") | {"normalizer": torch.tensor(9.0)}
         options, leaf = {"cliprange_value": 0.3}, "values"
+    elif op == "p3o_loss":
+        batch += batch % 2  # pairs
+        tensors = _tokens(dtype, batch, length, g, ("logprobs", "old_logprobs", "ref_logprobs"))
+        tensors["mask"][1:4] |= torch.arange(length) % 3 == 0  # a row without a valid token has no pair
+        tensors |= _rows(dtype, batch, g, "scores") | {"normalizer": torch.tensor(5.0), "kl_coef": torch.tensor(0.1)}
+        options, leaf = {"variant": "separate" if variant == "separate" else "joint", "cliprange": 2.0}, "logprobs"
+    elif op == "group_advantages":
+        tensors = _rows(dtype, batch, g, "scores") | {"group_ids": torch.arange(batch) % 2}
+        options, leaf = {"mode": "grpo"}, None
     else:
         raise AssertionError(name)
     if variant == "packed":
@@ -110,9 +119,19 @@ NAMES = (
     "policy_loss:packed",
     "value_loss",
     "value_loss:packed",
+    "p3o_loss",
+    "p3o_loss:separate",
+    "p3o_loss:packed",
+    "group_advantages",
 )
-ROWWISE = tuple(name for name in NAMES if name not in ("whiten", "moments"))  # the others have one output per batch
-DIFFERENTIABLE = tuple(name for name in NAMES if name.split(":")[0] in ("token_logprobs", "policy_loss", "value_loss"))
+#: The others have one output per batch, or rows that know of each other.
+ROWWISE = tuple(
+    name for name in NAMES if name.split(":")[0] not in ("whiten", "moments", "p3o_loss", "group_advantages")
+)
+MASKED = tuple(name for name in NAMES if name not in ("moments", "group_advantages"))  # with an output per token
+DIFFERENTIABLE = tuple(
+    name for name in NAMES if name.split(":")[0] in ("token_logprobs", "policy_loss", "value_loss", "p3o_loss")
+)
 
 
 def run(case: Case, impl: str, tensors=None) -> tuple[torch.Tensor, ...]:

@@ -56,12 +56,20 @@ def samples(dtype):
             (x, y, z, mask, row, one, None, 0.2, True),
             (flat, flat, flat, None, None, None, bounds, INF, False),
         ],
+        "p3o_loss": [
+            (x, y, z, row, mask, one, None, one, 1, 3, 0.0, 0.2, 10.0, 20.0, True),
+            (flat, flat, flat, row, None, None, bounds, None, 0, 3, 0.1, 0.2, 10.0, INF, False),
+        ],
+        "group_advantages": [
+            (row, torch.tensor([1, 1, 7]), torch.tensor([2, 0, 1]), 0, 1, 1e-4),
+            (flat, None, None, 7, 0, 0.0),
+        ],
     }
 
 
 REGISTERED = (
     *("token_logprobs", "token_logprobs_backward", "token_logprobs_backward_", "kl_rewards", "gae"),
-    *("moments", "whiten", "policy_loss", "value_loss"),
+    *("moments", "whiten", "policy_loss", "value_loss", "p3o_loss", "group_advantages"),
 )
 
 
@@ -102,7 +110,10 @@ def compiled(name, backend):
     return lambda case: case._replace(call=fn)
 
 
-SOME = ("token_logprobs:entropy", "kl_rewards", "gae:packed", "whiten", "moments", "policy_loss", "value_loss")
+SOME = (
+    *("token_logprobs:entropy", "kl_rewards", "gae:packed", "whiten", "moments", "policy_loss", "value_loss"),
+    *("p3o_loss", "p3o_loss:packed", "group_advantages"),
+)
 
 
 @pytest.mark.parametrize(

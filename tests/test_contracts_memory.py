@@ -100,6 +100,9 @@ def garbage_between_guard_pages(impl, front):
         pk.gae(x, x, bootstrap_value=row, lam=row, **bounds)
         pk.policy_loss(x, x, row, weights=row, row_weight=row, **bounds)
         pk.value_loss(x, x, x, row_weight=row, **bounds)
+        pk.p3o_loss(x, x, x, row, **bounds)
+        pk.group_advantages(row, pick(4), impl=impl)
+        pk.backends.kernel("group_advantages", impl)(row, pick(4), pick(4), 0, 1, 0.0)
 
 
 @pytest.mark.parametrize("front", [False, True])

@@ -3,14 +3,14 @@
 import cases
 import pytest
 import torch
-from cases import NAMES, run
+from cases import MASKED, ROWWISE, run
 from devices import IMPLEMENTATIONS
 from helpers import INF, INTERIORS, NAN, bit_equal, cu, grad_of, holey_mask, pack, unpack
 
 import ppo_kernels as pk
 
 #: The ops whose rows do not know of each other, and the losses, whose gradients do not once the normalizer is given.
-BY_ROW = [name for name in NAMES if name.split(":")[0] not in ("whiten", "moments") and "packed" not in name]
+BY_ROW = [name for name in ROWWISE if "packed" not in name]
 PADDED = ["kl_rewards", "gae", "policy_loss", "value_loss"]
 
 
@@ -75,7 +75,7 @@ def test_time_may_be_padded(require_impl, impl, name, extra):
 
 
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
-@pytest.mark.parametrize("name", [name for name in NAMES if name != "moments"])
+@pytest.mark.parametrize("name", MASKED)
 def test_masked_outputs_are_a_positive_zero(require_impl, impl, name):
     """-0 would print as a difference, and 1 / -0 is another infinity."""
     case = batch_of(name)

@@ -309,6 +309,34 @@ def test_packed_equals_padded(impl, kind, variant):
     assert bit_equal(packed[2], pack(padded[2], lengths)) or impl == "torch"
 
 
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("without", ["", "mask", "normalizer"])
+def test_gradcheck(impl, variant, without):
+    """q and w are constants for the gradient but not for the loss: only here, where nothing can move them, do the two
+    agree."""
+    logp, *data = make(6, 5, torch.float64, spread=1.0)
+    optional = {"mask": holey_mask(6, 5), "normalizer": torch.tensor(3.0)}
+    optional.pop(without, None)
+    constant = {"kl_coef": 0.0, "cliprange_ratio": 1.0, "variant": variant, "group_size": 3, "impl": impl}
+    fn = lambda x: p3o_loss(x, *data, **optional, **constant)[0]  # noqa: E731
+    assert torch.autograd.gradcheck(fn, logp.requires_grad_(), fast_mode=True)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("extra", [1, 90, 1100])
+def test_time_may_be_padded(impl, extra, variant):
+    logp, old, ref, scores = make(6, 137)
+    mask, junk = holey_mask(6, 137), torch.tensor([NAN, 1e30, -1e30]).repeat(6, extra)[:, :extra]
+    call = {"variant": variant, "group_size": 3, "impl": impl}
+    _, narrow = grad_of(lambda x: p3o_loss(x, old, ref, scores, mask, **call)[0], logp)
+    wide = [torch.cat([x, junk], 1) for x in (logp, old, ref)]
+    mask = torch.cat([mask, torch.zeros(6, extra, dtype=torch.bool)], 1)
+    _, grad = grad_of(lambda x: p3o_loss(x, *wide[1:], scores, mask, **call)[0], wide[0])
+    assert not grad[:, 137:].any()
+    torch.testing.assert_close(grad[:, :137], narrow, rtol=1e-6, atol=1e-9)
+    assert bit_equal(grad[:, :137], narrow) or impl == "torch"
+
+
 @pytest.mark.parametrize("pad", [1, 5])
 def test_views(impl, pad):
     logp, old, ref, scores = make(6, 19)

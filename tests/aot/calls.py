@@ -107,9 +107,27 @@ def value_loss():
         yield new(), new(), new(), mask, row, one, bounds, 0.2 if full else INF, full
 
 
+def p3o_loss():
+    for full, batch, new, bounds, mask in _full_and_bare():
+        one = torch.zeros((), dtype=torch.float64) if full else None
+        for variant, group_size in ((0, batch), (1, 1)):
+            options = (variant, group_size, 0.1, 0.2, 10.0, 20.0 if full else INF, full)
+            yield new(), new(), new(), torch.empty(batch), mask, one, bounds, one, *options
+    large = torch.empty(64, 512)
+    yield large, large, large, large[:, 0], None, None, None, None, 1, 16, 0.1, 0.2, 10.0, 20.0, True
+    yield large, large, large, large[:, 0], None, None, None, None, 0, 64, 0.1, 0.2, 10.0, 20.0, True
+
+
+def group_advantages():
+    for batch, mode in itertools.product((64, 37), range(3)):
+        scores, ids = torch.empty(batch), torch.arange(batch)
+        yield scores, ids, ids, 0, mode, 1e-4
+        yield scores, None, None, 1, mode, 1e-4
+
+
 def far(op: str, args: tuple) -> tuple | None:
     """The call with the rows of its first tensor further apart than 32 bits count; None for ops of dense tensors."""
-    if op in ("moments", "whiten"):
+    if op in ("moments", "whiten", "group_advantages"):
         return None
     x, *rest = (a.to("meta") if torch.is_tensor(a) else a for a in args)
     return (torch.empty_strided(x.shape, (*[2**33] * (x.dim() - 1), 1), dtype=x.dtype, device="meta"), *rest)
