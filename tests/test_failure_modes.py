@@ -31,6 +31,7 @@ Rows as in the survey of public issue trackers that the design started from; a t
 13  nothing valid, nothing at all
       test_policy_loss.py::test_empty_and_all_masked_batches_give_zeros
       test_value_loss.py::test_empty_and_all_masked_batches_give_zeros
+      test_p3o_loss.py::test_empty_and_all_masked_batches_give_zeros
       test_gae.py::test_empty_and_all_masked_batches
       test_kl_rewards.py::test_empty_and_all_masked_batches
       test_whiten.py::test_empty_and_scalar_tensors
@@ -38,6 +39,7 @@ Rows as in the survey of public issue trackers that the design started from; a t
 14  NaN under the mask leaks
       test_policy_loss.py::test_what_lies_under_the_mask_does_not_matter
       test_value_loss.py::test_what_lies_under_the_mask_does_not_matter
+      test_p3o_loss.py::test_what_lies_under_the_mask_does_not_matter
       test_gae.py::test_what_lies_under_the_mask_does_not_matter
       test_kl_rewards.py::test_what_lies_under_the_mask_does_not_matter
       test_whiten.py::test_what_lies_under_the_mask_does_not_matter
@@ -48,9 +50,12 @@ Rows as in the survey of public issue trackers that the design started from; a t
 16  the entropy metric counts padding
       test_the_mean_entropy_does_not_count_padding
 17  one-pass variance, one element
+      test_group_advantages.py::test_a_lone_response_has_no_advantage_and_equal_ones_have_none
       test_whiten.py::test_a_large_mean_does_not_cancel_the_variance
       test_whiten.py::test_no_or_one_valid_element
 18  a NaN reward poisons silently
+      test_group_advantages.py::test_a_score_that_is_no_number_shows_in_its_group_alone
+      test_p3o_loss.py::test_nan_in_a_valid_response_is_seen_in_its_group_alone
       trainer/test_bad_input.py::test_nan_reward_stops_before_the_weights
       trainer/test_step.py::test_non_finite_gradient_never_reaches_the_weights
       test_kl_rewards.py::test_nan_in_a_valid_token_stays_in_its_row

@@ -20,7 +20,10 @@ sys.path.insert(0, str(HERE.parent))
 
 import checkout  # noqa: E402
 
-OPS = ("token_logprobs", "token_logprobs_api", "kl_rewards", "gae", "whiten", "policy_loss", "value_loss")
+OPS = (
+    *("token_logprobs", "token_logprobs_api", "kl_rewards", "gae", "whiten", "policy_loss", "value_loss"),
+    *("p3o_loss", "group_advantages"),
+)
 FILES = tuple(f"tests/test_{op}.py" for op in OPS)
 CONTRACTS = ("tests/test_contracts.py", "tests/test_contracts_dispatcher.py")
 # Rows and batches of several blocks, which run at the same time.
@@ -33,6 +36,9 @@ SHARED_WORK = (
     "tests/test_policy_loss.py::test_matches_the_loop[cuda-shape5-dtype0]",
     "tests/test_value_loss.py::test_matches_the_loop[cuda-shape5-0.2-dtype0]",
     "tests/test_whiten.py::test_a_large_mean_does_not_cancel_the_variance",
+    "tests/test_p3o_loss.py::test_every_pair_of_larger_groups_counts[cuda-3-joint]",
+    "tests/test_p3o_loss.py::test_packed_equals_padded[cuda-kind1-separate]",
+    "tests/test_group_advantages.py::test_matches_the_loop[cuda-sizes4-grpo-dtype0]",
     "tests/test_token_logprobs.py::test_a_vocabulary_of_151936[cuda-dtype2]",
 )
 QUIET = ("-p", "no:cacheprovider", "-p", "no:warnings")
@@ -53,7 +59,7 @@ class Kind(NamedTuple):
 
 
 # What torch.compile builds is not the kernels', a group starts processes, and refusals are Python's.
-OTHERS = "not compile and not group and not refused"
+OTHERS = "not compile and not a_group_whitens and not refused"
 ADDRESS = ("address,undefined,float-cast-overflow", "libasan.so")
 THREAD = ("thread", "libtsan.so")
 KINDS = {
