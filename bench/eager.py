@@ -85,3 +85,25 @@ def value_loss(values, old_values, returns, mask):
         unexplained = _mean((values - returns - error).square(), mask)
         explained = 1 - unexplained / _mean((returns - target).square(), mask)
         return loss, _mean(clipped_error > plain_error, mask), error, explained
+
+
+def p3o_loss(logprobs, old_logprobs, ref_logprobs, scores, mask, group_size):
+    """Joint clipping, all pairs of each group."""
+    s, s_old = ((x - ref_logprobs).mul(mask).sum(1).view(-1, group_size) for x in (logprobs, old_logprobs))
+    first, second = torch.triu_indices(group_size, group_size, 1, device=logprobs.device)
+    r = scores.view(-1, group_size)
+    d, d_old = s[:, first] - s[:, second], s_old[:, first] - s_old[:, second]
+    q = r[:, first] - r[:, second] - 0.05 * d.detach()
+    drift = (s - s_old).detach()
+    k = q * (drift[:, first] + drift[:, second]).exp().clamp(0.1, 10.0)
+    return 0.5 * torch.max(-k * d, -k * torch.clamp(d, d_old - 0.2, d_old + 0.2)).mean()
+
+
+def group_advantages(scores: Tensor, group_ids: Tensor) -> Tensor:
+    """A loop over prompts, as most trainers have it."""
+    advantages = torch.empty_like(scores)
+    for prompt in group_ids.unique():
+        mine = group_ids == prompt
+        group = scores[mine]
+        advantages[mine] = (group - group.mean()) / (group.std() + 1e-4)
+    return advantages

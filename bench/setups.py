@@ -360,3 +360,40 @@ def value_loss(*shape: int) -> Setup:
         eager_tolerance=1e-4,
         wrt="values",
     )
+
+
+def p3o_loss(batch: int, length: int, group_size: int) -> Setup:
+    def make():
+        logprobs = (-torch.rand(batch, length, device=DEVICE)).requires_grad_()
+        steps = torch.randn(2, batch, length, device=DEVICE) * 0.3 / length**0.5
+        old_logprobs, ref_logprobs = logprobs.detach() + steps
+        inputs = {"logprobs": logprobs, "old_logprobs": old_logprobs, "ref_logprobs": ref_logprobs}
+        return inputs | {"scores": _normal(batch), "mask": _mask(batch, length)}
+
+    return Setup(
+        op="p3o_loss",
+        work=f"p3o_loss of {group_size} fwd+bwd",
+        name=_name(f"p3o_loss of {group_size} fwd+bwd", (batch, length)),
+        make=make,
+        run=lambda impl, **inputs: ppo_kernels.p3o_loss(**inputs, group_size=group_size, impl=impl),
+        count=lambda inputs: 6 * inputs["logprobs"].nbytes + 2 * inputs["mask"].nbytes,
+        tolerance=1e-5,
+        plain=lambda **inputs: eager.p3o_loss(**inputs, group_size=group_size),
+        eager_tolerance=1e-3,
+        wrt="logprobs",
+    )
+
+
+def group_advantages(prompts: int, responses: int) -> Setup:
+    ids = torch.arange(prompts, device=DEVICE).repeat(responses)
+    return Setup(
+        op="group_advantages",
+        work="group_advantages grpo",
+        name=_name("group_advantages grpo", (prompts * responses,)),
+        make=lambda: {"scores": _normal(prompts * responses), "group_ids": ids},
+        run=lambda impl, **inputs: ppo_kernels.group_advantages(**inputs, mode="grpo", impl=impl),
+        count=lambda inputs: 2 * inputs["scores"].nbytes + inputs["group_ids"].nbytes,
+        tolerance=1e-5,
+        plain=eager.group_advantages,
+        eager_tolerance=1e-3,
+    )
