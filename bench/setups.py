@@ -303,6 +303,12 @@ def policy_loss(*shape: int, ref: bool = False) -> Setup:
     )
 
 
+def _away_from_the_clip(logprobs: Tensor) -> Tensor:
+    """Log-ratios within 0.1 or of size 0.5: a log-probability rounded to bf16 clips the same tokens."""
+    small, sign = 0.2 * torch.rand_like(logprobs) - 0.1, torch.randn_like(logprobs).sign()
+    return torch.where(torch.rand_like(logprobs) < 0.2, 0.5 * sign, small)
+
+
 def policy_loss_from_logits(dtype: torch.dtype, rows: int, columns: int, vocab: int) -> Setup:
     """token_logprobs and policy_loss, differentiated down to the logits. The last column predicts no token."""
     work = "token_logprobs + policy_loss fwd+bwd"
@@ -314,7 +320,7 @@ def policy_loss_from_logits(dtype: torch.dtype, rows: int, columns: int, vocab: 
         return {
             "logits": logits.requires_grad_(),
             "labels": labels,
-            "old_logprobs": logprobs + 0.1 * torch.randn_like(logprobs),
+            "old_logprobs": logprobs + _away_from_the_clip(logprobs),
             "advantages": _normal(rows),
             "mask": _mask(rows, columns),
         }
@@ -337,7 +343,7 @@ def policy_loss_from_logits(dtype: torch.dtype, rows: int, columns: int, vocab: 
         count=lambda inputs: 3 * inputs["logits"].nbytes,
         tolerance=5e-3 if dtype == torch.bfloat16 else 1e-4,
         plain=plain,
-        eager_tolerance=5e-2,
+        eager_tolerance=1e-1,  # a log-probability of -12 in bf16 is off by up to 3 %
         wrt="logits",
     )
 
