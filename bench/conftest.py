@@ -120,17 +120,12 @@ def measure(request, benchmark):
 
 
 def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict) -> None:
-    bench = config.stash[KEY]
-    if bench.groups:
-        bench.measure_bandwidth()
+    """What two runs that can be compared have in common."""
     machine_info.pop("node", None)
     machine_info["cpu"] = {"brand_raw": machine_info["cpu"].get("brand_raw")}
     machine_info |= {
         "isa": _native.cpu_capability() if _native.CPU_ERROR is None else "C++ ops not built",
         "cores": os.cpu_count(),
-        "load": [round(load, 2) for load in os.getloadavg()],
-        "size": config.getoption("bench_size"),
-        "GB/s": bench.bandwidth,
         "cache MiB": _last_cache(),
     }
     if rows.DEVICE == "cuda":
@@ -146,7 +141,14 @@ def _last_cache() -> float | None:
 
 
 def pytest_benchmark_update_json(config: pytest.Config, benchmarks: list, output_json: dict) -> None:
-    output_json["untimed"] = config.stash[KEY].untimed
+    bench = config.stash[KEY]
+    bench.measure_bandwidth()
+    output_json["untimed"] = bench.untimed
+    output_json["run"] = {
+        "size": config.getoption("bench_size"),
+        "load": [round(load, 2) for load in os.getloadavg()],
+        "GB/s": bench.bandwidth,
+    }
     for row in output_json["benchmarks"]:
         row["params"] = row["param"] = None  # its name says it
         row["stats"].pop("data", None)

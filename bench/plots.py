@@ -90,7 +90,7 @@ def rooflines(results: Results, path: Path) -> Path:
     """One panel per op: the rate that it reaches against the size of the data, and the limits."""
     works = [work for work in dict.fromkeys(line.work for line in results.lines)]
     figure, axes = _grid(len(works), 4, 3.7, 3.0)
-    read = results.machine.get("GB/s", {}).get("read")
+    read = results.run.get("GB/s", {}).get("read")
     for ax, work in zip(axes, works, strict=True):
         lines = [line for line in results.lines if line.work == work and line.axis != "threads"]
         for line, marker in zip(lines, "os^", strict=False):

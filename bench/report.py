@@ -63,18 +63,18 @@ def overview(data: dict[str, Any]) -> str:
 
 
 def facts(results: Results) -> list[str]:
-    machine, versions = results.machine, results.versions
+    machine, run, versions = results.machine, results.run, results.versions
     cpu = machine.get("cpu", {}).get("brand_raw") or "unknown CPU"
-    rate = machine.get("GB/s", {})
+    rate = run.get("GB/s", {})
     lines = [
         f"Machine: {machine.get('gpu', '') or cpu}, {machine.get('cores')} cores, {versions['threads']} threads,"
         f" instruction set {machine.get('isa')}; torch reads {rate.get('read')} GB/s, copies {rate.get('copy')} GB/s",
         f"Versions: ppo_kernels {versions['ppo_kernels']}, commit {versions['commit']}, torch {versions['torch']},"
         f" Python {machine.get('python_version')}",
-        f"Run: {results.when} UTC, size {machine.get('size')}, load averages at the end {machine.get('load')}",
+        f"Run: {results.when} UTC, size {run.get('size')}, load averages at the end {run.get('load')}",
         "Command: make report (pytest bench --benchmark-only --bench-size full, then python -m bench.report)",
     ]
-    load, cores = (machine.get("load") or [0.0])[-1], machine.get("cores") or 1
+    load, cores = (run.get("load") or [0.0])[-1], machine.get("cores") or 1
     if load > cores + 0.5:
         lines.append(
             f"The machine was busy with other work (load {load} on {cores} cores): the figures are provisional"
@@ -85,7 +85,7 @@ def facts(results: Results) -> list[str]:
 def sections(results: Results) -> list[Table]:
     found = [
         tables.speed_table(results),
-        targets.check(results)[0] if results.machine.get("size") == "full" else None,
+        targets.check(results)[0] if results.run.get("size") == "full" else None,
         tables.memory_table(results),
         tables.error_table(results),
         tables.scaling_table(results),

@@ -54,6 +54,7 @@ class Line:
 class Results:
     def __init__(self, data: dict[str, Any]) -> None:
         self.machine = data.get("machine_info", {})
+        self.run = data.get("run", {})
         self.when = str(data.get("datetime", ""))[:16].replace("T", " ")
         self.untimed: list[Bench] = data.get("untimed", [])
         self.groups: dict[str, dict[str, Bench]] = {}
@@ -139,7 +140,7 @@ def mib(size: float) -> str:
 
 def speed_table(results: Results) -> Table:
     others = [name for name in results.providers() if name not in OURS]
-    read = results.machine.get("GB/s", {}).get("read")
+    read = results.run.get("GB/s", {}).get("read")
     table = Table(
         "Speed",
         "× is how many times longer the other takes (medians of calls in turns). GB/s counts the bytes that have to be "
