@@ -22,6 +22,7 @@ HERE = pathlib.Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parents[1])]
 os.environ["TRITON_DUMP_PTXAS_LOG"] = "1"  # the one place that tells spills
 
+import sass  # noqa: E402
 import torch  # noqa: E402
 import triton  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
@@ -139,6 +140,15 @@ def loops(ptx):
     return found
 
 
+def per_element(cubin):
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        (lines,) = sass.functions(pathlib.Path(file.name)).values()
+    way = sass.hot_loop(lines)
+    return round(len(way) / sass.count(sass.EXP2, way), 2)
+
+
 def build(key, arch):
     kernel, signature, constexprs, attrs, options, by_launch = VARIANTS[key]
     report = {"kernel": f"{kernel.fn.__module__.rpartition('.')[2]}.{kernel.fn.__name__}", "arch": arch}
@@ -154,6 +164,8 @@ def build(key, arch):
     spills = [int(n) for n in re.findall(r"(\d+) bytes spill (?:stores|loads)", log.getvalue())]
     report |= {"registers": int(re.search(r"Used (\d+) registers", log.getvalue()).group(1)), "spills": sum(spills)}
     report |= {"shared": built.metadata.shared, "loops": loops(built.asm["ptx"])}
+    if report["kernel"] == "token_logprobs._forward":
+        report["instructions_per_element"] = per_element(built.asm["cubin"])
     report["problems"] += [f"32-bit offset: {line}" for line in narrow_offsets(built.asm["ttir"])]
     if sum(spills) or not spills:
         report["problems"].append(f"spills: {spills}")

@@ -11,6 +11,9 @@ import pytest
 
 from ppo_kernels import triton
 
+sys.path.insert(0, str(pathlib.Path(__file__).parent))
+import resources
+
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(not triton.INSTALLED, reason="Triton is not installed")]
 SCRIPT = pathlib.Path(__file__).with_name("compile_all.py")
 
@@ -36,6 +39,14 @@ def test_every_launched_kernel_compiles_without_spills_and_with_64_bit_offsets(r
     bad = [f"{r['kernel']} sm_{r['arch']}: {problem}\n  {r['variant']}" for r in reports for problem in r["problems"]]
     assert not bad, "\n".join(bad)
     assert {r["arch"] for r in reports} == {80, 90, 100}
+
+
+def test_no_kernel_needs_more_than_recorded(reports):
+    found, recorded = resources.summarize_triton(reports), json.loads(resources.RECORD.read_text())["triton"]
+    assert not resources.faults(found)
+    if found["triton"] != recorded["triton"]:
+        pytest.skip(f"the record is of Triton {recorded['triton']}, here is {found['triton']}")
+    assert not resources.regressions(found, recorded), "if it must be: python tests/aot/resources.py --write"
 
 
 def test_variants_are_few(reports):
