@@ -10,24 +10,24 @@ namespace ppo {
 namespace {
 
 struct RowSums {
-  double old_margin = 0.0, shift = 0.0, count = 0.0;
+  double margin = 0.0, shift = 0.0, count = 0.0;
 
-  void add(const RowSums& o) { old_margin += o.old_margin, shift += o.shift, count += o.count; }
+  void add(const RowSums& o) { margin += o.margin, shift += o.shift, count += o.count; }
 };
 
 template <class T>
 PPO_CLONES RowSums sum_block(const T* logp, const T* old, const T* ref, const T* live, int64_t n) {
-  double old_margin = 0.0, shift = 0.0, count = 0.0;
-#pragma omp simd reduction(+ : old_margin, shift, count)
+  double margin = 0.0, shift = 0.0, count = 0.0;
+#pragma omp simd reduction(+ : margin, shift, count)
   for (int64_t i = 0; i < n; ++i) {
     const T one = live[i], l = logp[i], l_old = old[i], l_ref = ref[i];
     const bool valid = one != T(0);
     const double now = valid ? l : T(0), before = valid ? l_old : T(0), frozen = valid ? l_ref : T(0);
     shift += now - before;
-    old_margin += before - frozen;
+    margin += now - frozen;
     count += static_cast<double>(one);
   }
-  return {old_margin, shift, count};
+  return {margin, shift, count};
 }
 
 template <class T>
@@ -110,7 +110,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> p3o_loss(const Tensor& logprobs, cons
     double ratio_max = 0.0;
     for (int64_t b = 0; b < rows.count(); ++b) {
       const RowSums& sums = by_row[b];
-      responses[b] = response(sums.count > 0.0, score[b], sums.old_margin, sums.shift, options);
+      responses[b] = response(sums.count > 0.0, score[b], sums.margin, sums.shift, options);
       if (responses[b].alive) ratio_max = larger_ratio(ratio_max, responses[b].ratio);
     }
     for_each(rows.count(), 1024 / group_size, [&](int64_t b) {

@@ -14,7 +14,7 @@ constexpr int kP3OPartials = kPairSums + 1;  // and the largest ratio
 
 // Of one row: what each tile number modulo kTiles adds up to, whichever warp took it.
 struct P3OParts {
-  double shift[kTiles], old_margin[kTiles], count[kTiles];
+  double shift[kTiles], margin[kTiles], count[kTiles];
 };
 
 struct P3OInputs {
@@ -68,7 +68,7 @@ __device__ inline void sum_row(const P3OInputs& in, int64_t b, int slot, float* 
       const double l = is_valid ? now[k] : 0.0f, l_old = is_valid ? before[k] : 0.0f,
                    l_ref = is_valid ? frozen[k] : 0.0f;
       sums[0] += l - l_old;
-      sums[1] += l_old - l_ref;
+      sums[1] += l - l_ref;
       sums[2] += is_valid ? 1.0 : 0.0;
     }
   });
@@ -76,15 +76,15 @@ __device__ inline void sum_row(const P3OInputs& in, int64_t b, int slot, float* 
   const int lane = threadIdx.x % kWarp;
   P3OParts& parts = in.parts[b];
   if (lane == 0) parts.shift[slot] = sum;
-  if (lane == 8) parts.old_margin[slot] = sum;
+  if (lane == 8) parts.margin[slot] = sum;
   if (lane == 16) parts.count[slot] = sum;
 }
 
 __device__ inline Response fold_row(const P3OInputs& in, int64_t b, const PairOptions& options) {
   const P3OParts& parts = in.parts[b];
-  double shift = 0.0, old_margin = 0.0, count = 0.0;
-  for (int i = 0; i < kTiles; ++i) shift += parts.shift[i], old_margin += parts.old_margin[i], count += parts.count[i];
-  return response(count > 0.0, in.scores[b], old_margin, shift, options);
+  double shift = 0.0, margin = 0.0, count = 0.0;
+  for (int i = 0; i < kTiles; ++i) shift += parts.shift[i], margin += parts.margin[i], count += parts.count[i];
+  return response(count > 0.0, in.scores[b], margin, shift, options);
 }
 
 __device__ inline void spread_row(const P3OInputs& in, int64_t b, int slot, float* stage, float* grad) {

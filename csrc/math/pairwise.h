@@ -26,18 +26,16 @@ inline PairOptions pair_options(int64_t variant, double kl_coef, double cliprang
 
 // What is known of a row before it meets the others.
 struct Response {
-  bool alive;                       // has a valid token
-  double score, old_margin, shift;  // sums over valid tokens: old - ref, logp - old
-  double ratio;                     // of the clamped shift
-  double weight;                    // of the shift, bounded
-
-  PPO_INLINE double margin() const { return old_margin + shift; }
+  bool alive;                   // has a valid token
+  double score, margin, shift;  // sums over valid tokens: logp - ref (S), logp - old (D)
+  double ratio;                 // of the clamped shift
+  double weight;                // of the shift, bounded
 };
 
-PPO_INLINE Response response(bool alive, double score, double old_margin, double shift, const PairOptions& o) {
+PPO_INLINE Response response(bool alive, double score, double margin, double shift, const PairOptions& o) {
   return {alive,
           alive ? score : 0.0,
-          old_margin,
+          margin,
           shift,
           exp_fast(clamp(shift, o.log_ratio_clamp)),
           exp_fast(clamp(shift, o.log_weight_bound))};
@@ -66,7 +64,7 @@ constexpr int kP3OStats = 13;
 
 // Adds the half of a pair that is row `a`'s and returns its gradient d loss / d S_a. Ties as autograd has them.
 PPO_INLINE double pair_half(const Response& a, const Response& b, const PairOptions& o, double* sums) {
-  const double reward = a.score - b.score, gap = a.margin() - b.margin();
+  const double reward = a.score - b.score, gap = a.margin - b.margin;
   const double q = reward - o.kl_coef * gap;
   const double log_weight = o.joint ? a.shift + b.shift : b.shift;
   const double weight = o.joint ? exp_fast(clamp(log_weight, o.log_weight_bound)) : b.weight;
@@ -80,7 +78,7 @@ PPO_INLINE double pair_half(const Response& a, const Response& b, const PairOpti
   const double larger = plain > clipped ? plain : clipped;
   const double change = slope * (from_plain + (1.0 - from_plain) * inside);
   const double preferred = reward > 0.0 ? gap : (reward < 0.0 ? -gap : reward * gap);  // 0 or NaN
-  sums[kPairLoss] += o.joint ? 0.25 * (larger + slope * (a.old_margin - b.old_margin)) : 0.5 * larger;
+  sums[kPairLoss] += o.joint ? 0.25 * (larger + slope * (gap - x)) : 0.5 * larger;
   sums[kPairs] += 1.0;
   sums[kPairWeight] += weight;
   sums[kPairWeightClipped] += log_weight < -o.log_weight_bound || log_weight > o.log_weight_bound ? 1.0 : 0.0;
@@ -99,7 +97,7 @@ PPO_INLINE double response_terms(const Response* group, int64_t size, int64_t i,
   sums[kRows] += 1.0;
   sums[kRowShift] += d;
   sums[kRowK3] += expm1_minus(d, a.ratio);
-  sums[kRowMargin] += a.margin();
+  sums[kRowMargin] += a.margin;
   sums[kRowRatio] += a.ratio;
   sums[kRowClamped] += a.shift < -o.log_ratio_clamp || a.shift > o.log_ratio_clamp ? 1.0 : 0.0;
   double gradient = 0.0;

@@ -67,8 +67,8 @@ def p3o_loss(
     valid = valid_tokens(logprobs, mask, rows)
     # An error of a sum over a whole sequence is an error of its ratio's exponent: float64.
     logp, old, ref = (select(x, valid, torch.float64) for x in (logprobs, old_logprobs.detach(), ref_logprobs.detach()))
-    shift = row_sum(logp - old, rows)  # S - S_old
-    old_margin = row_sum(old - ref, rows)  # S_old
+    shift = row_sum(logp - old, rows)  # D = S - S_old
+    margin = row_sum(logp.detach() - ref, rows)  # S
     alive = row_sum(valid.double(), rows) > 0
     reward = torch.where(alive, scores.detach().double(), 0.0)
 
@@ -81,9 +81,9 @@ def p3o_loss(
         return torch.where(both, x[:, first], 0.0), torch.where(both, x[:, second], 0.0)
 
     shift_i, shift_j = of_pairs(shift)
-    old_i, old_j = of_pairs(old_margin)
+    margin_i, margin_j = of_pairs(margin)
     reward_i, reward_j = of_pairs(reward)
-    s_gap = (old_i - old_j + shift_i - shift_j).detach()
+    s_gap = margin_i - margin_j
     q = reward_i - reward_j - scalar(kl_coef, torch.float64) * s_gap
     bound = math.log(cliprange_ratio)
     if variant == "separate":
@@ -96,10 +96,11 @@ def p3o_loss(
     else:
         log_weights = (shift_i + shift_j).detach()[None]
         k = q * log_weights[0].clamp(-bound, bound).exp()
-        # d = S_i - S_j is d_old plus this gap, and clip(d, d_old - e, d_old + e) is d_old plus its clip: so no d_old,
+        # d = S_i - S_j is d_old plus this step, and clip(d, d_old - e, d_old + e) is d_old plus its clip: so no d_old,
         # however large, can round away what decides.
-        surrogate, clipped_ij = _clipped(-k, shift_i - shift_j, -cliprange, cliprange)
-        loss, clipped = 0.5 * (surrogate - k * (old_i - old_j)), clipped_ij[None]
+        step = shift_i - shift_j
+        surrogate, clipped_ij = _clipped(-k, step, -cliprange, cliprange)
+        loss, clipped = 0.5 * (surrogate - k * (s_gap - step.detach())), clipped_ij[None]
     total, count = reduce_loss(loss.reshape(-1), both.reshape(-1), rows, None, normalizer)
     total = total.to(dtype)
 
@@ -111,7 +112,7 @@ def p3o_loss(
         stats = P3OStats(
             kl_k1=masked_mean(-d, alive),
             kl_k3=masked_mean(torch.expm1(d) - d, alive),
-            ref_kl=masked_mean(old_margin + shift, alive),
+            ref_kl=masked_mean(margin, alive),
             ratio_mean=masked_mean(d.exp(), alive),
             ratio_max=torch.cat([torch.where(alive, d.exp(), 0.0), d.new_zeros(1)]).max(),
             clamped=masked_mean(beyond, alive),

@@ -49,7 +49,7 @@ def _row_sums(
     length,
     BLOCK: tl.constexpr,
 ):
-    """Per row the sums of logp - old and of old - ref, and the number of valid tokens."""
+    """Per row the sums of logp - old and of logp - ref, and the number of valid tokens."""
     row = tl.program_id(0).to(tl.int64)
     first, length = row_span(starts, length, row)
     logprobs += first * logprobs_stride
@@ -58,7 +58,7 @@ def _row_sums(
     if mask is not None:
         mask += first * mask_stride
     shift = tl.zeros([BLOCK], tl.float64)
-    old_margin = tl.zeros([BLOCK], tl.float64)
+    margin = tl.zeros([BLOCK], tl.float64)
     count = tl.zeros([BLOCK], tl.float64)
     for begin in range(0, length, BLOCK):
         t = begin + tl.arange(0, BLOCK)
@@ -68,10 +68,10 @@ def _row_sums(
         old = tl.where(valid, tl.load(old_logprobs + t, mask=inside, other=0.0), 0.0).to(tl.float64)
         ref = tl.where(valid, tl.load(ref_logprobs + t, mask=inside, other=0.0), 0.0).to(tl.float64)
         shift += logp - old
-        old_margin += old - ref
+        margin += logp - ref
         count += valid.to(tl.float64)
     tl.store(sums + row * 3, tl.sum(shift, 0))
-    tl.store(sums + row * 3 + 1, tl.sum(old_margin, 0))
+    tl.store(sums + row * 3 + 1, tl.sum(margin, 0))
     tl.store(sums + row * 3 + 2, tl.sum(count, 0))
 
 
@@ -106,7 +106,7 @@ def _pairs(
     row = tl.program_id(0).to(tl.int64)
     if kl_coef_tensor is not None:
         kl_coef = tl.load(kl_coef_tensor)
-    shift, old_margin = tl.load(sums + row * 3), tl.load(sums + row * 3 + 1)
+    shift, margin = tl.load(sums + row * 3), tl.load(sums + row * 3 + 1)
     alive, score = tl.load(sums + row * 3 + 2) > 0.0, tl.load(scores + row).to(tl.float64)
     d = clamp(shift, log_ratio_clamp)
     ratio = exp(d)
@@ -115,10 +115,10 @@ def _pairs(
     other = row // group_size * group_size + member
     there = (member < tl.where(alive, group_size, 0)) & (other != row)
     b_shift = tl.load(sums + other * 3, mask=there, other=0.0)
-    b_old_margin = tl.load(sums + other * 3 + 1, mask=there, other=0.0)
+    b_margin = tl.load(sums + other * 3 + 1, mask=there, other=0.0)
     live = there & (tl.load(sums + other * 3 + 2, mask=there, other=0.0) > 0.0)
     reward = score - tl.load(scores + other, mask=there, other=0.0).to(tl.float64)
-    gap = (old_margin + shift) - (b_old_margin + b_shift)
+    gap = margin - b_margin
     q = reward - kl_coef * gap
     if JOINT:
         # d - d_old takes the place of d, so that no d_old, however large, can round away what decides.
@@ -133,7 +133,7 @@ def _pairs(
     change = slope * (from_plain + (1.0 - from_plain) * inside_clip)
     loss = tl.where(plain > clipped, plain, clipped)
     if JOINT:
-        loss = 0.25 * (loss + slope * (old_margin - b_old_margin))
+        loss = 0.25 * (loss + slope * (gap - x))
     else:
         loss = 0.5 * loss
         change = clamp_gradient(tl.zeros([MEMBERS], tl.float64) + shift, log_ratio_clamp, change * ratio)
@@ -150,7 +150,7 @@ def _pairs(
     tl.store(line + ROWS, tl.where(alive, 1.0, 0.0))
     tl.store(line + K1, tl.where(alive, -d, 0.0))
     tl.store(line + K3, tl.where(alive, expm1_minus(d, ratio), 0.0))
-    tl.store(line + REF, tl.where(alive, old_margin + shift, 0.0))
+    tl.store(line + REF, tl.where(alive, margin, 0.0))
     tl.store(line + RATIO, tl.where(alive, ratio, 0.0))
     tl.store(line + RATIO_MAX, tl.where(alive, ratio, 0.0))
     tl.store(line + BEYOND, tl.where(alive & (tl.abs(shift) > log_ratio_clamp), 1.0, 0.0))
