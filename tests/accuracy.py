@@ -21,6 +21,7 @@ from typing import NamedTuple
 
 import numpy as np
 import oracle
+import oracle_groups
 from helpers import as_array, eager_entropy, eager_logprobs, eager_policy_terms
 
 import ppo_kernels as pk
@@ -169,6 +170,45 @@ def loss_data(g: torch.Generator) -> Iterator[Data]:
         )
 
 
+def groups_data(g: torch.Generator) -> Iterator[Data]:
+    def eager_p3o(x, old, ref, scores):
+        s, s_old, r = (t.view(-1, 2) for t in ((x - ref).sum(1), (old - ref).sum(1), scores))
+        d, d_old = s[:, 0] - s[:, 1], s_old[:, 0] - s_old[:, 1]
+        q = r[:, 0] - r[:, 1] - 0.05 * d.detach()
+        k = q * (s - s_old).detach().sum(1).exp().clamp(0.1, 10.0)
+        return (0.5 * torch.maximum(-k * d, -k * torch.clamp(d, d_old - 0.2, d_old + 0.2)).mean(),)
+
+    for spread in (0.1, 1.0):
+        old = -torch.rand(32, 1024, generator=g) * 6
+        logp, ref = old + torch.randn(2, 32, 1024, generator=g) * spread / 32
+        rest = (old, ref, torch.randn(32, generator=g))
+        truth = oracle_groups.p3o_loss(logp, *rest)
+
+        def results(fn, x=logp):
+            (loss,), grad = of_leaf(fn, x)
+            return {"loss": loss, "gradient": grad}
+
+        yield Data(
+            "p3o_loss",
+            torch.float32,
+            lambda impl, results=results, rest=rest: results(lambda x: pk.p3o_loss(x, *rest, impl=impl)[0]),
+            results(lambda x, rest=rest: eager_p3o(x, *rest)),
+            {"loss": truth[0], "gradient": truth[2]},
+        )
+    for offset in (0.0, 100.0):
+        scores = torch.randn(64, 8, generator=g) + offset
+        eager = (scores - scores.mean(1, keepdim=True)) / (scores.std(1, keepdim=True) + 1e-4)
+        yield Data(
+            "group_advantages",
+            torch.float32,
+            lambda impl, scores=scores.flatten(): {
+                "advantages": pk.group_advantages(scores, group_size=8, mode="grpo", impl=impl)
+            },
+            {"advantages": eager.flatten()},
+            {"advantages": oracle_groups.group_advantages(scores.flatten(), group_size=8, mode="grpo")},
+        )
+
+
 # log p, entropy and whitened values are of the order of 1; the others are measured by the largest of their kind.
 ABSOLUTE = ("log p", "entropy", "whitened")
 
@@ -188,7 +228,9 @@ def main() -> None:
     torch.manual_seed(0)
     g = torch.Generator().manual_seed(0)
     worst: dict[tuple[str, str, str], dict[str, tuple[float, float]]] = {}
-    for data in (d for part in (logprobs_data, kl_data, gae_data, whiten_data, loss_data) for d in part(g)):
+    for data in (
+        d for part in (logprobs_data, kl_data, gae_data, whiten_data, loss_data, groups_data) for d in part(g)
+    ):
         have = backends.implementations(data.op, "cpu")
         outputs = {"eager": data.eager} | {impl: data.run(impl) for impl in IMPLS if impl in have}
         for name, want in data.truth.items():
