@@ -262,7 +262,6 @@ class PPOConfig(SamplingConfig, OptimizerConfig):
     ema_decay: float | None = HfArg(
         default=None, help="Also keep a moving average of the policy (usual: 0.992), saved as <output_dir>/train/ema."
     )
-    rollout_engine: Literal["hf", "vllm"] = HfArg(default="hf", help="What generates; vllm needs CUDA and vLLM.")
     eval_steps: int = HfArg(default=0, help="Evaluate every so many steps; 0 means before and after only.")
     save_steps: int = HfArg(default=0, help="Checkpoint every so many steps; 0 means none but the final model.")
     save_total_limit: int = HfArg(default=2, help="Committed checkpoints to keep.")

@@ -21,6 +21,7 @@ ONE_RANK_FAILS = """
 import torch
 from python_trainer import launch
 from python_trainer.config import PPOConfig, UserError
+from python_trainer.engines import step_together
 from python_trainer.loop import Trainer
 
 trainer = Trainer(PPOConfig(**%r))
@@ -40,14 +41,28 @@ try:
     trainer.update(experience)
 except RuntimeError as error:
     print(f"rank {launch.rank()}: {error}", flush=True)
+
+trainer = Trainer(PPOConfig(**%r))
+models = trainer.trained
+before = [p.detach().clone() for model in models.values() for p in model.module.parameters()]
+ids = torch.tensor([[2, 3]])
+models["actor"].backward(models["actor"](input_ids=ids).logits.sum())
+bad = float("inf") if launch.rank() == 1 else 1.0
+models["critic"].backward(models["critic"](input_ids=ids).sum() * bad)
+step_together(list(models.values()))
+after = [p for model in models.values() for p in model.module.parameters()]
+same = all(torch.equal(a, b) for a, b in zip(before, after))
+print(f"rank {launch.rank()}: skipped {[model.skipped for model in models.values()]}, unchanged {same}", flush=True)
 launch.stop()
 """
 
 
-@pytest.mark.parametrize(("launcher", "stage"), [("torchrun", 0), ("deepspeed", 2), ("torchrun", 3)])
-def test_two_processes_make_the_step_of_one(tiny, tmp_path, launcher, stage):
+@pytest.mark.parametrize(
+    ("launcher", "stage", "algorithm"), [("torchrun", 0, "p3o"), ("deepspeed", 2, "ppo"), ("torchrun", 3, "ppo")]
+)
+def test_two_processes_make_the_step_of_one(tiny, tmp_path, launcher, stage, algorithm):
     """Two micro-batches in one process, or one in each of two: three updates, the same weights."""
-    settings = TINY | {"deepspeed": f"ds_zero{stage}.json"}
+    settings = TINY | {"deepspeed": f"ds_zero{stage}.json", "algorithm": algorithm}
     tiny(**settings).train()
     two = tmp_path / "two"
     result = command("train", *as_options(settings | {"output_dir": two}), launcher=LAUNCHERS[launcher])
@@ -66,7 +81,8 @@ def test_plain_python(tmp_path):
 
 def test_what_one_rank_finds_stops_all(tmp_path):
     script = tmp_path / "script.py"
-    script.write_text(ONE_RANK_FAILS % (TINY | {"output_dir": str(tmp_path / "run")}))
+    settings = TINY | {"output_dir": str(tmp_path / "run")}
+    script.write_text(ONE_RANK_FAILS % (settings, settings))
     result = subprocess.run(
         [str(BIN / "torchrun"), "--nproc_per_node=2", "--master_port=29643", str(script)],
         env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
@@ -78,3 +94,4 @@ def test_what_one_rank_finds_stops_all(tmp_path):
     for rank in range(2):
         assert f"rank {rank}: the score of 8 of 16 responses is not finite" in result.stdout
         assert f"rank {rank}: before the first update of step 1 the log-ratio is off" in result.stdout
+        assert f"rank {rank}: skipped [1, 1], unchanged True" in result.stdout

@@ -14,9 +14,9 @@ from python_trainer.pipeline import compare
 from python_trainer.settings import load
 
 
-@pytest.mark.parametrize("seed", [0, 1])
-def test_ppo_comes_close_to_the_optimum(tmp_path, seed):
-    options = [f"--output_dir={tmp_path}", f"--seed={seed}", "--disable_tqdm"]
+def test_ppo_comes_close_to_the_optimum(tmp_path):
+    """One seed; `make learn` has three, and every algorithm."""
+    options = [f"--output_dir={tmp_path}", "--disable_tqdm"]
     before, after = Trainer(load("train", "exact_cpu.yaml", options, PPOConfig)).train()
     assert abs(before.metrics["exact/score"]) < 1e-9
     assert before.metrics["exact/kl"] == 0
