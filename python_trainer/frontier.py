@@ -15,7 +15,10 @@ from transformers.hf_argparser import HfArg
 
 from . import launch, metrics
 from .config import PPOConfig, UserError
+from .data import load_task
+from .engines import Policy, frozen
 from .models import stage_model
+from .roles import starting_point
 
 
 @dataclass
@@ -60,17 +63,14 @@ def frontier(config: FrontierConfig) -> Path:
 
     folder = Path(config.output_dir) / "frontier"
     points: list[Point] = []
-    optimum: list[tuple[float, float, float]] = []
     for algorithm, coef in config.runs():
         place = folder / f"{algorithm}-{coef:g}"
         if not (place / "train" / "model").exists():
-            trainer = Trainer(_run_config(config, algorithm, coef, place))
-            if not optimum:
-                optimum = trainer.task.best(trainer.reference, _spread([c for _, c in config.runs()]))
-            trainer.train()
+            Trainer(_run_config(config, algorithm, coef, place)).train()
         points += _points(place / "train", algorithm, coef)
+    points += _optimum(config)
     if launch.is_main():
-        _write(folder / "frontier.csv", [*points, *(Point("optimum", c, 0, kl, r, None) for c, kl, r in optimum)])
+        _write(folder / "frontier.csv", points)
         draw(folder / "frontier.csv", folder / "frontier.png")
     return folder / "frontier.png"
 
@@ -96,6 +96,16 @@ def _points(run: Path, algorithm: str, coef: float) -> list[Point]:
         elif "eval/kl" in row:
             found.append(Point(algorithm, coef, row["step"], row["eval/kl"], row["eval/score"], row.get("eval/gold")))
     return found
+
+
+def _optimum(config: FrontierConfig) -> list[Point]:
+    """The best there is at every KL, where the task knows it."""
+    launch.start(config.seed, config.ddp_timeout)
+    task = load_task(config)
+    policy, _ = starting_point(config, task)
+    reference = Policy(frozen(policy, config), config.temperature, config.ops_impl)
+    best = task.best(reference, _spread([coef for _, coef in config.runs()]))
+    return [Point("optimum", coef, 0, kl, reward, None) for coef, kl, reward in best]
 
 
 def _spread(coefs: Sequence[float]) -> list[float]:
