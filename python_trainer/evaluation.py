@@ -57,7 +57,8 @@ def evaluate(
     for name, values in columns.items():
         everywhere = launch.gather_rows(values.float()).double()
         metrics[f"eval/{name}"] = everywhere.mean().item()
-        metrics[f"eval/{name}_se"] = (everywhere.std() / len(everywhere) ** 0.5).item()
+        deviation = everywhere.std().item() if len(everywhere) > 1 else float("nan")
+        metrics[f"eval/{name}_se"] = deviation / len(everywhere) ** 0.5
     width = rollout.prompt_width
     texts = [
         tokenizer.decode(row[width:][mask[width:]], skip_special_tokens=True)

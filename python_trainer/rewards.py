@@ -26,9 +26,11 @@ class FunctionReward:
         self.name = name
         self.function = load(name)
         self.tokenizer = tokenizer
-        self.columns = {
-            tuple(tokenizer(prompt, add_special_tokens=False)["input_ids"]): row for prompt, row in columns.items()
-        }
+        self.columns: dict[tuple[int, ...], Mapping[str, Any]] = {}
+        for prompt, row in columns.items():
+            ids = tuple(tokenizer(prompt, add_special_tokens=False)["input_ids"])
+            if self.columns.setdefault(ids, row) != row:
+                raise UserError(f"the tokenizer makes the same tokens of {prompt[:60]!r} and of another prompt")
 
     def __call__(self, rollout: Rollout) -> torch.Tensor:
         width = rollout.prompt_width
