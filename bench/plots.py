@@ -143,7 +143,7 @@ def scaling(results: Results, path: Path) -> Path:
         ax.set_xscale("log", base=2)
         ax.set_yscale("log")
         ax.set_xlabel(UNITS.get(axis, axis), fontsize=9)
-        ax.set_ylabel("time per call, µs", fontsize=9)
+        ax.set_ylabel("least time per call, µs", fontsize=9)
         ax.set_title(f"against {UNITS.get(axis, axis)}", fontsize=10, fontweight="bold")
         ax.tick_params(labelsize=8)
         ax.grid(alpha=0.25)

@@ -43,7 +43,7 @@ class Table:
 
 @dataclass
 class Line:
-    """One scaling line: seconds at each point of an axis."""
+    """One scaling line: the least seconds at each point of an axis, as noise must not look like growth."""
 
     work: str
     axis: str
@@ -117,7 +117,7 @@ def _place(group: str) -> tuple[bool, int]:
 
 def _line(work: str, axis: str, benches: list[Bench]) -> Line:
     benches = sorted(benches, key=lambda bench: bench["extra_info"]["at"])
-    points = [(bench["extra_info"]["at"], seconds(bench)) for bench in benches]
+    points = [(bench["extra_info"]["at"], bench["stats"]["min"]) for bench in benches]
     return Line(work, axis, points, [bench["extra_info"]["bytes"] for bench in benches])
 
 
@@ -252,9 +252,8 @@ CLIFF = math.log2(3)  # a doubling that costs more than three times as much
 def scaling_table(results: Results) -> Table:
     table = Table(
         "Growth",
-        "Exponent of the time over the upper half of each line (1 is linear; below 1 a fixed cost still shows) and the "
-        f"steepest doubling; a doubling beyond {CLIFF:.2f} (three times the time) would be a cliff. Per-unit cost is "
-        "at the last point.",
+        "Exponent of the least time over the upper half of each line (1 is linear; below 1 a fixed cost still shows), "
+        f"and the steepest doubling; a doubling beyond {CLIFF:.2f} (three times the time) would be a cliff. One thread.",
         ["work", "axis", "from", "to", "exponent", "steepest doubling", "time at the end", "verdict"],
     )
     for line in results.lines:
@@ -271,7 +270,9 @@ def scaling_table(results: Results) -> Table:
 
 def threads_table(results: Results) -> Table:
     table = Table(
-        "Threads", "Time with one thread over time with two; 2 is ideal.", ["work", "1 thread", "2 threads", "gain"]
+        "Threads",
+        "Least time with one thread over that with two; 2 is ideal.",
+        ["work", "1 thread", "2 threads", "gain"],
     )
     for line in results.lines:
         if line.axis == "threads" and len(line.points) == 2:

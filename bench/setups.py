@@ -129,6 +129,11 @@ def _normal(*shape: int) -> Tensor:
     return torch.randn(shape, device=DEVICE)
 
 
+def _grid(x: Tensor) -> Tensor:
+    """Multiples of 1/64: no token is so near to a clip (0.2, log 0.8, log 1.2) that rounding decides its gradient."""
+    return (64 * x).round() / 64
+
+
 def _name(work: str, shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> str:
     return f"{work} {'bf16' if dtype == torch.bfloat16 else 'fp32'} {list(shape)}"
 
@@ -156,7 +161,7 @@ def token_logprobs(
         count=lambda inputs: inputs["logits"].nbytes * (3 if backward else 1),
         tolerance=5e-3 if backward and narrow else 2e-5,
         plain=plain,
-        eager_tolerance=3e-2 if narrow else 1e-4,
+        eager_tolerance=(1e-1 if entropy else 3e-2) if narrow else 1e-4,  # log p = -12 in bf16: p is off by up to 3 %
         wrt="logits" if backward else None,
     )
 
@@ -278,8 +283,8 @@ def policy_loss(*shape: int, ref: bool = False) -> Setup:
     penalty = {"kl_coef": KL_COEF, "kl_estimator": "k3"} if ref else {}
 
     def make():
-        logprobs = (-torch.rand(shape, device=DEVICE)).requires_grad_()
-        old_logprobs, ref_logprobs = logprobs.detach() + 0.1 * torch.randn(2, *shape, device=DEVICE)
+        logprobs = _grid(-torch.rand(shape, device=DEVICE)).requires_grad_()
+        old_logprobs, ref_logprobs = _grid(logprobs.detach() + 0.1 * torch.randn(2, *shape, device=DEVICE))
         inputs = {
             "logprobs": logprobs,
             "old_logprobs": old_logprobs,
@@ -350,9 +355,9 @@ def policy_loss_from_logits(dtype: torch.dtype, rows: int, columns: int, vocab: 
 
 def value_loss(*shape: int) -> Setup:
     def make():
-        values = _normal(*shape).requires_grad_()
-        old_values = values.detach() + 0.3 * torch.randn_like(values)
-        return {"values": values, "old_values": old_values, "returns": _normal(*shape), "mask": _mask(*shape)}
+        values = _grid(_normal(*shape)).requires_grad_()
+        old_values = _grid(values.detach() + 0.3 * torch.randn_like(values))
+        return {"values": values, "old_values": old_values, "returns": _grid(_normal(*shape)), "mask": _mask(*shape)}
 
     return Setup(
         op="value_loss",
