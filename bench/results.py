@@ -253,7 +253,7 @@ def scaling_table(results: Results) -> Table:
     table = Table(
         "Growth",
         "Exponent of the least time over the upper half of each line (1 is linear; below 1 a fixed cost still shows), "
-        f"and the steepest doubling; a doubling beyond {CLIFF:.2f} (three times the time) would be a cliff. One thread.",
+        f"and the steepest doubling; beyond {CLIFF:.2f} (three times the time) it would be a cliff. One thread.",
         ["work", "axis", "from", "to", "exponent", "steepest doubling", "time at the end", "verdict"],
     )
     for line in results.lines:
