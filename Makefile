@@ -99,8 +99,8 @@ bench: build $(PEERS_WANTED)
 
 report: build $(PEERS_WANTED)
 	@mkdir -p $(REPORT)
-	$(RUN) -m pytest bench --benchmark-only -q --bench-size full --benchmark-json $(REPORT)/results.json $(ARGS)
-	$(RUN) -m bench.report $(REPORT)/results.json
+	$(RUN) -m pytest bench --benchmark-only -q --bench-size full --benchmark-json $(REPORT)/results.json $(ARGS); \
+	  status=$$?; $(RUN) -m bench.report $(REPORT)/results.json && exit $$status
 
 quick: build
 	@$(RUN) -m bench.quick $(ARGS)

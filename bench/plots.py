@@ -52,7 +52,7 @@ def _save(figure: plt.Figure, path: Path) -> Path:
 
 def _caption(results: Results) -> str:
     gpu = results.machine.get("gpu")
-    cpu = f"{results.machine.get('cpu', {}).get('brand_raw', 'CPU')}, {results.versions['threads']} threads"
+    cpu = f"{results.machine.get('cpu', {}).get('brand_raw', 'CPU')}, {results.versions['threads']} thread(s)"
     return f"{gpu or cpu}, torch {results.versions['torch']}, {results.when[:10]}"
 
 

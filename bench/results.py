@@ -9,7 +9,12 @@ from typing import Any
 
 OURS = ("cpu", "cuda", "triton")
 #: The order of rows: what comes first in a training step.
-WORKS = ("token_logprobs", "kl_rewards", "gae", "whiten", "policy_loss", "value_loss")
+WORKS = (
+    *("token_logprobs", "token_logprobs + entropy", "token_logprobs fwd+bwd"),
+    *("kl_rewards k1", "kl_rewards k3", "gae", "gae + whiten", "whiten", "kl_rewards + gae + whiten"),
+    *("policy_loss fwd+bwd", "policy_loss + ref KL k3 fwd+bwd", "token_logprobs + policy_loss fwd+bwd"),
+    "value_loss fwd+bwd",
+)
 #: The order of columns; peers that are not named here come last.
 ORDER = (
     *OURS,
@@ -65,7 +70,7 @@ class Results:
                 scaling.setdefault((info["work"], info["axis"].rpartition(" ")[2]), []).append(bench)
             elif "provider" in info:
                 self.groups.setdefault(bench["group"], {})[info["provider"]] = bench
-        self.groups = dict(sorted(self.groups.items(), key=lambda item: _place(item[0])))
+        self.groups = dict(sorted(self.groups.items(), key=_place))
         self.lines = [_line(work, axis, benches) for (work, axis), benches in scaling.items()]
         first = data["benchmarks"][0]["extra_info"] if data["benchmarks"] else {}
         self.versions = {name: first.get(name, "") for name in ("torch", "ppo_kernels", "commit", "threads")}
@@ -87,7 +92,7 @@ class Results:
         return seconds(rows[provider]) / seconds(rows[mine])
 
     def best_rate(self, work: str) -> float | None:
-        """GB/s at the best size of the scaling lines: in cache, where instructions are the limit."""
+        """GB/s of one thread at the best size of the scaling lines: in cache, where instructions are the limit."""
         rates = [
             size / at / 1e9
             for line in self.lines
@@ -110,9 +115,11 @@ def noisy(bench: Bench) -> bool:
     return bench["stats"]["iqr"] > NOISY * bench["stats"]["median"]
 
 
-def _place(group: str) -> tuple[bool, int]:
+def _place(item: tuple[str, dict[str, Bench]]) -> tuple[bool, int]:
     """Small calls last; the others in the order of a training step."""
-    return small_call(group), next((i for i, work in enumerate(WORKS) if group.startswith(work)), len(WORKS))
+    group, rows = item
+    work = next(iter(rows.values()))["extra_info"]["work"]
+    return small_call(group), WORKS.index(work) if work in WORKS else len(WORKS)
 
 
 def _line(work: str, axis: str, benches: list[Bench]) -> Line:
@@ -145,9 +152,9 @@ def speed_table(results: Results) -> Table:
         "Speed",
         "× is how many times longer the other takes (medians of calls in turns). GB/s counts the bytes that have to be "
         "read or written, once each, over our time; % is the share of what torch reads from memory on this machine "
-        "(more than 100 % means that the data was in the caches). Best GB/s is ours at the best size, in cache: where "
-        "the instructions are the limit, more memory bandwidth would not help. ~ marks what a busy machine blurred.",
-        ["work", "ours", "GB/s", "% of read", "best GB/s", *others],
+        "(more than 100 %: the data was in the caches). In cache is our best rate at any size with one thread: where "
+        "it is below what memory delivers, the instructions are the limit. ~ marks what a busy machine blurred.",
+        ["work", "ours", "GB/s", "% of read", "in cache, 1 thread", *others],
     )
     for group, rows in results.groups.items():
         mine = results.ours(group)
