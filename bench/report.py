@@ -85,13 +85,14 @@ def facts(results: Results) -> list[str]:
 def sections(results: Results) -> list[Table]:
     found = [
         tables.speed_table(results),
+        tables.works_table(),
+        tables.sources_table(results),
         targets.check(results)[0] if results.run.get("size") == "full" else None,
         tables.memory_table(results),
         tables.error_table(results),
         tables.scaling_table(results),
         tables.threads_table(results),
         tables.spread_table(results),
-        tables.sources_table(results),
         tables.untimed_table(results),
     ]
     return [table for table in found if table is not None and table.lines]
@@ -108,7 +109,8 @@ CLASSES = {"met": "good", "linear": "good", "MISSED": "bad", "LOOK": "bad", "wro
 
 
 def _cell(text: str) -> str:
-    kind = CLASSES.get(text, "text" if len(text) > 40 else "")
+    slower = text.rstrip("~").endswith("×") and float(text.rstrip("~×")) < 1
+    kind = "bad" if slower else CLASSES.get(text, "text" if len(text) > 40 else "")
     return f'<td class="{kind}">{html.escape(text)}</td>' if kind else f"<td>{html.escape(text)}</td>"
 
 

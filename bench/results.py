@@ -193,7 +193,7 @@ def memory_table(results: Results) -> Table:
 def error_table(results: Results) -> Table:
     note = (
         "Against the reference in float64: the largest error over the largest value of an output, worst of the outputs "
-        "that the provider returns. Code that returns bf16 cannot be better than 4e-3; so is every bf16 gradient."
+        "that the provider returns. A result rounded to bf16 is off by up to 4e-3."
     )
     return _per_provider(results, "Error", note, "error", lambda error: f"{error:.0e}")
 
@@ -219,6 +219,27 @@ def untimed_table(results: Results) -> Table:
     table = Table("Not timed", note, ["provider", "state", "why", "rows"])
     for (provider, state, why), groups in sorted(reasons.items()):
         table.lines.append([provider, state, why, str(len(groups)) if state == "absent" else "; ".join(groups)])
+    return table
+
+
+def works_table() -> Table:
+    note = "The steps of a PPO update of a language model that the rows stand for."
+    table = Table("What is computed", note, ["work", "is"])
+    table.lines = [
+        [
+            "token_logprobs",
+            "log-probabilities of the generated tokens, from the logits; + the entropy of each",
+        ],
+        [
+            "kl_rewards",
+            "per token: the drift from the reference model (KL by k1 or k3), and the score at the end",
+        ],
+        ["gae", "generalised advantage estimation: a recursion over time, from the last token to the first"],
+        ["whiten", "advantages to mean 0 and variance 1 over the valid tokens"],
+        ["policy_loss", "the clipped PPO loss of the policy with its statistics, and the gradient"],
+        ["value_loss", "the clipped loss of the value function with its statistics, and the gradient"],
+        ["[8, ...]", "small calls: next to nothing to compute, so what is left is the cost of a call"],
+    ]
     return table
 
 
