@@ -14,12 +14,13 @@ ARGS ?=
 
 SOURCES := $(shell find csrc -type f) csrc/cpu csrc/cuda CMakeLists.txt setup.py
 .DELETE_ON_ERROR:
-.PHONY: missing help demo test learn planted sanitize accuracy lint bench report peers quick setup build env clean
+.PHONY: missing help demo test gates learn planted sanitize accuracy lint bench report peers quick setup build env clean
 
 help:
 	@echo "make demo      train a small model on a CPU and plot its learning"
 	@echo "make test      the test suite"
 	@echo "make learn     every algorithm, three seeds, beside the known optimum of a small task: one table"
+	@echo "make gates     the GPU kernels without a GPU: CUDA on the host, with sanitizers; what all need of the hardware"
 	@echo "make lint      ruff, clang-format and mypy"
 	@echo "make quick     one table of every op's speed on a CPU, in two minutes (ARGS=--check: fail on a missed target)"
 	@echo "make bench     the benchmarks of the ops beside other libraries, small shapes, 3 minutes (ARGS=--bench-size=full)"
@@ -79,7 +80,8 @@ demo: build
 
 # The op tests share the cores; the builds and training runs use them all by themselves.
 test: build
-	OMP_NUM_THREADS=1 $(RUN) -m pytest tests -q --numprocesses 2 --dist loadscope --ignore tests/trainer --ignore tests/test_build.py $(ARGS)
+	OMP_NUM_THREADS=1 $(RUN) -m pytest tests -q --numprocesses 2 --dist loadscope \
+	  --ignore tests/trainer --ignore tests/test_build.py --ignore tests/aot $(ARGS)
 	$(RUN) -m pytest tests/trainer tests/test_build.py -q $(ARGS)
 
 learn: build
@@ -104,6 +106,13 @@ report: build $(PEERS_WANTED)
 
 quick: build
 	@$(RUN) -m bench.quick $(ARGS)
+
+# What can be shown of the GPU kernels without a GPU. Halves of it at a time: each uses one core, mostly.
+gates: build
+	OMP_NUM_THREADS=1 PPO_KERNELS_HOST_CUDA=1 $(RUN) -m pytest tests -q --numprocesses 2 --dist loadscope -k cuda \
+	  --ignore tests/trainer --ignore tests/test_build.py --ignore tests/aot --ignore tests/planted
+	$(RUN) tests/sanitize/run.py --together cuda_address cuda_thread
+	$(RUN) -m pytest tests/aot -q -rs $(ARGS)
 
 planted: setup
 	$(RUN) tests/planted/run.py $(ARGS)

@@ -6,9 +6,12 @@ import torch
 from cases import NAMES, run
 from helpers import bit_equal
 
+import ppo_kernels as pk
+
 pytestmark = pytest.mark.gpu
 
-IMPLS = ["auto", "triton"]
+IMPLS = ["auto", "cuda", "triton"]
+GIGABYTE = 2**30
 
 
 def on_device(name: str, device="cuda", seed: int = 0) -> cases.Case:
@@ -85,3 +88,61 @@ def test_no_op_waits_for_the_device(name, impl):
         run(case, impl)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("impl", IMPLS)
+def test_a_thousand_repeats_give_the_same_bits(name, impl):
+    case = on_device(name)
+    want = run(case, impl)
+    for _ in range(1000):
+        assert bit_equal(run(case, impl), want)
+
+
+def needs(gigabytes: int) -> None:
+    free = torch.cuda.mem_get_info()[0] / GIGABYTE
+    if free < gigabytes:
+        pytest.skip(f"needs {gigabytes} GB of free GPU memory, and {free:.0f} are there")
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_logits_on_both_sides_of_2_31_elements(impl):
+    """The rows around element 2^31 and 2^32 have the bits that they have alone."""
+    needs(24)
+    vocab = 2**17 + 1
+    logits = torch.randn(64, vocab, device="cuda", dtype=torch.bfloat16).repeat(2**32 // vocab // 64 + 2, 1)
+    labels = torch.randint(vocab, (len(logits),), device="cuda")
+    logp, entropy = pk.token_logprobs(logits, labels, entropy=True, impl=impl)
+    for row in (0, 2**31 // vocab - 1, 2**31 // vocab, 2**32 // vocab, len(logits) - 1):
+        some = slice(row, row + 1)
+        want = pk.token_logprobs(logits[some].clone(), labels[some], entropy=True, impl=impl)
+        assert bit_equal((logp[some], entropy[some]), tuple(want))
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_gradients_of_logits_on_both_sides_of_2_31_elements(impl):
+    needs(24)
+    vocab = 2**17 + 1
+    leaf = torch.randn(64, vocab, device="cuda", dtype=torch.bfloat16).repeat(2**31 // vocab // 64 + 2, 1)
+    leaf.requires_grad_()
+    labels = torch.randint(vocab, (len(leaf),), device="cuda")
+    pk.token_logprobs(leaf, labels, impl=impl).sum().backward()
+    for row in (0, 2**31 // vocab - 1, 2**31 // vocab, len(leaf) - 1):
+        one = leaf.detach()[row : row + 1].clone().requires_grad_()
+        pk.token_logprobs(one, labels[row : row + 1], impl=impl).sum().backward()
+        assert bit_equal(leaf.grad[row : row + 1], one.grad)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_tokens_on_both_sides_of_2_31_elements(impl):
+    needs(60)
+    length = 2**16 + 1
+    rewards, values = torch.randn(2, 64, length, device="cuda").repeat(1, 2**31 // length // 64 + 2, 1)
+    advantages, _ = pk.gae(rewards, values, lam=0.95, impl=impl)
+    shaped, _ = pk.kl_rewards(rewards, values, rewards[:, 0], impl=impl)
+    for row in (0, 2**31 // length - 1, 2**31 // length, len(rewards) - 1):
+        some = slice(row, row + 1)
+        want, _ = pk.gae(rewards[some].clone(), values[some].clone(), lam=0.95, impl=impl)
+        torch.testing.assert_close(advantages[some], want, rtol=1e-6, atol=1e-5)
+        want, _ = pk.kl_rewards(rewards[some].clone(), values[some].clone(), rewards[some, 0], impl=impl)
+        assert bit_equal(shaped[some], want)

@@ -1,4 +1,4 @@
-"""The tests of the ops under sanitizers, in copies of the sources built for them: ``run.py [address] [thread] ...``.
+"""The tests of the ops under sanitizers, in copies of the sources built for them: ``run.py [--together] [address] ...``.
 
 "address" looks for accesses outside of memory and, in the same binary, for undefined behaviour; "thread" for races:
 both in the C++ ops. "cuda_address" and "cuda_thread" do so in the CUDA kernels, compiled for the host.
@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -163,4 +164,6 @@ def check(name: str) -> bool:
 
 
 if __name__ == "__main__":
-    sys.exit(0 if all([check(name) for name in sys.argv[1:] or KINDS]) else 1)
+    names = [name for name in sys.argv[1:] if name != "--together"] or list(KINDS)
+    with ThreadPoolExecutor(len(names) if "--together" in sys.argv else 1) as pool:
+        sys.exit(0 if all(list(pool.map(check, names))) else 1)

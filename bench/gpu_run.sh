@@ -1,0 +1,87 @@
+#!/usr/bin/env bash
+# Everything worth doing with nine minutes of a GPU: build, tests, sanitizers, timings.
+#   bench/gpu_run.sh [--dry-run] [OUT]      OUT: the output folder, default $OUT, else build/gpu_run
+# Each part writes its log to OUT and its name to OUT/done; a part that is done is skipped, so that a second call goes on
+# where the first one stopped. A dry run needs no GPU: it builds, collects the tests, and runs each timing once, tiny.
+set -uo pipefail
+cd "$(dirname "$0")/.."
+
+dry=
+if [ "${1:-}" = --dry-run ]; then dry=1 && shift; fi
+out=$(realpath -m "${1:-${OUT:-build/gpu_run}}")
+mkdir -p "$out" && touch "$out/done"
+export PYTHONUNBUFFERED=1
+python=${PYTHON:-python3}
+failed=
+
+part() {  # NAME SECONDS COMMAND...: run it unless it is done
+  local name=$1 seconds=$2 begin=$SECONDS
+  shift 2
+  if grep -qx "$name" "$out/done"; then echo "$name: done before" && return; fi
+  if timeout "$seconds" "$@" >"$out/$name.log" 2>&1; then
+    echo "$name" >>"$out/done" && echo "$name: passed in $((SECONDS - begin)) s"
+  else
+    failed="$failed $name" && echo "$name: FAILED after $((SECONDS - begin)) s" && tail -n 30 "$out/$name.log"
+  fi
+}
+
+build() {
+  make build VENV=none PYTHON="$python" PPO_KERNELS_CUDA=ON
+}
+
+# Half of the tests beside the other half: most of their time is the host's.
+tests() {
+  if [ -n "$dry" ]; then
+    "$python" -m pytest -q --collect-only tests/test_gpu.py tests/test_gae.py
+    return
+  fi
+  local -a jobs=() files=(tests/test_*.py)
+  local status=0
+  for i in 0 1 2 3; do
+    local -a mine=()
+    for ((j = i; j < ${#files[@]}; j += 4)); do
+      case ${files[j]} in */test_build.py | */test_readme.py | */test_gpu_run.py | */test_gpu.py) ;; *) mine+=("${files[j]}") ;; esac
+    done
+    "$python" -m pytest -q -p no:cacheprovider -k "cuda or triton" "${mine[@]}" &
+    jobs+=($!)
+  done
+  for job in "${jobs[@]}"; do wait "$job" || status=1; done
+  "$python" -m pytest -q -p no:cacheprovider tests/test_gpu.py || status=1
+  return $status
+}
+
+sanitizers() {
+  local -a few=(
+    "tests/test_gae.py::test_lengths_around_the_blocks_of_a_kernel[cuda-4097]"
+    "tests/test_gae.py::test_packed_rows_of_several_blocks_equal_padded_ones[cuda-decay]"
+    "tests/test_kl_rewards.py::test_packed_rows_of_several_blocks_equal_padded_ones[cuda]"
+    "tests/test_policy_loss.py::test_matches_the_loop[cuda-shape5-dtype0]"
+    "tests/test_value_loss.py::test_matches_the_loop[cuda-shape5-0.2-dtype0]"
+    "tests/test_whiten.py::test_matches_the_loop[cuda-shape5-dtype0]"
+    "tests/test_token_logprobs.py::test_a_vocabulary_of_151936[cuda-dtype2]"
+  )
+  if [ -n "$dry" ]; then
+    PPO_KERNELS_HOST_CUDA=1 "$python" -m pytest -q --collect-only "${few[@]}"
+    return
+  fi
+  local status=0
+  for tool in memcheck racecheck initcheck synccheck; do
+    echo "== $tool"
+    compute-sanitizer --tool "$tool" --kernel-name kernel_substring=ppo --error-exitcode 9 \
+      "$python" -m pytest -q -p no:cacheprovider "${few[@]}" || status=1
+  done
+  return $status
+}
+
+timings() {
+  "$python" -m bench.gpu_timing "$out" ${dry:+--dry-run}
+}
+
+export -f build tests sanitizers timings
+export dry python out
+[ -n "$dry" ] || nvidia-smi >"$out/machine.txt" 2>&1
+part build 150 bash -c build
+part tests 180 bash -c tests
+part sanitizers 100 bash -c sanitizers
+part timings 160 bash -c timings
+[ -z "$failed" ] || { echo "failed:$failed" && exit 1; }
