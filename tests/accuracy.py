@@ -198,14 +198,13 @@ def groups_data(g: torch.Generator) -> Iterator[Data]:
     for offset in (0.0, 100.0):
         scores = torch.randn(64, 8, generator=g) + offset
         eager = (scores - scores.mean(1, keepdim=True)) / (scores.std(1, keepdim=True) + 1e-4)
+        flat = scores.flatten()
         yield Data(
             "group_advantages",
             torch.float32,
-            lambda impl, scores=scores.flatten(): {
-                "advantages": pk.group_advantages(scores, group_size=8, mode="grpo", impl=impl)
-            },
+            lambda impl, flat=flat: {"advantages": pk.group_advantages(flat, group_size=8, mode="grpo", impl=impl)},
             {"advantages": eager.flatten()},
-            {"advantages": oracle_groups.group_advantages(scores.flatten(), group_size=8, mode="grpo")},
+            {"advantages": oracle_groups.group_advantages(flat, group_size=8, mode="grpo")},
         )
 
 
