@@ -138,7 +138,7 @@ def main(names: list[str]) -> int:
     chosen = [bug for bug in bugs() if not names or bug.name.startswith(tuple(names))]
     copies = [place / name for name in ("compiled", "python")]
     for copy in copies:
-        checkout.copy_sources(copy, "tests")
+        checkout.copy_sources(copy, "tests", "bench")
     checkout.build(copies[0])
     for binary in (copies[0] / "ppo_kernels").glob("_C.*so"):
         (copies[1] / "ppo_kernels" / binary.name).write_bytes(binary.read_bytes())
