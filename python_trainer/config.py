@@ -249,7 +249,7 @@ class PPOConfig(SamplingConfig, OptimizerConfig):
     ) = HfArg(default=None, help="How token losses add up. Default: the algorithm's own.")
     entropy_coef: float = HfArg(default=0.0, help="Weight of the entropy bonus in the loss.")
     target_kl: float | None = HfArg(
-        default=None, help="No more updates on a rollout once the policy is this KL per token away from its sampler."
+        default=None, help="No more updates on a rollout once policy/approxkl_avg, the way from its sampler, is above."
     )
     vf_coef: float = HfArg(default=1.0, help="Weight of the value loss.")
     cliprange_value: float = HfArg(default=0.2, help="Clip range of the value.")

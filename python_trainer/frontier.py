@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+import yaml
 from transformers.hf_argparser import HfArg
 
 from . import launch, metrics
@@ -65,8 +66,9 @@ def frontier(config: FrontierConfig) -> Path:
     points: list[Point] = []
     for algorithm, coef in config.runs():
         place = folder / f"{algorithm}-{coef:g}"
-        if not (place / "train" / "model").exists():
-            Trainer(_run_config(config, algorithm, coef, place)).train()
+        wanted = _run_config(config, algorithm, coef, place)
+        if config.overwrite_output_dir or not _is_done(place, wanted):
+            Trainer(wanted).train()
         points += _points(place / "train", algorithm, coef)
     points += _optimum(config)
     if launch.is_main():
@@ -85,6 +87,18 @@ def _run_config(config: FrontierConfig, algorithm: str, coef: float, place: Path
     settings |= {"algorithm": algorithm, "kl_coef": coef, "output_dir": str(place), "overwrite_output_dir": True}
     settings["eval_steps"] = config.eval_steps or max(config.total_steps // 6, 1)
     return PPOConfig(**settings)
+
+
+def _is_done(place: Path, wanted: PPOConfig) -> bool:
+    if not (place / "train" / "model").exists():
+        return False
+    had = yaml.safe_load((place / "train" / "config.yaml").read_text())
+    changed = [name for name, value in dataclasses.asdict(wanted).items() if had.get(name) != value]
+    if changed:
+        raise UserError(
+            f"{place} was run with other {', '.join(changed)}: set another output_dir, or overwrite_output_dir"
+        )
+    return True
 
 
 def _points(run: Path, algorithm: str, coef: float) -> list[Point]:

@@ -39,7 +39,7 @@ def run(command: str, path: str | None, overrides: Sequence[str]) -> int:
         _report(load_task(config), *compare(config))
     elif command == "frontier":
         study = load("frontier", path, overrides, FrontierConfig)
-        _prepare(study, path, overrides)
+        _prepare(study, path)
         _say(f"frontier: {frontier(study)}")
     else:
         demo(path or DEMO_CONFIG, overrides)
@@ -76,14 +76,15 @@ def compare(config: EvalConfig) -> tuple[Evaluation, Evaluation]:
     return before, after
 
 
-def _prepare(study: FrontierConfig, path: str | None, overrides: Sequence[str]) -> None:
+def _prepare(study: FrontierConfig, path: str | None) -> None:
     """A task with texts and pairs gets its first policy and reward model, unless they are there."""
     if study.model_config is None or load_task(study).verifiable or study.reward_function is not None:
         return
-    shared = [option for option in overrides if option.split("=")[0] == "--output_dir"]
-    for stage, given in (("sft", study.sft_model_path), ("reward", study.reward_model_path)):
-        if stage_model(study, stage, given) is None:
-            run(stage, path, shared)
+    shared = [f"--{name}={getattr(study, name)}" for name in ("output_dir", "seed", "disable_tqdm")]
+    if stage_model(study, "sft", study.sft_model_path) is None:
+        _say(_figures("sft", sft(load("sft", path, shared, SftConfig))))
+    if stage_model(study, "reward", study.reward_model_path) is None:
+        _say(_figures("reward", reward(load("reward", path, shared, RewardConfig))))
 
 
 def demo(path: str, overrides: Sequence[str]) -> None:

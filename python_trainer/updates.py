@@ -34,7 +34,7 @@ class Updates:
     def run(self, experience: Experience, step: int) -> dict[str, float]:
         """All passes over one rollout; `step` counts from 0. Returns the averaged statistics."""
         config, averages = self.config, metrics.Averages()
-        trained = self._trained(step)
+        trained, one = self._trained(step), torch.ones((), device=launch.device())
         for epoch in range(config.num_ppo_epochs):
             order = launch.seed_of(config.seed, step, 2, epoch)
             chunks = minibatches(len(experience.mask), self.algorithm.group_size, config.num_mini_batches, order)
@@ -43,10 +43,9 @@ class Updates:
                 first = epoch == 0 and number == 0
                 seen = self._gradients(experience, rows, trained, step if first else None)
                 if self.ptx is not None and "actor" in trained:
-                    seen.add(self.ptx.backward(self.roles.actor, update, len(rows)), torch.ones(()))
+                    seen.add(self.ptx.backward(self.roles.actor, update, len(rows)), one)
                 step_together(list(trained.values()))
-                norms = {f"{name}/grad_norm": torch.tensor(model.gradient_norm) for name, model in trained.items()}
-                seen.add(norms, torch.ones(()))
+                seen.add({f"{name}/grad_norm": one * model.gradient_norm for name, model in trained.items()}, one)
                 if self.ema is not None and "actor" in trained:
                     self.ema.update(self.roles.actor.module)
                 averages.merge(seen)

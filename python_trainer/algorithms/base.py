@@ -22,6 +22,7 @@ class Algorithm:
     kl_places: ClassVar[tuple[str, ...]] = ("reward", "loss")
     kl_in_loss: ClassVar[str] = "k2"  # the estimator there: k2 has the gradient of the reverse KL
     aggregation: ClassVar[str] = "token-mean"
+    ignored: ClassVar[tuple[str, ...]] = ("whiten_rewards", "critic_warmup_steps", "critic_lora_r", "value_model_path")
 
     def __init__(self, config: PPOConfig, kl: KlControl) -> None:
         self.config = config
@@ -29,6 +30,9 @@ class Algorithm:
         self.group_size = config.num_generations or self.responses_per_prompt
         if self.group_size < self.fewest_responses:
             raise ValueError(f"{config.algorithm} needs num_generations of at least {self.fewest_responses}")
+        for name in self.ignored:
+            if getattr(config, name) != getattr(PPOConfig, name):
+                raise ValueError(f"{config.algorithm} has no use for {name}; leave it out")
         self.place = config.kl_in or self.kl_places[0]
         if self.place not in self.kl_places:
             raise ValueError(f"{config.algorithm} has its KL penalty in the {self.kl_places[0]}; leave out kl_in")

@@ -19,6 +19,10 @@ class OnlineDPO(Algorithm):
     responses_per_prompt: ClassVar[int] = 2
     fewest_responses: ClassVar[int] = 2
     kl_places: ClassVar[tuple[str, ...]] = ("loss",)
+    ignored: ClassVar[tuple[str, ...]] = (
+        *Algorithm.ignored,
+        *("loss_aggregation", "cliprange_high", "dual_clip", "kl_estimator"),
+    )
 
     def credit(self, local: Experience) -> None:
         self.token_rewards(local)  # fills the KL

@@ -13,6 +13,7 @@ class PPO(Algorithm):
     """A critic, GAE, and the clipped surrogate of every token."""
 
     needs_critic: ClassVar[bool] = True
+    ignored: ClassVar[tuple[str, ...]] = ()
 
     def credit(self, local: Experience) -> None:
         config, group = self.config, launch.group()

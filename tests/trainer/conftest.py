@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import subprocess
 import sys
 from pathlib import Path
@@ -65,6 +66,22 @@ def tiny(tmp_path):
         return Trainer(PPOConfig(**TINY | {"output_dir": str(tmp_path / "run")} | settings))
 
     return make
+
+
+@pytest.fixture
+def ratings(tmp_path):
+    """Praise rated high, blame rated low, in the layout of the real file."""
+    draw = random.Random(0)
+    lines = []
+    for number in range(200):
+        good = number % 2 == 0
+        word = draw.choice(["great", "moving", "brilliant"] if good else ["awful", "boring", "terrible"])
+        person = " ".join(draw.choices(["old", "young", "shy", "loud", "tall", "calm", "odd", "kind"], k=3))
+        rating = draw.uniform(1, 3) * (1 if good else -1)
+        lines.append(f"{number}\t{rating}\t{person} people find it {word} , and {word} again .\r\n")
+    path = tmp_path / "ratings.txt"
+    path.write_text("".join(lines), encoding="utf-8")
+    return path
 
 
 def as_options(settings: dict) -> list[str]:

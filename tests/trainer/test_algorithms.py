@@ -302,6 +302,8 @@ def test_groups_stay_together(tiny, name):
         ({"algorithm": "p3o", "per_device_train_batch_size": 5}, "multiple of the 2 responses"),
         ({"algorithm": "rloo", "num_generations": 1}, "rloo needs num_generations of at least 2"),
         ({"algorithm": "grpo", "num_generations": 3}, "responses per prompt = 3"),
+        ({"algorithm": "rloo", "critic_warmup_steps": 1}, "rloo has no use for critic_warmup_steps"),
+        ({"algorithm": "p3o", "dual_clip": 3.0}, "p3o has no use for dual_clip"),
         ({"algorithm": "rloo", "kl_in": "loss"}, "rloo has its KL penalty in the reward"),
         ({"algorithm": "ppo", "kl_in": "loss", "kl_estimator": "k1"}, "kl_in loss needs kl_estimator k2 or k3"),
     ],

@@ -3,26 +3,29 @@
 import csv
 
 import pytest
+import yaml
 
+from python_trainer import pipeline
 from python_trainer.config import UserError
 from python_trainer.frontier import FrontierConfig, frontier
 from python_trainer.settings import load
 
 from .conftest import TINY
+from .test_reviews import MODEL
 
 
 def study(folder, **settings) -> FrontierConfig:
-    return FrontierConfig(**TINY | {"output_dir": str(folder), "total_steps": 2, "eval_steps": 1} | settings)
+    return FrontierConfig(**TINY | {"output_dir": str(folder), "total_steps": 1, "eval_steps": 1} | settings)
 
 
 def test_points_and_picture(tmp_path):
-    settings = {"algorithms": "p3o, rloo", "kl_coefs": "0.1,0.3"}
+    settings = {"algorithms": "p3o, rloo", "kl_coefs": "0.1"}
     picture = frontier(study(tmp_path, **settings))
     with picture.with_suffix(".csv").open() as file:
         rows = list(csv.DictReader(file))
     trained = [row for row in rows if row["algorithm"] != "optimum"]
     assert {(row["algorithm"], row["kl_coef"], row["step"]) for row in trained} == {
-        (name, coef, step) for name in ("p3o", "rloo") for coef in ("0.1", "0.3") for step in "012"
+        (name, "0.1", step) for name in ("p3o", "rloo") for step in "01"
     }
     best = sorted((float(row["kl"]), float(row["reward"])) for row in rows if row["algorithm"] == "optimum")
     assert [reward for _, reward in best] == sorted(reward for _, reward in best)
@@ -35,6 +38,24 @@ def test_points_and_picture(tmp_path):
     frontier(study(tmp_path, **settings))  # what has been run stays
     assert (tmp_path / "frontier" / "p3o-0.1" / "train" / "metrics.jsonl").stat().st_mtime_ns == before
     assert picture.with_suffix(".csv").read_text() == first
+    with pytest.raises(UserError, match="p3o-0.1 was run with other learning_rate"):
+        frontier(study(tmp_path, **settings, learning_rate=0.5))
+
+
+def test_a_task_without_an_optimum_gets_its_models_first(ratings, tmp_path):
+    """On text: sft and reward come before the runs, and the independent judge gets a panel of its own."""
+    file = tmp_path / "small.yaml"
+    stage = {"max_steps": 5, "batch_size": 32, "learning_rate": 1e-2}
+    shared = {"task": "reviews", "data_path": str(ratings), "output_dir": str(tmp_path / "run"), "model_config": MODEL}
+    sizes = {"batch_size": 16, "total_steps": 1, "eval_prompts": 20, "response_length": 8}
+    file.write_text(yaml.safe_dump(shared | {"sft": stage, "reward": stage, "train": sizes}))
+    options = ["--algorithms=p3o", "--kl_coefs=0.1", "--disable_tqdm"]
+    assert pipeline.run("frontier", str(file), options) == 0
+    assert (tmp_path / "run" / "reward" / "model").exists()
+    with (tmp_path / "run" / "frontier" / "frontier.csv").open() as table:
+        rows = list(csv.DictReader(table))
+    assert [row["step"] for row in rows] == ["0", "1"]
+    assert all(-1 <= float(row["gold"]) <= 1 for row in rows)
 
 
 def test_the_optimum_is_that_of_the_task(tiny):

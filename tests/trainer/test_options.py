@@ -160,8 +160,15 @@ def test_moving_average(tiny, tmp_path):
     assert of(trainer, "actor").equal(own)
 
 
-def test_moving_average_is_saved_and_resumed(tiny, tmp_path):
-    settings = {"ema_decay": 0.9, "save_steps": 1, "kl_target": 1.0, "score_scaling": "none"}
+@pytest.mark.parametrize("stage", [0, 3])
+def test_moving_average_is_saved_and_resumed(tiny, tmp_path, stage):
+    settings = {
+        "deepspeed": f"ds_zero{stage}.json",
+        "ema_decay": 0.9,
+        "save_steps": 1,
+        "kl_target": 1.0,
+        "score_scaling": "none",
+    }
     tiny(**settings, total_steps=2).train()
     saved = load_file(tmp_path / "run" / "train" / "ema" / "model.safetensors")
     final = load_file(tmp_path / "run" / "train" / "model" / "model.safetensors")

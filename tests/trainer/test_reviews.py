@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import random
 import subprocess
 
 import pytest
@@ -17,22 +16,6 @@ from python_trainer.tasks import reviews
 from .conftest import command
 
 MODEL = json.dumps({"model_type": "gpt2", "n_positions": 32, "n_embd": 16, "n_layer": 1, "n_head": 2})
-
-
-@pytest.fixture
-def ratings(tmp_path):
-    """Praise rated high, blame rated low, in the layout of the real file."""
-    draw = random.Random(0)
-    lines = []
-    for number in range(200):
-        good = number % 2 == 0
-        word = draw.choice(["great", "moving", "brilliant"] if good else ["awful", "boring", "terrible"])
-        person = " ".join(draw.choices(["old", "young", "shy", "loud", "tall", "calm", "odd", "kind"], k=3))
-        rating = draw.uniform(1, 3) * (1 if good else -1)
-        lines.append(f"{number}\t{rating}\t{person} people find it {word} , and {word} again .\r\n")
-    path = tmp_path / "ratings.txt"
-    path.write_text("".join(lines), encoding="utf-8")
-    return path
 
 
 def test_pipeline_on_small_data(ratings, tmp_path):
