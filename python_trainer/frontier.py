@@ -159,7 +159,10 @@ def draw(table: Path, picture: Path) -> None:
                 x, y = ([float(row[column]) for row in mine] for column in ("kl", panel))
                 axis.plot(x, y, "-", color=f"C{number}", alpha=0.35, linewidth=1)
                 axis.plot(x[-1:], y[-1:], "o", color=f"C{number}", label=name if at == 0 else None)
-                axis.annotate(coef, (x[-1], y[-1]), textcoords="offset points", xytext=(5, -9), fontsize=7)
+                place = (7, -8 * (number + 1))  # labels of near points below each other
+                axis.annotate(
+                    coef, (x[-1], y[-1]), textcoords="offset points", xytext=place, fontsize=7, color=f"C{number}"
+                )
         axis.set_xlabel("KL to the reference [nats per response]")
         axis.set_ylabel({"reward": "mean reward", "gold": "mean gold score, which nothing was trained on"}[panel])
         axis.grid(alpha=0.3)
