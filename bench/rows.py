@@ -127,8 +127,9 @@ def _copies(setup: Setup) -> list[Setup]:
 
 def _check(row: Row, ready: list[Callable], exact: list[torch.Tensor], outcome: Outcome) -> None:
     setup = row.setup
-    own = row.provider in (*OURS, REFERENCE, COMPILE, BARE)
-    tolerance = setup.tolerance if own else setup.eager_tolerance
+    tolerance = setup.tolerance if row.provider in (*OURS, REFERENCE, BARE) else setup.eager_tolerance
+    if row.provider == COMPILE:
+        tolerance = 10 * setup.tolerance  # float32 as the reference, but Inductor adds up a whole row in order
     for call in ready:
         errors = setup.errors(call(), exact)
         outcome.facts |= {"error": max(errors), "tolerance": tolerance, "outputs": len(errors)}
