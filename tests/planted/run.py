@@ -33,6 +33,7 @@ DIED = re.compile(r"exit code -\d+")
 SECONDS = 240
 # Files change within a second and keep their size: bytecode of the last bug must not be taken for this one's.
 ENVIRONMENT = checkout.environment(PYTHONDONTWRITEBYTECODE="1", OMP_NUM_THREADS="1")
+HOST_CUDA = {"PPO_KERNELS_HOST_CUDA": "1"}
 
 
 class Bug(NamedTuple):
@@ -43,8 +44,11 @@ class Bug(NamedTuple):
     patch: str
 
     @property
-    def compiled(self) -> bool:
-        return "+++ b/csrc/" in self.patch
+    def place(self) -> str:
+        """The copy that it is planted in; CUDA kernels are compiled for the host."""
+        if "+++ b/csrc/cuda/" in self.patch:
+            return "cuda"
+        return "compiled" if "+++ b/csrc/" in self.patch else "python"
 
 
 def read(path: Path) -> Bug:
@@ -61,7 +65,7 @@ def bugs() -> list[Bug]:
 
 def collect(copy: Path) -> list[str]:
     command = [sys.executable, "-m", "pytest", "-q", "--collect-only", "tests"]
-    done = subprocess.run(command, cwd=copy, env=ENVIRONMENT, capture_output=True, text=True, check=True)
+    done = subprocess.run(command, cwd=copy, env=ENVIRONMENT | HOST_CUDA, capture_output=True, text=True, check=True)
     return [line for line in done.stdout.splitlines() if "::" in line]
 
 
@@ -76,12 +80,12 @@ def resolve(bug: Bug, collected: list[str]) -> list[str]:
     return found
 
 
-def run_tests(copy: Path, tests: list[str], *options: str, seconds: int = SECONDS) -> tuple[int, list[str], str]:
+def run_tests(copy: Path, tests: list[str], *options: str, env: dict, seconds: int = SECONDS) -> tuple:
     """pytest's exit code, the first words of each failure, and what it printed."""
     report = copy / "report.xml"
     report.unlink(missing_ok=True)
     command = [sys.executable, "-m", "pytest", "-q", "--tb=short", f"--junitxml={report}", *options, *tests]
-    done = subprocess.run(command, cwd=copy, env=ENVIRONMENT, capture_output=True, text=True, timeout=seconds)
+    done = subprocess.run(command, cwd=copy, env=ENVIRONMENT | env, capture_output=True, text=True, timeout=seconds)
     failures = [x.get("message", "") for x in ET.parse(report).iter("failure")] if report.exists() else []
     return done.returncode, failures, done.stdout + done.stderr
 
@@ -93,9 +97,13 @@ def plant(bug: Bug, copy: Path, tests: list[str]) -> str | None:
     try:
         for path, text in spoiled.items():
             path.write_text(text)
-        if bug.compiled:
+        env = {}
+        if bug.place == "compiled":
             checkout.build(copy)
-        code, failures, output = run_tests(copy, tests, "-x")
+        elif bug.place == "cuda":
+            env = HOST_CUDA | {"HOST_CUDA_OPS": checkout.ops_of(tests)}
+            checkout.build_host_cuda(copy, **env)
+        code, failures, output = run_tests(copy, tests, "-x", env=env)
     finally:
         for path, text in originals.items():
             path.write_text(text)
@@ -136,29 +144,30 @@ def main(names: list[str]) -> int:
     lock = (place / "lock").open("w")
     fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # a second run would plant its bugs in the same copies
     chosen = [bug for bug in bugs() if not names or bug.name.startswith(tuple(names))]
-    copies = [place / name for name in ("compiled", "python")]
-    for copy in copies:
+    copies = {name: place / name for name in ("compiled", "cuda", "python")}
+    for copy in copies.values():
         checkout.copy_sources(copy, "tests", "bench")
-    checkout.build(copies[0])
-    for binary in (copies[0] / "ppo_kernels").glob("_C.*so"):
-        (copies[1] / "ppo_kernels" / binary.name).write_bytes(binary.read_bytes())
+    checkout.build(copies["compiled"])
+    for binary in (copies["compiled"] / "ppo_kernels").glob("_C.*so"):
+        for name in ("cuda", "python"):
+            (copies[name] / "ppo_kernels" / binary.name).write_bytes(binary.read_bytes())
 
-    collected = collect(copies[1])
+    collected = collect(copies["python"])
     tests: set[str] = set()
     for bug in chosen:
         with contextlib.suppress(ValueError):  # said when its turn comes
             tests.update(resolve(bug, collected))
-    code, _, output = run_tests(copies[1], sorted(tests), seconds=4 * SECONDS)
+    code, _, output = run_tests(copies["cuda"], sorted(tests), env=HOST_CUDA, seconds=4 * SECONDS)
     if code != 0:
         print(f"without any bug the tests do not pass (pytest: {code})\n{output[-6000:]}")
         return 1
     print(f"{time.monotonic() - begin:6.1f} s  without any bug: {output.strip().splitlines()[-1]}", flush=True)
 
-    def work(compiled: bool) -> list[bool]:
-        return [attempt(bug, copies[not compiled], collected) for bug in chosen if bug.compiled is compiled]
+    def work(name: str) -> list[bool]:
+        return [attempt(bug, copies[name], collected) for bug in chosen if bug.place == name]
 
     with ThreadPoolExecutor(2) as pool:
-        killed = [one for part in pool.map(work, (True, False)) for one in part]
+        killed = [one for part in pool.map(work, copies) for one in part]
     print(f"killed {sum(killed)}/{len(killed)} in {time.monotonic() - begin:.0f} s")
     return 0 if all(killed) and killed else 1
 

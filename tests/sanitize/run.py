@@ -1,4 +1,4 @@
-"""The tests of the ops under sanitizers, in copies of the sources built for them: ``run.py [--together] [address] ...``.
+"""The tests of the ops under sanitizers, in copies of the sources built for them: ``run.py [--together] [KIND ...]``.
 
 "address" looks for accesses outside of memory and, in the same binary, for undefined behaviour; "thread" for races:
 both in the C++ ops. "cuda_address" and "cuda_thread" do so in the CUDA kernels, compiled for the host.
