@@ -8,6 +8,7 @@ import pytest
 import torch
 from helpers import (
     ESTIMATORS,
+    INF,
     JUNK,
     MASK_DTYPES,
     NAN,
@@ -157,6 +158,17 @@ def test_normalizers(impl, normalizer):
 @pytest.mark.parametrize("upstream", [1.0, -2.5, 0.0, 1e-20])
 def test_upstream_gradients_scale(impl, upstream):
     check(impl, *make(4, 9), holey_mask(4, 9), upstream=torch.tensor(upstream))
+
+
+@pytest.mark.parametrize("upstream", [INF, -INF, NAN])
+def test_an_overflow_from_above_shows_in_every_entry(impl, upstream):
+    """As documented: the kernels' masked entries are NaN then, the reference's 0."""
+    logp, old, adv = make(4, 9)
+    mask = holey_mask(4, 9)
+    fn = lambda x: policy_loss(x, old, adv, mask, cliprange=10.0, impl=impl)  # noqa: E731
+    grad = grad_of(fn, logp, torch.tensor(upstream))[1]
+    assert not grad[mask].isfinite().any()
+    assert not grad[~mask].any() if impl == "torch" else grad[~mask].isnan().all()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

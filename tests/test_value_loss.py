@@ -82,6 +82,17 @@ def test_upstream_gradients_scale(impl, upstream):
     check(impl, *make(4, 9), holey_mask(4, 9), upstream=torch.tensor(upstream))
 
 
+@pytest.mark.parametrize("upstream", [float("inf"), -float("inf"), float("nan")])
+def test_an_overflow_from_above_shows_in_every_entry(impl, upstream):
+    """As documented: the kernels' masked entries are NaN then, the reference's 0."""
+    values, old, returns = make(4, 9)
+    mask = holey_mask(4, 9)
+    fn = lambda x: value_loss(x, old, returns, mask, cliprange_value=None, impl=impl)  # noqa: E731
+    grad = grad_of(fn, values, torch.tensor(upstream))[1]
+    assert not grad[mask].isfinite().any()
+    assert not grad[~mask].any() if impl == "torch" else grad[~mask].isnan().all()
+
+
 @pytest.mark.parametrize(
     ("value", "ret", "want"),
     [

@@ -81,6 +81,8 @@ def policy_loss(
 
     Returns:
         ``(loss, stats)``: a 0-d tensor, float32 (float64 if an input is), and :class:`PolicyStats`.
+        Where the gradient of the loss that comes from above is inf or NaN (a loss scaled beyond its dtype), every entry
+        of the kernels' gradient says so, masked ones too: 0 times inf is NaN. ``impl="torch"`` keeps those 0.
 
     Raises:
         TypeError: a dtype that is not listed. ValueError: shapes, devices, options or ``impl`` that do not fit.
