@@ -146,7 +146,7 @@ def main(names: list[str]) -> int:
     chosen = [bug for bug in bugs() if not names or bug.name.startswith(tuple(names))]
     copies = {name: place / name for name in ("compiled", "cuda", "python")}
     for copy in copies.values():
-        checkout.copy_sources(copy, "tests", "bench")
+        checkout.copy_sources(copy, "tests")
     checkout.build(copies["compiled"])
     for binary in (copies["compiled"] / "ppo_kernels").glob("_C.*so"):
         for name in ("cuda", "python"):
