@@ -1,6 +1,7 @@
 """python -m python_trainer sft|reward|train|eval|frontier|demo --config file.yaml [--key value ...]"""
 
 import argparse
+import errno
 import sys
 from collections.abc import Sequence
 
@@ -31,6 +32,11 @@ def main(arguments: Sequence[str]) -> int:
         return _run(command, rest)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
+        return 1
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        print(f"error: {error.strerror}: {error.filename or 'output_dir'}; what is committed is safe", file=sys.stderr)
         return 1
 
 

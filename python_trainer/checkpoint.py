@@ -12,6 +12,8 @@ import hashlib
 import json
 import os
 import shutil
+import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -50,16 +52,26 @@ FREE_TO_CHANGE = {
 def committed(folder: Path) -> Iterator[Path]:
     """A place to write; on leaving the block it becomes `folder`, replacing what had that name."""
     place = folder.parent / (TEMPORARY + folder.name)
-    if launch.is_main():
-        folder.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        if launch.is_main():
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            shutil.rmtree(place, ignore_errors=True)
+            place.mkdir()
+        barrier()
+        yield place
+        barrier()
+        if launch.is_main():
+            _commit(place, folder)
+        barrier()
+    except Exception as error:
+        obstacle = _obstacle(folder.parent)  # asked before the stump makes room again
         shutil.rmtree(place, ignore_errors=True)
-        place.mkdir()
-    barrier()
-    yield place
-    barrier()
-    if launch.is_main():
-        _commit(place, folder)
-    barrier()
+        if obstacle is None:
+            raise
+        raise UserError(
+            f"{folder} could not be written: {obstacle}. What was there before is as it was; free some space, "
+            "or set output_dir to another disk, or lower save_total_limit"
+        ) from error
 
 
 def verify(folder: Path) -> None:
@@ -88,6 +100,7 @@ def save(folder: Path, step: int, trained: "dict[str, Trainable]", config: PPOCo
 
     No generator's state is saved: every draw of a step has its own seed, made from the run's and the step's number.
     """
+    _refuse_without_room(folder, trained)
     with committed(folder / f"step-{step:06d}") as place:
         with launch.quiet():
             for name, model in trained.items():
@@ -103,12 +116,17 @@ def save(folder: Path, step: int, trained: "dict[str, Trainable]", config: PPOCo
     if launch.is_main():
         for old in _steps(folder)[: -config.save_total_limit]:
             if _number(old) != step:
-                shutil.rmtree(old)
+                _discard(old)
 
 
 def load(folder: Path, trained: "dict[str, Trainable]", config: PPOConfig) -> tuple[int, dict[str, Any]]:
     """Bring every model, optimizer and schedule to the saved state; returns the step and what else was remembered."""
-    verify(folder)
+    try:
+        verify(folder)
+    except UserError as error:
+        older = [path for path in _steps(folder.parent) if path.name < folder.name]
+        hint = f"; to go back further, set resume_from_checkpoint to {older[-1]}" if older else ""
+        raise UserError(f"{error}{hint}") from error
     path = folder / f"trainer-rank{launch.rank()}.pt"
     if not path.exists():
         raise UserError(f"{folder} was written by fewer ranks than the {launch.world_size()} of this run")
@@ -130,7 +148,10 @@ def find(request: str, folder: Path) -> Path:
         return Path(request)
     steps = _steps(folder)
     if not steps:
-        raise UserError(f"no checkpoint to resume from in {folder}")
+        raise UserError(f"no checkpoint to resume from in {folder}; to start anew, leave resume_from_checkpoint out")
+    for path in sorted(folder.glob("step-*")):
+        if path not in steps and path.name > steps[-1].name and launch.is_main():
+            print(f"warning: {path} is not complete (no {MANIFEST}); going back to {steps[-1]}", file=sys.stderr)
     return steps[-1]
 
 
@@ -179,8 +200,52 @@ def _commit(place: Path, folder: Path) -> None:
     if folder.exists():
         folder.rename(retired)
     place.rename(folder)
-    _flush(folder.parent)
+    for parent in (folder.parent, folder.parent.parent):  # the second where this is the first folder in the first
+        _flush(parent)
     shutil.rmtree(retired, ignore_errors=True)
+
+
+def _discard(folder: Path) -> None:
+    """Not under its own name, so that no half of a folder is ever taken for the whole."""
+    if folder.exists():
+        stump = folder.parent / (TEMPORARY + folder.name)
+        shutil.rmtree(stump, ignore_errors=True)
+        folder.rename(stump)
+        shutil.rmtree(stump)
+
+
+def _refuse_without_room(folder: Path, trained: "dict[str, Trainable]") -> None:
+    """Before the first byte: training stops with its last checkpoint and a full disk spared."""
+    needed, lacking = sum(_bytes_of(model) for model in trained.values()), False
+    if launch.is_main():
+        folder.mkdir(parents=True, exist_ok=True)
+        lacking = shutil.disk_usage(folder).free < needed
+    if launch.gather_rows(torch.tensor([int(lacking)], device=launch.device())).any():
+        free = shutil.disk_usage(folder).free
+        raise UserError(
+            f"a checkpoint takes about {needed / 1e9:.3g} GB and {folder} has {free / 1e9:.3g} GB left; earlier ones "
+            "are as they were. Free some space, or set output_dir to another disk, or lower save_total_limit"
+        )
+
+
+def _bytes_of(model: "Trainable") -> int:
+    """At most: weights, and of what is trained a float32 copy and Adam's two moments."""
+    return sum(
+        getattr(weight, "ds_numel", weight.numel()) * (weight.element_size() + 12 * weight.requires_grad)
+        for weight in model.module.parameters()
+    )
+
+
+def _obstacle(folder: Path) -> str | None:
+    """Why nothing more can be written there; libraries hide the disk's answer behind errors of their own."""
+    try:
+        with tempfile.TemporaryFile(dir=folder) as probe:
+            probe.write(bytes(1 << 20))
+            probe.flush()
+            os.fsync(probe.fileno())
+    except OSError as error:
+        return error.strerror
+    return None
 
 
 def _sweep(folder: Path, *, overwrite: bool, done: int) -> None:
@@ -194,10 +259,10 @@ def _sweep(folder: Path, *, overwrite: bool, done: int) -> None:
     if done:
         for checkpoint in _steps(folder / "checkpoints"):
             if _number(checkpoint) > done:
-                shutil.rmtree(checkpoint)
+                _discard(checkpoint)
     elif overwrite:
         for name in ("checkpoints", "model", "ema"):
-            shutil.rmtree(folder / name, ignore_errors=True)
+            _discard(folder / name)
         (folder / "metrics.jsonl").unlink(missing_ok=True)
 
 

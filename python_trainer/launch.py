@@ -7,9 +7,11 @@ import io
 import logging
 import os
 import random
+import signal
 import sys
+import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
 
@@ -53,6 +55,43 @@ def stop() -> None:
     if world_size() > 1:
         dist.barrier()
         dist.destroy_process_group()
+
+
+def loss_of_a_rank(error: RuntimeError) -> str | None:
+    """In words, where a collective operation failed because another rank did."""
+    text = str(error)
+    if world_size() == 1:
+        return None
+    if any(sign in text for sign in ("onnection closed by peer", "onnection reset by peer", "remote process exited")):
+        return f"rank {rank()} stops, since another rank is gone: its own output says why"
+    if "imed out" in text or "timeout" in text:
+        return (
+            f"rank {rank()} stops, since another rank did not answer within ddp_timeout: it hangs, or is slower than "
+            f"that ({text.splitlines()[0]})"
+        )
+    return None
+
+
+class Stopped(Exception):
+    """The run was asked to end and has left a checkpoint; nothing failed."""
+
+
+@contextlib.contextmanager
+def stop_requests() -> Iterator[Callable[[], bool]]:
+    """Inside, SIGTERM asks and does not kill; the function, called on every rank, says whether any rank was asked."""
+    asked = False
+
+    def note(*_: object) -> None:
+        nonlocal asked
+        asked = True
+
+    main_thread = threading.current_thread() is threading.main_thread()
+    before = signal.signal(signal.SIGTERM, note) if main_thread else None
+    try:
+        yield lambda: bool(gather_rows(torch.tensor([int(asked)], device=device())).any())
+    finally:
+        if main_thread:
+            signal.signal(signal.SIGTERM, before)
 
 
 def cache_folder() -> Path:

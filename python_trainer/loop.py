@@ -1,6 +1,7 @@
 """The loop: a rollout, then updates on it. One step is a function of the seed, the step number and the weights."""
 
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -79,10 +80,13 @@ class Trainer:
 
     def train(self) -> tuple[Evaluation, Evaluation]:
         """All remaining steps; returns the evaluations of the reference and of the trained policy."""
-        with checkpoint.claimed(self.folder, overwrite=self.config.overwrite_output_dir, done=self.done):
-            return self._train()
+        with (
+            checkpoint.claimed(self.folder, overwrite=self.config.overwrite_output_dir, done=self.done),
+            launch.stop_requests() as asked_to_stop,
+        ):
+            return self._train(asked_to_stop)
 
-    def _train(self) -> tuple[Evaluation, Evaluation]:
+    def _train(self, asked_to_stop: Callable[[], bool]) -> tuple[Evaluation, Evaluation]:
         config, resumed = self.config, self.done
         if launch.is_main():
             save(config, self.folder)
@@ -101,8 +105,14 @@ class Trainer:
                 row |= after.metrics
             log.step(self.done, row)
             self._stop_if_unhealthy()
-            if config.save_steps and self.done % config.save_steps == 0:
+            stopping = self.done < config.total_steps and asked_to_stop()
+            if stopping or (config.save_steps and self.done % config.save_steps == 0):
                 checkpoint.save(self.folder / "checkpoints", self.done, self.trained, config, self._memory())
+            if stopping:
+                log.close()
+                raise launch.Stopped(
+                    f"asked to stop: step {self.done} is saved; --resume_from_checkpoint latest goes on from there"
+                )
         log.close()
         with checkpoint.committed(self.folder / "model") as place:
             save_model(self.actor.model, self.tokenizer, place)

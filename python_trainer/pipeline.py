@@ -27,6 +27,19 @@ SHOWN = 6
 
 
 def run(command: str, path: str | None, overrides: Sequence[str]) -> int:
+    try:
+        _run(command, path, overrides)
+    except launch.Stopped as stop:
+        _say(str(stop))
+    except RuntimeError as error:
+        if (loss := launch.loss_of_a_rank(error)) is None:
+            raise
+        raise UserError(loss) from error
+    launch.stop()
+    return 0
+
+
+def _run(command: str, path: str | None, overrides: Sequence[str]) -> None:
     if command == "sft":
         _say(_figures("sft", sft(load("sft", path, overrides, SftConfig))))
     elif command == "reward":
@@ -43,8 +56,6 @@ def run(command: str, path: str | None, overrides: Sequence[str]) -> int:
         _say(f"frontier: {frontier(study)}")
     else:
         demo(path or DEMO_CONFIG, overrides)
-    launch.stop()
-    return 0
 
 
 def compare(config: EvalConfig) -> tuple[Evaluation, Evaluation]:
@@ -81,10 +92,9 @@ def _prepare(study: FrontierConfig, path: str | None) -> None:
     if study.model_config is None or load_task(study).verifiable or study.reward_function is not None:
         return
     shared = [f"--{name}={getattr(study, name)}" for name in ("output_dir", "seed", "disable_tqdm")]
-    if stage_model(study, "sft", study.sft_model_path) is None:
-        _say(_figures("sft", sft(load("sft", path, shared, SftConfig))))
-    if stage_model(study, "reward", study.reward_model_path) is None:
-        _say(_figures("reward", reward(load("reward", path, shared, RewardConfig))))
+    for stage, given in (("sft", study.sft_model_path), ("reward", study.reward_model_path)):
+        if stage_model(study, stage, given) is None:
+            _run(stage, path, shared)
 
 
 def demo(path: str, overrides: Sequence[str]) -> None:
