@@ -14,13 +14,14 @@ ARGS ?=
 
 SOURCES := $(shell find csrc -type f) csrc/cpu csrc/cuda CMakeLists.txt setup.py
 .DELETE_ON_ERROR:
-.PHONY: missing help demo test gates learn planted sanitize accuracy lint bench report peers quick setup build env clean
+.PHONY: missing help demo test learn faults gates planted sanitize accuracy lint bench report peers quick setup build env clean
 
 help:
 	@echo "make demo      train a small model on a CPU and plot its learning"
 	@echo "make test      the test suite"
 	@echo "make learn     every algorithm, three seeds, beside the known optimum of a small task: one table"
 	@echo "make gates     the GPU kernels without a GPU: CUDA on the host, with sanitizers; what all need of the hardware"
+	@echo "make faults    kill -9, full disks, damage, dead ranks: what becomes of a run, one row each"
 	@echo "make lint      ruff, clang-format and mypy"
 	@echo "make quick     one table of every op's speed on a CPU, in two minutes (ARGS=--check: fail on a missed target)"
 	@echo "make bench     the benchmarks of the ops beside other libraries, small shapes, 3 minutes (ARGS=--bench-size=full)"
@@ -113,6 +114,9 @@ gates: build
 	  --ignore tests/trainer --ignore tests/test_build.py --ignore tests/aot --ignore tests/planted
 	$(RUN) tests/sanitize/run.py --together cuda_address cuda_thread
 	$(RUN) -m pytest tests/aot -q -rs $(ARGS)
+
+faults: build
+	@PYTHONPATH=tests $(RUN) -m trainer.faults $(ARGS)
 
 planted: setup
 	$(RUN) tests/planted/run.py $(ARGS)
