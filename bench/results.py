@@ -236,8 +236,10 @@ def works_table() -> Table:
         ],
         ["gae", "generalised advantage estimation: a recursion over time, from the last token to the first"],
         ["whiten", "advantages to mean 0 and variance 1 over the valid tokens"],
+        ["group_advantages", "advantages without a value function, from the scores of several answers to one prompt"],
         ["policy_loss", "the clipped PPO loss of the policy with its statistics, and the gradient"],
         ["value_loss", "the clipped loss of the value function with its statistics, and the gradient"],
+        ["p3o_loss", "the clipped loss on differences between answers to one prompt, and the gradient"],
         ["[8, ...]", "small calls: next to nothing to compute, so what is left is the cost of a call"],
     ]
     return table
