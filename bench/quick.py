@@ -1,9 +1,9 @@
 """Every op on the CPU in under two minutes: ``python -m bench.quick``; ``--check`` fails when a target is missed.
 
 One table. The providers of a row are timed in turns within one run, on the same tensors, and the medians are compared.
-All of them are checked against the reference in float64 before any is timed. GB/s counts what has to be read or written, once
-each. Extra memory is the peak of what torch's allocator holds beyond the inputs during one call, outputs included, as
-its profiler reports it.
+All of them are checked against the reference in float64 before any is timed. GB/s counts what has to be read or
+written, once each. Extra memory is the peak of what torch's allocator holds beyond the inputs during one call, outputs
+included, as its profiler reports it.
 """
 
 from __future__ import annotations
