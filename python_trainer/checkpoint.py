@@ -38,6 +38,7 @@ FREE_TO_CHANGE = {
     "save_steps",
     "save_total_limit",
     "disable_tqdm",
+    "report_to",
     "ddp_timeout",
     "output_dir",
     "overwrite_output_dir",
@@ -108,6 +109,7 @@ def save(folder: Path, step: int, trained: "dict[str, Trainable]", config: PPOCo
         state = {
             "step": step,
             "world_size": launch.world_size(),
+            "zero_stage": _zero_stage(trained),
             "skipped": {name: model.skipped for name, model in trained.items()},
             "config": dataclasses.asdict(config),
             "memory": memory,
@@ -127,13 +129,9 @@ def load(folder: Path, trained: "dict[str, Trainable]", config: PPOConfig) -> tu
         older = [path for path in _steps(folder.parent) if path.name < folder.name]
         hint = f"; to go back further, set resume_from_checkpoint to {older[-1]}" if older else ""
         raise UserError(f"{error}{hint}") from error
-    path = folder / f"trainer-rank{launch.rank()}.pt"
-    if not path.exists():
-        raise UserError(f"{folder} was written by fewer ranks than the {launch.world_size()} of this run")
-    state = torch.load(path, weights_only=True)
-    if state["world_size"] != launch.world_size():
-        writers, ranks = state["world_size"], launch.world_size()
-        raise UserError(f"{folder} was written by {writers} ranks, this run has {ranks}")
+    state = torch.load(folder / "trainer-rank0.pt", weights_only=True)
+    _refuse_another_layout(folder, state, trained)
+    state = torch.load(folder / f"trainer-rank{launch.rank()}.pt", weights_only=True)
     _refuse_changes(folder, state["config"], dataclasses.asdict(config))
     with launch.quiet():
         for name, model in trained.items():
@@ -264,6 +262,23 @@ def _sweep(folder: Path, *, overwrite: bool, done: int) -> None:
         for name in ("checkpoints", "model", "ema"):
             _discard(folder / name)
         (folder / "metrics.jsonl").unlink(missing_ok=True)
+
+
+def _refuse_another_layout(folder: Path, state: dict[str, Any], trained: "dict[str, Trainable]") -> None:
+    for key, now, word in (
+        ("world_size", launch.world_size(), "{} ranks"),
+        ("zero_stage", _zero_stage(trained), "ZeRO stage {} (deepspeed)"),
+    ):
+        before = state[key]
+        if before != now:
+            raise UserError(
+                f"{folder} was written with {word.format(before)}, this run has {word.format(now)}: the optimizer's "
+                f"state is kept as it was split. Continue with {word.format(before)}"
+            )
+
+
+def _zero_stage(trained: "dict[str, Trainable]") -> int:
+    return next(iter(trained.values())).engine.zero_optimization_stage()
 
 
 def _refuse_changes(folder: Path, before: dict[str, Any], now: dict[str, Any]) -> None:

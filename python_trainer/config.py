@@ -12,6 +12,8 @@ import torch
 from transformers import CONFIG_MAPPING
 from transformers.hf_argparser import HfArg
 
+from . import reports
+
 CONFIGS = Path(__file__).parent / "configs"
 
 
@@ -86,6 +88,7 @@ class RunConfig:
             value = getattr(self, name, None)
             if value is not None and not test(value):
                 raise ValueError(f"{name} must be {allowed}, not {value}")
+        reports.wanted(getattr(self, "report_to", "none"))
         if self.model_config is not None:
             architecture = _json("model_config", self.model_config)
             self.model_config = json.dumps(architecture)  # one spelling, so that two runs can be compared
@@ -125,6 +128,9 @@ class OptimizerConfig(RunConfig):
     batch_size: int = HfArg(default=64, help="Samples per step over all ranks.")
     per_device_train_batch_size: int = HfArg(
         default=64, help="Samples per micro-batch. Memory and speed only: the step does not depend on it."
+    )
+    report_to: Literal["none", "tensorboard", "wandb", "all"] = HfArg(
+        default="none", help="Curves for TensorBoard or wandb, beside metrics.jsonl; all: those of them installed."
     )
     gradient_checkpointing: bool = HfArg(
         default=False, help="Keep no activations inside the layers, compute them again in the backward pass."

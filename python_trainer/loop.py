@@ -90,9 +90,7 @@ class Trainer:
         config, resumed = self.config, self.done
         if launch.is_main():
             save(config, self.folder)
-        log = metrics.Log(
-            self.folder, config.total_steps, start=resumed, title=config.algorithm, disable=config.disable_tqdm
-        )
+        log = metrics.Log(self.folder, config, config.total_steps, start=resumed, title=config.algorithm)
         before = self.evaluate(self.reference)
         if not resumed:
             log.record(0, before.metrics)

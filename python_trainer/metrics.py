@@ -1,4 +1,4 @@
-"""What a person sees: a line and a bar per step, metrics.jsonl, curves.png."""
+"""What a person sees: a line and a bar per step, metrics.jsonl, curves.png (METRICS.md: what the curves mean)."""
 
 import json
 import math
@@ -13,8 +13,8 @@ from tqdm import tqdm
 
 from ppo_kernels import kl_rewards, moments
 
-from . import launch
-from .config import UserError
+from . import launch, reports
+from .config import OptimizerConfig, UserError
 
 if TYPE_CHECKING:
     from .experience import Experience
@@ -114,20 +114,24 @@ def summary(experience: "Experience", eos: int, kl_coef: float, impl: str) -> di
 class Log:
     """metrics.jsonl and the terminal; silent on every rank but the first."""
 
-    def __init__(self, folder: Path, total: int, *, start: int = 0, title: str = "", disable: bool = False) -> None:
+    def __init__(self, folder: Path, config: OptimizerConfig, total: int, *, start: int = 0, title: str = "") -> None:
         self.path = folder / "metrics.jsonl"
+        self._reports: list[reports.Report] = []
         self._file = None
-        hidden = True if disable or not launch.is_main() else None  # None: shown on a terminal only
+        hidden = True if config.disable_tqdm or not launch.is_main() else None  # None: shown on a terminal only
         self._bar = tqdm(total=total, initial=start, desc=title, disable=hidden, leave=False)
         if launch.is_main():
             self._keep_until(start)
             self._file = self.path.open("a")
+            self._reports = reports.opened(config, folder, start)
 
     def record(self, step: int, metrics: Mapping[str, float]) -> None:
         if self._file is not None:
             finite = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
             self._file.write(json.dumps({"step": step, **finite}) + "\n")  # JSON has no NaN
             self._file.flush()
+        for report in self._reports:
+            report.record(step, metrics)
 
     def step(self, step: int, metrics: Mapping[str, float], line: Sequence[str] = LINE) -> None:
         self.record(step, metrics)
@@ -144,6 +148,8 @@ class Log:
 
     def close(self) -> None:
         self._bar.close()
+        for report in self._reports:
+            report.close()
         if self._file is not None:
             self._file.close()
 

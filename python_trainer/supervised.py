@@ -165,7 +165,7 @@ def _claimed(config: SftConfig, folder: Path, title: str) -> Iterator[metrics.Lo
     with checkpoint.claimed(folder, overwrite=config.overwrite_output_dir):
         if launch.is_main():
             save(config, folder)
-        yield metrics.Log(folder, config.max_steps, title=title, disable=config.disable_tqdm)
+        yield metrics.Log(folder, config, config.max_steps, title=title)
 
 
 def _batch(rows: list, config: SftConfig, step: int) -> list:

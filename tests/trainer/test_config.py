@@ -7,7 +7,7 @@ import yaml
 
 from python_trainer import pipeline
 from python_trainer.__main__ import main
-from python_trainer.config import EvalConfig, PPOConfig, SftConfig, UserError
+from python_trainer.config import CONFIGS, EvalConfig, PPOConfig, SftConfig, UserError
 from python_trainer.settings import COMMANDS, load, save
 
 ARCHITECTURE = '{"model_type": "gpt2", "n_layer": 1}'
@@ -121,3 +121,9 @@ def test_every_setting_is_explained():
 
     for kind in (PPOConfig, SftConfig):
         assert all(field.metadata.get("help") for field in dataclasses.fields(kind))
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.name)
+def test_shipped_files_are_read(path):
+    for command, kind in COMMANDS.items():
+        load(command, str(path), [], kind)

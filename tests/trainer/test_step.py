@@ -5,11 +5,14 @@ import json
 import pytest
 import torch
 
+from python_trainer.config import PPOConfig
 from python_trainer.engines import Trainable
 from python_trainer.experience import score_responses, score_tokens
 from python_trainer.generation import InverseCdf
 from python_trainer.metrics import Log, plot
 from python_trainer.rollout import Rollout, left_pad
+
+from .conftest import TINY
 
 
 def weights(trainer) -> torch.Tensor:
@@ -138,7 +141,7 @@ def test_the_logged_rate_is_the_one_used(tiny):
 
 
 def test_the_record_holds_no_nan(tmp_path):
-    log = Log(tmp_path, 2, disable=True)
+    log = Log(tmp_path, PPOConfig(**TINY), 2)
     log.record(0, {"eval/score": 0.5, "eval/score_se": float("nan"), "objective/scores": 1.0})
     log.record(1, {"eval/score": float("inf"), "objective/scores": float("nan")})
     log.close()
