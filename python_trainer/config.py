@@ -136,7 +136,7 @@ class OptimizerConfig(RunConfig):
         default=False, help="Keep no activations inside the layers, compute them again in the backward pass."
     )
     lora_r: int | None = HfArg(default=None, help="Train LoRA adapters of this rank (needs peft); saved merged.")
-    lora_alpha: float = HfArg(default=16.0, help="Adapters are scaled by lora_alpha / rank.")
+    lora_alpha: int = HfArg(default=16, help="Adapters are scaled by lora_alpha / rank.")
     lora_target_modules: str | None = HfArg(
         default=None, help="Modules that get adapters, separated by commas. Default: those peft knows for the model."
     )
