@@ -131,7 +131,8 @@ def load(folder: Path, trained: "dict[str, Trainable]", config: PPOConfig) -> tu
         raise UserError(f"{error}{hint}") from error
     state = torch.load(folder / "trainer-rank0.pt", weights_only=True)
     _refuse_another_layout(folder, state, trained)
-    state = torch.load(folder / f"trainer-rank{launch.rank()}.pt", weights_only=True)
+    if state["zero_stage"] > 0:
+        state = torch.load(folder / f"trainer-rank{launch.rank()}.pt", weights_only=True)
     _refuse_changes(folder, state["config"], dataclasses.asdict(config))
     with launch.quiet():
         for name, model in trained.items():
@@ -265,12 +266,13 @@ def _sweep(folder: Path, *, overwrite: bool, done: int) -> None:
 
 
 def _refuse_another_layout(folder: Path, state: dict[str, Any], trained: "dict[str, Trainable]") -> None:
+    """Without ZeRO every rank holds, and the first has written, all there is; shards fit those who wrote them alone."""
     for key, now, word in (
-        ("world_size", launch.world_size(), "{} ranks"),
         ("zero_stage", _zero_stage(trained), "ZeRO stage {} (deepspeed)"),
+        ("world_size", launch.world_size(), "{} ranks"),
     ):
         before = state[key]
-        if before != now:
+        if before != now and (key == "zero_stage" or state["zero_stage"] > 0):
             raise UserError(
                 f"{folder} was written with {word.format(before)}, this run has {word.format(now)}: the optimizer's "
                 f"state is kept as it was split. Continue with {word.format(before)}"

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from python_trainer import checkpoint, metrics
 from python_trainer.config import PPOConfig, UserError
@@ -154,6 +155,18 @@ def test_a_failed_save_leaves_the_last_checkpoint(finished, tiny, monkeypatch):
     monkeypatch.undo()
     assert not list(folder.glob(".tmp-*"))
     assert tiny(**FOUR, resume_from_checkpoint="latest").done == 4
+
+
+def test_a_checkpoint_becomes_a_plain_model(finished, tiny):
+    """Resumed with nothing left to do, a run writes the folder that transformers reads, whatever went with it before."""
+    shutil.rmtree(finished / "train" / "model")
+    trainer = tiny(**FOUR, resume_from_checkpoint="latest")
+    trainer.train()
+    model = AutoModelForCausalLM.from_pretrained(finished / "train" / "model", use_safetensors=True)
+    assert AutoTokenizer.from_pretrained(finished / "train" / "model")("a b").input_ids
+    mine, read = trainer.actor.module.state_dict(), model.state_dict()
+    assert mine.keys() == read.keys()
+    assert all(torch.equal(mine[name], read[name]) for name in mine)
 
 
 def test_two_runs_never_mix(finished, tiny):

@@ -1,6 +1,7 @@
 """Two ranks, of which one dies, raises or stands still."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -8,10 +9,12 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from safetensors.torch import load_file
+
 from python_trainer import launch
 
 from ..conftest import ROOT, as_options, metric_rows
-from .processes import Ranks, refused
+from .processes import Ranks, refused, run, succeeded
 from .resuming import at_each_step, soon, train
 from .rows import SETTINGS, row
 
@@ -111,3 +114,62 @@ def rank_stopped(folder: Path) -> str:
     ranks.kill([1])
     refused(first, "did not answer within ddp_timeout")
     return f"ended {first.seconds:.0f} s after the start"
+
+
+@row("resumed by 2 ranks instead of 1, and by 1 instead of 2, ZeRO 0", "the same weights, to 1e-6", slow=True)
+def another_number_of_ranks(folder: Path) -> str:
+    apart = []
+    succeeded(run(folder / "outputs", train(folder / "straight")))
+    wanted = load_file(folder / "straight" / "train" / "model" / "model.safetensors")
+    for before, after in ((1, 2), (2, 1)):
+        output = folder / f"{before}-{after}"
+        succeeded(run(folder / "outputs", train(output), before))
+        for name in ("model", "checkpoints/step-000002", "checkpoints/step-000003"):
+            shutil.rmtree(output / "train" / name)
+        succeeded(run(folder / "outputs", train(output, resume_from_checkpoint="latest"), after))
+        found = load_file(output / "train" / "model" / "model.safetensors")
+        apart.append(max((found[name] - wanted[name]).abs().max().item() for name in wanted))
+    assert max(apart) <= 1e-6, apart
+    return f"off by {apart[0]:.1e} and {apart[1]:.1e}"
+
+
+@row("resumed by another number of ranks at ZeRO 2, or at another stage", "refused, with both figures", slow=True)
+def another_layout(folder: Path) -> str:
+    written = {(count, stage): folder / f"{count}-{stage}" for count, stage in ((1, 0), (2, 2))}
+    for (count, stage), output in written.items():
+        of_stage = train(output, total_steps=1, deepspeed=f"ds_zero{stage}.json")
+        succeeded(run(folder / "outputs", of_stage, count))
+    tried = 0
+    for (count, stage), output in written.items():
+        for ranks, zero in ((1, 0), (1, 2), (2, 0), (2, 1), (2, 2), (2, 3)):
+            if zero == stage and (ranks == count or stage == 0):
+                continue
+            again = train(output, resume_from_checkpoint="latest", deepspeed=f"ds_zero{zero}.json")
+            first = run(folder / "outputs", again, ranks)[0]
+            if zero != stage:
+                refused(first, f"with ZeRO stage {stage} (deepspeed), this run has ZeRO stage {zero}")
+            else:
+                refused(first, f"was written with {count} ranks, this run has {ranks} ranks", f"with {count} ranks")
+            tried += 1
+    return f"{tried} cases refused"
+
+
+@row("kill -9 while DeepSpeed compiles its op, whose lock stays", "the next start compiles and runs", slow=True)
+def killed_while_compiling(folder: Path) -> str:
+    os.environ["PPO_KERNELS_CACHE"] = str(folder / "cache")
+
+    def start() -> int:
+        launch.start(0, 60)
+        return launch.world_size()
+
+    try:
+        first = Ranks(folder / "outputs", start)
+        soon(lambda: any((folder / "cache").rglob("*.ninja")), 100)
+        first.kill([0])
+        locks = list((folder / "cache").rglob("lock"))
+        assert locks, "the build has left no lock: this row shows nothing"
+        again = run(folder / "outputs", start, limit=400)
+        assert succeeded(again) == 1
+    finally:
+        del os.environ["PPO_KERNELS_CACHE"]
+    return f"started after {again[0].seconds:.0f} s, compiling included"

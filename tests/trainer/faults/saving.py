@@ -65,6 +65,8 @@ class Scene:
             t._recall(memory)
             assert fingerprint(t) == self.prints[t.done], f"what was loaded is not what step {t.done} had"
             loaded = t.done
+            for folder in checkpoint._steps(place / "checkpoints"):
+                checkpoint.verify(folder)
             with checkpoint.claimed(place, overwrite=False, done=t.done):
                 assert not list(place.rglob(".tmp-*")), "leftovers"
                 t.done = 3
