@@ -158,7 +158,7 @@ def test_a_failed_save_leaves_the_last_checkpoint(finished, tiny, monkeypatch):
 
 
 def test_a_checkpoint_becomes_a_plain_model(finished, tiny):
-    """Resumed with nothing left to do, a run writes the folder that transformers reads, whatever went with it before."""
+    """Resumed with nothing left to do, a run writes the folder that transformers reads."""
     shutil.rmtree(finished / "train" / "model")
     trainer = tiny(**FOUR, resume_from_checkpoint="latest")
     trainer.train()
