@@ -15,6 +15,8 @@ os.environ["OMP_NUM_THREADS"] = "1"  # what forks must not have threads
 os.environ["DS_ACCELERATOR"] = "cpu"
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
+import pytest
+
 from . import disk
 from .rows import ROWS, Row
 
@@ -59,7 +61,7 @@ def outcome(row: Row) -> tuple[bool, str]:
     folder = Path(tempfile.mkdtemp(prefix="faults-"))
     try:
         return True, row.check(folder)
-    except Exception:
+    except (Exception, pytest.fail.Exception):
         return False, traceback.format_exc().strip()
     finally:
         shutil.rmtree(folder, ignore_errors=True)
