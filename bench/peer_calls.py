@@ -7,6 +7,7 @@ batch (casts of masks, shapes), and returns the call that is timed. Its outputs 
 from __future__ import annotations
 
 import importlib.util
+import math
 from collections.abc import Callable
 from importlib.metadata import distribution
 from types import ModuleType, SimpleNamespace
@@ -50,12 +51,20 @@ def load_trl() -> SimpleNamespace:
     return SimpleNamespace(**_file("trl", "trl/trainer/utils.py", *names, **given))
 
 
+def as_sequences(logits, labels):
+    """[B, T, V] and [B, T], as their callers have them: some of these functions loop over B."""
+    sequences = math.gcd(len(labels), 4)
+    return logits.view(sequences, -1, logits.size(-1)), labels.view(sequences, -1)
+
+
 def trl_logprobs(trl, logits, labels):
-    return lambda: trl.selective_log_softmax(logits, labels)
+    logits, labels = as_sequences(logits, labels)
+    return lambda: trl.selective_log_softmax(logits, labels).flatten()
 
 
 def trl_entropy(trl, logits, labels):
-    return lambda: trl.selective_log_softmax_and_entropy(logits, labels)
+    logits, labels = as_sequences(logits, labels)
+    return lambda: tuple(x.flatten() for x in trl.selective_log_softmax_and_entropy(logits, labels))
 
 
 def load_verl() -> SimpleNamespace:
@@ -174,7 +183,13 @@ def load_openrlhf() -> SimpleNamespace:
 
 
 def openrlhf_logprobs(openrlhf, logits, labels):
-    return lambda: openrlhf.log_probs_from_logits(logits, labels)
+    logits, labels = as_sequences(logits, labels)
+    return lambda: openrlhf.log_probs_from_logits(logits, labels).flatten()
+
+
+def skyrl_logprobs(skyrl, logits, labels):
+    logits, labels = as_sequences(logits, labels)
+    return lambda: skyrl.logprobs_from_logits(logits, labels, False).flatten()
 
 
 def openrlhf_gae(openrlhf, rewards, values, mask):

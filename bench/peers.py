@@ -76,7 +76,7 @@ PEERS = {
         calls.load_skyrl,
         "functions of torch_utils.py and ppo_utils.py (the package imports ray)",
         {
-            LOGPROBS: lambda skyrl, logits, labels: lambda: skyrl.logprobs_from_logits(logits, labels, False),
+            LOGPROBS: calls.skyrl_logprobs,
             "gae + whiten": calls.skyrl_gae,
             "whiten": lambda skyrl, x, mask: lambda: skyrl.masked_whiten(x, mask),
         },

@@ -1,8 +1,8 @@
 """Every op on the CPU in under two minutes: ``python -m bench.quick``; ``--check`` fails when a target is missed.
 
 One table. The providers of a row are timed in turns within one run, on the same tensors, and the medians are compared.
-All of them are checked against the reference in float64 before any is timed. GB/s counts what has to be read or
-written, once each. Extra memory is the peak of what torch's allocator holds beyond the inputs during one call, outputs
+All of them are checked against the reference in float64 before any is timed. GB/s counts what our passes over memory
+read and write. Extra memory is the peak of what torch's allocator holds beyond the inputs during one call, outputs
 included, as its profiler reports it.
 """
 

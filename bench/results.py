@@ -150,8 +150,8 @@ def speed_table(results: Results) -> Table:
     read = results.run.get("GB/s", {}).get("read")
     table = Table(
         "Speed",
-        "× is how many times longer the other takes (medians of calls in turns). GB/s counts the bytes that have to be "
-        "read or written, once each, over our time; % is the share of what torch reads from memory on this machine "
+        "× is how many times longer the other takes (medians of calls in turns). GB/s counts the bytes that our passes "
+        "over memory read and write, over our time; % is the share of what torch reads from memory on this machine "
         "(more than 100 %: the data was in the caches). In cache is our best rate at any size with one thread: where "
         "it is below what memory delivers, the instructions are the limit. ~ marks what a busy machine blurred.",
         ["work", "ours", "GB/s", "% of read", "in cache, 1 thread", *others],

@@ -43,7 +43,7 @@ class Setup:
 
     @cached_property
     def moved(self) -> int:
-        """Bytes that have to be read or written, once each."""
+        """Bytes that the passes over memory have to read and write: a loss has two, forward and backward."""
         return self.count(self.inputs)
 
     def release(self) -> None:

@@ -31,6 +31,14 @@ def check(impl, scores, group_ids=None, **options):
     return got
 
 
+@pytest.mark.parametrize("eps", [0.0, 1e-4])
+@pytest.mark.parametrize("mode", MODES[:-1])
+def test_nan_shows_in_its_whole_group_and_nowhere_else(impl, mode, eps):
+    scores = torch.tensor([NAN, 1.0, 2.0, NAN, 0.0, 0.0])
+    got = group_advantages(scores, torch.tensor([7, 1, 1, 2, 2, 5]), mode=mode, eps=eps, impl=impl)
+    assert got.isnan().tolist() == [True, False, False, True, True, False]
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("sizes", [[1], [2], [3, 1, 5, 2], [4] * 8, [33, 64, 1, 31, 32, 100], [1] * 20, [700, 3], []])

@@ -374,6 +374,7 @@ def test_nan_in_a_valid_response_is_seen_in_its_group_alone(impl, name, variant)
     assert bool(stats.kl_k1.isnan()) == (name in ("logprobs", "old_logprobs"))
     assert bool(stats.ref_kl.isnan()) == (name in ("logprobs", "ref_logprobs"))
     assert bool(stats.reward_gap.isnan()) == (name != "old_logprobs")
+    assert bool(stats.margin.isnan()) == (name != "old_logprobs")
     # The clamp of a row's own log-ratio passes no gradient for a NaN, as torch.clamp does not.
     stopped = variant == "separate" and name in ("logprobs", "old_logprobs")
     assert grad[[0, 2] if stopped else [0, 1, 2]].isnan().all()

@@ -10,7 +10,7 @@ namespace ppo {
 namespace {
 
 constexpr int64_t kTeam = 4;      // rows
-constexpr int64_t kSteps = 1024;  // tokens of each row in the L1 cache
+constexpr int64_t kSteps = 1024;  // tokens of each row at a time; shorter runs through memory are slower
 
 template <class T>
 struct GaeRow {

@@ -24,7 +24,7 @@ def group_advantages(scores: Tensor, group_ids: Tensor, *, mode: str = "rloo", e
     elif mode == "grpo":
         variance = torch.where(count > 1, row_sum(centred.square(), groups) / (count - 1), 0.0)
         spread = variance.sqrt() + eps
-        centred = torch.where(spread[groups.row] == 0, 0.0, centred / spread[groups.row])
+        centred = centred * torch.where(spread == 0, 0.0, 1.0 / spread)[groups.row]
     out = torch.empty_like(centred)
     out[order] = centred
     return out.to(compute_dtype(scores))

@@ -108,7 +108,8 @@ def p3o_loss(
         d = clamp(shift, log_ratio_clamp)
         beyond = torch.zeros_like(alive) if log_ratio_clamp is None else shift.abs() > log_ratio_clamp
         each = both.expand(log_weights.shape)
-        preferred = torch.sign(reward_i - reward_j) * s_gap
+        better = reward_i - reward_j
+        preferred = torch.where(better > 0, s_gap, torch.where(better < 0, -s_gap, better * s_gap))  # else 0 or NaN
         stats = P3OStats(
             kl_k1=masked_mean(-d, alive),
             kl_k3=masked_mean(torch.expm1(d) - d, alive),

@@ -57,6 +57,7 @@ def test_the_record_names_every_op_and_holds_the_budgets(recorded):
     kernels = {kernel.partition("_kernel")[0] for kernel in recorded["kernels"]}
     assert kernels >= {"token_logprobs", "token_logprobs_backward", "gae_segments", "kl_segments", "kl_teams"}
     assert kernels >= {"gae_teams", "policy_loss", "value_loss", "moments", "whiten", "prepare_packed"}
+    assert kernels >= {"p3o_loss", "group_advantages"}
     assert not resources.faults(recorded)
     for kernel, _, entry in resources.entries(recorded):
         if kernel.startswith("token_logprobs"):

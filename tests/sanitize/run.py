@@ -43,6 +43,7 @@ SHARED_WORK = (
     "tests/test_token_logprobs.py::test_a_vocabulary_of_151936[cuda-dtype2]",
 )
 QUIET = ("-p", "no:cacheprovider", "-p", "no:warnings")
+SECONDS = 900  # for the tests of one run
 REPORT = re.compile(r"AddressSanitizer|runtime error|ThreadSanitizer")
 
 
@@ -114,7 +115,10 @@ def prepare(name: str) -> tuple[Path, dict[str, str]]:
 def run_tests(copy: Path, env: dict[str, str], tests: Iterable[str], choice: str) -> tuple[int, str]:
     # Reports go to the real stderr: pytest would lose them when the process ends.
     command = [sys.executable, "-m", "pytest", "-q", "--capture=sys", *QUIET, "-k", choice, *tests]
-    done = subprocess.run(command, cwd=copy, env=env, capture_output=True, text=True)
+    try:
+        done = subprocess.run(command, cwd=copy, env=env, capture_output=True, text=True, timeout=SECONDS)
+    except subprocess.TimeoutExpired as stuck:  # blocks that wait for each other, perhaps
+        return 1, f"not done in {SECONDS} s\n{(stuck.stdout or b'').decode()}{(stuck.stderr or b'').decode()}"
     return done.returncode, done.stdout + done.stderr
 
 
