@@ -30,8 +30,11 @@ class Trainer:
         launch.start(config.seed, config.ddp_timeout)
         self.config = config
         self.folder = Path(config.output_dir) / "train"
-        resume = config.resume_from_checkpoint is not None
-        checkpoint.refuse_existing(self.folder, overwrite=config.overwrite_output_dir, resume=resume)
+        request, own = config.resume_from_checkpoint, self.folder / "checkpoints"
+        source = None if request is None else checkpoint.find(request, own)
+        # From another run's checkpoint a new run starts, which must not replace what is there.
+        self.continues = source is not None and source.resolve().parent == own.resolve()
+        checkpoint.refuse_existing(self.folder, overwrite=config.overwrite_output_dir, resume=self.continues)
         self.kl = KlControl(config)
         self.shaping = ScoreShaping(config)
         self.algorithm = load_algorithm(config, self.kl)
@@ -48,8 +51,7 @@ class Trainer:
         ptx = Pretraining(config, self.task, self.tokenizer) if config.ptx_coef else None
         self.updates = Updates(config, self.algorithm, self.roles, ptx, self.ema)
         self.done = 0
-        if config.resume_from_checkpoint is not None:
-            source = checkpoint.find(config.resume_from_checkpoint, self.folder / "checkpoints")
+        if source is not None:
             self.done, memory = checkpoint.load(source, self.trained, config)
             self._recall(memory)
 
@@ -81,7 +83,9 @@ class Trainer:
     def train(self) -> tuple[Evaluation, Evaluation]:
         """All remaining steps; returns the evaluations of the reference and of the trained policy."""
         with (
-            checkpoint.claimed(self.folder, overwrite=self.config.overwrite_output_dir, done=self.done),
+            checkpoint.claimed(
+                self.folder, overwrite=self.config.overwrite_output_dir, done=self.done if self.continues else 0
+            ),
             launch.stop_requests() as asked_to_stop,
         ):
             return self._train(asked_to_stop)

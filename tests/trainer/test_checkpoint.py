@@ -76,6 +76,18 @@ def test_resuming_from_an_older_step_abandons_what_came_after(finished, tiny):
     assert tiny(**FOUR, resume_from_checkpoint="latest").done == 2
 
 
+def test_resuming_into_another_runs_folder(original, finished, tiny):
+    """It would delete that run's later checkpoints; overwriting, it leaves none of its checkpoints."""
+    source = str(original / "train" / "checkpoints" / "step-000002")
+    with pytest.raises(UserError, match="holds an earlier run"):
+        tiny(**FOUR, resume_from_checkpoint=source)
+    assert checkpoints(finished) == ["step-000002", "step-000004"]
+    (finished / "train" / "checkpoints" / "step-000002").rename(finished / "train" / "checkpoints" / "step-000001")
+    tiny(**FOUR, resume_from_checkpoint=source, overwrite_output_dir=True).train()
+    assert checkpoints(finished) == ["step-000004"]
+    assert [row["step"] for row in metric_rows(finished)] == [3, 4]
+
+
 def test_resuming_with_other_settings_is_refused(finished, tiny):
     with pytest.raises(UserError, match=r"learning_rate \(was 0.001, is 0.01\), lam") as refusal:
         tiny(**FOUR | {"save_steps": 1}, resume_from_checkpoint="latest", learning_rate=0.01, lam=0.9)
