@@ -23,23 +23,31 @@ class ScoreShaping:
         return torch.where(ended, scores, kept - penalty)
 
     def scaled(self, scores: torch.Tensor) -> torch.Tensor:
-        """Shifted and scaled by what has been observed, then clipped."""
-        if self.config.score_scaling != "none" and self.count > 1:
+        """Shifted and scaled by what has been observed, once that has spread, then clipped."""
+        if self._spread:
             shift = self.mean if self.config.score_scaling == "ref" else 0.0
-            deviation = (self.m2 / (self.count - 1)) ** 0.5
-            scores = (scores - shift) / max(deviation, 1e-8)
+            scores = (scores - shift) / self._spread
         bound = self.config.score_clip
         return scores if bound is None else scores.clamp(-bound, bound)
 
     def observe(self, everywhere: torch.Tensor) -> None:
-        """Take in the scores of a global batch: all of them (running), or those of the first batch (ref)."""
-        if self.config.score_scaling == "none" or (self.config.score_scaling == "ref" and self.count):
+        """Take in the scores of a global batch: of all (running), or of the first that are not all alike (ref)."""
+        scaling = self.config.score_scaling
+        if scaling == "none" or (scaling == "ref" and self._spread):
             return
+        if scaling == "ref":
+            self.count, self.mean, self.m2 = 0.0, 0.0, 0.0
         count, mean, m2 = (figure.item() for figure in moments(everywhere, impl=self.config.ops_impl))
         total, difference = self.count + count, mean - self.mean
         self.m2 += m2 + difference**2 * self.count * count / total
         self.mean += difference * count / total
         self.count = total
+
+    @property
+    def _spread(self) -> float:
+        """The deviation of what has been observed; 0 where the scores were alike, up to the rounding of float32."""
+        deviation = (self.m2 / (self.count - 1)) ** 0.5 if self.count > 1 else 0.0
+        return deviation if deviation > 1e-6 * abs(self.mean) else 0.0
 
     def state(self) -> dict[str, float]:
         return {"count": self.count, "mean": self.mean, "m2": self.m2}

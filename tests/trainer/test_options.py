@@ -57,6 +57,19 @@ def test_scores_are_scaled_and_clipped():
     assert again.scaled(scores).equal(running.scaled(scores))
 
 
+@pytest.mark.parametrize("scaling", ["ref", "running"])
+def test_scores_that_are_all_alike_are_left_as_they_are(scaling):
+    """An easy first rollout, say; what scales is the first spread there is."""
+    each, alike, spread = shaping(score_scaling=scaling), torch.full((4,), 0.1), torch.tensor([1.0, 3.0, 5.0, 7.0])
+    for _ in range(3):
+        each.observe(alike)
+        assert each.scaled(alike).equal(alike)
+    each.observe(spread)
+    seen = spread if scaling == "ref" else torch.cat([alike, alike, alike, spread])
+    shift = spread.mean() if scaling == "ref" else 0.0
+    torch.testing.assert_close(each.scaled(spread), (spread - shift) / seen.std())
+
+
 def test_missing_end():
     scores, ended = torch.tensor([2.0, 3.0]), torch.tensor([True, False])
     assert shaping(missing_eos_penalty=1.0).penalised(scores, ended).tolist() == [2.0, 2.0]
