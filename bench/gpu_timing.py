@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 import statistics
 import subprocess
 import time
@@ -25,6 +26,7 @@ from bench.setups import DEVICE, Inputs, Setup
 from ppo_kernels import backends
 
 BF16 = torch.bfloat16
+SLEEP_CYCLES = 1.9e9  # per second, of torch.cuda._sleep: no less than any clock of today's GPUs needs
 ROTATE = 2**28  # bytes, several times an L2 cache
 COMPILE, EAGER = "torch.compile", "eager"
 
@@ -44,6 +46,8 @@ def rows(tiny: bool) -> Iterator[Setup]:
         yield setups.policy_loss(*shape)
         yield setups.policy_loss(*shape, ref=True)
         yield setups.value_loss(*shape)
+    yield setups.p3o_loss(*((8, 40, 2) if tiny else (512, 2048, 2)))
+    yield setups.group_advantages(*((4, 3) if tiny else (1024, 8)))
 
 
 def providers(setup: Setup) -> dict[str, Callable[[Inputs], object]]:
@@ -63,22 +67,30 @@ def _first(outputs: object) -> Tensor:
 
 def device_seconds(calls: list[Callable[[], object]], samples: int) -> float:
     """Per call. Without a GPU the wall-clock time, of a dry run that means nothing."""
-    times = []
-    for sample in range(samples + 2):
+    times: list[float] = []
+    pause = 1e-3  # seconds that the device waits while the host enqueues; grows until the host is the faster one
+    for attempt in range(samples + 20):
         if DEVICE == "cuda":
             begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            torch.cuda._sleep(2_000_000)  # the host enqueues behind it
+            torch.cuda._sleep(int(pause * SLEEP_CYCLES))
             begin.record()
         start = time.perf_counter()
         for call in calls:
             call()
-        seconds = time.perf_counter() - start
+        seconds = host = time.perf_counter() - start
         if DEVICE == "cuda":
             end.record()
             end.synchronize()
             seconds = begin.elapsed_time(end) / 1e3
-        if sample >= 2:
-            times.append(seconds / len(calls))
+        if attempt < 2:
+            continue  # warm-up
+        if DEVICE == "cuda" and host > 0.8 * pause:
+            pause = 2 * host
+            continue
+        times.append(seconds / len(calls))
+        if len(times) == samples:
+            break
+    assert times, f"the host never enqueued within {pause:.3f} s"
     return statistics.median(times)
 
 
@@ -128,21 +140,41 @@ def timed(setup: Setup, forward: Callable[[Inputs], object], many: list[Inputs],
 
 
 def measure(setup: Setup, copy: float, samples: int) -> list[dict]:
-    copies = max(1, min(16, math.ceil(ROTATE / setup.moved))) if DEVICE == "cuda" else 1
-    many = [setup.inputs, *(setup.make() for _ in range(copies - 1))]
-    want, found = reference(setup), []
-    for name, forward in providers(setup).items():
-        row: dict[str, object] = {"work": setup.name, "provider": name, "bytes": setup.moved}
-        try:
-            row["error"] = check(setup, forward, name not in (EAGER, COMPILE), want)
-            times = timed(setup, forward, many, samples)
-            rate = setup.moved / times["device_us"] / 1e3
-            row |= times | {"GB/s": rate, "of_copy": rate * 1e9 / copy}
-        except (AssertionError, RuntimeError) as problem:  # out of memory is one, too
-            row["problem"] = f"{type(problem).__name__}: {problem}"[:300]
-        found.append(row)
+    """A row per provider. A failure is a row with its reason: the rows after it still count."""
+    found: list[dict] = []
+    try:
+        copies = max(1, min(16, math.ceil(ROTATE / setup.moved))) if DEVICE == "cuda" else 1
+        many = [setup.inputs, *(setup.make() for _ in range(copies - 1))]
+        want = reference(setup)
+        for name, forward in providers(setup).items():
+            row: dict[str, object] = {"work": setup.name, "provider": name, "bytes": setup.moved}
+            found.append(row)
+            try:
+                row["error"] = check(setup, forward, name not in (EAGER, COMPILE), want)
+                times = timed(setup, forward, many, samples)
+                rate = setup.moved / times["device_us"] / 1e3
+                row |= times | {"GB/s": rate, "of_copy": rate * 1e9 / copy}
+            except Exception as problem:  # a compiler's own, or out of memory
+                row["problem"] = _text(problem)
+    except Exception as problem:
+        found.append({"work": setup.name, "provider": "inputs and reference", "problem": _text(problem)})
     setup.release()
     return found
+
+
+def _text(problem: Exception) -> str:
+    return f"{type(problem).__name__}: {problem}".replace("\n", " ")[:300]
+
+
+def commit() -> str:
+    """Of the sources; a copy without git says it in PPO_KERNELS_COMMIT."""
+    if named := os.environ.get("PPO_KERNELS_COMMIT"):
+        return named
+    try:
+        run = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True)
+    except FileNotFoundError:
+        return "unknown"
+    return run.stdout.strip() or "unknown"
 
 
 def table(results: dict) -> str:
@@ -168,10 +200,9 @@ def main() -> int:
         parser.error("no GPU is visible to torch; --dry-run builds every row without one")
     samples = 1 if options.dry_run else 15
     copy = copy_rate(2**16 if options.dry_run else 2**31, samples)
-    commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True).stdout.strip()
     device = torch.cuda.get_device_name() if DEVICE == "cuda" else "no GPU: a dry run, whose times mean nothing"
     facts = {"device": device, "torch": torch.__version__, "cuda": torch.version.cuda, "copy_GB/s": copy / 1e9}
-    facts |= {"ppo_kernels": ppo_kernels.__version__, "commit": commit or "unknown", "date": time.strftime("%F")}
+    facts |= {"ppo_kernels": ppo_kernels.__version__, "commit": commit(), "date": time.strftime("%F")}
     results = {"facts": facts, "rows": []}
     options.out.mkdir(parents=True, exist_ok=True)
     for setup in rows(options.dry_run):
