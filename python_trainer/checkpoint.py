@@ -61,12 +61,12 @@ def committed(folder: Path) -> Iterator[Path]:
         barrier()
         yield place
         barrier()
-        if launch.is_main():
-            _commit(place, folder)
+        _commit(place, folder)
         barrier()
     except Exception as error:
         obstacle = _obstacle(folder.parent)  # asked before the stump makes room again
-        shutil.rmtree(place, ignore_errors=True)
+        if launch.is_main():  # another rank may have failed alone, with the first still at work there
+            shutil.rmtree(place, ignore_errors=True)
         if obstacle is None:
             raise
         raise UserError(
@@ -86,14 +86,16 @@ def verify(folder: Path) -> None:
         raise UserError(f"{folder / MANIFEST} is damaged") from error
     if not files:
         raise UserError(f"{folder / MANIFEST} is damaged: it lists no files")
-    for name, (expected, sha256) in files.items():
+    for name, (expected, _) in files.items():
         path = folder / name
         size = path.stat().st_size if path.is_file() else None
         if size != expected:
             found = "is missing" if size is None else f"has {size} bytes"
             raise UserError(f"{folder} refused: {path} {found}, expected {expected} bytes")
-        if _sha256(path) != sha256:
-            raise UserError(f"{folder} refused: the content of {path} has changed since it was written")
+    found_now = _checksums(folder, {name: size for name, (size, _) in files.items()})
+    for name, (_, sha256) in files.items():
+        if found_now[name] != sha256:
+            raise UserError(f"{folder} refused: the content of {folder / name} has changed since it was written")
 
 
 def save(folder: Path, step: int, trained: "dict[str, Trainable]", config: PPOConfig, memory: dict[str, Any]) -> None:
@@ -187,13 +189,14 @@ def barrier() -> None:
 
 
 def _commit(place: Path, folder: Path) -> None:
-    listing = {
-        str(path.relative_to(place)): {"bytes": path.stat().st_size, "sha256": _sha256(path)}
-        for path in sorted(place.rglob("*"))
-        if path.is_file()
-    }
+    files = [path for path in sorted(place.rglob("*")) if path.is_file()]
+    sizes = launch.gather_objects({str(path.relative_to(place)): path.stat().st_size for path in files})[0]
+    checksums = _checksums(place, sizes, flush=True)
+    if not launch.is_main():
+        return
+    listing = {name: {"bytes": size, "sha256": checksums[name]} for name, size in sizes.items()}
     (place / MANIFEST).write_text(json.dumps({"files": listing}, indent=1))
-    for path in [*place.rglob("*"), place]:
+    for path in [place / MANIFEST, *(path for path in place.rglob("*") if path.is_dir()), place]:
         _flush(path)
     retired = folder.parent / (RETIRED + folder.name)
     if folder.exists():
@@ -315,6 +318,23 @@ def _steps(folder: Path) -> list[Path]:
 
 def _number(checkpoint: Path) -> int:
     return int(checkpoint.name.removeprefix("step-"))
+
+
+def _checksums(folder: Path, sizes: dict[str, int], *, flush: bool = False) -> dict[str, str]:
+    """sha256 of each file; every rank reads a share, so that none waits long, and all learn all or fail together."""
+    found: dict[str, str] = {}
+    failure = None
+    for name in sorted(sizes, key=sizes.__getitem__)[launch.rank() :: launch.world_size()]:
+        try:
+            if flush:
+                _flush(folder / name)
+            found[name] = _sha256(folder / name)
+        except OSError as error:
+            failure = error
+    everywhere = {name: sum_ for part in launch.gather_objects(found) for name, sum_ in part.items()}
+    if len(everywhere) < len(sizes):
+        raise failure or OSError(f"another rank could not flush and read its share of {folder}")
+    return everywhere
 
 
 def _sha256(path: Path) -> str:

@@ -14,11 +14,14 @@ import warnings
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 import torch.distributed as dist
 import transformers
+
+T = TypeVar("T")
 
 
 def start(seed: int, timeout_s: int) -> None:
@@ -132,6 +135,15 @@ def gather_rows(rows: torch.Tensor) -> torch.Tensor:
     parts = [torch.empty_like(rows) for _ in range(world_size())]
     dist.all_gather(parts, rows.contiguous())
     return torch.cat(parts)
+
+
+def gather_objects(mine: T) -> list[T]:
+    """What each rank has, in rank order, on every rank: anything small that can be pickled."""
+    if world_size() == 1:
+        return [mine]
+    everyone: list[Any] = [None] * world_size()
+    dist.all_gather_object(everyone, mine)
+    return everyone
 
 
 @contextlib.contextmanager

@@ -18,8 +18,9 @@ LAUNCHERS = {
 }
 
 ONE_RANK_FAILS = """
+import os
 import torch
-from python_trainer import launch
+from python_trainer import checkpoint, launch
 from python_trainer.config import PPOConfig, UserError
 from python_trainer.engines import step_together
 from python_trainer.loop import Trainer
@@ -53,7 +54,25 @@ step_together(list(models.values()))
 after = [p for model in models.values() for p in model.module.parameters()]
 same = all(torch.equal(a, b) for a, b in zip(before, after))
 print(f"rank {launch.rank()}: skipped {[model.skipped for model in models.values()]}, unchanged {same}", flush=True)
-launch.stop()
+
+folder, plain, read = trainer.folder / "checkpoints", checkpoint._sha256, []
+checkpoint._sha256 = lambda path: read.append(path.name) or plain(path)
+for work in (lambda: checkpoint.save(folder, 1, models, trainer.config, {}), lambda: checkpoint.verify(written)):
+    work()
+    written = folder / "step-000001"
+    shares = launch.gather_objects(read[:])
+    whole = sorted(path.name for path in written.rglob("*.pt"))
+    print(f"rank {launch.rank()}: shares {sorted(sum(shares, [])) == whole and all(shares)}", flush=True)
+    read.clear()
+
+place = folder / ".tmp-half"
+try:
+    with checkpoint.committed(folder / "half"):
+        if launch.rank() == 1:
+            raise ValueError("alone")
+except (RuntimeError, ValueError) as error:
+    print(f"rank {launch.rank()}: {type(error).__name__}, place there {place.exists()}", flush=True)
+os._exit(0)
 """
 
 
@@ -95,3 +114,6 @@ def test_what_one_rank_finds_stops_all(tmp_path):
         assert f"rank {rank}: the score of 8 of 16 responses is not finite" in result.stdout
         assert f"rank {rank}: before the first update of step 1 the log-ratio is off" in result.stdout
         assert f"rank {rank}: skipped [1, 1], unchanged True" in result.stdout
+        assert result.stdout.count(f"rank {rank}: shares True") == 2
+    assert "rank 1: ValueError, place there True" in result.stdout  # the first may still be at work there
+    assert "rank 0: RuntimeError, place there False" in result.stdout
