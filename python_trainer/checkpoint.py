@@ -103,7 +103,7 @@ def save(folder: Path, step: int, trained: "dict[str, Trainable]", config: PPOCo
 
     No generator's state is saved: every draw of a step has its own seed, made from the run's and the step's number.
     """
-    _refuse_without_room(folder, trained)
+    _refuse_without_room(folder, trained, memory)
     with committed(folder / f"step-{step:06d}") as place:
         with launch.quiet():
             for name, model in trained.items():
@@ -131,10 +131,10 @@ def load(folder: Path, trained: "dict[str, Trainable]", config: PPOConfig) -> tu
         older = [path for path in _steps(folder.parent) if path.name < folder.name]
         hint = f"; to go back further, set resume_from_checkpoint to {older[-1]}" if older else ""
         raise UserError(f"{error}{hint}") from error
-    state = torch.load(folder / "trainer-rank0.pt", weights_only=True)
+    state = _trainer_state(folder, 0)
     _refuse_another_layout(folder, state, trained)
     if state["zero_stage"] > 0:
-        state = torch.load(folder / f"trainer-rank{launch.rank()}.pt", weights_only=True)
+        state = _trainer_state(folder, launch.rank())
     _refuse_changes(folder, state["config"], dataclasses.asdict(config))
     with launch.quiet():
         for name, model in trained.items():
@@ -216,9 +216,10 @@ def _discard(folder: Path) -> None:
         shutil.rmtree(stump)
 
 
-def _refuse_without_room(folder: Path, trained: "dict[str, Trainable]") -> None:
+def _refuse_without_room(folder: Path, trained: "dict[str, Trainable]", memory: dict[str, Any]) -> None:
     """Before the first byte: training stops with its last checkpoint and a full disk spared."""
-    needed, lacking = sum(_bytes_of(model) for model in trained.values()), False
+    average = sum(held.nbytes for held in memory.get("ema", {}).values())  # every rank writes what it holds
+    needed, lacking = sum(_bytes_of(model) for model in trained.values()) + average * launch.world_size(), False
     if launch.is_main():
         folder.mkdir(parents=True, exist_ok=True)
         lacking = shutil.disk_usage(folder).free < needed
@@ -266,6 +267,11 @@ def _sweep(folder: Path, *, overwrite: bool, done: int) -> None:
         for name in ("checkpoints", "model", "ema"):
             _discard(folder / name)
         (folder / "metrics.jsonl").unlink(missing_ok=True)
+
+
+def _trainer_state(folder: Path, rank: int) -> dict[str, Any]:
+    """On the CPU: what the first rank wrote from its device must not fill that device from every rank."""
+    return torch.load(folder / f"trainer-rank{rank}.pt", map_location="cpu", weights_only=True)
 
 
 def _refuse_another_layout(folder: Path, state: dict[str, Any], trained: "dict[str, Trainable]") -> None:

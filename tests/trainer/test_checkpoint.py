@@ -5,6 +5,7 @@ import fcntl
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -167,6 +168,24 @@ def test_a_failed_save_leaves_the_last_checkpoint(finished, tiny, monkeypatch):
     monkeypatch.undo()
     assert not list(folder.glob(".tmp-*"))
     assert tiny(**FOUR, resume_from_checkpoint="latest").done == 4
+
+
+def test_the_room_of_a_moving_average_is_counted(tiny, tmp_path, monkeypatch):
+    trainer, folder = tiny(ema_decay=0.9), tmp_path / "run" / "train" / "checkpoints"
+    memory = trainer._memory()
+    enough = sum(checkpoint._bytes_of(model) for model in trainer.trained.values())
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=enough))
+    checkpoint._refuse_without_room(folder, trainer.trained, memory | {"ema": {}})
+    with pytest.raises(UserError, match="a checkpoint takes about"):
+        checkpoint.save(folder, 1, trainer.trained, trainer.config, memory)
+
+
+def test_state_is_read_to_the_cpu(finished, monkeypatch):
+    """A first rank's GPU need not be there when the file is read, nor have the room."""
+    places, plain = [], torch.load
+    monkeypatch.setattr(torch, "load", lambda *a, **k: places.append(k.get("map_location")) or plain(*a, **k))
+    assert checkpoint._trainer_state(finished / "train" / "checkpoints" / "step-000004", 0)["step"] == 4
+    assert places == ["cpu"]
 
 
 def test_a_checkpoint_becomes_a_plain_model(finished, tiny):
