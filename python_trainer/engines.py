@@ -2,7 +2,7 @@
 
 import contextlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -153,11 +153,11 @@ def frozen(model: torch.nn.Module, config: RunConfig) -> Any:
 
 
 @contextlib.contextmanager
-def whole(module: torch.nn.Module) -> Iterator[None]:
-    """Inside, every parameter is whole on every rank, whatever the ZeRO stage."""
+def whole(parameters: Iterable[torch.nn.Parameter]) -> Iterator[None]:
+    """Inside, each of them is whole on every rank, whatever the ZeRO stage."""
     import deepspeed
 
-    partitioned = [p for p in module.parameters() if hasattr(p, "ds_id")]
+    partitioned = [p for p in parameters if hasattr(p, "ds_id")]
     with deepspeed.zero.GatheredParameters(partitioned, enabled=bool(partitioned)):
         yield
 
@@ -165,7 +165,7 @@ def whole(module: torch.nn.Module) -> Iterator[None]:
 def save_model(model: "torch.nn.Module | Trainable", tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     """In the transformers format; called on every rank."""
     module: Any = model.module if isinstance(model, Trainable) else model
-    with whole(module):
+    with whole(module.parameters()):
         if launch.is_main():
             body = module.model if isinstance(module, ScalarModel) else module
             body.save_pretrained(folder, state_dict=lora.merged_weights(body))

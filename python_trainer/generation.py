@@ -5,9 +5,15 @@ from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
 import torch
-from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForCausalLM,
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    PreTrainedTokenizerBase,
+)
 
-from . import lora
+from . import launch, lora
 from .engines import Policy, whole
 
 # (prompts [B, P] padded on the left, their mask [B, P], uniform numbers [B, T]) -> tokens [B, T]
@@ -29,8 +35,7 @@ class HfGenerator:
 
     @contextlib.contextmanager
     def serving(self, policy: Policy, tokenizer: PreTrainedTokenizerBase) -> Iterator[Generate]:
-        module: Any = _unpartitioned(policy)
-        pad, eos, training = tokenizer.pad_token_id, tokenizer.eos_token_id, module.training
+        pad, eos = tokenizer.pad_token_id, tokenizer.eos_token_id
 
         def generate(ids: torch.Tensor, attention: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:
             length = uniforms.shape[1]
@@ -48,11 +53,13 @@ class HfGenerator:
             missing = length - responses.shape[1]  # generate stops early once every row has ended
             return torch.nn.functional.pad(responses, (0, missing), value=pad)
 
-        module.eval()  # gradient checkpointing would forbid the cache
-        try:
-            yield generate
-        finally:
-            module.train(training)
+        with _unpartitioned(policy) as module:
+            training = module.training
+            module.eval()  # gradient checkpointing would forbid the cache
+            try:
+                yield generate
+            finally:
+                module.train(training)
 
 
 class InverseCdf(LogitsProcessor):
@@ -74,16 +81,30 @@ class InverseCdf(LogitsProcessor):
         return torch.full_like(scores, float("-inf")).scatter(1, token, 0.0)
 
 
-def _unpartitioned(policy: Policy) -> Any:
-    """At ZeRO stage 3 a plain copy, brought up to date once per rollout: else every token would gather every layer."""
-    module = policy.module
+@contextlib.contextmanager
+def _unpartitioned(policy: Policy) -> Iterator[Any]:
+    """At ZeRO stage 3 a plain copy with the weights of now: else every token would gather every layer.
+
+    The weights are gathered one by one and let go at the end: updates need their room.
+    """
+    module: Any = policy.module
     if not any(hasattr(parameter, "ds_id") for parameter in module.parameters()):
-        return module
-    with whole(module):
-        weights = lora.merged_weights(module)
-        if policy.copy is None:
-            some = next(iter(weights.values()))
-            policy.copy = type(module)(module.config).to(some.device, some.dtype).requires_grad_(False)
-            policy.copy.generation_config = module.generation_config
-        policy.copy.load_state_dict(weights)
-    return policy.copy
+        yield module
+        return
+    if policy.copy is None:
+        with launch.device():
+            policy.copy = AutoModelForCausalLM.from_config(module.config, dtype=module.dtype).requires_grad_(False)
+        policy.copy.generation_config = module.generation_config
+        for mine, its in zip(policy.copy.buffers(), module.buffers(), strict=True):
+            mine.data = its
+    try:
+        for name, parameter in policy.copy.named_parameters():
+            place, _, leaf = name.rpartition(".")
+            layer = module.get_submodule(place)
+            parts = layer.parameters() if hasattr(layer, "base_layer") else [getattr(layer, leaf)]
+            with whole(parts):
+                parameter.data = lora.merged_weight(layer, leaf).to(parameter.dtype, copy=True)
+        yield policy.copy
+    finally:
+        for parameter in policy.copy.parameters():
+            parameter.data = parameter.data.new_empty(0)

@@ -38,8 +38,16 @@ def merged_weights(model: Any) -> dict[str, torch.Tensor]:
     }
     for name, layer in model.named_modules():
         if hasattr(layer, "get_delta_weight"):
-            weights[f"{name}.weight"] = layer.base_layer.weight.detach() + layer.get_delta_weight("default")
+            weights[f"{name}.weight"] = merged_weight(layer, "weight")
     return weights
+
+
+def merged_weight(layer: Any, name: str) -> torch.Tensor:
+    """One parameter of a layer, its adapter added."""
+    weight = getattr(getattr(layer, "base_layer", layer), name).detach()
+    if name == "weight" and hasattr(layer, "get_delta_weight"):
+        return weight + layer.get_delta_weight("default")
+    return weight
 
 
 def _usual_targets(model: Any) -> list[str]:

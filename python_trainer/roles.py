@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -33,8 +34,9 @@ def cast(
     """All models of a run; the reference is a copy of the policy before its first update."""
     per_step = config.num_ppo_epochs * config.num_mini_batches
     judge = find_judge(config, task, tokenizer)
-    reference = load_policy(stage_model(config, "sft", config.sft_model_path), config, tokenizer)
+    reference: Any = load_policy(stage_model(config, "sft", config.sft_model_path), config, tokenizer)
     reference.load_state_dict(policy.state_dict())
+    reference = frozen(reference, config)  # split at once, where models are: the next one needs the host's memory
     critic = None
     if needs_critic:
         rate = config.learning_rate if config.critic_learning_rate is None else config.critic_learning_rate
@@ -44,7 +46,7 @@ def cast(
     actor = Trainable(lora.adapted(policy, config, config.lora_r), config, config.learning_rate, max(updates, 1))
     return Roles(
         Policy(actor, config.temperature, config.ops_impl),
-        Policy(frozen(reference, config), config.temperature, config.ops_impl),
+        Policy(reference, config.temperature, config.ops_impl),
         critic,
         judge,
     )

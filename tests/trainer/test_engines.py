@@ -6,6 +6,8 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
+from python_trainer import lora
+from python_trainer.engines import whole
 from python_trainer.generation import _unpartitioned
 
 from .conftest import TINY_MODEL
@@ -42,20 +44,28 @@ def test_a_critic_of_another_size(tiny, tmp_path):
     assert trainer.roles.critic.skipped == 0
 
 
-@pytest.mark.parametrize("stage", [0, 3])
-def test_generation_gathers_once(tiny, stage):
-    """At stage 3 a whole copy generates, and it is brought up to date at every rollout."""
-    trainer = tiny(deepspeed=f"ds_zero{stage}.json", num_ppo_epochs=4, learning_rate=1e-2)
-    trainer.step()
-    module = _unpartitioned(trainer.actor)
-    if stage == 0:
+def test_a_policy_that_is_whole_generates_itself(tiny):
+    trainer = tiny()
+    with _unpartitioned(trainer.actor) as module:
         assert module is trainer.actor.module
-        return
-    first = {name: weight.clone() for name, weight in module.state_dict().items()}
-    trainer.step()
-    assert _unpartitioned(trainer.actor) is module
-    assert any(not weight.equal(first[name]) for name, weight in module.state_dict().items())
-    assert not any(hasattr(parameter, "ds_id") for parameter in module.parameters())
+
+
+@pytest.mark.parametrize("rank", [None, 4])
+def test_generation_gathers_once(tiny, rank):
+    """At stage 3 a whole copy generates; it has the weights of now, and none between rollouts."""
+    if rank is not None:
+        pytest.importorskip("peft", reason="LoRA needs peft")
+    trainer = tiny(deepspeed="ds_zero3.json", learning_rate=1e-2, lora_r=rank)
+    for _ in range(2):
+        trainer.step()
+        assert sum(parameter.numel() for parameter in trainer.actor.copy.parameters()) == 0
+    with _unpartitioned(trainer.actor) as module:
+        copied = {name: weight.clone() for name, weight in module.state_dict().items()}
+        assert not any(hasattr(parameter, "ds_id") for parameter in module.parameters())
+    with whole(trainer.actor.module.parameters()):
+        expected = lora.merged_weights(trainer.actor.module)
+        assert copied.keys() == expected.keys()
+        assert all(copied[name].equal(weight) for name, weight in expected.items())
 
 
 def test_bfloat16(tiny):
