@@ -35,8 +35,12 @@ for _names, _test, _allowed in (
         lambda x: 0 <= x < math.inf,
         "at least 0 and finite",
     ),
-    ("cliprange_high ptx_coef center_rewards_coefficient", lambda x: 0 <= x < math.inf, "at least 0 and finite"),
-    ("missing_eos_penalty kl_coef entropy_coef score_shift", math.isfinite, "finite"),
+    (
+        "kl_coef cliprange_high ptx_coef center_rewards_coefficient",
+        lambda x: 0 <= x < math.inf,
+        "at least 0 and finite",
+    ),
+    ("missing_eos_penalty entropy_coef score_shift", math.isfinite, "finite"),
     ("learning_rate critic_learning_rate adam_epsilon score_clip", lambda x: 0 < x < math.inf, "positive and finite"),
     ("kl_target target_kl lora_alpha", lambda x: 0 < x < math.inf, "positive and finite"),
     ("dual_clip cliprange_ratio", lambda x: 1 < x < math.inf, "above 1 and finite"),
@@ -278,6 +282,13 @@ class PPOConfig(SamplingConfig, OptimizerConfig):
         if self.batch_size % self.num_mini_batches:
             raise ValueError(
                 f"batch_size {self.batch_size} must be a multiple of num_mini_batches {self.num_mini_batches}"
+            )
+        if self.kl_target is not None and not self.kl_coef:
+            raise ValueError("kl_target needs a kl_coef above 0 to start from")
+        if self.kl_target is not None and self.kl_horizon <= 0.2 * self.batch_size:
+            raise ValueError(
+                f"kl_horizon {self.kl_horizon} must be above a fifth of batch_size {self.batch_size}: "
+                "kl_coef could come to 0 or below in one step"
             )
 
 
