@@ -259,7 +259,9 @@ class PPOConfig(SamplingConfig, OptimizerConfig):
     ) = HfArg(default=None, help="How token losses add up. Default: the algorithm's own.")
     entropy_coef: float = HfArg(default=0.0, help="Weight of the entropy bonus in the loss.")
     target_kl: float | None = HfArg(
-        default=None, help="No more updates on a rollout once policy/approxkl_avg, the way from its sampler, is above."
+        default=None,
+        help="No more updates on a rollout once policy/approxkl_avg, the way from its sampler, is above. Per token; "
+        "per response for rloo, p3o and online_dpo.",
     )
     vf_coef: float = HfArg(default=1.0, help="Weight of the value loss.")
     cliprange_value: float = HfArg(default=0.2, help="Clip range of the value.")

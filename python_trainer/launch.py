@@ -137,6 +137,11 @@ def gather_rows(rows: torch.Tensor) -> torch.Tensor:
     return torch.cat(parts)
 
 
+def mean(figure: float) -> float:
+    """Over the ranks."""
+    return gather_rows(torch.tensor([figure], dtype=torch.float64, device=device())).mean().item()
+
+
 def gather_objects(mine: T) -> list[T]:
     """What each rank has, in rank order, on every rank: anything small that can be pickled."""
     if world_size() == 1:

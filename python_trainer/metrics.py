@@ -41,7 +41,7 @@ PANELS = (
 
 
 class Averages:
-    """Means weighted by token counts over micro-batches and ranks, reduced once per step.
+    """Means weighted by counts (of tokens, of responses) over micro-batches and ranks, reduced once per step.
 
     The variances of parts do not average: `x_var`, beside `x`, adds up as the mean square and ends as the variance.
     """

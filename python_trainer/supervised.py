@@ -44,7 +44,7 @@ def sft(config: SftConfig) -> dict[str, float]:
             learning_rate = policy.learning_rate
             step_together([policy])
             _stop_if_unhealthy(policy, config)
-            log.record(step + 1, {"loss": total, "lr": learning_rate})
+            log.record(step + 1, {"loss": launch.mean(total), "lr": learning_rate})
             log.progress(step + 1)
         with torch.no_grad():
             figures = [
@@ -87,7 +87,7 @@ def reward(config: RewardConfig) -> dict[str, float]:
             learning_rate = judge.learning_rate
             step_together([judge])
             _stop_if_unhealthy(judge, config)
-            log.record(step + 1, {"loss": total, "lr": learning_rate})
+            log.record(step + 1, {"loss": launch.mean(total), "lr": learning_rate})
             log.progress(step + 1)
         heldout = heldout[: config.eval_pairs]
         right = 0

@@ -70,21 +70,22 @@ class Updates:
         for micro in rows[shard(len(rows))].split(self.config.per_device_train_batch_size):
             batch = experience[micro]
             share = tokens / batch.mask.sum().clamp(min=1)  # so that the average of losses is the minibatch's loss
-            figures: dict[str, torch.Tensor] = {}
             if "actor" in trained:
-                change, figures = self._policy(batch, of_policy, tokens, share)
+                change, of_loss, of_tokens = self._policy(batch, of_policy, tokens, share)
                 drift = torch.maximum(drift, change)
+                seen.add(of_loss, self.algorithm.weight(batch.mask))
+                seen.add(of_tokens, batch.mask.sum())
             if "critic" in trained:
-                figures |= self._value(batch, tokens, share)
-            seen.add(figures, batch.mask.sum())
+                seen.add(self._value(batch, tokens, share), batch.mask.sum())
         if check_step is not None and "actor" in trained:
             self._check_ratio(launch.gather_rows(drift[None]).max().item(), check_step)
         return seen
 
     def _policy(
         self, batch: Experience, normalizer: torch.Tensor, tokens: torch.Tensor, share: torch.Tensor
-    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """Backward of the policy's loss; returns how far log-probabilities are from the rollout's, and statistics."""
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+        """Backward of the policy's loss; returns how far log-probabilities are from the rollout's, and statistics:
+        those the algorithm weighs, and those per token."""
         actor, bonus = self.roles.actor, self.config.entropy_coef
         logprobs, entropy = score_tokens_and_entropy(actor, batch.rollout, differentiable=bonus != 0)
         loss, figures = self.algorithm.policy_loss(logprobs, batch, normalizer)
@@ -92,10 +93,11 @@ class Updates:
             loss = loss - bonus * entropy.sum() / tokens
         self.roles.trained["actor"].backward(loss)
         drift = ((logprobs.detach() - batch.logprobs).abs() * batch.mask).max()
-        return drift, figures | {
+        of_tokens = {
             "loss/policy_avg": loss.detach() * share,
             "policy/entropy_avg": entropy.detach().sum() / batch.mask.sum(),
         }
+        return drift, figures, of_tokens
 
     def _value(self, batch: Experience, tokens: torch.Tensor, share: torch.Tensor) -> dict[str, torch.Tensor]:
         critic = self.roles.critic

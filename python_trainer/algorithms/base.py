@@ -22,6 +22,7 @@ class Algorithm:
     kl_places: ClassVar[tuple[str, ...]] = ("reward", "loss")
     kl_in_loss: ClassVar[str] = "k2"  # the estimator there: k2 has the gradient of the reverse KL
     aggregation: ClassVar[str] = "token-mean"
+    of_responses: ClassVar[bool] = False  # True: the statistics of its loss are means over responses or their pairs
     ignored: ClassVar[tuple[str, ...]] = ("whiten_rewards", "critic_warmup_steps", "critic_lora_r", "value_model_path")
 
     def __init__(self, config: PPOConfig, kl: KlControl) -> None:
@@ -52,6 +53,10 @@ class Algorithm:
     def normalizer(self, mask: torch.Tensor) -> torch.Tensor:
         """What the losses of a whole minibatch are divided by."""
         return aggregation_weights(mask, self.mode, max_length=self.config.response_length)[1]
+
+    def weight(self, mask: torch.Tensor) -> torch.Tensor:
+        """How much the statistics of a micro-batch count among those of others: by what they are means over."""
+        return torch.tensor(len(mask), device=mask.device) if self.of_responses else mask.sum()
 
     def token_rewards(self, local: Experience) -> torch.Tensor:
         """[B, T] the score at the last token and, if the penalty stands in the reward, minus kl_coef times the KL."""

@@ -19,6 +19,7 @@ class OnlineDPO(Algorithm):
     responses_per_prompt: ClassVar[int] = 2
     fewest_responses: ClassVar[int] = 2
     kl_places: ClassVar[tuple[str, ...]] = ("loss",)
+    of_responses: ClassVar[bool] = True
     ignored: ClassVar[tuple[str, ...]] = (
         *Algorithm.ignored,
         *("loss_aggregation", "cliprange_high", "dual_clip", "kl_estimator"),
@@ -41,7 +42,7 @@ class OnlineDPO(Algorithm):
         losses = -wins * logsigmoid(margin) - (1 - wins) * logsigmoid(-margin)
         moved = (logprobs.detach() - batch.logprobs).square().sum() / 2
         return losses.sum() / normalizer, {
-            "policy/approxkl_avg": moved / batch.mask.sum(),
+            "policy/approxkl_avg": moved / len(logprobs),
             "policy/pair_accuracy": ((margin * better) > 0).float().mean(),
             "policy/pair_margin": (margin * better.sign()).mean(),
         }

@@ -19,6 +19,7 @@ class P3O(Algorithm):
     responses_per_prompt: ClassVar[int] = 2
     fewest_responses: ClassVar[int] = 2
     kl_places: ClassVar[tuple[str, ...]] = ("reward",)
+    of_responses: ClassVar[bool] = True
     ignored: ClassVar[tuple[str, ...]] = (
         *Algorithm.ignored,
         *("loss_aggregation", "cliprange_high", "dual_clip", "kl_estimator"),

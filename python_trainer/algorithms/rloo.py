@@ -17,6 +17,7 @@ class RLOO(Algorithm):
     fewest_responses: ClassVar[int] = 2
     kl_places: ClassVar[tuple[str, ...]] = ("reward",)
     aggregation: ClassVar[str] = "seq-mean-token-sum"
+    of_responses: ClassVar[bool] = True
     ignored: ClassVar[tuple[str, ...]] = (*Algorithm.ignored, "loss_aggregation")
 
     def credit(self, local: Experience) -> None:

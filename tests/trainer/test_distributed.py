@@ -1,5 +1,6 @@
 """One process or two, by any launcher: the same weights."""
 
+import json
 import os
 import subprocess
 import sys
@@ -8,6 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+
+from python_trainer.config import SftConfig
+from python_trainer.supervised import sft
+from python_trainer.tasks.exact import Exact
 
 from .conftest import ROOT, TINY, as_options, command
 
@@ -21,9 +26,13 @@ ONE_RANK_FAILS = """
 import os
 import torch
 from python_trainer import checkpoint, launch
-from python_trainer.config import PPOConfig, UserError
+from python_trainer.config import PPOConfig, SftConfig, UserError
 from python_trainer.engines import step_together
 from python_trainer.loop import Trainer
+from python_trainer.supervised import sft
+from python_trainer.tasks.exact import Exact
+
+Exact.texts = lambda self: (["a b c d e", "a", "b b", "c d d"], ["a b"])
 
 trainer = Trainer(PPOConfig(**%r))
 plain = trainer.judge
@@ -54,6 +63,8 @@ step_together(list(models.values()))
 after = [p for model in models.values() for p in model.module.parameters()]
 same = all(torch.equal(a, b) for a, b in zip(before, after))
 print(f"rank {launch.rank()}: skipped {[model.skipped for model in models.values()]}, unchanged {same}", flush=True)
+
+sft(SftConfig(**%r))
 
 folder, plain, read = trainer.folder / "checkpoints", checkpoint._sha256, []
 checkpoint._sha256 = lambda path: read.append(path.name) or plain(path)
@@ -98,10 +109,12 @@ def test_plain_python(tmp_path):
     assert "objective/kl" in result.stdout
 
 
-def test_what_one_rank_finds_stops_all(tmp_path):
+def test_what_one_rank_finds_stops_all(tmp_path, monkeypatch):
     script = tmp_path / "script.py"
     settings = TINY | {"output_dir": str(tmp_path / "run")}
-    script.write_text(ONE_RANK_FAILS % (settings, settings))
+    imitation = {name: TINY[name] for name in ("task", "model_config", "disable_tqdm")} | {"batch_size": 4}
+    imitation |= {"max_steps": 1, "per_device_train_batch_size": 1, "output_dir": str(tmp_path / "run")}
+    script.write_text(ONE_RANK_FAILS % (settings, settings, imitation))
     result = subprocess.run(
         [str(BIN / "torchrun"), "--nproc_per_node=2", "--master_port=29643", str(script)],
         env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
@@ -115,5 +128,10 @@ def test_what_one_rank_finds_stops_all(tmp_path):
         assert f"rank {rank}: before the first update of step 1 the log-ratio is off" in result.stdout
         assert f"rank {rank}: skipped [1, 1], unchanged True" in result.stdout
         assert result.stdout.count(f"rank {rank}: shares True") == 2
+    monkeypatch.setattr(Exact, "texts", lambda _: (["a b c d e", "a", "b b", "c d d"], ["a b"]))
+    sft(SftConfig(**imitation | {"output_dir": str(tmp_path / "alone")}))
+    records = [(tmp_path / run / "sft" / "metrics.jsonl").read_text().splitlines()[0] for run in ("run", "alone")]
+    together, alone = (json.loads(record)["loss"] for record in records)
+    assert together == pytest.approx(alone, rel=1e-6)
     assert "rank 1: ValueError, place there True" in result.stdout  # the first may still be at work there
     assert "rank 0: RuntimeError, place there False" in result.stdout
