@@ -2,17 +2,19 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
 from . import launch
-from .config import SamplingConfig
+from .config import SamplingConfig, UserError
 from .data import Task
 from .engines import Policy
 from .experience import Judge, by_rows, score_tokens
 from .rollout import sample
 
+T = TypeVar("T")
 Completion = tuple[str, float | None]
 
 
@@ -21,6 +23,18 @@ class Evaluation:
     metrics: dict[str, float]
     prompts: list[str]
     completions: list[Completion]
+
+
+def chosen(prompts: Sequence[T], config: SamplingConfig) -> Sequence[T]:
+    """Of the held-out prompts those to evaluate on: as many for every rank."""
+    ranks = launch.world_size()
+    count = min(len(prompts), config.eval_prompts) // ranks * ranks
+    if not count:
+        raise UserError(
+            f"{len(prompts)} held-out prompts, of which eval_prompts {config.eval_prompts} takes part, are too few for "
+            f"{ranks} ranks: add rows to prompts.jsonl (a tenth is held out), raise eval_prompts, or start fewer ranks"
+        )
+    return prompts[:count]
 
 
 def evaluate(
@@ -33,8 +47,7 @@ def evaluate(
     config: SamplingConfig,
 ) -> Evaluation:
     """One response per prompt, with the same noise at every call: two policies differ by themselves alone."""
-    usable = len(prompts) // launch.world_size() * launch.world_size()
-    prompts = prompts[: min(usable, config.eval_prompts)]
+    prompts = chosen(prompts, config)
     rows = config.local_rollout_forward_batch_size
     rollout = sample(
         policy,

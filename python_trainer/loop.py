@@ -11,7 +11,7 @@ from .config import PPOConfig, UserError
 from .data import encode_prompts, load_task, shuffled_positions
 from .ema import MovingAverage
 from .engines import Policy, save_model
-from .evaluation import Evaluation, evaluate
+from .evaluation import Evaluation, chosen, evaluate
 from .experience import Experience, Judge, collect, gathered
 from .kl_control import KlControl
 from .models import context_of
@@ -40,10 +40,12 @@ class Trainer:
         self.algorithm = load_algorithm(config, self.kl)
         self._check_sizes()
         self.task = load_task(config)
+        train, heldout = self.task.prompts()
+        chosen(heldout, config)  # before the models load
         policy, self.tokenizer = starting_point(config, self.task)
         self.train_prompts, self.heldout_prompts = (
             encode_prompts(prompts, self.tokenizer, response_length=config.response_length, context=context_of(policy))
-            for prompts in self.task.prompts()
+            for prompts in (train, heldout)
         )
         self.roles = cast(config, self.task, policy, self.tokenizer, needs_critic=self.algorithm.needs_critic)
         self.judge: Judge = self.roles.judge

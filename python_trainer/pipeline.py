@@ -12,7 +12,7 @@ from . import launch
 from .config import EvalConfig, PPOConfig, RewardConfig, RunConfig, SftConfig, UserError
 from .data import Task, encode_prompts, load_task
 from .engines import Policy, frozen
-from .evaluation import Evaluation, evaluate
+from .evaluation import Evaluation, chosen, evaluate
 from .frontier import FrontierConfig, frontier
 from .loop import Trainer
 from .models import context_of, load_policy, load_tokenizer, stage_model
@@ -64,14 +64,16 @@ def compare(config: EvalConfig) -> tuple[Evaluation, Evaluation]:
     trained = stage_model(config, "train", config.model_path)
     if trained is None:
         raise UserError("no policy to evaluate: give model_path, or run the train command first")
+    task = load_task(config)
+    heldout = task.prompts()[1]
+    chosen(heldout, config)  # before the models load
     tokenizer = load_tokenizer(trained)
     start = stage_model(config, "sft", config.sft_model_path)
     models = [frozen(load_policy(path, config, tokenizer), config) for path in (start, trained)]
     reference, policy = (Policy(model, config.temperature, config.ops_impl) for model in models)
-    task = load_task(config)
     judge = find_judge(config, task, tokenizer) if task.verifiable or config.reward_function else None
     prompts = encode_prompts(
-        task.prompts()[1],
+        heldout,
         tokenizer,
         response_length=config.response_length,
         context=context_of(policy.module),

@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 
+from python_trainer import launch
 from python_trainer.config import UserError
 from python_trainer.data import Files
 from python_trainer.models import checked
@@ -48,6 +49,14 @@ def test_bad_prompts(tiny, model, tmp_path, prompts, message):
         write(tmp_path, "prompts.jsonl", prompts)
     with pytest.raises(UserError, match=message):
         tiny(**files(tmp_path), sft_model_path=model)
+
+
+def test_fewer_held_out_prompts_than_ranks(tiny, tmp_path, monkeypatch):
+    """Said before any model is read: there is none at this path."""
+    write(tmp_path, "prompts.jsonl", [{"prompt": "a"}, {"prompt": "b"}])
+    monkeypatch.setattr(launch, "world_size", lambda: 2)
+    with pytest.raises(UserError, match="1 held-out prompts.*eval_prompts 500.*2 ranks.*prompts.jsonl"):
+        tiny(**files(tmp_path), sft_model_path="nowhere")
 
 
 def test_rows_of_files(tmp_path):
