@@ -20,6 +20,8 @@ from transformers import (
 from .checkpoint import MANIFEST, verify
 from .config import RunConfig, UserError
 
+PADDED = " (four lines in the README, under Trainer, save a model with one)"
+
 
 class ScalarModel(torch.nn.Module):
     """One number per position: a reward model reads it at the last token, a critic everywhere."""
@@ -89,9 +91,11 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
 def checked(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
     """With pad equal to end, the end token is masked like padding and the model never learns to stop."""
     if tokenizer.eos_token_id is None or tokenizer.pad_token_id is None:
-        raise UserError("the tokenizer needs both a pad and an end token")
+        raise UserError(f"the tokenizer needs both a pad and an end token{PADDED}")
     if tokenizer.pad_token_id == tokenizer.eos_token_id:
-        raise UserError(f"pad and end token are both {tokenizer.eos_token!r}; give the tokenizer its own pad token")
+        raise UserError(
+            f"pad and end token are both {tokenizer.eos_token!r}; give the tokenizer its own pad token{PADDED}"
+        )
     return tokenizer
 
 

@@ -27,6 +27,7 @@ def sft(config: SftConfig) -> dict[str, float]:
         undamaged(Path(config.model_path))
     tokenizer = checked(task.tokenizer()) if config.model_path is None else load_tokenizer(config.model_path)
     train, heldout = (encode_texts(texts, tokenizer, config.max_length) for texts in task.texts())
+    _tell_of_cuts(train + heldout, tokenizer, config)
     policy = Trainable(
         lora.adapted(load_policy(config.model_path, config, tokenizer), config, config.lora_r),
         config,
@@ -68,12 +69,13 @@ def reward(config: RewardConfig) -> dict[str, float]:
     if source is None:
         raise UserError("no model to start from: give model_path, or run the sft command first")
     tokenizer = load_tokenizer(source)
-    torch.manual_seed(config.seed)
-    model = ScalarModel.on(load_policy(source, config, tokenizer), zero_head=False)
-    judge = Trainable(lora.adapted(model, config, config.lora_r), config, config.learning_rate, config.max_steps)
     train, heldout = task.pairs()
     if not train:
         raise UserError("the set of preference pairs is empty")
+    _refuse_equal(train + heldout, tokenizer, config)
+    torch.manual_seed(config.seed)
+    model = ScalarModel.on(load_policy(source, config, tokenizer), zero_head=False)
+    judge = Trainable(lora.adapted(model, config, config.lora_r), config, config.learning_rate, config.max_steps)
     with _claimed(config, folder, "reward") as log:
         for step in range(config.max_steps):
             pairs = _batch(train, config, step)
@@ -100,6 +102,24 @@ def reward(config: RewardConfig) -> dict[str, float]:
         result = {"eval/accuracy": accuracy, "eval/accuracy_se": error}
         _finish(judge, tokenizer, folder, log, config.max_steps, result)
     return result
+
+
+def _refuse_equal(pairs: list[Pair], tokenizer: PreTrainedTokenizerBase, config: RewardConfig) -> None:
+    """Pairs of which a reward model sees no difference."""
+    chosen, rejected = (encode_texts([pair[side] for pair in pairs], tokenizer, config.max_length) for side in (0, 1))
+    equal = [pair for pair, *ids in zip(pairs, chosen, rejected, strict=True) if ids[0] == ids[1]]
+    if equal:
+        raise UserError(
+            f"{len(equal)} of {len(pairs)} pairs have the same first {config.max_length} tokens (max_length) on both "
+            f"sides: raise max_length, or leave them out. The first: {equal[0].chosen[:60]!r}"
+        )
+    _tell_of_cuts(chosen + rejected, tokenizer, config)
+
+
+def _tell_of_cuts(rows: list[list[int]], tokenizer: PreTrainedTokenizerBase, config: SftConfig) -> None:
+    cut = sum(row[-1] != tokenizer.eos_token_id for row in rows)
+    if cut and launch.is_main():
+        print(f"{cut} of {len(rows)} texts are cut at max_length {config.max_length}", flush=True)
 
 
 def _pair_loss(

@@ -1,16 +1,19 @@
 """What is wrong is said in one line, before or instead of training."""
 
 import json
+import re
 
 import pytest
 import torch
 
 from python_trainer import launch
-from python_trainer.config import UserError
+from python_trainer.config import RewardConfig, UserError
 from python_trainer.data import Files
-from python_trainer.models import checked
+from python_trainer.engines import save_model
+from python_trainer.models import checked, load_policy, load_tokenizer
+from python_trainer.supervised import reward
 
-from .conftest import TINY, as_options, command
+from .conftest import ROOT, TINY, as_options, command
 
 
 def write(folder, name, rows):
@@ -25,8 +28,6 @@ def files(folder):
 @pytest.fixture
 def model(tiny, tmp_path):
     """A saved policy with its tokenizer."""
-    from python_trainer.engines import save_model
-
     trainer = tiny()
     save_model(trainer.actor.model, trainer.tokenizer, tmp_path / "model")
     return str(tmp_path / "model")
@@ -57,6 +58,17 @@ def test_fewer_held_out_prompts_than_ranks(tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(launch, "world_size", lambda: 2)
     with pytest.raises(UserError, match="1 held-out prompts.*eval_prompts 500.*2 ranks.*prompts.jsonl"):
         tiny(**files(tmp_path), sft_model_path="nowhere")
+
+
+def test_pairs_that_are_equal_once_cut(model, tmp_path, capsys):
+    """A reward model would learn nothing of them; other cuts are counted."""
+    write(tmp_path, "pairs.jsonl", [{"chosen": "a b c d", "rejected": "a b c e"}, {"chosen": "a", "rejected": "b"}])
+    settings = files(tmp_path) | {"model_path": model, "output_dir": str(tmp_path / "run"), "max_steps": 1}
+    with pytest.raises(UserError, match="1 of 2 pairs have the same first 3 tokens .max_length.*raise max_length.*a b"):
+        reward(RewardConfig(**settings, max_length=3))
+    assert not (tmp_path / "run" / "reward").exists()
+    reward(RewardConfig(**settings, max_length=4, batch_size=2))
+    assert "2 of 4 texts are cut at max_length 4" in capsys.readouterr().out
 
 
 def test_rows_of_files(tmp_path):
@@ -94,6 +106,20 @@ def test_pad_equal_to_end_is_refused(tiny):
     tokenizer.pad_token = tokenizer.eos_token
     with pytest.raises(UserError, match="pad and end token are both"):
         checked(tokenizer)
+
+
+def test_the_readme_gives_a_model_its_pad_token(tiny, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    trainer = tiny()
+    trainer.tokenizer.pad_token = trainer.tokenizer.eos_token
+    save_model(trainer.actor.model, trainer.tokenizer, tmp_path / "MODEL")
+    with pytest.raises(UserError, match="pad token .four lines in the README"):
+        load_tokenizer("MODEL")
+    (lines,) = re.findall(r"^python - <<'END'\n(.*?)^END$", (ROOT / "README.md").read_text(), re.S | re.M)
+    exec(lines)
+    tokenizer = load_tokenizer("padded")
+    model = load_policy("padded", trainer.config, tokenizer)
+    assert model.get_input_embeddings().num_embeddings == tokenizer.pad_token_id + 1 == len(tokenizer)
 
 
 def test_nan_reward_stops_before_the_weights(tiny):
