@@ -106,8 +106,9 @@ def reward(config: RewardConfig) -> dict[str, float]:
 
 def _refuse_equal(pairs: list[Pair], tokenizer: PreTrainedTokenizerBase, config: RewardConfig) -> None:
     """Pairs of which a reward model sees no difference."""
-    chosen, rejected = (encode_texts([pair[side] for pair in pairs], tokenizer, config.max_length) for side in (0, 1))
-    equal = [pair for pair, *ids in zip(pairs, chosen, rejected, strict=True) if ids[0] == ids[1]]
+    chosen = encode_texts([pair.chosen for pair in pairs], tokenizer, config.max_length)
+    rejected = encode_texts([pair.rejected for pair in pairs], tokenizer, config.max_length)
+    equal = [pair for pair, one, other in zip(pairs, chosen, rejected, strict=True) if one == other]
     if equal:
         raise UserError(
             f"{len(equal)} of {len(pairs)} pairs have the same first {config.max_length} tokens (max_length) on both "
