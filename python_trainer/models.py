@@ -80,8 +80,17 @@ def undamaged(path: Path) -> Path:
     return path
 
 
-def load_scalar(path: str | Path) -> ScalarModel:
-    return ScalarModel(without_dropout(_from_pretrained(AutoModelForSequenceClassification, path)))
+def load_scalar(path: str | Path, key: str) -> ScalarModel:
+    """A model with a trained head of one number; `key` is the setting to name where it is none."""
+    model, report = _from_pretrained(AutoModelForSequenceClassification, path, output_loading_info=True)
+    without = sorted(name for name in report["missing_keys"] if name.startswith("score."))
+    if without or model.config.num_labels != 1:
+        what = f"has no {without[0]}" if without else f"gives {model.config.num_labels} numbers"
+        raise UserError(
+            f"{key}: {path} {what}; a model for sequence classification with num_labels 1 is needed, as the reward "
+            "command saves it"
+        )
+    return ScalarModel(without_dropout(model))
 
 
 def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
@@ -115,8 +124,9 @@ def context_of(model: PreTrainedModel) -> int:
     return getattr(model.config, "max_position_embeddings", None) or sys.maxsize
 
 
-def _from_pretrained(kind: Any, path: str | Path) -> Any:
-    extra = {} if kind is AutoTokenizer else {"dtype": torch.float32}
+def _from_pretrained(kind: Any, path: str | Path, **extra: Any) -> Any:
+    if kind is not AutoTokenizer:
+        extra["dtype"] = torch.float32
     try:
         return kind.from_pretrained(str(path), **extra)
     except (OSError, ValueError, SafetensorError) as error:

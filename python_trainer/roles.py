@@ -66,15 +66,15 @@ def find_judge(config: SamplingConfig, task: Task, tokenizer: PreTrainedTokenize
     if task.verifiable:
         return task.score
     assert isinstance(config, PPOConfig)
-    reward_model = frozen(load_scalar(_reward_path(config)), config)
+    reward_model = frozen(load_scalar(_reward_path(config), "reward_model_path"), config)
     return lambda rollout: score_responses(reward_model, rollout)
 
 
 def _critic(config: PPOConfig, policy: PreTrainedModel) -> ScalarModel:
     if config.value_model_path is not None:
-        return load_scalar(config.value_model_path)
+        return load_scalar(config.value_model_path, "value_model_path")
     return (
-        load_scalar(_reward_path(config))
+        load_scalar(_reward_path(config), "reward_model_path")
         if config.value_model_init == "reward"
         else ScalarModel.on(policy, zero_head=True)
     )

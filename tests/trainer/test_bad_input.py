@@ -5,12 +5,13 @@ import re
 
 import pytest
 import torch
+from transformers import AutoModelForSequenceClassification
 
 from python_trainer import launch
 from python_trainer.config import RewardConfig, UserError
 from python_trainer.data import Files
 from python_trainer.engines import save_model
-from python_trainer.models import checked, load_policy, load_tokenizer
+from python_trainer.models import checked, load_policy, load_scalar, load_tokenizer
 from python_trainer.supervised import reward
 
 from .conftest import ROOT, TINY, as_options, command
@@ -99,6 +100,15 @@ def test_missing_reward_model(tiny, model, tmp_path):
     write(tmp_path, "prompts.jsonl", [{"prompt": "a"}, {"prompt": "b"}])
     with pytest.raises(UserError, match="no reward model"):
         tiny(**files(tmp_path), sft_model_path=model)
+
+
+@pytest.mark.parametrize(("labels", "message"), [(None, "has no score.weight"), (2, "gives 2 numbers")])
+def test_a_model_that_scores_nothing_is_refused(model, tmp_path, labels, message):
+    """A language model would get a random head."""
+    if labels is not None:
+        AutoModelForSequenceClassification.from_pretrained(model, num_labels=labels).save_pretrained(tmp_path / "model")
+    with pytest.raises(UserError, match=f"reward_model_path: .*model {message}.*num_labels 1"):
+        load_scalar(model, "reward_model_path")
 
 
 def test_pad_equal_to_end_is_refused(tiny):
