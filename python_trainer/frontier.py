@@ -15,9 +15,12 @@ import yaml
 from transformers.hf_argparser import HfArg
 
 from . import launch, metrics
+from .algorithms import ALGORITHMS, load_algorithm
+from .checkpoint import FREE_TO_CHANGE
 from .config import PPOConfig, UserError
 from .data import load_task
 from .engines import Policy, frozen
+from .kl_control import KlControl
 from .models import stage_model
 from .roles import starting_point
 
@@ -36,8 +39,6 @@ class FrontierConfig(PPOConfig):
         self.runs()
 
     def runs(self) -> list[tuple[str, float]]:
-        from .algorithms import ALGORITHMS
-
         names = [name.strip() for name in self.algorithms.split(",")]
         for name in names:
             if name not in ALGORITHMS:
@@ -63,13 +64,15 @@ def frontier(config: FrontierConfig) -> Path:
     from .loop import Trainer
 
     folder = Path(config.output_dir) / "frontier"
-    points: list[Point] = []
-    for algorithm, coef in config.runs():
-        place = folder / f"{algorithm}-{coef:g}"
-        wanted = _run_config(config, algorithm, coef, place)
-        if config.overwrite_output_dir or not _is_done(place, wanted):
-            Trainer(wanted).train()
-        points += _points(place / "train", algorithm, coef)
+    places = {(name, coef): folder / f"{name}-{coef:g}" for name, coef in config.runs()}
+    wanted = {run: _run_config(config, *run, place) for run, place in places.items()}
+    # Every mistake is found before the first run starts.
+    missing = [run for run, place in places.items() if config.overwrite_output_dir or not _is_done(place, wanted[run])]
+    for settings in wanted.values():
+        load_algorithm(settings, KlControl(settings))
+    for run in missing:
+        Trainer(wanted[run]).train()
+    points = [point for run, place in places.items() for point in _points(place / "train", *run)]
     points += _optimum(config)
     if launch.is_main():
         _write(folder / "frontier.csv", points)
@@ -93,7 +96,8 @@ def _is_done(place: Path, wanted: PPOConfig) -> bool:
     if not (place / "train" / "model").exists():
         return False
     had = yaml.safe_load((place / "train" / "config.yaml").read_text())
-    changed = [name for name, value in dataclasses.asdict(wanted).items() if had.get(name) != value]
+    computed = dataclasses.asdict(wanted).keys() - (FREE_TO_CHANGE - {"total_steps", "eval_steps"})
+    changed = sorted(name for name in computed if had.get(name) != getattr(wanted, name))
     if changed:
         raise UserError(
             f"{place} was run with other {', '.join(changed)}: set another output_dir, or overwrite_output_dir"

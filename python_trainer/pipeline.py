@@ -93,7 +93,8 @@ def _prepare(study: FrontierConfig, path: str | None) -> None:
     """A task with texts and pairs gets its first policy and reward model, unless they are there."""
     if study.model_config is None or load_task(study).verifiable or study.reward_function is not None:
         return
-    shared = [f"--{name}={getattr(study, name)}" for name in ("output_dir", "seed", "disable_tqdm")]
+    names = ("task", "data_path", "model_config", "output_dir", "seed", "disable_tqdm")
+    shared = [f"--{name}={value}" for name in names if (value := getattr(study, name)) is not None]
     for stage, given in (("sft", study.sft_model_path), ("reward", study.reward_model_path)):
         if stage_model(study, stage, given) is None:
             _run(stage, path, shared)

@@ -35,21 +35,29 @@ def test_points_and_picture(tmp_path):
     assert picture.stat().st_size > 10_000
     before = (tmp_path / "frontier" / "p3o-0.1" / "train" / "metrics.jsonl").stat().st_mtime_ns
     first = picture.with_suffix(".csv").read_text()
-    frontier(study(tmp_path, **settings))  # what has been run stays
-    assert (tmp_path / "frontier" / "p3o-0.1" / "train" / "metrics.jsonl").stat().st_mtime_ns == before
+    moved = tmp_path.rename(tmp_path.with_name("moved"))
+    picture = frontier(study(moved, **settings, save_total_limit=5))  # what has been run stays
+    assert (moved / "frontier" / "p3o-0.1" / "train" / "metrics.jsonl").stat().st_mtime_ns == before
     assert picture.with_suffix(".csv").read_text() == first
     with pytest.raises(UserError, match="p3o-0.1 was run with other learning_rate"):
-        frontier(study(tmp_path, **settings, learning_rate=0.5))
+        frontier(study(moved, **settings, learning_rate=0.5))
+
+
+def test_mistakes_are_found_before_the_first_run(tmp_path):
+    with pytest.raises(UserError, match="rloo needs num_generations of at least 2"):
+        frontier(study(tmp_path, algorithms="ppo,rloo", kl_coefs="0.1", num_generations=1))
+    assert not (tmp_path / "frontier").exists()
 
 
 def test_a_task_without_an_optimum_gets_its_models_first(ratings, tmp_path):
     """On text: sft and reward come before the runs, and the independent judge gets a panel of its own."""
     file = tmp_path / "small.yaml"
     stage = {"max_steps": 5, "batch_size": 32, "learning_rate": 1e-2}
-    shared = {"task": "reviews", "data_path": str(ratings), "output_dir": str(tmp_path / "run"), "model_config": MODEL}
+    shared = {"task": "reviews", "data_path": "elsewhere", "model_config": {"model_type": "gpt2"}}
     sizes = {"batch_size": 16, "total_steps": 1, "eval_prompts": 20, "response_length": 8}
     file.write_text(yaml.safe_dump(shared | {"sft": stage, "reward": stage, "train": sizes}))
-    options = ["--algorithms=p3o", "--kl_coefs=0.1", "--disable_tqdm"]
+    options = ["--algorithms=p3o", "--kl_coefs=0.1", "--disable_tqdm", f"--output_dir={tmp_path / 'run'}"]
+    options += [f"--data_path={ratings}", f"--model_config={MODEL}"]  # above the file, for sft and reward too
     assert pipeline.run("frontier", str(file), options) == 0
     assert (tmp_path / "run" / "reward" / "model").exists()
     with (tmp_path / "run" / "frontier" / "frontier.csv").open() as table:
