@@ -285,6 +285,11 @@ class PPOConfig(SamplingConfig, OptimizerConfig):
             raise ValueError(
                 f"batch_size {self.batch_size} must be a multiple of num_mini_batches {self.num_mini_batches}"
             )
+        if self.critic_warmup_steps >= self.total_steps:
+            raise ValueError(
+                f"critic_warmup_steps {self.critic_warmup_steps} must be below total_steps {self.total_steps}, or the "
+                "policy is never trained"
+            )
         if self.kl_target is not None and not self.kl_coef:
             raise ValueError("kl_target needs a kl_coef above 0 to start from")
         if self.kl_target is not None and self.kl_horizon <= 0.2 * self.batch_size:

@@ -85,6 +85,8 @@ def _run_config(config: FrontierConfig, algorithm: str, coef: float, place: Path
     for stage, name in (("sft", "sft_model_path"), ("reward", "reward_model_path")):
         found = stage_model(config, stage, settings[name])
         settings[name] = None if found is None else str(found)
+    # What one algorithm is set to and another has no use for.
+    settings |= {name: getattr(PPOConfig, name) for name in ALGORITHMS[algorithm].ignored}
     if algorithm == "online_dpo":
         settings["dpo_labels"] = "soft"
     settings |= {"algorithm": algorithm, "kl_coef": coef, "output_dir": str(place), "overwrite_output_dir": True}

@@ -11,6 +11,7 @@ from ..experience import Experience
 from ..kl_control import KlControl
 
 Loss = tuple[torch.Tensor, dict[str, torch.Tensor]]
+OF_TOKENS = ("gamma", "whiten_advantages")  # for those that credit a response as a whole to ignore
 
 
 class Algorithm:
@@ -23,7 +24,9 @@ class Algorithm:
     kl_in_loss: ClassVar[str] = "k2"  # the estimator there: k2 has the gradient of the reverse KL
     aggregation: ClassVar[str] = "token-mean"
     of_responses: ClassVar[bool] = False  # True: the statistics of its loss are means over responses or their pairs
-    ignored: ClassVar[tuple[str, ...]] = ("whiten_rewards", "critic_warmup_steps", "critic_lora_r", "value_model_path")
+    ignored: ClassVar[tuple[str, ...]] = (
+        *("lam", "whiten_rewards", "critic_warmup_steps", "critic_lora_r", "value_model_path"),
+    )
 
     def __init__(self, config: PPOConfig, kl: KlControl) -> None:
         self.config = config

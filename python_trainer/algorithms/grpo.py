@@ -5,7 +5,7 @@ from typing import ClassVar
 from ppo_kernels import group_advantages
 
 from ..experience import Experience
-from .base import Algorithm
+from .base import OF_TOKENS, Algorithm
 
 
 class GRPO(Algorithm):
@@ -18,6 +18,7 @@ class GRPO(Algorithm):
     fewest_responses: ClassVar[int] = 2
     kl_places: ClassVar[tuple[str, ...]] = ("loss",)
     kl_in_loss: ClassVar[str] = "k3"
+    ignored: ClassVar[tuple[str, ...]] = (*Algorithm.ignored, *OF_TOKENS)
     aggregation: ClassVar[str] = "seq-mean-token-mean"
     credit_mode: ClassVar[str] = "grpo"
 

@@ -5,8 +5,10 @@ from typing import ClassVar
 import torch
 from torch.nn.functional import logsigmoid
 
+from ..config import PPOConfig
 from ..experience import Experience
-from .base import Algorithm, Loss
+from ..kl_control import KlControl
+from .base import OF_TOKENS, Algorithm, Loss
 
 
 class OnlineDPO(Algorithm):
@@ -22,8 +24,14 @@ class OnlineDPO(Algorithm):
     of_responses: ClassVar[bool] = True
     ignored: ClassVar[tuple[str, ...]] = (
         *Algorithm.ignored,
-        *("loss_aggregation", "cliprange_high", "dual_clip", "kl_estimator"),
+        *OF_TOKENS,
+        *("loss_aggregation", "cliprange", "cliprange_high", "dual_clip", "kl_estimator"),
     )
+
+    def __init__(self, config: PPOConfig, kl: KlControl) -> None:
+        super().__init__(config, kl)
+        if not config.kl_coef:
+            raise ValueError("online_dpo needs a kl_coef above 0: it is the loss's beta, at 0 nothing is learned")
 
     def credit(self, local: Experience) -> None:
         self.token_rewards(local)  # fills the KL

@@ -9,8 +9,10 @@ import torch
 
 from ppo_kernels import p3o_loss
 
+from ..config import PPOConfig
 from ..experience import Experience
-from .base import Algorithm, Loss
+from ..kl_control import KlControl
+from .base import OF_TOKENS, Algorithm, Loss
 
 
 class P3O(Algorithm):
@@ -22,8 +24,18 @@ class P3O(Algorithm):
     of_responses: ClassVar[bool] = True
     ignored: ClassVar[tuple[str, ...]] = (
         *Algorithm.ignored,
+        *OF_TOKENS,
         *("loss_aggregation", "cliprange_high", "dual_clip", "kl_estimator"),
     )
+
+    def __init__(self, config: PPOConfig, kl: KlControl) -> None:
+        super().__init__(config, kl)
+        for name in ("score_clip", "score_scaling"):
+            if getattr(config, name) != getattr(PPOConfig, name):
+                raise ValueError(
+                    f"p3o learns from differences of scores, which {name} would let depend on what all scores of a "
+                    "prompt have in common; leave it out"
+                )
 
     def credit(self, local: Experience) -> None:
         self.token_rewards(local)  # fills the KL; the loss weighs pairs by itself, at the current policy

@@ -7,7 +7,7 @@ import torch
 from ppo_kernels import group_advantages, policy_loss
 
 from ..experience import Experience
-from .base import Algorithm, Loss
+from .base import OF_TOKENS, Algorithm, Loss
 
 
 class RLOO(Algorithm):
@@ -18,7 +18,7 @@ class RLOO(Algorithm):
     kl_places: ClassVar[tuple[str, ...]] = ("reward",)
     aggregation: ClassVar[str] = "seq-mean-token-sum"
     of_responses: ClassVar[bool] = True
-    ignored: ClassVar[tuple[str, ...]] = (*Algorithm.ignored, "loss_aggregation")
+    ignored: ClassVar[tuple[str, ...]] = (*Algorithm.ignored, *OF_TOKENS, "loss_aggregation")
 
     def credit(self, local: Experience) -> None:
         self.token_rewards(local)  # fills the KL

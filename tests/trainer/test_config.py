@@ -44,6 +44,11 @@ def test_a_section_holds_for_its_command_only(file):
         ({"train": {"num_mini_batches": 0}}, [], "num_mini_batches must be at least 1, not 0"),
         ({"seed": -1}, [], "seed must be at least 0, not -1"),
         ({"train": {"kl_coef": "nan"}}, [], "kl_coef must be at least 0 and finite, not nan"),
+        (
+            {"train": {"critic_warmup_steps": 9, "total_steps": 9}},
+            [],
+            "critic_warmup_steps 9 must be below total_steps",
+        ),
         ({"train": {"kl_coef": -0.1}}, [], "kl_coef must be at least 0 and finite, not -0.1"),
         ({"train": {"kl_coef": 0, "kl_target": 6}}, [], "kl_target needs a kl_coef above 0"),
         ({"train": {"kl_target": 6, "kl_horizon": 12}}, [], "kl_horizon 12 must be above a fifth of batch_size 64"),

@@ -19,7 +19,7 @@ def study(folder, **settings) -> FrontierConfig:
 
 
 def test_points_and_picture(tmp_path):
-    settings = {"algorithms": "p3o, rloo", "kl_coefs": "0.1"}
+    settings = {"algorithms": "p3o, rloo", "kl_coefs": "0.1", "lam": 0.9}  # of use to others
     picture = frontier(study(tmp_path, **settings))
     with picture.with_suffix(".csv").open() as file:
         rows = list(csv.DictReader(file))
