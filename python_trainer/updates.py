@@ -120,11 +120,14 @@ class Updates:
         return seen.reduce().get("policy/approxkl_avg", 0.0) > self.config.target_kl
 
     def _check_ratio(self, drift: float, step: int) -> None:
-        """Before the first update the policy is the one that sampled; anything else is a bug."""
+        """Before the first update the policy is the one that sampled; anything beyond rounding is a bug."""
         if drift <= RATIO_TOLERANCE:
             return
         text = f"before the first update of step {step + 1} the log-ratio is off by {drift:.2g}, not 0"
-        if not (self.config.bf16 or self.config.fp16):
+        exact = (
+            launch.device().type == "cpu"
+        )  # elsewhere another batch shape may choose a kernel that adds up otherwise
+        if exact and not (self.config.bf16 or self.config.fp16):
             raise RuntimeError(text + ": sampling-time and training-time scoring disagree")
         if launch.is_main():
-            metrics.tqdm.write(f"warning: {text} (low precision)")
+            metrics.tqdm.write(f"warning: {text} (rounding, or sampling-time and training-time scoring disagree)")

@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 
+from python_trainer import launch
 from python_trainer.config import PPOConfig
 from python_trainer.engines import Trainable
 from python_trainer.experience import score_responses, score_tokens
@@ -37,6 +38,13 @@ def test_a_policy_that_changed_before_its_first_update_is_noticed(tiny):
         next(trainer.actor.module.parameters()).mul_(1.1)
     with pytest.raises(RuntimeError, match="log-ratio is off"):
         trainer.update(experience)
+
+
+def test_rounding_off_the_cpu_is_no_reason_to_stop(tiny, monkeypatch, capsys):
+    updates = tiny().updates
+    monkeypatch.setattr(launch, "device", lambda: torch.device("cuda"))
+    updates._check_ratio(2e-5, 0)
+    assert "warning: before the first update of step 1 the log-ratio is off by 2e-05" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("micro", [2, 16])
