@@ -280,7 +280,12 @@ def _refuse_another_layout(folder: Path, state: dict[str, Any], trained: "dict[s
         ("zero_stage", _zero_stage(trained), "ZeRO stage {} (deepspeed)"),
         ("world_size", launch.world_size(), "{} ranks"),
     ):
-        before = state[key]
+        before = state.get(key)
+        if before is None:
+            raise UserError(
+                f"{folder} was written by an earlier version, which did not record its {key}: go on with that version, "
+                "or start anew from a saved model (sft_model_path)"
+            )
         if before != now and (key == "zero_stage" or state["zero_stage"] > 0):
             raise UserError(
                 f"{folder} was written with {word.format(before)}, this run has {word.format(now)}: the optimizer's "

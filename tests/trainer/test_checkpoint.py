@@ -95,6 +95,15 @@ def test_resuming_with_other_settings_is_refused(finished, tiny):
     assert "save_steps" not in str(refusal.value)
 
 
+def test_a_checkpoint_of_an_earlier_version_is_named_as_such(finished, tiny):
+    folder = finished / "train" / "checkpoints" / "step-000004"
+    state = checkpoint._trainer_state(folder, 0)
+    trained = tiny(**FOUR, output_dir=str(finished.parent / "other")).trained
+    del state["zero_stage"]
+    with pytest.raises(UserError, match="step-000004 was written by an earlier version.*zero_stage"):
+        checkpoint._refuse_another_layout(folder, state, trained)
+
+
 def test_free_settings_exist():
     """A renamed setting must not stay free to change under its old name alone."""
     assert {field.name for field in dataclasses.fields(PPOConfig)} >= checkpoint.FREE_TO_CHANGE
