@@ -194,7 +194,8 @@ def test_packed_rows_of_several_blocks_equal_padded_ones(impl):
     tokens = [pack(x, lengths) for x in (logp, ref, mask)]
     packed, packed_kl = kl_rewards(*tokens[:2], scores, tokens[2], cu_seqlens=cu(lengths), impl=impl)
     assert bit_equal(unpack(packed, lengths, 4100), padded)
-    torch.testing.assert_close(packed_kl, kl, rtol=1e-6, atol=0)
+    size = ((logp - ref).abs() * mask).sum(1)  # the terms of a sum cancel, its rounding does not; a lost token is 1
+    assert ((packed_kl - kl).abs() <= 5e-7 * size).all()
 
 
 @pytest.mark.parametrize("shape", [(0, 0), (0, 5), (5, 0), (3, 4)])
