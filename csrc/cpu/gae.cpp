@@ -27,11 +27,12 @@ struct GaeRow {
 template <class T>
 PPO_CLONES void token_maps(const T* rewards, const T* values, const T* read, int64_t n, GaeStep<double> step,
                            double unread_scale, double* scale, double* shift) {
+  const double gamma_lam = step.gamma * step.lam;
 #pragma omp simd
   for (int64_t i = 0; i < n; ++i) {
     const double reward = rewards[i], value = values[i], one = read[i];
     shift[i] = step.next(one != 0.0 ? reward : 0.0, one != 0.0 ? value : 0.0, 0.0);
-    scale[i] = one != 0.0 ? step.gamma_lam : unread_scale;
+    scale[i] = one != 0.0 ? gamma_lam : unread_scale;
   }
 }
 
@@ -89,7 +90,7 @@ void gae_team(std::array<GaeRow<T>, kTeam>& team, int64_t interior) {
         std::fill(live[k], live[k] + n, T(1));
       }
       token_maps(row.rewards + begin, row.values + begin, masked.read ? ones : live[k], n, row.step,
-                 masked.live ? row.step.gamma_lam : 1.0, scale[k] + at, shift[k] + at);
+                 masked.live ? row.step.gamma * row.step.lam : 1.0, scale[k] + at, shift[k] + at);
     }
     if (first == kSteps) return;
     for (int64_t k = 0; k < kRows; ++k) {  // past its own start a shorter row stands still
@@ -126,14 +127,11 @@ std::tuple<Tensor, Tensor> gae(const Tensor& rewards, const Tensor& values, cons
     T* ret = static_cast<T*>(returns.data_ptr());
     const auto row_of = [&](int64_t b) {
       const double lam_b = lams ? lams[b] : lam;
-      GaeRow<T> row{r.row(rows, b),
-                    v.row(rows, b),
-                    m.data ? m.row(rows, b) : nullptr,
-                    rows.length(b),
-                    {gamma, lam_b, gamma * lam_b},
-                    bootstraps ? static_cast<double>(bootstraps[b]) : 0.0,
-                    adv + rows.start(b),
-                    ret + rows.start(b)};
+      const GaeStep<double> step{gamma, lam_b};
+      const int64_t length = rows.length(b);
+      const double bootstrap = bootstraps ? static_cast<double>(bootstraps[b]) : 0.0;
+      GaeRow<T> row{r.row(rows, b),      v.row(rows, b),     m.data ? m.row(rows, b) : nullptr, length, step, bootstrap,
+                    adv + rows.start(b), ret + rows.start(b)};
       skip_tail(row);
       return row;
     };

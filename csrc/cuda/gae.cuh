@@ -48,7 +48,7 @@ struct GaeRow {
         interior(in.interior) {
     const double lam = in.lam_rows != nullptr ? in.lam_rows[span.row] : in.lam;
     gamma_lam = in.gamma * lam;
-    step = {static_cast<float>(in.gamma), static_cast<float>(lam), static_cast<float>(gamma_lam)};
+    step = {static_cast<float>(in.gamma), static_cast<float>(lam)};
   }
   __device__ double bootstrap(const GaeInputs& in) const {
     return in.bootstrap_value != nullptr ? static_cast<double>(in.bootstrap_value[span.row]) : 0.0;
@@ -196,7 +196,7 @@ __device__ inline double fold_later(const GaeLinks& links, int64_t first, unsign
 // takes the row's last segment, and so on towards the start. So a block waits only for blocks that have begun, and
 // these publish their maps before they wait for anything: no order of execution can lock them up.
 template <bool kMany>
-__global__ void __launch_bounds__(kRowThreads) gae_segments_kernel(GaeInputs in, GaeLinks links) {
+__global__ void __launch_bounds__(kRowThreads, 1) gae_segments_kernel(GaeInputs in, GaeLinks links) {
   __shared__ float stages[kStage];
   __shared__ double scales[kTiles], shifts[kTiles];
   __shared__ bool any[kTiles];

@@ -25,13 +25,11 @@ PPO_INLINE TokenRule token_rule(bool valid, int64_t interior) {
 // S+ after the last token is the bootstrap value.
 template <class T>
 struct GaeStep {
-  T gamma, lam, gamma_lam;
+  T gamma, lam;
 
   PPO_INLINE T advantage(T reward, T value, T ahead) const { return (reward - value) + gamma * ahead; }
-  PPO_INLINE T next(T reward, T value, T ahead) const {
-    // V - lam V and not (1 - lam) V: an infinite value makes NaN of the next advantage, as inf - inf does above.
-    return (lam * reward + (value - lam * value)) + gamma_lam * ahead;
-  }
+  // By way of A, as it is written above: (1 - lam) V would lose the NaN that an infinite V makes of A before it.
+  PPO_INLINE T next(T reward, T value, T ahead) const { return value + lam * advantage(reward, value, ahead); }
 };
 
 struct AffineMap {
