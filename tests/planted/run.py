@@ -74,6 +74,8 @@ def resolve(bug: Bug, collected: list[str]) -> list[str]:
     for test in bug.tests:
         start = test if "[" in test else f"{test}["
         matches = [name for name in collected if name in (test, f"tests/{test}") or name.startswith(f"tests/{start}")]
+        if bug.place != "cuda":  # only the copy for bugs in CUDA has these kernels
+            matches = [name for name in matches if not re.search(r"[\[-]cuda[\]-]", name)]
         if not matches:
             raise ValueError(f"there is no test {test}")
         found += matches
