@@ -23,7 +23,7 @@ import checkout  # noqa: E402
 
 OPS = (
     *("token_logprobs", "token_logprobs_api", "kl_rewards", "gae", "whiten", "policy_loss", "value_loss"),
-    *("p3o_loss", "group_advantages"),
+    *("p3o_loss", "p3o_loss_api", "group_advantages"),
 )
 FILES = tuple(f"tests/test_{op}.py" for op in OPS)
 CONTRACTS = ("tests/test_contracts.py", "tests/test_contracts_dispatcher.py")
