@@ -26,9 +26,9 @@ OPS = (
 #: For each device type, the implementations that can serve it, best first.
 PREFERENCE = {
     "cpu": ("cpu", "torch", "triton"),
-    # The CUDA kernels have not been run on a GPU. They move to the front of the ops for which the table of
-    # bench/gpu_run.sh shows its tests passed and the kernel at least as fast as Triton's at every shape.
-    "cuda": ("triton", "torch", "cuda"),
+    # Neither has been run on a GPU yet. The order is that of the instructions that each needs per element
+    # (tests/aot/resources.json); the table of bench/gpu_run.sh decides it, op by op, once there is one.
+    "cuda": ("cuda", "triton", "torch"),
     "xpu": ("triton", "torch"),
 }
 NAMES = ("auto", "cuda", "triton", "cpu", "torch")

@@ -275,7 +275,7 @@ def test_what_lies_under_the_mask_does_not_matter(impl, junk, clamp):
 def test_empty_and_all_masked_batches_give_zeros(impl, shape):
     x = torch.full(shape, NAN)
     (loss, stats), grad = grad_of(lambda leaf: policy_loss(leaf, x, x, torch.zeros(shape), impl=impl), x)
-    assert float(loss) == 0.0
+    assert loss.item() == 0.0
     assert [float(s) for s in stats] == [0.0] * 12
     assert grad.shape == shape
     assert not grad.any()
