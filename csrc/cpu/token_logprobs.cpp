@@ -103,10 +103,13 @@ SoftmaxPart scan_row(const In* x, int64_t vocab, int64_t label, double c, bool e
   return others;
 }
 
-template <class In, class T>
+template <bool kEntropy, class In, class T>
 PPO_CLONES void gradient_block(const In* in, int64_t n, T max, T c, T a, T b, T k, In* out) {
 #pragma omp simd
-  for (int64_t i = 0; i < n; ++i) narrow(logit_gradient<T>(widen(in[i]), max, c, a, b, k), out[i]);
+  for (int64_t i = 0; i < n; ++i) {
+    const T z = widen(in[i]);
+    narrow(kEntropy ? logit_gradient(z, max, c, a, b, k) : logp_gradient(z, max, c, a), out[i]);
+  }
 }
 
 // The offset of row i of a [..., V] tensor with any leading strides.
@@ -212,10 +215,10 @@ void backward_row(const In* in, int64_t vocab, int64_t label, Upstream g, double
     return;
   }
   const SoftmaxGradient row(g.logp, g.entropy, tau, logp, h, log_sum);
+  const auto block = row.b == 0.0 ? gradient_block<false, In, T> : gradient_block<true, In, T>;
   for (int64_t begin = 0; begin < vocab; begin += kLogitBlock) {
-    gradient_block<In, T>(in + begin, std::min(kLogitBlock, vocab - begin), static_cast<T>(row_max),
-                          static_cast<T>(kLog2E / tau), static_cast<T>(row.a), static_cast<T>(row.b),
-                          static_cast<T>(row.k), out + begin);
+    block(in + begin, std::min(kLogitBlock, vocab - begin), static_cast<T>(row_max), static_cast<T>(kLog2E / tau),
+          static_cast<T>(row.a), static_cast<T>(row.b), static_cast<T>(row.k), out + begin);
   }
   if (label >= 0 && label < vocab) narrow(static_cast<T>(row.target), out[label]);  // else the row is NaN already
 }
