@@ -72,8 +72,8 @@ class CMakeBuild(build_ext):
 
     def get_ext_filename(self, fullname: str) -> str:
         """_C_cuda is a plain op library, not a Python module: no interpreter tag in its name."""
-        plain = fullname.endswith("_C_cuda")
-        return "ppo_kernels/_C_cuda.so" if plain else super().get_ext_filename(fullname)
+        plain = fullname.endswith("_C_cuda")  # asked for with and without the package's name
+        return os.path.join(*fullname.split(".")) + ".so" if plain else super().get_ext_filename(fullname)
 
 
 setup(

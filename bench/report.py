@@ -157,7 +157,8 @@ def main() -> int:
     if options.check_targets:
         table, bad = targets.check(results)
         print(table.markdown())
-        print(f"\n{len(table.lines) - bad} of {len(table.lines)} targets met")
+        refuted = sum(line[-1].startswith("refuted") for line in table.lines)
+        print(f"\n{len(table.lines) - bad - refuted} of {len(table.lines)} targets met, {refuted} refuted")
         return 1 if bad else 0
     print("\n".join(facts(results)), end="\n\n")
     print(tables.speed_table(results).markdown(), end="\n\n")

@@ -141,3 +141,6 @@ def test_exponents_and_targets():
         table, bad = targets.check(results.Results(data))
         assert table.lines[0][-1] == verdict
         assert bad > 0  # the others were not measured
+    refuted = targets.Target("g", "p", 5, reached=2, limit="why")
+    verdicts = [refuted.verdict(measured) for measured in (None, 5, 2, 1.9)]
+    assert verdicts == ["not measured", "met", "refuted: why", "MISSED"]

@@ -48,15 +48,18 @@ def build_in_place(checkout: Path, **env: str) -> str:
     return run(sys.executable, "setup.py", "build_ext", "--inplace", cwd=checkout, **env).stdout
 
 
+def build_wheel(checkout: Path, out: Path, **env: str) -> Path:
+    pip = (sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "--no-cache-dir")
+    run(*pip, "--wheel-dir", out, checkout, cwd=out, **env)
+    (path,) = out.glob("*.whl")
+    return path
+
+
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """A fresh checkout and the wheel built in it. Its build folder serves the other tests."""
     checkout = copy_sources(tmp_path_factory.mktemp("checkout"))
-    out = tmp_path_factory.mktemp("wheel")
-    pip = (sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "--no-cache-dir")
-    run(*pip, "--wheel-dir", out, checkout, cwd=out, PPO_KERNELS_CUDA="OFF")
-    (path,) = out.glob("*.whl")
-    return checkout, path
+    return checkout, build_wheel(checkout, tmp_path_factory.mktemp("wheel"), PPO_KERNELS_CUDA="OFF")
 
 
 @pytest.fixture(scope="module")
@@ -222,13 +225,17 @@ def test_not_built_and_cannot_load_are_told_apart(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc: the CUDA half cannot be compiled here")
 def test_cuda_compiles_against_any_torch(checkout: Path, tmp_path: Path) -> None:
-    """PPO_KERNELS_CUDA=ON needs neither a GPU nor a torch with CUDA."""
-    build_in_place(checkout, PPO_KERNELS_CUDA="ON", TORCH_CUDA_ARCH_LIST="9.0")
+    """PPO_KERNELS_CUDA=ON needs neither a GPU nor a torch with CUDA, and installs what it builds."""
+    wanted = {"PPO_KERNELS_CUDA": "ON", "TORCH_CUDA_ARCH_LIST": "9.0"}
+    build_in_place(checkout, **wanted)
     library = checkout / "ppo_kernels" / "_C_cuda.so"
     assert_stable_abi_only(library)
     info = "from ppo_kernels import _native; print(_native.build_info()['cuda_archs'])"
     assert python(info, cwd=checkout).stdout.strip() == "90-real"
     assert "BIND_NOW" in run("readelf", "-d", library, cwd=checkout).stdout
+    with zipfile.ZipFile(build_wheel(checkout, tmp_path, **wanted)) as archive:
+        libraries = {name for name in archive.namelist() if name.endswith(".so")}
+    assert libraries == {f"ppo_kernels/{name}" for name in (SO, "_C_cuda.so")}
 
     build_in_place(checkout, PPO_KERNELS_CUDA="OFF")
     assert not library.exists(), "an old CUDA library must not stay beside a build without CUDA"

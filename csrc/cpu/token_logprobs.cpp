@@ -2,6 +2,7 @@
 #include <array>
 
 #include "checks.h"
+#include "cpu/avx512.h"
 #include "cpu/pages.h"
 #include "math/half.h"
 #include "math/online_softmax.h"
@@ -21,7 +22,7 @@ constexpr int64_t kWide = 64;  // lanes that stay in registers
 
 // The maximum of a block, in as many lanes as stay in registers. With kWiden its logits also go to z as T.
 template <bool kWiden, class In, class T>
-PPO_CLONES T max_block(const In* x, int64_t n, T* z) {
+PPO_CLONES T portable_max_block(const In* x, int64_t n, T* z) {
   T lanes[kWide], max = -std::numeric_limits<T>::infinity();
   std::fill(lanes, lanes + kWide, max);
   const int64_t whole = n / kWide * kWide;
@@ -43,6 +44,14 @@ PPO_CLONES T max_block(const In* x, int64_t n, T* z) {
   return max;
 }
 
+template <bool kWiden, class In, class T>
+T max_block(const In* x, int64_t n, T* z) {
+  if constexpr (std::is_same_v<T, float>) {
+    if (avx512::here()) return avx512::max_block<kWiden>(x, n, z);
+  }
+  return portable_max_block<kWiden>(x, n, z);
+}
+
 template <class T>
 PPO_CLONES double sum_lanes(const T* lanes) {
   double total = 0.0;
@@ -54,7 +63,7 @@ PPO_CLONES double sum_lanes(const T* lanes) {
 // The sums over n logits, a multiple of kLanes, of 2^x with x = (z - max) c and, with kEntropy, of 2^x * x. A few lanes
 // at a time, which stay in registers.
 template <bool kEntropy, class T>
-PPO_CLONES SoftmaxPart sum_block(const T* z, int64_t n, T max, T c) {
+PPO_CLONES SoftmaxPart portable_sum_block(const T* z, int64_t n, T max, T c) {
   alignas(64) T sums[kLanes], weighted[kLanes];
   for (int64_t lane = 0; lane < kLanes; lane += kWide) {
     T sum[kWide] = {}, sum_weighted[kWide] = {};
@@ -70,6 +79,15 @@ PPO_CLONES SoftmaxPart sum_block(const T* z, int64_t n, T max, T c) {
     if constexpr (kEntropy) std::copy(sum_weighted, sum_weighted + kWide, weighted + lane);
   }
   return {static_cast<double>(max), sum_lanes(sums), kEntropy ? sum_lanes(weighted) : 0.0};
+}
+
+// `next` is what will be read after it.
+template <bool kEntropy, class In, class T>
+SoftmaxPart sum_block(const T* z, int64_t n, T max, T c, const In* next) {
+  if constexpr (std::is_same_v<T, float>) {
+    if (avx512::here()) return avx512::sum_block<kEntropy>(z, n, max, c, next);
+  }
+  return portable_sum_block<kEntropy>(z, n, max, c);
 }
 
 // The statistics of all logits but the target, whose value goes to *target.
@@ -94,8 +112,8 @@ SoftmaxPart scan_row(const In* x, int64_t vocab, int64_t label, double c, bool e
     }
     // A block of -inf alone has no maximum to subtract, and no sum; a NaN in it still shows.
     const T base = max == -std::numeric_limits<T>::infinity() ? T(0) : max;
-    SoftmaxPart part = entropy ? sum_block<true>(z, padded, base, static_cast<T>(c))
-                               : sum_block<false>(z, padded, base, static_cast<T>(c));
+    SoftmaxPart part = entropy ? sum_block<true>(z, padded, base, static_cast<T>(c), x + begin + n)
+                               : sum_block<false>(z, padded, base, static_cast<T>(c), x + begin + n);
     part.max = max;
     if (max == -std::numeric_limits<T>::infinity()) part.sum *= 0.0, part.weighted *= 0.0;
     others = merge(others, part, c);
@@ -104,12 +122,20 @@ SoftmaxPart scan_row(const In* x, int64_t vocab, int64_t label, double c, bool e
 }
 
 template <bool kEntropy, class In, class T>
-PPO_CLONES void gradient_block(const In* in, int64_t n, T max, T c, T a, T b, T k, In* out) {
+PPO_CLONES void portable_gradient_block(const In* in, int64_t n, T max, T c, T a, T b, T k, In* out) {
 #pragma omp simd
   for (int64_t i = 0; i < n; ++i) {
     const T z = widen(in[i]);
     narrow(kEntropy ? logit_gradient(z, max, c, a, b, k) : logp_gradient(z, max, c, a), out[i]);
   }
+}
+
+template <bool kEntropy, class In, class T>
+void gradient_block(const In* in, int64_t n, T max, T c, T a, T b, T k, In* out) {
+  if constexpr (std::is_same_v<T, float>) {
+    if (avx512::here()) return avx512::gradient_block<kEntropy>(in, n, max, c, a, b, k, out);
+  }
+  portable_gradient_block<kEntropy>(in, n, max, c, a, b, k, out);
 }
 
 // The offset of row i of a [..., V] tensor with any leading strides.

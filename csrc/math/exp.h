@@ -42,13 +42,15 @@ PPO_INLINE float exp2_parts(float f, float rounded_n) {
 }
 
 // The same of degree 5, for sums that are judged as a whole: its error is 1e-7 before and 2e-7 after rounding.
+constexpr float kExp2Short[] = {0x1.5bba12p-10f, 0x1.3cea88p-7f, 0x1.c6b752p-5f, 0x1.ebf9bcp-3f, 0x1.62e42ap-1f, 1.0f};
+
 PPO_INLINE float exp2_short_polynomial(float f) {
-  float p = 0x1.5bba12p-10f;
-  p = p * f + 0x1.3cea88p-7f;
-  p = p * f + 0x1.c6b752p-5f;
-  p = p * f + 0x1.ebf9bcp-3f;
-  p = p * f + 0x1.62e42ap-1f;
-  return p * f + 1.0f;
+  float p = kExp2Short[0];
+  p = p * f + kExp2Short[1];
+  p = p * f + kExp2Short[2];
+  p = p * f + kExp2Short[3];
+  p = p * f + kExp2Short[4];
+  return p * f + kExp2Short[5];
 }
 
 // 2^x for -125 <= x <= 0, or NaN. The exponent's bias is in the rounding constant, so that a shift makes the scale.

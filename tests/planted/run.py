@@ -5,6 +5,7 @@ A patch is a unified diff with a header:
     Planted: what is wrong
     Noticed by: pytest's names of tests, each with or without (the start of) its parameters: test_gae.py::test_x[cpu
     Crash: why a process must die of it, or a child of the test's (where that is how the tests notice)
+    Environment: NAME=VALUE that its tests need to take the spoiled path
 
 It is killed if one of its tests fails by an assertion. It is an error, not a kill, if the patch no longer applies, the
 copy does not build, a test is missing, or one ends in another way than by an assertion. Unspoiled, all tests must pass.
@@ -41,6 +42,7 @@ class Bug(NamedTuple):
     planted: str
     tests: tuple[str, ...]
     crash: bool
+    environment: dict[str, str]
     patch: str
 
     @property
@@ -50,11 +52,16 @@ class Bug(NamedTuple):
             return "cuda"
         return "compiled" if "+++ b/csrc/" in self.patch else "python"
 
+    @property
+    def runs_here(self) -> bool:
+        return "+++ b/csrc/cpu/avx512.h" not in self.patch or "avx512vl" in Path("/proc/cpuinfo").read_text()
+
 
 def read(path: Path) -> Bug:
     patch = path.read_text()
     fields = checkout.header(patch)
-    return Bug(path.stem, fields["Planted"], tuple(fields["Noticed by"].split()), "Crash" in fields, patch)
+    environment = dict(pair.split("=") for pair in fields.get("Environment", "").split())
+    return Bug(path.stem, fields["Planted"], tuple(fields["Noticed by"].split()), "Crash" in fields, environment, patch)
 
 
 def bugs() -> list[Bug]:
@@ -105,7 +112,7 @@ def plant(bug: Bug, copy: Path, tests: list[str]) -> str | None:
         elif bug.place == "cuda":
             env = HOST_CUDA | {"HOST_CUDA_OPS": checkout.ops_of(tests)}
             checkout.build_host_cuda(copy, **env)
-        code, failures, output = run_tests(copy, tests, "-x", env=env)
+        code, failures, output = run_tests(copy, tests, "-x", env=env | bug.environment)
     finally:
         for path, text in originals.items():
             path.write_text(text)
@@ -145,7 +152,8 @@ def main(names: list[str]) -> int:
     place.mkdir(parents=True, exist_ok=True)
     lock = (place / "lock").open("w")
     fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # a second run would plant its bugs in the same copies
-    chosen = [bug for bug in bugs() if not names or bug.name.startswith(tuple(names))]
+    wanted = [bug for bug in bugs() if not names or bug.name.startswith(tuple(names))]
+    chosen = [bug for bug in wanted if bug.runs_here]
     copies = {name: place / name for name in ("compiled", "cuda", "python")}
     for copy in copies.values():
         checkout.copy_sources(copy, "tests")
@@ -170,6 +178,8 @@ def main(names: list[str]) -> int:
 
     with ThreadPoolExecutor(2) as pool:
         killed = [one for part in pool.map(work, copies) for one in part]
+    if len(chosen) < len(wanted):
+        print(f"left out {len(wanted) - len(chosen)} in csrc/cpu/avx512.h: this CPU has no AVX-512")
     print(f"killed {sum(killed)}/{len(killed)} in {time.monotonic() - begin:.0f} s")
     return 0 if all(killed) and killed else 1
 
