@@ -67,7 +67,9 @@ class CMakeBuild(build_ext):
         if built.exists():
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(built, target)
-        elif self.in_source:  # CMake left it out (CUDA): an old one must not stay
+            return
+        target.unlink(missing_ok=True)  # CMake left it out (CUDA): an old one must not stay
+        if self.in_source:
             (ROOT / "ppo_kernels" / target.name).unlink(missing_ok=True)
 
     def get_ext_filename(self, fullname: str) -> str:
