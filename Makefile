@@ -79,11 +79,10 @@ $(BUILT): $(INSTALLED) $(SOURCES) $(if $(wildcard ppo_kernels/_C.*.so),,missing)
 demo: build
 	$(RUN) -m python_trainer demo --config $(DEMO_CONFIG) $(ARGS)
 
-# The op tests share the cores; the builds and training runs use them all by themselves.
 test: build
 	OMP_NUM_THREADS=1 $(RUN) -m pytest tests -q --numprocesses 2 --dist loadscope \
 	  --ignore tests/trainer --ignore tests/test_build.py --ignore tests/aot $(ARGS)
-	$(RUN) -m pytest tests/trainer tests/test_build.py -q $(ARGS)
+	OMP_NUM_THREADS=1 $(RUN) -m pytest tests/trainer tests/test_build.py -q --numprocesses 2 --dist loadfile $(ARGS)
 
 learn: build
 	$(RUN) -m pytest tests/trainer/test_learn.py -m learn -q $(ARGS)
