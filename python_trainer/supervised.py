@@ -2,7 +2,7 @@
 
 import contextlib
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -35,7 +35,7 @@ def sft(config: SftConfig) -> dict[str, float]:
         config.max_steps,
     )
     pad = tokenizer.pad_token_id
-    with _claimed(config, folder, "sft") as log:
+    with _claimed(config, folder, "sft") as log, launch.stop_requests() as asked_to_stop:
         for step in range(config.max_steps):
             rows = _batch(train, config, step)
             total = 0.0
@@ -47,6 +47,7 @@ def sft(config: SftConfig) -> dict[str, float]:
             _stop_if_unhealthy(policy, config)
             log.record(step + 1, {"loss": launch.mean(total), "lr": learning_rate})
             log.progress(step + 1)
+            _stop_if_asked(asked_to_stop, "sft", step + 1, config)
         with torch.no_grad():
             figures = [
                 (
@@ -76,7 +77,7 @@ def reward(config: RewardConfig) -> dict[str, float]:
     torch.manual_seed(config.seed)
     model = ScalarModel.on(load_policy(source, config, tokenizer), zero_head=False)
     judge = Trainable(lora.adapted(model, config, config.lora_r), config, config.learning_rate, config.max_steps)
-    with _claimed(config, folder, "reward") as log:
+    with _claimed(config, folder, "reward") as log, launch.stop_requests() as asked_to_stop:
         for step in range(config.max_steps):
             pairs = _batch(train, config, step)
             mine = pairs[shard(len(pairs))]
@@ -91,6 +92,7 @@ def reward(config: RewardConfig) -> dict[str, float]:
             _stop_if_unhealthy(judge, config)
             log.record(step + 1, {"loss": launch.mean(total), "lr": learning_rate})
             log.progress(step + 1)
+            _stop_if_asked(asked_to_stop, "reward", step + 1, config)
         heldout = heldout[: config.eval_pairs]
         right = 0
         with torch.no_grad():
@@ -197,6 +199,15 @@ def _batch(rows: list, config: SftConfig, step: int) -> list:
 def _stop_if_unhealthy(model: Trainable, config: SftConfig) -> None:
     if model.skipped >= config.max_skipped_steps:
         raise UserError(f"{model.skipped} updates had a non-finite loss or gradient and were skipped; stopped")
+
+
+def _stop_if_asked(asked_to_stop: Callable[[], bool], command: str, step: int, config: SftConfig) -> None:
+    """Between two steps; after the last one the model is saved all the same."""
+    if step < config.max_steps and asked_to_stop():
+        raise UserError(
+            f"asked to stop after step {step} of {config.max_steps}: {command} keeps no checkpoints and has no model "
+            "before its end; start it again with --overwrite_output_dir True"
+        )
 
 
 def _finish(

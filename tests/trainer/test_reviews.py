@@ -2,10 +2,13 @@
 
 import hashlib
 import json
+import os
+import signal
 import subprocess
 
 import pytest
 
+from python_trainer import supervised
 from python_trainer.config import EvalConfig, PPOConfig, RewardConfig, SftConfig, UserError
 from python_trainer.evaluation import Evaluation
 from python_trainer.loop import Trainer
@@ -40,6 +43,27 @@ def test_pipeline_on_small_data(ratings, tmp_path):
     assert reference.metrics["eval/gold"] == before.metrics["eval/gold"]
     assert policy.metrics["eval/gold"] == pytest.approx(after.metrics["eval/gold"], abs=1e-6)
     assert policy.completions == after.completions
+
+
+def test_sigterm_ends_sft_and_reward_between_two_steps(ratings, tmp_path, monkeypatch):
+    """No model, and said so; asked in the last step, they finish."""
+    plain = supervised.step_together
+
+    def asked_in_each(models):
+        plain(models)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    common = {"task": "reviews", "data_path": str(ratings), "output_dir": str(tmp_path), "model_config": MODEL}
+    common |= {"batch_size": 8, "disable_tqdm": True}
+    for name, run, kind in (("sft", sft, SftConfig), ("reward", reward, RewardConfig)):
+        monkeypatch.setattr(supervised, "step_together", asked_in_each)
+        with pytest.raises(UserError, match=f"asked to stop after step 1 of 2: {name} keeps no checkpoints"):
+            run(kind(**common, max_steps=2))
+        assert sorted(path.name for path in (tmp_path / name).iterdir()) == [".lock", "config.yaml", "metrics.jsonl"]
+        run(kind(**common, max_steps=1, overwrite_output_dir=True))
+        assert (tmp_path / name / "model" / "manifest.json").exists()
+        monkeypatch.setattr(supervised, "step_together", plain)
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
 
 
 def test_demo_fails_when_nothing_is_learned(ratings, tmp_path):
