@@ -50,6 +50,7 @@ class Trainable:
             weight_decay=config.weight_decay,
         )
         optimizer.register_step_pre_hook(self._drop_non_finite)
+        self._dropped, self._vetoed = False, True  # DeepSpeed in half precision starts with an update by zero gradients
         schedule = get_scheduler(config.lr_scheduler_type, optimizer, config.warmup_steps, updates)
         with launch.quiet():
             self.engine = deepspeed.initialize(
@@ -58,8 +59,6 @@ class Trainable:
         self.skipped = 0
         self.gradient_norm = 0.0  # before clipping, of the last step
         self._fp16 = config.fp16
-        self._dropped = False
-        self._vetoed = False
 
     def __call__(self, **inputs: Any) -> Any:
         return self.engine(**inputs)
