@@ -2,7 +2,7 @@
 
 A folder is written under a temporary name, flushed to disk, described by manifest.json (size and sha256 of
 every file) and then renamed. A crash at any moment leaves the folders committed before it. The checksums find
-damage, not tampering; loading executes nothing, whatever the files hold.
+damage, not tampering; loading executes nothing, whatever the files hold: a checkpoint is safetensors and JSON.
 """
 
 import contextlib
@@ -14,24 +14,26 @@ import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 
-from . import launch
+from . import launch, state
 from .config import PPOConfig, UserError
 
 if TYPE_CHECKING:
     from .engines import Trainable
 
 MANIFEST = "manifest.json"
+STATE = "state.json"
+FORMAT = 2  # of the checkpoints written here; what DeepSpeed wrote before had none
 TEMPORARY = ".tmp-"
 RETIRED = f"{TEMPORARY}old-"
 
-# What may change when a run continues: how long, how often, where, and how fast; not what it computes.
+# What may change when a run continues: how long, how often, where, how fast and how split; not what it computes.
 FREE_TO_CHANGE = {
     "total_steps",
     "eval_steps",
@@ -46,6 +48,7 @@ FREE_TO_CHANGE = {
     "per_device_train_batch_size",
     "local_rollout_forward_batch_size",
     "ops_impl",
+    "deepspeed",
 }
 
 
@@ -98,49 +101,60 @@ def verify(folder: Path) -> None:
             raise UserError(f"{folder} refused: the content of {folder / name} has changed since it was written")
 
 
-def save(folder: Path, step: int, trained: "dict[str, Trainable]", config: PPOConfig, memory: dict[str, Any]) -> None:
+def save(
+    folder: Path,
+    step: int,
+    trained: "dict[str, Trainable]",
+    config: PPOConfig,
+    memory: dict[str, Any],
+    average: Sequence[state.Slice] = (),
+) -> None:
     """Commit the state after `step`, then drop the oldest checkpoints beyond `save_total_limit`.
 
-    No generator's state is saved: every draw of a step has its own seed, made from the run's and the step's number.
+    `memory` is what JSON can hold, `average` the moving average of the policy. No generator's state is saved: every
+    draw of a step has its own seed, made from the run's and the step's number.
     """
-    _refuse_without_room(folder, trained, memory)
+    for name, model in trained.items():
+        state.refuse_unknown_layout(name, model)
+    held = {name: state.slices(model) for name, model in trained.items()} | {"ema": list(average)}
+    _refuse_without_room(folder, held)
     with committed(folder / f"step-{step:06d}") as place:
-        with launch.quiet():
-            for name, model in trained.items():
-                model.engine.save_checkpoint(str(place), tag=name, save_latest=False)
-        state = {
+        for name, slices in held.items():
+            state.write(place, name, slices)
+        content = {
+            "format": FORMAT,
             "step": step,
-            "world_size": launch.world_size(),
-            "zero_stage": _zero_stage(trained),
-            "skipped": {name: model.skipped for name, model in trained.items()},
             "config": dataclasses.asdict(config),
             "memory": memory,
+            "models": {name: state.describe(model) for name, model in trained.items()},
         }
-        torch.save(state, place / f"trainer-rank{launch.rank()}.pt")
+        if launch.is_main():
+            (place / STATE).write_text(json.dumps(content, indent=1))
     if launch.is_main():
         for old in _steps(folder)[: -config.save_total_limit]:
             if _number(old) != step:
                 _discard(old)
 
 
-def load(folder: Path, trained: "dict[str, Trainable]", config: PPOConfig) -> tuple[int, dict[str, Any]]:
-    """Bring every model, optimizer and schedule to the saved state; returns the step and what else was remembered."""
+def load(
+    folder: Path, trained: "dict[str, Trainable]", config: PPOConfig, average: Sequence[state.Slice] = ()
+) -> tuple[int, dict[str, Any]]:
+    """Bring every model, optimizer and schedule to the saved state, on any number of ranks and at any ZeRO stage.
+
+    Fills `average` and returns the step and what else was remembered.
+    """
     try:
         verify(folder)
     except UserError as error:
         older = [path for path in _steps(folder.parent) if path.name < folder.name]
         hint = f"; to go back further, set resume_from_checkpoint to {older[-1]}" if older else ""
         raise UserError(f"{error}{hint}") from error
-    state = _trainer_state(folder, 0)
-    _refuse_another_layout(folder, state, trained)
-    if state["zero_stage"] > 0:
-        state = _trainer_state(folder, launch.rank())
-    _refuse_changes(folder, state["config"], dataclasses.asdict(config))
-    with launch.quiet():
-        for name, model in trained.items():
-            _load_without_code(model, str(folder), name)
-            model.skipped = state["skipped"][name]
-    return state["step"], state["memory"]
+    content = _content(folder)
+    _refuse_changes(folder, content["config"], dataclasses.asdict(config))
+    for name, model in trained.items():
+        state.restore(model, folder, name, content["models"][name])
+    state.read(folder, "ema", average)
+    return content["step"], content["memory"]
 
 
 def find(request: str, folder: Path) -> Path:
@@ -216,10 +230,10 @@ def _discard(folder: Path) -> None:
         shutil.rmtree(stump)
 
 
-def _refuse_without_room(folder: Path, trained: "dict[str, Trainable]", memory: dict[str, Any]) -> None:
+def _refuse_without_room(folder: Path, held: dict[str, list[state.Slice]]) -> None:
     """Before the first byte: training stops with its last checkpoint and a full disk spared."""
-    average = sum(held.nbytes for held in memory.get("ema", {}).values())  # every rank writes what it holds
-    needed, lacking = sum(_bytes_of(model) for model in trained.values()) + average * launch.world_size(), False
+    mine = sum(part.values.nbytes for slices in held.values() for part in state.own(slices))
+    needed, lacking = sum(launch.gather_objects(mine)), False
     if launch.is_main():
         folder.mkdir(parents=True, exist_ok=True)
         lacking = shutil.disk_usage(folder).free < needed
@@ -229,14 +243,6 @@ def _refuse_without_room(folder: Path, trained: "dict[str, Trainable]", memory: 
             f"a checkpoint takes about {needed / 1e9:.3g} GB and {folder} has {free / 1e9:.3g} GB left; earlier ones "
             "are as they were. Free some space, or set output_dir to another disk, or lower save_total_limit"
         )
-
-
-def _bytes_of(model: "Trainable") -> int:
-    """At most: weights, and of what is trained a float32 copy and Adam's two moments."""
-    return sum(
-        getattr(weight, "ds_numel", weight.numel()) * (weight.element_size() + 12 * weight.requires_grad)
-        for weight in model.module.parameters()
-    )
 
 
 def _obstacle(folder: Path) -> str | None:
@@ -269,32 +275,19 @@ def _sweep(folder: Path, *, overwrite: bool, done: int) -> None:
         (folder / "metrics.jsonl").unlink(missing_ok=True)
 
 
-def _trainer_state(folder: Path, rank: int) -> dict[str, Any]:
-    """On the CPU: what the first rank wrote from its device must not fill that device from every rank."""
-    return torch.load(folder / f"trainer-rank{rank}.pt", map_location="cpu", weights_only=True)
-
-
-def _refuse_another_layout(folder: Path, state: dict[str, Any], trained: "dict[str, Trainable]") -> None:
-    """Without ZeRO every rank holds, and the first has written, all there is; shards fit those who wrote them alone."""
-    for key, now, word in (
-        ("zero_stage", _zero_stage(trained), "ZeRO stage {} (deepspeed)"),
-        ("world_size", launch.world_size(), "{} ranks"),
-    ):
-        before = state.get(key)
-        if before is None:
-            raise UserError(
-                f"{folder} was written by an earlier version, which did not record its {key}: go on with that version, "
-                "or start anew from a saved model (sft_model_path)"
-            )
-        if before != now and (key == "zero_stage" or state["zero_stage"] > 0):
-            raise UserError(
-                f"{folder} was written with {word.format(before)}, this run has {word.format(now)}: the optimizer's "
-                f"state is kept as it was split. Continue with {word.format(before)}"
-            )
-
-
-def _zero_stage(trained: "dict[str, Trainable]") -> int:
-    return next(iter(trained.values())).engine.zero_optimization_stage()
+def _content(folder: Path) -> dict[str, Any]:
+    try:
+        content = json.loads((folder / STATE).read_text())
+    except FileNotFoundError:
+        content = {}
+    except ValueError as error:
+        raise UserError(f"{folder / STATE} is not what a checkpoint holds: {error}") from error
+    if content.get("format") != FORMAT:
+        raise UserError(
+            f"{folder} was written by another version, in a format that this one does not read: go on with that "
+            "version, or start anew from a saved model (sft_model_path)"
+        )
+    return content
 
 
 def _refuse_changes(folder: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
@@ -302,25 +295,6 @@ def _refuse_changes(folder: Path, before: dict[str, Any], now: dict[str, Any]) -
     if changed:
         differences = ", ".join(f"{name} (was {before.get(name)}, is {now[name]})" for name in changed)
         raise UserError(f"cannot resume from {folder} with other settings: {differences}")
-
-
-def _load_without_code(model: "Trainable", folder: str, tag: str) -> None:
-    """DeepSpeed unpickles with full rights; its files need no more than tensors and these three names."""
-    from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine
-    from deepspeed.runtime.fp16.loss_scaler import LossScaler
-    from deepspeed.runtime.zero.config import ZeroStageEnum
-    from deepspeed.utils.tensor_fragment import fragment_address
-
-    class WeightsOnly(TorchCheckpointEngine):
-        def load(self, path: str, map_location: Any = None) -> Any:
-            with torch.serialization.safe_globals([fragment_address, LossScaler, ZeroStageEnum]):
-                return torch.load(path, map_location=map_location, weights_only=True)
-
-    own, model.engine.checkpoint_engine = model.engine.checkpoint_engine, WeightsOnly()
-    path, _ = model.engine.load_checkpoint(folder, tag=tag)
-    model.engine.checkpoint_engine = own
-    if path is None:
-        raise UserError(f"{folder} holds no state for {tag}")
 
 
 def _steps(folder: Path) -> list[Path]:

@@ -6,6 +6,8 @@ from typing import Any
 
 import torch
 
+from . import state
+
 
 class MovingAverage:
     """In float32, of what this rank holds of each trained parameter; the others do not move."""
@@ -34,14 +36,14 @@ class MovingAverage:
         for name, held in _held(module):
             held.copy_(weights[name])
 
-    def state(self) -> dict[str, torch.Tensor]:
-        return self.average
+    def slices(self, module: torch.nn.Module) -> list[state.Slice]:
+        """To be saved, or filled."""
+        return [state.laid_out(name, weight, self.average[name]) for name, weight in _trained(module)]
 
-    def restore(self, state: dict[str, torch.Tensor]) -> None:
-        for name, held in state.items():
-            self.average[name].copy_(held)
+
+def _trained(module: torch.nn.Module) -> list[tuple[str, Any]]:
+    return [(name, weight) for name, weight in module.named_parameters() if weight.requires_grad]
 
 
 def _held(module: torch.nn.Module) -> list[tuple[str, Any]]:
-    """At ZeRO stage 3 a rank holds a slice of each parameter."""
-    return [(name, getattr(p, "ds_tensor", p)) for name, p in module.named_parameters() if p.requires_grad]
+    return [(name, state.held(weight)) for name, weight in _trained(module)]

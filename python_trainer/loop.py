@@ -3,9 +3,8 @@
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
-from . import checkpoint, launch, metrics
+from . import checkpoint, launch, metrics, state
 from .algorithms import load_algorithm
 from .config import PPOConfig, UserError
 from .data import encode_prompts, load_task, shuffled_positions
@@ -53,9 +52,10 @@ class Trainer:
         ptx = Pretraining(config, self.task, self.tokenizer) if config.ptx_coef else None
         self.updates = Updates(config, self.algorithm, self.roles, ptx, self.ema)
         self.done = 0
+        for name, model in self.trained.items() if config.save_steps else ():
+            state.refuse_unknown_layout(name, model)  # now, and not at the first save
         if source is not None:
-            self.done, memory = checkpoint.load(source, self.trained, config)
-            self._recall(memory)
+            self.load_checkpoint(source)
 
     @property
     def actor(self) -> Policy:
@@ -111,7 +111,7 @@ class Trainer:
             self._stop_if_unhealthy()
             stopping = self.done < config.total_steps and asked_to_stop()
             if stopping or (config.save_steps and self.done % config.save_steps == 0):
-                checkpoint.save(self.folder / "checkpoints", self.done, self.trained, config, self._memory())
+                self.save_checkpoint(self.folder / "checkpoints")
             if stopping:
                 log.close()
                 raise launch.Stopped(
@@ -127,16 +127,18 @@ class Trainer:
             metrics.plot(self.folder)
         return before, after
 
-    def _memory(self) -> dict[str, Any]:
-        """What a resumed run needs beside models and optimizers."""
-        average = {} if self.ema is None else self.ema.state()
-        return {"kl_coef": self.kl.coef, "scores": self.shaping.state(), "ema": average}
+    def save_checkpoint(self, folder: Path) -> None:
+        """Among those in `folder`."""
+        memory = {"kl_coef": self.kl.coef, "scores": self.shaping.state()}
+        checkpoint.save(folder, self.done, self.trained, self.config, memory, self._average())
 
-    def _recall(self, memory: dict[str, Any]) -> None:
+    def load_checkpoint(self, source: Path) -> None:
+        self.done, memory = checkpoint.load(source, self.trained, self.config, self._average())
         self.kl.coef = memory["kl_coef"]
         self.shaping.restore(memory["scores"])
-        if self.ema is not None:
-            self.ema.restore(memory["ema"])
+
+    def _average(self) -> list[state.Slice]:
+        return [] if self.ema is None else self.ema.slices(self.actor.module)
 
     def evaluate(self, policy: Policy) -> Evaluation:
         result = evaluate(

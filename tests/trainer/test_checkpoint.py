@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from python_trainer import checkpoint, metrics
+from python_trainer import checkpoint, metrics, state
 from python_trainer.config import PPOConfig, UserError
 from python_trainer.loop import Trainer
 
@@ -56,16 +56,19 @@ def checkpoints(run: Path) -> list[str]:
     return sorted(path.name for path in (run / "train" / "checkpoints").iterdir())
 
 
+def save(trainer: Trainer, step: int) -> None:
+    trainer.done = step
+    trainer.save_checkpoint(trainer.folder / "checkpoints")
+
+
 def test_only_the_newest_checkpoints_are_kept(finished, tiny):
     assert checkpoints(finished) == ["step-000002", "step-000004"]
-    trainer = tiny(**FOUR, resume_from_checkpoint="latest")
-    checkpoint.save(finished / "train" / "checkpoints", 6, trainer.trained, trainer.config, trainer._memory())
+    save(tiny(**FOUR, resume_from_checkpoint="latest"), 6)
     assert checkpoints(finished) == ["step-000004", "step-000006"]
 
 
 def test_pruning_spares_the_step_just_written(finished, tiny):
-    trainer = tiny(**FOUR, save_total_limit=1, resume_from_checkpoint="latest")
-    checkpoint.save(finished / "train" / "checkpoints", 3, trainer.trained, trainer.config, trainer._memory())
+    save(tiny(**FOUR, save_total_limit=1, resume_from_checkpoint="latest"), 3)
     assert checkpoints(finished) == ["step-000003", "step-000004"]
 
 
@@ -95,13 +98,31 @@ def test_resuming_with_other_settings_is_refused(finished, tiny):
     assert "save_steps" not in str(refusal.value)
 
 
-def test_a_checkpoint_of_an_earlier_version_is_named_as_such(finished, tiny):
-    folder = finished / "train" / "checkpoints" / "step-000004"
-    state = checkpoint._trainer_state(folder, 0)
-    trained = tiny(**FOUR, output_dir=str(finished.parent / "other")).trained
-    del state["zero_stage"]
-    with pytest.raises(UserError, match="step-000004 was written by an earlier version.*zero_stage"):
-        checkpoint._refuse_another_layout(folder, state, trained)
+@pytest.mark.parametrize("written", [None, '{"format": 3}'])
+def test_a_checkpoint_of_another_version_is_named_as_such(finished, tiny, written):
+    """What DeepSpeed wrote for earlier versions has no such file."""
+    source = finished / "train" / "checkpoints" / "step-000004"
+    (source / checkpoint.STATE).unlink()
+    if written is not None:
+        (source / checkpoint.STATE).write_text(written)
+    commit(source)
+    with pytest.raises(UserError, match="step-000004 was written by another version.*sft_model_path"):
+        tiny(**FOUR, resume_from_checkpoint="latest")
+
+
+def commit(folder: Path) -> None:
+    """A manifest that fits."""
+    (folder / checkpoint.MANIFEST).unlink()
+    checkpoint._commit(shutil.copytree(folder, folder.parent / ".tmp-again"), folder)
+
+
+def test_a_checkpoint_of_another_model_is_refused(finished, tiny, tmp_path):
+    other = {"model_config": TINY["model_config"].replace('"n_embd": 16', '"n_embd": 8')}
+    source = finished / "train" / "checkpoints" / "step-000004"
+    trainer = tiny(**FOUR | other, output_dir=str(tmp_path / "other"))
+    saved = checkpoint._content(source)["models"]["actor"]
+    with pytest.raises(UserError, match=r"step-000004 is of another actor: .* was \[.*16.*\] and is \[.*8.*\]"):
+        state.restore(trainer.trained["actor"], source, "actor", saved)
 
 
 def test_free_settings_exist():
@@ -171,30 +192,25 @@ def test_a_failed_save_leaves_the_last_checkpoint(finished, tiny, monkeypatch):
     def fail(*_, **__):
         raise ValueError("not today")
 
-    monkeypatch.setattr(torch, "save", fail)
+    monkeypatch.setattr(state, "save", fail)
     with pytest.raises(ValueError, match="not today"):  # the disk is not accused of what it has not done
-        checkpoint.save(folder, 6, trainer.trained, trainer.config, trainer._memory())
+        save(trainer, 6)
     monkeypatch.undo()
     assert not list(folder.glob(".tmp-*"))
     assert tiny(**FOUR, resume_from_checkpoint="latest").done == 4
 
 
-def test_the_room_of_a_moving_average_is_counted(tiny, tmp_path, monkeypatch):
-    trainer, folder = tiny(ema_decay=0.9), tmp_path / "run" / "train" / "checkpoints"
-    memory = trainer._memory()
-    enough = sum(checkpoint._bytes_of(model) for model in trainer.trained.values())
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=enough))
-    checkpoint._refuse_without_room(folder, trainer.trained, memory | {"ema": {}})
+def test_the_room_that_is_asked_for_is_what_the_tensors_take(tiny, monkeypatch):
+    trainer = tiny(ema_decay=0.9)
+    trainer.step()
+    save(trainer, 1)
+    files = (trainer.folder / "checkpoints" / "step-000001").glob("*.safetensors")
+    taken = sum(tensor.nbytes for file in files for tensor in load_file(file).values())
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=taken))
+    save(trainer, 2)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=taken - 1))
     with pytest.raises(UserError, match="a checkpoint takes about"):
-        checkpoint.save(folder, 1, trainer.trained, trainer.config, memory)
-
-
-def test_state_is_read_to_the_cpu(finished, monkeypatch):
-    """A first rank's GPU need not be there when the file is read, nor have the room."""
-    places, plain = [], torch.load
-    monkeypatch.setattr(torch, "load", lambda *a, **k: places.append(k.get("map_location")) or plain(*a, **k))
-    assert checkpoint._trainer_state(finished / "train" / "checkpoints" / "step-000004", 0)["step"] == 4
-    assert places == ["cpu"]
+        save(trainer, 3)
 
 
 def test_a_checkpoint_becomes_a_plain_model(finished, tiny):

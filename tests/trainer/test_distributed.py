@@ -72,7 +72,7 @@ for work in (lambda: checkpoint.save(folder, 1, models, trainer.config, {}), lam
     work()
     written = folder / "step-000001"
     shares = launch.gather_objects(read[:])
-    whole = sorted(path.name for path in written.rglob("*.pt"))
+    whole = sorted(path.name for path in written.iterdir() if path.name != checkpoint.MANIFEST)
     print(f"rank {launch.rank()}: shares {sorted(sum(shares, [])) == whole and all(shares)}", flush=True)
     read.clear()
 

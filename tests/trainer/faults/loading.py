@@ -66,7 +66,7 @@ def damaged(folder: Path) -> str:
 @row("the newest checkpoint is damaged, resume `latest`", "refused; the earlier one is offered, and goes on")
 def newest_damaged(folder: Path) -> str:
     output = a_run(folder)
-    flip(max(newest(output).rglob("*.pt"), key=lambda path: path.stat().st_size))
+    flip(max(newest(output).iterdir(), key=lambda path: path.stat().st_size))
     line = refused(run(folder / "outputs", train(output, resume_from_checkpoint="latest"))[0], "step-000001")
     offered = line.split()[-1]
     succeeded(run(folder / "outputs", train(output, resume_from_checkpoint=offered, total_steps=2)))
@@ -93,7 +93,7 @@ def no_checkpoint(folder: Path) -> str:
     return "refused"
 
 
-@row("a pickle that runs code, with a manifest that fits, in every file", "refused; nothing has run")
+@row("a pickle that runs code, with a manifest that fits, in every file", "refused by the file's name; nothing has run")
 def hostile(folder: Path) -> str:
     output, canary = a_run(folder), folder / "canary"
 
@@ -101,7 +101,7 @@ def hostile(folder: Path) -> str:
         def __reduce__(self) -> tuple:
             return open, (str(canary), "w")
 
-    places = sorted(newest(output).rglob("*.pt"))
+    places = sorted(path for path in newest(output).iterdir() if path.name != checkpoint.MANIFEST)
     whole = (newest(output) / checkpoint.MANIFEST).read_text()
     for place in places:
         kept = place.read_bytes()
@@ -113,8 +113,7 @@ def hostile(folder: Path) -> str:
         }
         (newest(output) / checkpoint.MANIFEST).write_text(json.dumps(manifest))
         ended = run(folder / "outputs", train(output, resume_from_checkpoint="latest", total_steps=2))[0]
-        assert ended.code == 1, f"{place.name}: {ended.code}"
-        assert "eights" in ended.text, ended.text[-500:]
+        refused(ended, "UserError", place.name)
         assert not canary.exists(), f"{place.name} has run its code"
         place.write_bytes(kept)
     return f"{len(places)} files: refused, nothing has run"

@@ -38,8 +38,7 @@ class Scene:
                 self.save(self.run)
 
     def save(self, place: Path) -> None:
-        t = self.trainer
-        checkpoint.save(place / "checkpoints", t.done, t.trained, t.config, t._memory())
+        self.trainer.save_checkpoint(place / "checkpoints")
 
     def act(self, function: Callable[[Path], Any], *, action: int = disk.COUNT, at: int = 0) -> tuple[Path, Ended]:
         place = self.folder / "copy" / "train"
@@ -61,8 +60,7 @@ class Scene:
             disk.alone()
             source = checkpoint.find("latest", place / "checkpoints")
             t = self.trainer
-            t.done, memory = checkpoint.load(source, t.trained, t.config)
-            t._recall(memory)
+            t.load_checkpoint(source)
             assert fingerprint(t) == self.prints[t.done], f"what was loaded is not what step {t.done} had"
             loaded = t.done
             for folder in checkpoint._steps(place / "checkpoints"):
@@ -92,7 +90,7 @@ def fingerprint(trainer: Trainer) -> str:
         elif isinstance(value, int | float | str):
             seen.update(repr(value).encode())
 
-    take(trainer.ema.state() if trainer.ema else {})
+    take(trainer.ema.average if trainer.ema else {})
     for model in trainer.trained.values():
         take(model.module.state_dict())
         take(model.engine.optimizer.state_dict())
