@@ -50,12 +50,15 @@ class Trainable:
             weight_decay=config.weight_decay,
         )
         optimizer.register_step_pre_hook(self._drop_non_finite)
+        self._norm: torch.Tensor | None = None
         self._dropped, self._vetoed = False, True  # DeepSpeed in half precision starts with an update by zero gradients
         schedule = get_scheduler(config.lr_scheduler_type, optimizer, config.warmup_steps, updates)
         with launch.quiet():
             self.engine = deepspeed.initialize(
                 model=model, optimizer=optimizer, lr_scheduler=schedule, config=deepspeed_config(config)
             )[0]
+        if isinstance(self.engine.optimizer, torch.optim.Optimizer):  # there it keeps no norm
+            self.engine.clip_fp32_gradients = self._clip
         self.skipped = 0
         self.gradient_norm = 0.0  # before clipping, of the last step
         self._fp16 = config.fp16
@@ -76,10 +79,11 @@ class Trainable:
 
     def step(self, allowed: bool = True) -> None:
         """`allowed` False: the gradients go, the weights and the optimizer's moments stay."""
-        self._dropped, self._vetoed = False, not allowed
+        self._dropped, self._vetoed, self._norm = False, not allowed, None
         self.engine.step()
         self.healthy.fill_(True)
-        self.gradient_norm = float(self.engine.get_global_grad_norm() or 0.0)
+        norm = self.engine.get_global_grad_norm()
+        self.gradient_norm = float((self._norm or 0.0) if norm is None else norm)
         if self._dropped or not self.engine.was_step_applied():
             self.skipped += 1
         elif self._fp16:
@@ -88,12 +92,17 @@ class Trainable:
     def _watch(self, gradient: torch.Tensor) -> None:
         self.healthy &= gradient.isfinite().all()
 
+    def _clip(self) -> None:
+        self._norm = torch.nn.utils.clip_grad_norm_(self.module.parameters(), self.engine.gradient_clipping())
+
     def _drop_non_finite(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
         """DeepSpeed checks gradients in some modes only; here, after reduction, one rule holds for all."""
         grads = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         finite = torch.ones((), device=launch.device())
         if grads:
-            finite = torch.nn.utils.get_total_norm(grads).isfinite().to(finite)
+            norm = torch.nn.utils.get_total_norm(grads)
+            finite = norm.isfinite().to(finite)
+            self._norm = norm if self._norm is None else self._norm
         if launch.world_size() > 1:
             dist.all_reduce(finite, dist.ReduceOp.MIN)
         if self._vetoed or not finite:

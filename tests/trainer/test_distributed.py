@@ -14,7 +14,7 @@ from python_trainer.config import SftConfig
 from python_trainer.supervised import sft
 from python_trainer.tasks.exact import Exact
 
-from .conftest import ROOT, TINY, as_options, command
+from .conftest import ROOT, TINY, as_options, command, metric_rows
 
 BIN = Path(sys.executable).parent
 LAUNCHERS = {
@@ -101,6 +101,9 @@ def test_two_processes_make_the_step_of_one(tiny, tmp_path, launcher, stage, alg
     assert here.keys() == there.keys()
     for name in here:
         torch.testing.assert_close(here[name], there[name], atol=1e-6, rtol=0)
+    one, other = (metric_rows(run)[1]["actor/grad_norm"] for run in (tmp_path / "run", two))
+    assert one == pytest.approx(other, rel=1e-4)
+    assert one > 0
 
 
 def test_plain_python(tmp_path):

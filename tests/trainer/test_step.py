@@ -143,6 +143,15 @@ def test_the_gradient_norm_is_clipped(tiny):
     assert 0 < lengths[1] < lengths[0] / 100
 
 
+@pytest.mark.parametrize("limit", [0.0, 0.01])
+def test_every_stage_logs_the_gradient_norm_before_clipping(tiny, limit):
+    rows = [tiny(deepspeed=f"ds_zero{stage}.json", max_grad_norm=limit).step() for stage in range(4)]
+    for name in ("actor/grad_norm", "critic/grad_norm"):
+        norms = [row[name] for row in rows]
+        assert norms[0] > 0.01
+        assert norms == pytest.approx([norms[0]] * 4, rel=1e-4)
+
+
 def test_the_logged_rate_is_the_one_used(tiny):
     trainer = tiny(total_steps=4, num_mini_batches=2)
     assert [trainer.step()["lr"] for _ in range(3)] == pytest.approx([1e-3, 7.5e-4, 5e-4])
