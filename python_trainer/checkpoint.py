@@ -210,6 +210,8 @@ def _commit(place: Path, folder: Path) -> None:
         return
     listing = {name: {"bytes": size, "sha256": checksums[name]} for name, size in sizes.items()}
     (place / MANIFEST).write_text(json.dumps({"files": listing}, indent=1))
+    for name in sizes:  # safetensors' are closed to all but their owner
+        (place / name).chmod((place / MANIFEST).stat().st_mode)
     for path in [place / MANIFEST, *(path for path in place.rglob("*") if path.is_dir()), place]:
         _flush(path)
     retired = folder.parent / (RETIRED + folder.name)

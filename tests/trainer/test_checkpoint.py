@@ -225,6 +225,11 @@ def test_a_checkpoint_becomes_a_plain_model(finished, tiny):
     assert all(torch.equal(mine[name], read[name]) for name in mine)
 
 
+def test_what_is_saved_can_be_read_by_whom_the_umask_allows(finished):
+    for path in (finished / "train").rglob("*.safetensors"):
+        assert path.stat().st_mode == (finished / "train" / "metrics.jsonl").stat().st_mode
+
+
 def test_two_runs_never_mix(finished, tiny):
     with pytest.raises(UserError, match="earlier run"):
         tiny(**FOUR)
