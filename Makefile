@@ -117,7 +117,7 @@ gates: build
 faults: build
 	@PYTHONPATH=tests $(RUN) -m trainer.faults $(ARGS)
 
-planted: setup
+planted: build
 	$(RUN) tests/planted/run.py $(ARGS)
 
 sanitize: setup

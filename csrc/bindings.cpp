@@ -7,6 +7,7 @@
 
 #include "build_info.h"
 #include "counters.h"
+#include "cpu/avx512.h"
 
 namespace py = pybind11;
 
@@ -36,6 +37,7 @@ PYBIND11_MODULE(_C, m) {
   m.doc() = "CPU ops of ppo_kernels (torch.ops.ppo_kernels.*) and facts about this build.";
   m.def("build_info", &build_info, "Compiler, flags, versions and source hash of this binary.");
   m.def("cpu_capability", &cpu_capability, "Instruction set level in use: x86-64-v4, x86-64-v3 or default.");
+  m.def("avx512_loops", &ppo::avx512::here, "Whether token_logprobs runs its loops for AVX-512.");
   m.def("call_counts", &ppo::call_counts, "Calls of each registered CPU op since load or reset.");
   m.def("reset_call_counts", &ppo::reset_call_counts);
 }

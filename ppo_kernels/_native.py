@@ -55,6 +55,11 @@ def cpu_capability() -> str | None:
     return None if _C is None else _C.cpu_capability()
 
 
+def avx512_loops() -> bool:
+    """Whether ``token_logprobs`` runs its loops for AVX-512; ``PPO_KERNELS_AVX512=0`` leaves the portable ones."""
+    return _C is not None and _C.avx512_loops()
+
+
 def call_counts() -> dict[str, dict[str, int]]:
     """Calls of each registered op since the start, per library: ``{"cpu": {"gae": 3, ...}}``."""
     counts = {} if _C is None else {"cpu": _C.call_counts()}

@@ -26,8 +26,9 @@ OPS = (
 #: For each device type, the implementations that can serve it, best first.
 PREFERENCE = {
     "cpu": ("cpu", "torch", "triton"),
-    # Neither has been run on a GPU yet. The order is that of the instructions that each needs per element
-    # (tests/aot/resources.json); the table of bench/gpu_run.sh decides it, op by op, once there is one.
+    # Neither has been run on a GPU yet. token_logprobs needs half of Triton's instructions per logit in CUDA
+    # (tests/aot/resources.json), and the CUDA sources alone run under sanitizers; the table of bench/gpu_run.sh decides
+    # the order, op by op, once there is one.
     "cuda": ("cuda", "triton", "torch"),
     "xpu": ("triton", "torch"),
 }

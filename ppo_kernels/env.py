@@ -90,7 +90,7 @@ def binaries() -> Lines:
     info = native.build_info()
     if not info:
         return
-    yield "instruction set", native.cpu_capability()
+    yield "instruction set", native.cpu_capability() + (", AVX-512 loops" if native.avx512_loops() else "")
     current = native.source_hash()
     if current is None:
         yield "sources", "not here (installed from a wheel)"

@@ -1,10 +1,6 @@
 """Token log-probabilities as a function in a program: views, upstream gradients, in-place, TRL's names, errors."""
 
 import inspect
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import oracle
 import pytest
@@ -15,7 +11,7 @@ from test_contracts_memory import fenced
 from test_token_logprobs import make
 
 import ppo_kernels
-from ppo_kernels import _native, selective_log_softmax, selective_log_softmax_and_entropy, token_logprobs
+from ppo_kernels import selective_log_softmax, selective_log_softmax_and_entropy, token_logprobs
 from ppo_kernels.integrations import trl
 
 OP = "token_logprobs"
@@ -310,17 +306,3 @@ def test_wrong_arguments_are_named(impl, change, error, mentions):
 )
 def test_wrong_trl_index_is_named(index):
     assert_raises((TypeError, ValueError), lambda: selective_log_softmax(torch.randn(3, 4), index), "(3,)")
-
-
-@pytest.mark.skipif(_native.cpu_capability() != "x86-64-v4", reason="this CPU has no AVX-512: they are tested already")
-def test_the_portable_loops_pass_the_same_tests():
-    """Where the machine has AVX-512, other loops serve the other tests."""
-    files = [Path(__file__).with_name(name) for name in ("test_token_logprobs.py", "test_written_values.py")]
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "cpu", *files],
-        env=os.environ | {"PPO_KERNELS_AVX512": "0"},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stdout[-3000:]
-    assert " passed" in done.stdout

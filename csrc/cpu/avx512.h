@@ -1,5 +1,5 @@
 // The loops over logits of a row in AVX-512 intrinsics. gcc 12 vectorises the portable ones too, but clamps through
-// masks where one maximum does, and has no instruction for float16: these take a quarter to two thirds less time
+// masks where one maximum does, and has no instruction for float16: these take 13 to 63 % less time
 // (bench/NOTES.md), by the same formulas.
 #pragma once
 
@@ -27,8 +27,9 @@ namespace ppo::avx512 {
 inline bool here() {
   static const bool yes = [] {
     const char* wish = std::getenv("PPO_KERNELS_AVX512");
-    return __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-           __builtin_cpu_supports("avx512vl") && !(wish != nullptr && wish[0] == '0');
+    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("avx512bw") &&
+           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
+           !(wish != nullptr && wish[0] == '0');
   }();
   return yes;
 }
@@ -151,6 +152,7 @@ PPO_TARGET SoftmaxPart sum_block(const float* z, int64_t n, float max, float c, 
   return {static_cast<double>(max), _mm512_reduce_add_pd(total), _mm512_reduce_add_pd(total_weighted)};
 }
 
+// A NaN with bits in its low half would become a number when it is rounded to bfloat16.
 PPO_TARGET_INLINE __m512 everywhere(float x) {
   return _mm512_set1_ps(x == x ? x : std::numeric_limits<float>::quiet_NaN());
 }

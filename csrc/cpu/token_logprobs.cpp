@@ -15,8 +15,8 @@ constexpr int64_t kLogitBlock = 4096;  // logits; a function of nothing, so that
 template <class T>
 using Scratch = std::array<T, kLogitBlock>;
 
-// A block is summed in this many float32 lanes of 16 terms each, and the lanes in float64: the same on every
-// instruction set, and a bias in the rounding cannot add up over a vocabulary.
+// A block is summed in float32 lanes of 16 terms each, and the lanes in float64: a bias in the rounding cannot add up
+// over a vocabulary. The portable loops have this many lanes.
 constexpr int64_t kLanes = 256;
 constexpr int64_t kWide = 64;  // lanes that stay in registers
 

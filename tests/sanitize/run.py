@@ -65,7 +65,11 @@ OTHERS = "not compile and not a_group_whitens and not refused"
 ADDRESS = ("address,undefined,float-cast-overflow", "libasan.so")
 THREAD = ("thread", "libtsan.so")
 KINDS = {
-    "address": Kind(*ADDRESS, FILES + CONTRACTS, f"{OTHERS} and not torch and not triton"),
+    "address": Kind(
+        *ADDRESS,
+        (*FILES, *CONTRACTS, "tests/test_avx512.py"),
+        f"{OTHERS} and not torch and not triton and not portable",
+    ),
     "thread": Kind(*THREAD, FILES + CONTRACTS, f"{OTHERS} and not torch and not triton"),
     "cuda_address": Kind(*ADDRESS, FILES, f"{OTHERS} and cuda and not wrong_arguments", cuda=True),
     "cuda_thread": Kind(*THREAD, SHARED_WORK, "cuda", cuda=True),

@@ -1,0 +1,79 @@
+"""The loops over logits on a CPU: those for AVX-512, which serve the other tests where it is, and the portable ones."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import bit_equal, in_fresh_process
+from test_contracts_memory import fenced
+
+from ppo_kernels import _native, token_logprobs
+
+SAME_TESTS = (
+    *("test_token_logprobs.py", "test_token_logprobs_api.py", "test_written_values.py", "test_contracts_memory.py"),
+    "test_avx512.py",
+)
+# Short of, at and beyond a step of 64 logits, a run of 16 terms and a block of 4096.
+VOCABULARIES = (15, 31, 32, 33, 63, 64, 65, 1023, 1024, 1025, 4095, 4096, 4097, 8200)
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+@pytest.mark.skipif(not _native.avx512_loops(), reason="this CPU has no AVX-512: the tests have run the portable loops")
+def test_the_portable_loops_pass_the_same_tests():
+    folder = Path(__file__).parent
+    run = (
+        "import sys, pytest; from ppo_kernels import _native; assert not _native.avx512_loops(); "
+        "sys.exit(pytest.main(sys.argv[1:]))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", run, "-q", "-p", "no:cacheprovider", "-k", "cpu and not cuda"]
+        + [str(folder / name) for name in SAME_TESTS],
+        cwd=folder.parent,
+        env=os.environ | {"PPO_KERNELS_AVX512": "0"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]
+    assert " passed" in done.stdout
+
+
+def whole_blocks_between_guard_pages(front):
+    torch.set_num_threads(1)
+    ops, upstream = torch.ops.ppo_kernels, torch.ones(3)
+
+    def results(logits, labels):
+        out = ops.token_logprobs(logits, labels, None, None, 1.0, -100, True)
+        gradients = [
+            ops.token_logprobs_backward(logits, labels, None, upstream, more, *out, 1.0) for more in (None, upstream)
+        ]
+        ops.token_logprobs_backward_(logits, labels, None, upstream, None, *out, 1.0)
+        return (*out, *gradients, logits)
+
+    for dtype in DTYPES:
+        for vocab in VOCABULARIES:
+            values, labels = torch.randn(3, vocab).to(dtype), torch.tensor([0, vocab // 2, vocab - 1])
+            want, got = results(values.clone(), labels), results(fenced(values, front), labels)
+            assert bit_equal(want, got), (dtype, vocab)
+            assert bit_equal(want[4], want[6]), (dtype, vocab)
+
+
+@pytest.mark.skipif(_native.CPU_ERROR is not None, reason="the C++ ops are not built")
+@pytest.mark.parametrize("front", [True, False], ids=["cpu-front", "cpu-back"])
+def test_whole_blocks_stay_within_guard_pages(front):
+    in_fresh_process(whole_blocks_between_guard_pages, front)
+
+
+@pytest.mark.parametrize("bits", [0x7FFFFFFF, 0x7F800001, -1], ids=lambda bits: f"cpu-{bits:x}")
+@pytest.mark.parametrize("which", [0, 1], ids=["logp", "entropy"])
+def test_every_upstream_nan_stays_one(require_impl, bits, which):
+    """Also those whose low bits would carry into the sign when they are rounded to bfloat16."""
+    impl = require_impl("token_logprobs", "cpu")
+    upstream = torch.tensor([0, bits], dtype=torch.int32).view(torch.float32)
+    logits = torch.randn(2, 500, dtype=torch.bfloat16, requires_grad=True)
+    out = token_logprobs(logits, torch.tensor([1, 2]), entropy=True, impl=impl)
+    (grad,) = torch.autograd.grad(out[which], logits, upstream)
+    assert grad[1].isnan().all()
+    assert not grad[0].any()
