@@ -47,6 +47,8 @@ FREE_TO_CHANGE = {
     "resume_from_checkpoint",
     "per_device_train_batch_size",
     "local_rollout_forward_batch_size",
+    "generation_engine",
+    "vllm_gpu_memory_utilization",
     "ops_impl",
     "deepspeed",
 }

@@ -47,6 +47,7 @@ for _names, _test, _allowed in (
     ("adam_beta1 adam_beta2", lambda x: 0 <= x < 1, "at least 0 and below 1"),
     ("ema_decay", lambda x: 0 < x < 1, "above 0 and below 1"),
     ("gamma lam", lambda x: 0 <= x <= 1, "from 0 to 1"),
+    ("vllm_gpu_memory_utilization", lambda x: 0 < x <= 1, "above 0 and at most 1"),
     ("temperature", lambda x: 0 < x < math.inf, "positive and finite: responses are always sampled"),
 ):
     RANGES |= dict.fromkeys(_names.split(), (_test, _allowed))
@@ -177,6 +178,16 @@ class SamplingConfig(RunConfig):
     response_length: int = HfArg(default=53, help="Most tokens in a response.")
     temperature: float = HfArg(default=1.0, help="Temperature of sampling and of scoring alike.")
     local_rollout_forward_batch_size: int = HfArg(default=64, help="Rows per forward pass without gradient.")
+    generation_engine: Literal["hf", "vllm"] = HfArg(
+        default="hf",
+        help="What draws the responses: transformers' generate, or vLLM in the same process (vllm>=0.32), which gets "
+        "the weights of now before each rollout. Log-probabilities are the trainer's own either way.",
+    )
+    vllm_gpu_memory_utilization: float = HfArg(
+        default=0.3,
+        help="For generation_engine vllm: share of each device's memory that vLLM may take for its copy of the weights "
+        "and its cache of keys and values. The rest is the trainer's. On a CPU: share that the whole process may take.",
+    )
     eval_prompts: int = HfArg(default=500, help="Held-out prompts used for evaluation.")
     kl_coef: float = HfArg(default=0.05, help="Weight of the KL penalty against the reference; beta of online_dpo.")
     reward_function: str | None = HfArg(

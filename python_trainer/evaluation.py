@@ -12,6 +12,7 @@ from .config import SamplingConfig, UserError
 from .data import Task
 from .engines import Policy
 from .experience import Judge, by_rows, score_tokens
+from .generation import Generator
 from .rollout import sample
 
 T = TypeVar("T")
@@ -43,6 +44,7 @@ def evaluate(
     prompts: Sequence[Sequence[int]],
     task: Task,
     tokenizer: PreTrainedTokenizerBase,
+    generator: Generator,
     judge: Judge | None,
     config: SamplingConfig,
 ) -> Evaluation:
@@ -53,8 +55,8 @@ def evaluate(
         policy,
         prompts,
         tokenizer,
+        generator,
         response_length=config.response_length,
-        rows=rows,
         seed=launch.seed_of(config.seed, len(prompts)),
     )
     logp = by_rows(lambda part: score_tokens(policy, part), rollout, rows)

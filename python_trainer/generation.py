@@ -1,6 +1,7 @@
 """What turns prompts into tokens, behind one small interface."""
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
@@ -14,6 +15,7 @@ from transformers import (
 )
 
 from . import launch, lora
+from .config import SamplingConfig, UserError
 from .engines import Policy, whole
 
 # (prompts [B, P] padded on the left, their mask [B, P], uniform numbers [B, T]) -> tokens [B, T]
@@ -30,14 +32,37 @@ class Generator(Protocol):
         ...
 
 
+def chosen(config: SamplingConfig) -> Generator:
+    """That of `generation_engine`."""
+    if config.generation_engine == "hf":
+        return HfGenerator(config.local_rollout_forward_batch_size)
+    return _vllm(config.vllm_gpu_memory_utilization)
+
+
+@functools.cache  # its engines stay: one run after another in a process uses the same
+def _vllm(memory_share: float) -> Generator:
+    try:
+        from .vllm_generation import VllmGenerator
+    except ImportError as error:
+        raise UserError(f"generation_engine vllm needs vLLM: pip install 'vllm>=0.32' ({error})") from error
+    return VllmGenerator(memory_share)
+
+
 class HfGenerator:
-    """transformers' `generate`, the token drawn by inverse CDF from the numbers given."""
+    """transformers' `generate`, `rows` prompts at a time."""
+
+    def __init__(self, rows: int) -> None:
+        self.rows = rows
 
     @contextlib.contextmanager
     def serving(self, policy: Policy, tokenizer: PreTrainedTokenizerBase) -> Iterator[Generate]:
         pad, eos = tokenizer.pad_token_id, tokenizer.eos_token_id
 
         def generate(ids: torch.Tensor, attention: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:
+            parts = zip(ids.split(self.rows), attention.split(self.rows), uniforms.split(self.rows), strict=True)
+            return torch.cat([generate_part(*part) for part in parts])
+
+        def generate_part(ids: torch.Tensor, attention: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:
             length = uniforms.shape[1]
             sequences = module.generate(
                 ids,
@@ -75,10 +100,34 @@ class InverseCdf(LogitsProcessor):
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         step = input_ids.shape[1] - self.prompt_width
-        cdf = (scores.float() / self.temperature).softmax(dim=-1).double().cumsum(dim=-1)
-        target = self.uniforms[:, step : step + 1] * cdf[:, -1:]
-        token = torch.searchsorted(cdf, target, right=True).clamp(max=scores.shape[1] - 1)
-        return torch.full_like(scores, float("-inf")).scatter(1, token, 0.0)
+        return only_drawn(scores, self.uniforms[:, step : step + 1], self.temperature)
+
+
+def only_drawn(logits: torch.Tensor, uniforms: torch.Tensor, temperature: float | torch.Tensor) -> torch.Tensor:
+    """Logits [B, V] that leave one token possible, the drawn one: 0 there, -inf elsewhere.
+
+    It is the token at which the CDF of softmax(logits / temperature) passes the row's uniform number [B, 1];
+    temperature is a number or [B, 1].
+    """
+    cdf = (logits.float() / temperature).softmax(dim=-1).double().cumsum(dim=-1)
+    token = torch.searchsorted(cdf, uniforms * cdf[:, -1:], right=True).clamp(max=logits.shape[1] - 1)
+    return torch.full_like(logits, float("-inf")).scatter(1, token, 0.0)
+
+
+def weights_of(module: Any) -> Iterator[tuple[str, torch.Tensor]]:
+    """Names and weights of a model as it would be saved, adapters merged in.
+
+    Each is whole until the next is asked for: who keeps one copies it.
+    """
+    for name, _ in module.named_parameters():
+        if ".lora_" in name:
+            continue
+        plain = name.replace(".base_layer.", ".")
+        place, _, leaf = plain.rpartition(".")
+        layer = module.get_submodule(place)
+        parts = layer.parameters() if hasattr(layer, "base_layer") else [getattr(layer, leaf)]
+        with whole(parts):
+            yield plain, lora.merged_weight(layer, leaf)
 
 
 @contextlib.contextmanager
@@ -98,12 +147,9 @@ def _unpartitioned(policy: Policy) -> Iterator[Any]:
         for mine, its in zip(policy.copy.buffers(), module.buffers(), strict=True):
             mine.data = its
     try:
-        for name, parameter in policy.copy.named_parameters():
-            place, _, leaf = name.rpartition(".")
-            layer = module.get_submodule(place)
-            parts = layer.parameters() if hasattr(layer, "base_layer") else [getattr(layer, leaf)]
-            with whole(parts):
-                parameter.data = lora.merged_weight(layer, leaf).to(parameter.dtype, copy=True)
+        copies = dict(policy.copy.named_parameters())
+        for name, weight in weights_of(module):
+            copies[name].data = weight.to(copies[name].dtype, copy=True)
         yield policy.copy
     finally:
         for parameter in policy.copy.parameters():

@@ -4,7 +4,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from . import checkpoint, launch, metrics, state
+from . import checkpoint, generation, launch, metrics, state
 from .algorithms import load_algorithm
 from .config import PPOConfig, UserError
 from .data import encode_prompts, load_task, shuffled_positions
@@ -38,6 +38,7 @@ class Trainer:
         self.shaping = ScoreShaping(config)
         self.algorithm = load_algorithm(config, self.kl)
         self._check_sizes()
+        self.generator = generation.chosen(config)
         self.task = load_task(config)
         train, heldout = self.task.prompts()
         chosen(heldout, config)  # before the models load
@@ -142,7 +143,14 @@ class Trainer:
 
     def evaluate(self, policy: Policy) -> Evaluation:
         result = evaluate(
-            policy, self.reference, self.heldout_prompts, self.task, self.tokenizer, self.judge, self.config
+            policy,
+            self.reference,
+            self.heldout_prompts,
+            self.task,
+            self.tokenizer,
+            self.generator,
+            self.judge,
+            self.config,
         )
         result.metrics |= self.task.exact(policy, self.reference, self.config.kl_coef)
         return result
@@ -180,8 +188,8 @@ class Trainer:
             self.actor,
             [self.train_prompts[index] for index in chosen for _ in range(group)],
             self.tokenizer,
+            self.generator,
             response_length=config.response_length,
-            rows=config.local_rollout_forward_batch_size,
             seed=launch.seed_of(config.seed, self.done, 1),
         )
         local = collect(

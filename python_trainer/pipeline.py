@@ -8,7 +8,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from . import launch
+from . import generation, launch
 from .config import EvalConfig, PPOConfig, RewardConfig, RunConfig, SftConfig, UserError
 from .data import Task, encode_prompts, load_task
 from .engines import Policy, frozen
@@ -64,6 +64,7 @@ def compare(config: EvalConfig) -> tuple[Evaluation, Evaluation]:
     trained = stage_model(config, "train", config.model_path)
     if trained is None:
         raise UserError("no policy to evaluate: give model_path, or run the train command first")
+    generator = generation.chosen(config)
     task = load_task(config)
     heldout = task.prompts()[1]
     chosen(heldout, config)  # before the models load
@@ -78,7 +79,9 @@ def compare(config: EvalConfig) -> tuple[Evaluation, Evaluation]:
         response_length=config.response_length,
         context=context_of(policy.module),
     )
-    before, after = (evaluate(p, reference, prompts, task, tokenizer, judge, config) for p in (reference, policy))
+    before, after = (
+        evaluate(p, reference, prompts, task, tokenizer, generator, judge, config) for p in (reference, policy)
+    )
     for result, of in ((before, reference), (after, policy)):
         result.metrics |= task.exact(of, reference, config.kl_coef)
     if launch.is_main():

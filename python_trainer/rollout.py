@@ -12,9 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from . import launch
 from .engines import Policy
-from .generation import Generator, HfGenerator
-
-HF = HfGenerator()
+from .generation import Generator
 
 
 @dataclass
@@ -70,24 +68,20 @@ def sample(
     policy: Policy,
     prompts: Sequence[Sequence[int]],
     tokenizer: PreTrainedTokenizerBase,
+    generator: Generator,
     *,
     response_length: int,
-    rows: int,
     seed: int,
-    generator: Generator = HF,
 ) -> Rollout:
-    """Responses to this rank's share of `prompts`, the global batch, `rows` at a time."""
+    """Responses to this rank's share of `prompts`, the global batch."""
     ids, attention = left_pad(prompts, tokenizer.pad_token_id)
     noise = torch.Generator().manual_seed(seed)
     uniforms = torch.rand(len(prompts), response_length, generator=noise, dtype=torch.float64)
     mine = shard(len(prompts))
     ids, attention, uniforms = (x[mine].to(launch.device()) for x in (ids, attention, uniforms))
     with generator.serving(policy, tokenizer) as generate:
-        responses = [
-            generate(ids[i : i + rows], attention[i : i + rows], uniforms[i : i + rows])
-            for i in range(0, len(ids), rows)
-        ]
-    return Rollout.of(ids, attention, torch.cat(responses), tokenizer.eos_token_id)
+        responses = generate(ids, attention, uniforms)
+    return Rollout.of(ids, attention, responses, tokenizer.eos_token_id)
 
 
 def shard(rows: int) -> slice:
