@@ -25,7 +25,7 @@ help:
 	@echo "make lint      ruff, clang-format and mypy"
 	@echo "make quick     one table of every op's speed on a CPU, in two minutes (ARGS=--check: fail on a missed target)"
 	@echo "make bench     the benchmarks of the ops beside other libraries, small shapes, 3 minutes (ARGS=--bench-size=full)"
-	@echo "make report    the same at full size, 15 minutes, as tables, figures and an HTML page in $(REPORT)"
+	@echo "make report    the same at full size, 5 minutes, as tables, figures and an HTML page in $(REPORT)"
 	@echo "make accuracy  errors against float64, beside those of eager code"
 	@echo "make planted   plants bugs, one at a time, and says which of them the tests notice"
 	@echo "make sanitize  the tests of the C++ ops under address, undefined-behaviour and thread sanitizers"
