@@ -206,14 +206,13 @@ def barrier() -> None:
 
 def _commit(place: Path, folder: Path) -> None:
     files = [path for path in sorted(place.rglob("*")) if path.is_file()]
-    sizes = launch.gather_objects({str(path.relative_to(place)): path.stat().st_size for path in files})[0]
+    seen = launch.gather_objects({str(path.relative_to(place)): path.stat().st_size for path in files})
+    sizes = {name: size for part in seen for name, size in part.items()}  # a shared disk may show one rank less
     checksums = _checksums(place, sizes, flush=True)
     if not launch.is_main():
         return
     listing = {name: {"bytes": size, "sha256": checksums[name]} for name, size in sizes.items()}
     (place / MANIFEST).write_text(json.dumps({"files": listing}, indent=1))
-    for name in sizes:  # safetensors' are closed to all but their owner
-        (place / name).chmod((place / MANIFEST).stat().st_mode)
     for path in [place / MANIFEST, *(path for path in place.rglob("*") if path.is_dir()), place]:
         _flush(path)
     retired = folder.parent / (RETIRED + folder.name)

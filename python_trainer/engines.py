@@ -75,19 +75,30 @@ class Trainable:
         return self.engine.get_lr()[0]
 
     def backward(self, loss: torch.Tensor) -> None:
-        self.engine.backward(loss, scale_wrt_gas=False)
+        self.engine.backward(loss * self._loss_scale(), scale_wrt_gas=False)
 
     def step(self, allowed: bool = True) -> None:
         """`allowed` False: the gradients go, the weights and the optimizer's moments stay."""
         self._dropped, self._vetoed, self._norm = False, not allowed, None
+        scale = self._loss_scale()
         self.engine.step()
         self.healthy.fill_(True)
-        norm = self.engine.get_global_grad_norm()
-        self.gradient_norm = float((self._norm or 0.0) if norm is None else norm)
+        if isinstance(self.engine.optimizer, torch.optim.Optimizer):
+            self.gradient_norm = float(self._norm or 0.0)
+        else:  # None if it is switched off
+            norm = self.engine.get_global_grad_norm()
+            self.gradient_norm = float("nan") if norm is None else float(norm) / scale
         if self._dropped or not self.engine.was_step_applied():
             self.skipped += 1
         elif self._fp16:
             self.skipped = 0  # overflows are how a dynamic loss scale finds its size; many in a row are not
+
+    def _loss_scale(self) -> float:
+        """In half precision at ZeRO 0 DeepSpeed divides the gradients by its scale, and multiplies no loss by it."""
+        from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
+
+        optimizer = self.engine.optimizer
+        return float(optimizer.loss_scale_config.cur_scale) if isinstance(optimizer, FP16_UnfusedOptimizer) else 1.0
 
     def _watch(self, gradient: torch.Tensor) -> None:
         self.healthy &= gradient.isfinite().all()
@@ -178,3 +189,5 @@ def save_model(model: "torch.nn.Module | Trainable", tokenizer: PreTrainedTokeni
             body = module.model if isinstance(module, ScalarModel) else module
             body.save_pretrained(folder, state_dict=lora.merged_weights(body))
             tokenizer.save_pretrained(folder)
+            for path in folder.glob("*.safetensors"):  # closed to all but their owner, unlike the others
+                path.chmod((folder / "config.json").stat().st_mode)

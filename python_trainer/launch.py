@@ -21,6 +21,8 @@ import torch
 import torch.distributed as dist
 import transformers
 
+from .config import UserError
+
 T = TypeVar("T")
 
 
@@ -149,6 +151,19 @@ def gather_objects(mine: T) -> list[T]:
     everyone: list[Any] = [None] * world_size()
     dist.all_gather_object(everyone, mine)
     return everyone
+
+
+@contextlib.contextmanager
+def together() -> Iterator[None]:
+    """A UserError of one rank is one of every rank: none is left waiting for it."""
+    failure = None
+    try:
+        yield
+    except UserError as error:
+        failure = str(error)
+    failures = [text for text in gather_objects(failure) if text is not None]
+    if failures:
+        raise UserError(failures[0])
 
 
 @contextlib.contextmanager

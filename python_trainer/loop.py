@@ -53,8 +53,8 @@ class Trainer:
         ptx = Pretraining(config, self.task, self.tokenizer) if config.ptx_coef else None
         self.updates = Updates(config, self.algorithm, self.roles, ptx, self.ema)
         self.done = 0
-        for name, model in self.trained.items() if config.save_steps else ():
-            state.refuse_unknown_layout(name, model)  # now, and not at the first save
+        for name, model in self.trained.items():
+            state.refuse_unknown_layout(name, model)  # now, and not at the first save, which SIGTERM may ask for
         if source is not None:
             self.load_checkpoint(source)
 

@@ -61,20 +61,22 @@ def write(folder: Path, owner: str, slices: Iterable[Slice]) -> None:
 
 
 def read(folder: Path, owner: str, slices: Iterable[Slice]) -> None:
-    """Fill every slice, whoever wrote it."""
+    """Fill every slice, whoever wrote it; called on every rank."""
     wanted = {part.name: part for part in slices}
-    missing = {part.name: part.values.numel() for part in wanted.values()}
-    for path in sorted(folder.glob(f"{owner}-rank*.safetensors")):
-        try:
-            with safe_open(path, "pt") as file:
-                for key in file.keys():  # noqa: SIM118  # no mapping
-                    start, _, name = key.partition(":")
-                    if name in wanted:
-                        missing[name] -= _copy(file.get_slice(key), int(start), wanted[name])
-        except (SafetensorError, ValueError) as error:
-            raise UserError(f"{path} is not what a checkpoint holds: {error}") from error
-    if lacking := [name for name, count in missing.items() if count]:
-        raise UserError(f"{folder} does not hold all of {lacking[0]} of {owner}")
+    found: dict[str, list[tuple[int, int]]] = {name: [] for name in wanted}
+    with launch.together():
+        for path in sorted(folder.glob(f"{owner}-rank*.safetensors")):
+            try:
+                with safe_open(path, "pt") as file:
+                    for key in file.keys():  # noqa: SIM118  # no mapping
+                        start, _, name = key.partition(":")
+                        if name in wanted:
+                            found[name].append(_copy(file.get_slice(key), int(start), wanted[name]))
+            except (SafetensorError, ValueError, IndexError) as error:
+                raise UserError(f"{path} is not what a checkpoint holds: {error}") from error
+        for name, part in wanted.items():
+            if not _tile(found[name], part.start, part.start + part.values.numel()):
+                raise UserError(f"{folder} does not hold all of {name} of {owner}, each element once")
 
 
 def laid_out(name: str, parameter: Any, held: torch.Tensor) -> Slice:
@@ -110,14 +112,20 @@ def slices(model: "Trainable") -> list[Slice]:
 def refuse_unknown_layout(name: str, model: "Trainable") -> None:
     """What is split in a way not known here could be neither saved nor restored."""
     engine = model.engine
+    parameters = list(model.module.parameters())
     offloads = (engine.zero_offload_optimizer(), engine.zero_offload_param())
-    places = [None if offload is None else offload.device for offload in offloads]
-    weights = [part for part in own(slices(model)) if part.name.startswith("weight/")]
+    elsewhere = (
+        "nvme" in [None if offload is None else offload.device for offload in offloads]
+        or engine.super_offload()  # moments in another process
+        or "zenflow" in type(engine.optimizer).__module__
+        or any(hasattr(held(parameter), "ds_quant_scale") for parameter in parameters)
+    )
+    weights = [] if elsewhere else [part for part in own(slices(model)) if part.name.startswith("weight/")]
     found = sum(launch.gather_objects(sum(part.values.numel() for part in weights)))
-    if "nvme" in places or found != sum(_shape(parameter).numel() for parameter in model.module.parameters()):
+    if found != sum(_shape(parameter).numel() for parameter in parameters):
         raise UserError(
             f"deepspeed: this configuration keeps the {name}'s weights where checkpoints do not find them (offload to "
-            "nvme, MiCS, quantized weights); use ZeRO 0 to 3, with offload to cpu if need be"
+            "nvme, SuperOffload, ZenFlow, MiCS, quantized weights); use ZeRO 0 to 3, with offload to cpu if need be"
         )
 
 
@@ -172,17 +180,26 @@ def _batches(slices: Iterable[Slice]) -> Iterator[dict[str, torch.Tensor]]:
         yield batch
 
 
-def _copy(stored: Any, start: int, wanted: Slice) -> int:
-    """The overlap of what is stored from `start` on and what is wanted; says how much that is."""
+def _copy(stored: Any, start: int, wanted: Slice) -> tuple[int, int]:
+    """The overlap of what is stored from `start` on and what is wanted; says from where to where that is."""
     first = max(start, wanted.start)
     last = min(start + stored.get_shape()[0], wanted.start + wanted.values.numel())
     if first >= last:
-        return 0
+        return first, first
     values = stored[first - start : last - start]
     if values.dtype != wanted.values.dtype:
         raise ValueError(f"{wanted.name} is {values.dtype} there and {wanted.values.dtype} in this run")
     wanted.values[first - wanted.start : last - wanted.start].copy_(values)
-    return last - first
+    return first, last
+
+
+def _tile(parts: list[tuple[int, int]], start: int, end: int) -> bool:
+    """Whether the parts, put in order, go from start to end without gap or overlap."""
+    for first, last in sorted(part for part in parts if part[0] < part[1]):
+        if first != start:
+            return False
+        start = last
+    return start == end
 
 
 def _masters(model: "Trainable") -> Iterator[tuple[str, Master]]:

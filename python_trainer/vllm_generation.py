@@ -29,6 +29,9 @@ from .generation import Generate, only_drawn, weights_of
 RUNNER = os.environ.setdefault("VLLM_USE_V2_MODEL_RUNNER", str(int(HAS_TRITON)))
 
 
+SHORT_OF_MEMORY = "vLLM's memory does not hold a whole prompt and response: raise vllm_gpu_memory_utilization"
+
+
 class VllmGenerator:
     """Responses are HfGenerator's, up to what rounding does to a token whose uniform number lies on the edge.
 
@@ -61,23 +64,25 @@ class VllmGenerator:
                 )
                 for row, prompt in zip(uniforms.tolist(), prompts, strict=True)
             ]
-            outputs = engine.generate([{"prompt_token_ids": row} for row in prompts], settings, use_tqdm=False)
             responses = torch.full(uniforms.shape, pad)
-            for response, output in zip(responses, outputs, strict=True):
-                tokens = output.outputs[0].token_ids
-                if len(tokens) < len(response) and eos not in tokens:
-                    raise UserError(
-                        "vLLM's memory does not hold a whole prompt and response: raise vllm_gpu_memory_utilization"
-                    )
-                response[: len(tokens)] = torch.tensor(tokens)
+            with launch.together():
+                try:
+                    outputs = engine.generate([{"prompt_token_ids": row} for row in prompts], settings, use_tqdm=False)
+                except ValueError as error:  # a prompt longer than what its memory holds
+                    raise UserError(f"{SHORT_OF_MEMORY} ({error})") from error
+                for response, output in zip(responses, outputs, strict=True):
+                    tokens = output.outputs[0].token_ids
+                    if len(tokens) < len(response) and eos not in tokens:
+                        raise UserError(SHORT_OF_MEMORY)
+                    response[: len(tokens)] = torch.tensor(tokens)
             return responses.to(ids.device)
 
         yield generate
 
     def _engine(self, module: Any) -> LLM:
         config = copy.deepcopy(module.config)
-        config.architectures = [type(module).__name__]
-        wanted = config.to_json_string() + str(module.dtype)
+        config.architectures, config.dtype = [type(module).__name__], module.dtype
+        wanted = config.to_json_string()
         if self.engine is None:
             self.engine, self.serves = self._started(config, module.dtype), wanted
         if self.serves != wanted:  # an engine that ends takes the process group with it
@@ -90,6 +95,7 @@ class VllmGenerator:
         """Every rank starts an engine of its own; the process group is the trainer's."""
         with tempfile.TemporaryDirectory() as folder:
             config.save_pretrained(folder)  # weights are never written
+            threads = torch.get_num_threads()  # vLLM sets it to one, for the rest of the process
             try:
                 return LLM(
                     folder,
@@ -106,6 +112,8 @@ class VllmGenerator:
                 )
             except ValueError as error:
                 raise UserError(f"generation_engine vllm (see vllm_gpu_memory_utilization too): {error}") from error
+            finally:
+                torch.set_num_threads(threads)
 
 
 class DrawnInFirstRunner(LogitsProcessor):

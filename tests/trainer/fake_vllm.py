@@ -46,6 +46,7 @@ class LLM:
     forgets = ""  # a weight that its model does not know
 
     def __init__(self, folder: str, *, logits_processors: list, dtype: torch.dtype, **options: Any) -> None:
+        assert not options["enable_prefix_caching"], "keys and values of old weights"
         self.options = options
         self.vllm_config = self.model_config = None
         self.model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder), dtype=dtype).eval()
@@ -71,6 +72,7 @@ class LLM:
 
     def generate(self, prompts: list[dict], params: list[SamplingParams], use_tqdm: bool) -> list:
         assert not use_tqdm
+        assert all(one.temperature == 0 and one.ignore_eos for one in params), "vLLM's own sampling and end tokens"
         waiting = [
             (number, prompt["prompt_token_ids"], one, [])
             for number, (prompt, one) in enumerate(zip(prompts, params, strict=True))

@@ -9,9 +9,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
 from python_trainer import generation
 from python_trainer.config import PPOConfig, UserError
+from python_trainer.engines import save_model
 from python_trainer.generation import HfGenerator
 
 from . import fake_vllm
@@ -107,6 +109,15 @@ def test_vllm_gets_whole_weights_with_adapters_merged(tiny, vllm, kind):
     assert not after.equal(before)
     same = (after == drawn(HfGenerator(64), trainer)).all(dim=1).float().mean()
     assert same == 1 if "bf16" not in settings else same > 0.8
+
+
+def test_one_engine_serves_a_model_and_its_copy_on_disk(tiny, vllm, tmp_path):
+    trainer = tiny(model_config=wide("gpt2"), **VLLM)
+    before = drawn(trainer.generator, trainer)
+    save_model(trainer.actor.model, trainer.tokenizer, tmp_path)
+    trainer.step()
+    trainer.actor.model = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    assert drawn(trainer.generator, trainer).equal(before)
 
 
 def test_steps_with_vllm_are_those_with_transformers(tiny, vllm):

@@ -220,7 +220,8 @@ def test_the_loss_scale_of_float16(layout, tiny, tmp_path, monkeypatch):
         if number:
             trainer.load_checkpoint(tmp_path / str(number - 1) / "step-000001")
         else:
-            trainer.step()
+            norm = trainer.step()["actor/grad_norm"]
+            assert norm == pytest.approx(tiny(**RUN).step()["actor/grad_norm"], rel=0.2)  # not that times the scale
             actor.skipped = 2
             for key, value in wanted.items():
                 setattr(actor.engine.optimizer.loss_scale_config, key, value)
@@ -254,9 +255,13 @@ def test_weights_that_checkpoints_would_not_find_are_refused_at_the_start(tiny, 
         with pytest.raises(UserError, match="deepspeed: .*the actor's weights .*nvme"):
             state.refuse_unknown_layout("actor", actor)
     state.refuse_unknown_layout("actor", actor)
+    with monkeypatch.context() as patch:
+        patch.setattr(actor.engine, "super_offload", lambda: True)
+        with pytest.raises(UserError, match="SuperOffload"):
+            state.refuse_unknown_layout("actor", actor)
     monkeypatch.setattr(state, "_masters", lambda _: iter(()))
     with pytest.raises(UserError, match="the actor's weights"):
-        tiny(save_steps=1)
+        tiny()
 
 
 @pytest.mark.parametrize("largest", [7, 100, 1 << 26])
@@ -268,6 +273,15 @@ def test_files_hold_no_more_than_is_allowed(tmp_path, monkeypatch, largest):
     inner = {name: torch.zeros(max(len(held) - 2, 0)) for name, held in values.items()}
     state.read(tmp_path, "it", [state.Slice(name, 1, part, everywhere=False) for name, part in inner.items()])
     assert all(part.equal(values[name][1:-1]) for name, part in inner.items())
+
+
+def test_every_element_is_there_once(tmp_path):
+    for number, start in enumerate((0, 1)):  # the second again, the last two not at all
+        held = [state.Slice("a", start, torch.ones(3), everywhere=True)]
+        state.write(tmp_path, "it", held)
+        (tmp_path / "it-rank0-0000.safetensors").rename(tmp_path / f"it-rank{number}-0007.safetensors")
+    with pytest.raises(UserError, match="does not hold all of a of it, each element once"):
+        state.read(tmp_path, "it", [state.Slice("a", 0, torch.zeros(6), everywhere=True)])
 
 
 def test_a_missing_or_another_kind_of_tensor_is_refused(tmp_path):
