@@ -81,8 +81,8 @@ demo: build
 
 test: build
 	OMP_NUM_THREADS=1 $(RUN) -m pytest tests -q --numprocesses 2 --dist loadscope \
-	  --ignore tests/trainer --ignore tests/test_build.py --ignore tests/aot $(ARGS)
-	OMP_NUM_THREADS=1 $(RUN) -m pytest tests/trainer tests/test_build.py -q --numprocesses 2 --dist loadfile $(ARGS)
+	  --ignore tests/trainer --ignore tests/verify $(ARGS)
+	OMP_NUM_THREADS=1 $(RUN) -m pytest tests/trainer -q --numprocesses 2 --dist loadfile $(ARGS)
 
 learn: build
 	$(RUN) -m pytest tests/trainer/test_learn.py -m learn -q $(ARGS)
@@ -110,21 +110,21 @@ quick: build
 # What can be shown of the GPU kernels without a GPU. Halves of it at a time: each uses one core, mostly.
 gates: build
 	OMP_NUM_THREADS=1 PPO_KERNELS_HOST_CUDA=1 $(RUN) -m pytest tests -q --numprocesses 2 --dist loadscope -k cuda \
-	  --ignore tests/trainer --ignore tests/test_build.py --ignore tests/aot --ignore tests/planted
-	$(RUN) tests/sanitize/run.py --together cuda_address cuda_thread
-	$(RUN) -m pytest tests/aot -q -rs $(ARGS)
+	  --ignore tests/trainer --ignore tests/verify
+	$(RUN) -m tests.verify.sanitize.run --together cuda_address cuda_thread
+	$(RUN) -m pytest tests/verify/aot -q -rs $(ARGS)
 
 faults: build
-	@PYTHONPATH=tests $(RUN) -m trainer.faults $(ARGS)
+	@$(RUN) -m tests.trainer.faults $(ARGS)
 
 planted: build
-	$(RUN) tests/planted/run.py $(ARGS)
+	$(RUN) -m tests.verify.mutants.run $(ARGS)
 
 sanitize: setup
-	$(RUN) tests/sanitize/run.py $(ARGS)
+	$(RUN) -m tests.verify.sanitize.run $(ARGS)
 
 accuracy: build
-	@$(RUN) tests/accuracy.py
+	@$(RUN) -m bench.accuracy
 
 lint: setup
 	$(RUN) -m ruff check .

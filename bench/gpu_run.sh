@@ -32,7 +32,7 @@ build() {
 }
 
 gpu_tests() {
-  "$python" -m pytest -q -p no:cacheprovider --durations=10 ${dry:+--collect-only} tests/test_gpu.py
+  "$python" -m pytest -q -p no:cacheprovider --durations=10 ${dry:+--collect-only} tests/verify/test_gpu.py
 }
 
 # A quarter of the op tests beside the others: most of their time is the host's. Left out is what drives the ops from

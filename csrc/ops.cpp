@@ -32,7 +32,7 @@ STABLE_TORCH_LIBRARY(PPO_OPS, m) {
   // lam_rows [B] float64, bootstrap_value [B].
   m.def(
       "gae(Tensor rewards, Tensor values, Tensor? mask, Tensor? lam_rows, Tensor? bootstrap_value,"
-      " Tensor? cu_seqlens, float gamma, float lam, int interior) -> (Tensor advantages, Tensor returns)");
+      " Tensor? cu_seqlens, float gamma, float lam, int masked_steps) -> (Tensor advantages, Tensor returns)");
 
   // x contiguous, any shape; count, mean and m2 float64 0-d. Without them whiten computes its own.
   m.def("moments(Tensor x, Tensor? mask) -> (Tensor count, Tensor mean, Tensor m2)");
@@ -58,7 +58,7 @@ STABLE_TORCH_LIBRARY(PPO_OPS, m) {
   m.def(
       "p3o_loss(Tensor logprobs, Tensor old_logprobs, Tensor ref_logprobs, Tensor scores, Tensor? mask,"
       " Tensor? normalizer, Tensor? cu_seqlens, Tensor? kl_coef_tensor, int variant, int group_size, float kl_coef,"
-      " float cliprange, float cliprange_ratio, float log_ratio_clamp, bool grad)"
+      " float cliprange, float weight_clip, float log_ratio_clamp, bool grad)"
       " -> (Tensor loss, Tensor stats, Tensor grad, Tensor inv_normalizer)");
 
   // scores [B]. Groups are runs of equal numbers in sorted_ids [B], element i of which is scores[order[i]]; without

@@ -27,8 +27,8 @@ OPS = (
 PREFERENCE = {
     "cpu": ("cpu", "torch", "triton"),
     # Neither has been run on a GPU yet. token_logprobs needs half of Triton's instructions per logit in CUDA
-    # (tests/aot/resources.json), and the CUDA sources alone run under sanitizers; the table of bench/gpu_run.sh decides
-    # the order, op by op, once there is one.
+    # (tests/verify/aot/resources.json), and the CUDA sources alone run under sanitizers; the table of bench/gpu_run.sh
+    # decides the order, op by op, once there is one.
     "cuda": ("cuda", "triton", "torch"),
     "xpu": ("triton", "torch"),
 }

@@ -43,7 +43,7 @@ for _names, _test, _allowed in (
     ("missing_eos_penalty entropy_coef score_shift", math.isfinite, "finite"),
     ("learning_rate critic_learning_rate adam_epsilon score_clip", lambda x: 0 < x < math.inf, "positive and finite"),
     ("kl_target target_kl lora_alpha", lambda x: 0 < x < math.inf, "positive and finite"),
-    ("dual_clip cliprange_ratio", lambda x: 1 < x < math.inf, "above 1 and finite"),
+    ("dual_clip weight_clip", lambda x: 1 < x < math.inf, "above 1 and finite"),
     ("adam_beta1 adam_beta2", lambda x: 0 <= x < 1, "at least 0 and below 1"),
     ("ema_decay", lambda x: 0 < x < 1, "above 0 and below 1"),
     ("gamma lam", lambda x: 0 <= x <= 1, "from 0 to 1"),
@@ -260,7 +260,7 @@ class PPOConfig(SamplingConfig, OptimizerConfig):
     dual_clip: float | None = HfArg(
         default=None, help="Bound of the loss at negative advantages, times |A|; 3 is usual."
     )
-    cliprange_ratio: float = HfArg(default=10.0, help="p3o: bound c of the pair's ratio weight, in [1/c, c].")
+    weight_clip: float = HfArg(default=10.0, help="p3o: bound c of the pair's ratio weight, in [1/c, c].")
     p3o_variant: Literal["joint", "separate"] = HfArg(default="joint", help="p3o: clipping V2 (joint) or V1.")
     dpo_labels: Literal["hard", "soft"] = HfArg(
         default="hard", help="online_dpo: the better response wins, or wins with probability sigmoid(difference)."

@@ -69,7 +69,7 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
             "num_generations": 2,
             "kl_coef": 0.05,
             "cliprange": 0.2,
-            "cliprange_ratio": 10.0,
+            "weight_clip": 10.0,
             "num_ppo_epochs": 4,
             "temperature": 1.0,
             "learning_rate": 1e-6,

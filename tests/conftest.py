@@ -13,7 +13,7 @@ if not torch.cuda.is_available():
     # The Triton kernels run in Triton's interpreter, which Triton asks for once, when it is imported.
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-import devices
+from tests.lib import devices
 
 ALLOW_MISSING = "PPO_KERNELS_ALLOW_MISSING"
 

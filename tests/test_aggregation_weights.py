@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from helpers import MASK_DTYPES, MODES, NAN, assert_raises, bit_equal, cu, holey_mask, pack
 
 from ppo_kernels import aggregation_weights, policy_loss, value_loss
+from tests.lib.helpers import MASK_DTYPES, MODES, NAN, assert_raises, bit_equal, cu, holey_mask, pack
 
 OP = "policy_loss"
 

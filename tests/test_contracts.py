@@ -1,14 +1,14 @@
 """What every op promises to PyTorch: gradients, tracing, determinism, dtypes, and that it leaves its inputs alone."""
 
-import cases
 import pytest
 import torch
-from cases import DIFFERENTIABLE, NAMES, ROWWISE, run
-from devices import IMPLEMENTATIONS, KERNELS
-from helpers import bit_equal, in_fresh_process
 
 import ppo_kernels as pk
 from ppo_kernels import backends
+from tests.lib import cases
+from tests.lib.cases import DIFFERENTIABLE, NAMES, ROWWISE, run
+from tests.lib.devices import IMPLEMENTATIONS, KERNELS
+from tests.lib.helpers import bit_equal, in_fresh_process
 
 
 @pytest.fixture(params=IMPLEMENTATIONS)

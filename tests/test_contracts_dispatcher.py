@@ -1,12 +1,12 @@
 """The registered ops: opcheck on each, fake tensors, and torch.compile in one graph."""
 
-import cases
 import pytest
 import torch
-from cases import DIFFERENTIABLE, NAMES, run
-from helpers import bit_equal, cu
 
 import ppo_kernels as pk
+from tests.lib import cases
+from tests.lib.cases import DIFFERENTIABLE, NAMES, run
+from tests.lib.helpers import bit_equal, cu
 
 INF = float("inf")
 

@@ -5,14 +5,14 @@ import functools
 import mmap
 from collections import Counter
 
-import cases
 import pytest
 import torch
-from cases import NAMES, run
-from devices import IMPLEMENTATIONS, KERNELS
-from helpers import bit_equal, in_fresh_process
 
 import ppo_kernels as pk
+from tests.lib import cases
+from tests.lib.cases import NAMES, run
+from tests.lib.devices import IMPLEMENTATIONS, KERNELS
+from tests.lib.helpers import bit_equal, in_fresh_process
 
 PROT_NONE = 0
 ALLOCATIONS = {

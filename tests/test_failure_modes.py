@@ -8,7 +8,7 @@ Rows as in the survey of public issue trackers that the design started from; a t
       test_token_logprobs.py::test_minus_infinity_anywhere
       test_token_logprobs.py::test_equals_a_categorical_distribution
  3  padded columns add exp(0)
-      test_sizes.py::test_columns_beyond_the_vocabulary_add_nothing_to_rows_far_below_zero
+      verify/test_sizes.py::test_columns_beyond_the_vocabulary_add_nothing_to_rows_far_below_zero
  4  a bad label reads anywhere
       test_token_logprobs.py::test_a_label_outside_the_vocabulary_is_nan_in_its_row_alone
       test_token_logprobs.py::test_ignored_rows_are_not_read
@@ -61,11 +61,11 @@ Rows as in the survey of public issue trackers that the design started from; a t
       test_kl_rewards.py::test_nan_in_a_valid_token_stays_in_its_row
       test_gae.py::test_nan_and_infinity_in_valid_tokens_stay_in_their_row
 19  the wrong stream or device
-      test_gpu.py::test_kernels_run_on_the_current_stream
-      test_gpu.py::test_kernels_run_on_the_device_of_their_inputs
+      verify/test_gpu.py::test_kernels_run_on_the_current_stream
+      verify/test_gpu.py::test_kernels_run_on_the_device_of_their_inputs
 20  a synchronisation breaks graph capture
-      test_gpu.py::test_a_captured_graph_replays_with_new_values
-      test_gpu.py::test_no_op_waits_for_the_device
+      verify/test_gpu.py::test_a_captured_graph_replays_with_new_values
+      verify/test_gpu.py::test_no_op_waits_for_the_device
 21  a silently wrong double backward
       test_contracts.py::test_double_backward_raises
 22  gradients made in the forward, inputs that change
@@ -85,15 +85,14 @@ import math
 import re
 from pathlib import Path
 
-import cases
-import oracle
 import pytest
 import torch
-from cases import NAMES, run
-from devices import IMPLEMENTATIONS
-from helpers import INF, NAN, assert_close_to_oracle, assert_raises, bit_equal, grad_of, holey_mask
 
 import ppo_kernels as pk
+from tests.lib import cases, oracle
+from tests.lib.cases import NAMES, run
+from tests.lib.devices import IMPLEMENTATIONS
+from tests.lib.helpers import INF, NAN, assert_close_to_oracle, assert_raises, bit_equal, grad_of, holey_mask
 
 
 def test_the_table_names_tests_that_exist():
@@ -153,7 +152,7 @@ def test_the_ratio_is_exactly_one_before_the_first_update(require_impl, impl, dt
     assert torch.equal(new, old)
     _, stats = pk.policy_loss(new, old, torch.randn(4, 6), impl=require_impl("policy_loss", impl))
     assert [float(stats.ratio_mean), float(stats.ratio_max)] == [1.0, 1.0]
-    assert not any(float(getattr(stats, f"kl_k{i}")) for i in (1, 2, 3))
+    assert not any(float(getattr(stats, f"approx_kl_k{i}")) for i in (1, 2, 3))
 
 
 GAPS = [50.0, 1e4, 3e38, INF]
@@ -176,7 +175,7 @@ def test_gaps_that_overflow_are_clamped_and_counted(require_impl, impl, gap, est
         assert loss.isfinite()
         assert all(s.isfinite() for s in stats)
         assert grad.isfinite().all()
-        assert float(stats.clamped) == pytest.approx(0.4)
+        assert float(stats.clamp_frac) == pytest.approx(0.4)
         assert float(stats.ratio_max) <= math.exp(20.0) * (1 + 1e-6)
     impl = require_impl("kl_rewards", impl)
     clamps = {"kl_estimator": estimator, "kl_log_clamp": 20.0, "kl_clamp": 10.0, "kl_coef": 0.0}
@@ -202,7 +201,7 @@ def test_k3_of_a_small_gap_keeps_its_digits_and_its_gradient(require_impl, impl,
     slope = -math.expm1(x)
     assert float(grad) == pytest.approx(slope, rel=2e-6 if impl != "torch" else 2e-6 + 1.2e-7 / abs(slope))
     stats = pk.policy_loss(-logp, zero, zero, impl=require_impl("policy_loss", impl))[1]
-    assert float(stats.kl_k3) == pytest.approx(want, rel=limit)
+    assert float(stats.approx_kl_k3) == pytest.approx(want, rel=limit)
 
 
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
@@ -216,12 +215,12 @@ def test_a_score_on_a_masked_end_token_reaches_every_advantage(require_impl, imp
     rewards, _ = pk.kl_rewards(logp, ref, scores, inside, score_index=at, kl_coef=0.1, impl=impl)
     assert bit_equal(rewards.gather(1, at[:, None])[:, 0], scores)
     scored = torch.arange(8) <= lengths[:, None]
-    adv, ret = pk.gae(rewards, values, scored, gamma=1.0, lam=1.0, interior="ignore", impl=impl)
+    adv, ret = pk.gae(rewards, values, scored, gamma=1.0, lam=1.0, masked_steps="keep", impl=impl)
     total = rewards.double() * scored
     want = total.flip(1).cumsum(1).flip(1) * scored
     assert_close_to_oracle(ret, want, ceiling=2e-6, scale=10.0)
     assert_close_to_oracle(adv, (want - values.double()) * scored, ceiling=2e-6, scale=10.0)
-    without = pk.gae(rewards, values, inside, gamma=1.0, lam=1.0, interior="ignore", impl=impl)[1]
+    without = pk.gae(rewards, values, inside, gamma=1.0, lam=1.0, masked_steps="keep", impl=impl)[1]
     torch.testing.assert_close(ret[:, 0] - without[:, 0], scores, rtol=0, atol=1e-5)
 
 

@@ -3,13 +3,15 @@
 import importlib
 
 import numpy as np
-import oracle
 import pytest
 import torch
-from helpers import (
-    INTERIORS,
+
+from ppo_kernels import gae
+from tests.lib import oracle
+from tests.lib.helpers import (
     JUNK,
     MASK_DTYPES,
+    MASKED_STEPS,
     NAN,
     assert_close_to_oracle,
     assert_raises,
@@ -24,8 +26,6 @@ from helpers import (
     unpack,
     with_junk,
 )
-
-from ppo_kernels import gae
 
 OP = "gae"
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -51,20 +51,20 @@ def check(impl, rewards, values, mask=None, **options):
     return got
 
 
-@pytest.mark.parametrize("interior", INTERIORS)
+@pytest.mark.parametrize("masked_steps", MASKED_STEPS)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("length", [1, 2, 3, 7, 31, 32, 33, 127, 128, 129, 257])
-def test_matches_the_loop_at_awkward_lengths(impl, length, dtype, interior):
-    check(impl, *make(6, length, dtype), holey_mask(6, length), gamma=0.97, lam=0.9, interior=interior)
+def test_matches_the_loop_at_awkward_lengths(impl, length, dtype, masked_steps):
+    check(impl, *make(6, length, dtype), holey_mask(6, length), gamma=0.97, lam=0.9, masked_steps=masked_steps)
 
 
 def test_every_length_to_300_in_one_packed_batch(impl):
-    for i, interior in enumerate(INTERIORS):
+    for i, masked_steps in enumerate(MASKED_STEPS):
         # The interpreter takes 20 ms per row: there each length meets one of the modes.
         lengths = list(range(301))[i :: 3 if impl == "triton" else 1]
         mask = torch.rand(sum(lengths)) < 0.8
         rewards, values = torch.randn(sum(lengths)), torch.randn(sum(lengths))
-        check(impl, rewards, values, mask, interior=interior, gamma=0.99, cu_seqlens=cu(lengths))
+        check(impl, rewards, values, mask, masked_steps=masked_steps, gamma=0.99, cu_seqlens=cu(lengths))
 
 
 @pytest.mark.parametrize("length", [1023, 1025, 2047, 2048, 2049, 4095, 4096, 4097, 8191, 8193])
@@ -72,8 +72,8 @@ def test_lengths_around_the_blocks_of_a_kernel(impl, length):
     boot = torch.tensor([3.0, -2.0])
     rewards, values = make(2, length)
     mask = torch.rand(2, length) < torch.tensor([[0.9], [0.01]])
-    for interior in INTERIORS:
-        check(impl, rewards, values, mask, gamma=0.99, lam=1.0, interior=interior, bootstrap_value=boot)
+    for masked_steps in MASKED_STEPS:
+        check(impl, rewards, values, mask, gamma=0.99, lam=1.0, masked_steps=masked_steps, bootstrap_value=boot)
     both = [x.reshape(-1) for x in (rewards, values, mask)]
     check(impl, *both, gamma=1.0, bootstrap_value=boot, cu_seqlens=cu([length, length]))
 
@@ -81,49 +81,55 @@ def test_lengths_around_the_blocks_of_a_kernel(impl, length):
 @pytest.mark.parametrize(
     ("gamma", "lam"), [(0.0, 0.0), (1.0, 1.0), (1.0, 0.0), (0.0, 1.0), (0.5, 0.9), (0.999, 0.998), (1, 1)]
 )
-@pytest.mark.parametrize("interior", INTERIORS)
-def test_discounts_including_their_bounds(impl, gamma, lam, interior):
-    check(impl, *make(5, 65), holey_mask(5, 65), gamma=gamma, lam=lam, interior=interior)
+@pytest.mark.parametrize("masked_steps", MASKED_STEPS)
+def test_discounts_including_their_bounds(impl, gamma, lam, masked_steps):
+    check(impl, *make(5, 65), holey_mask(5, 65), gamma=gamma, lam=lam, masked_steps=masked_steps)
 
 
-@pytest.mark.parametrize("interior", INTERIORS)
-def test_lambda_per_row_and_bootstrap_values(impl, interior):
+@pytest.mark.parametrize("masked_steps", MASKED_STEPS)
+def test_lambda_per_row_and_bootstrap_values(impl, masked_steps):
     rewards, values = make(6, 41)
     lam = torch.tensor([0.0, 1.0, 0.5, 0.95, 0.9, 0.1])
     boot = torch.tensor([1.5, -2.0, 3.0, 0.0, 10.0, -7.0])
-    check(impl, rewards, values, holey_mask(6, 41), gamma=0.9, lam=lam, interior=interior, bootstrap_value=boot)
-    check(impl, rewards, values, None, gamma=0.9, interior=interior, bootstrap_value=boot)
+    check(impl, rewards, values, holey_mask(6, 41), gamma=0.9, lam=lam, masked_steps=masked_steps, bootstrap_value=boot)
+    check(impl, rewards, values, None, gamma=0.9, masked_steps=masked_steps, bootstrap_value=boot)
 
 
-def test_hand_computed_rows_tell_the_interior_modes_apart(impl):
+def test_hand_computed_rows_tell_the_masked_steps_apart(impl):
     rewards = torch.tensor([[1.0, 100.0, 2.0, 50.0]])
     values = torch.tensor([[4.0, 200.0, 8.0, 70.0]])
     mask = torch.tensor([[True, False, True, False]])
     boot = torch.tensor([16.0])
     want = {
-        "carry": [2 + 0.5 * 16 - 8, 1 + 0.5 * 8 - 4],
-        "decay": [2 + 0.5 * 16 - 8, 1 + 0.5 * 0 - 4],
-        "ignore": [2 + 0.5 * 16 - 8, 1 + 0.5 * 200 - 4],
+        "skip": [2 + 0.5 * 16 - 8, 1 + 0.5 * 8 - 4],
+        "zero": [2 + 0.5 * 16 - 8, 1 + 0.5 * 0 - 4],
+        "keep": [2 + 0.5 * 16 - 8, 1 + 0.5 * 200 - 4],
     }
-    a2 = want["carry"][0]
-    want["carry"][1] += 0.25 * a2
-    want["decay"][1] += 0.25 * (0.5 * 8 + 0.25 * a2)
-    want["ignore"][1] += 0.25 * (100 + 0.5 * 8 - 200 + 0.25 * a2)
-    for interior, (last, first) in want.items():
-        adv, ret = gae(rewards, values, mask, gamma=0.5, lam=0.5, interior=interior, bootstrap_value=boot, impl=impl)
+    a2 = want["skip"][0]
+    want["skip"][1] += 0.25 * a2
+    want["zero"][1] += 0.25 * (0.5 * 8 + 0.25 * a2)
+    want["keep"][1] += 0.25 * (100 + 0.5 * 8 - 200 + 0.25 * a2)
+    for masked_steps, (last, first) in want.items():
+        adv, ret = gae(
+            rewards, values, mask, gamma=0.5, lam=0.5, masked_steps=masked_steps, bootstrap_value=boot, impl=impl
+        )
         assert adv.tolist() == [[first, 0.0, last, 0.0]]
         assert ret.tolist() == [[first + 4, 0.0, last + 8, 0.0]]
 
 
 @pytest.mark.parametrize("junk", JUNK)
-@pytest.mark.parametrize("interior", ["carry", "decay"])
+@pytest.mark.parametrize("masked_steps", ["skip", "zero"])
 @pytest.mark.parametrize("mask_dtype", MASK_DTYPES)
-def test_what_lies_under_the_mask_does_not_matter(impl, junk, interior, mask_dtype):
+def test_what_lies_under_the_mask_does_not_matter(impl, junk, masked_steps, mask_dtype):
     rewards, values = make(6, 37)
     mask = holey_mask(6, 37)
-    clean = gae(rewards, values, mask, interior=interior, impl=impl)
+    clean = gae(rewards, values, mask, masked_steps=masked_steps, impl=impl)
     dirty = gae(
-        with_junk(rewards, mask, junk), with_junk(values, mask, junk), mask.to(mask_dtype), interior=interior, impl=impl
+        with_junk(rewards, mask, junk),
+        with_junk(values, mask, junk),
+        mask.to(mask_dtype),
+        masked_steps=masked_steps,
+        impl=impl,
     )
     assert bit_equal(clean, dirty)
     assert not clean[0][~mask].any()
@@ -131,13 +137,15 @@ def test_what_lies_under_the_mask_does_not_matter(impl, junk, interior, mask_dty
 
 
 @pytest.mark.parametrize("junk", JUNK)
-@pytest.mark.parametrize("interior", INTERIORS)
-def test_tokens_after_the_last_valid_one_are_never_read(impl, junk, interior):
+@pytest.mark.parametrize("masked_steps", MASKED_STEPS)
+def test_tokens_after_the_last_valid_one_are_never_read(impl, junk, masked_steps):
     rewards, values = make(6, 37)
     mask = holey_mask(6, 37)
     after = mask.flip(-1).cumsum(-1).flip(-1) == 0
-    clean = gae(rewards, values, mask, interior=interior, impl=impl)
-    dirty = gae(with_junk(rewards, ~after, junk), with_junk(values, ~after, junk), mask, interior=interior, impl=impl)
+    clean = gae(rewards, values, mask, masked_steps=masked_steps, impl=impl)
+    dirty = gae(
+        with_junk(rewards, ~after, junk), with_junk(values, ~after, junk), mask, masked_steps=masked_steps, impl=impl
+    )
     assert bit_equal(clean, dirty)
 
 
@@ -150,15 +158,15 @@ def test_any_non_zero_mask_value_is_valid(impl):
     assert bit_equal(plain, gae(rewards, values, mask * -0.25, impl=impl))
 
 
-@pytest.mark.parametrize("interior", INTERIORS)
+@pytest.mark.parametrize("masked_steps", MASKED_STEPS)
 @pytest.mark.parametrize("cu_dtype", [torch.int32, torch.int64])
-def test_packed_equals_padded(impl, interior, cu_dtype):
+def test_packed_equals_padded(impl, masked_steps, cu_dtype):
     lengths = [5, 0, 31, 1, 17, 0]
     rewards, values = make(6, 31)
     inside = torch.arange(31) < torch.tensor(lengths)[:, None]
     mask = (torch.rand(6, 31) < 0.7) & inside
     boot = torch.randn(6)
-    options = {"interior": interior, "bootstrap_value": boot, "gamma": 0.98, "impl": impl}
+    options = {"masked_steps": masked_steps, "bootstrap_value": boot, "gamma": 0.98, "impl": impl}
     padded = gae(rewards, values, mask, **options)
     packed = gae(*(pack(x, lengths) for x in (rewards, values, mask)), cu_seqlens=cu(lengths, cu_dtype), **options)
     for a, b in zip(padded, packed, strict=True):
@@ -167,12 +175,12 @@ def test_packed_equals_padded(impl, interior, cu_dtype):
             assert bit_equal(unpack(b, lengths, 31), a)
 
 
-@pytest.mark.parametrize("interior", INTERIORS)
-def test_packed_rows_of_several_blocks_equal_padded_ones(impl, interior):
+@pytest.mark.parametrize("masked_steps", MASKED_STEPS)
+def test_packed_rows_of_several_blocks_equal_padded_ones(impl, masked_steps):
     lengths = [2100, 0, 6200, 1, 700]
     rewards, values = make(5, 6200)
     mask = (torch.rand(5, 6200) < 0.7) & (torch.arange(6200) < torch.tensor(lengths)[:, None])
-    options = {"interior": interior, "bootstrap_value": torch.randn(5), "gamma": 0.99, "impl": impl}
+    options = {"masked_steps": masked_steps, "bootstrap_value": torch.randn(5), "gamma": 0.99, "impl": impl}
     padded = gae(rewards, values, mask, **options)
     packed = gae(*(pack(x, lengths) for x in (rewards, values, mask)), cu_seqlens=cu(lengths), **options)
     for a, b in zip(padded, packed, strict=True):
@@ -211,8 +219,15 @@ def test_the_scan_of_triton_itself(require_impl, monkeypatch):
     module = importlib.import_module("ppo_kernels.triton.gae")
     monkeypatch.setattr(module, "DOUBLING", False)
     impl = require_impl(OP, "triton")
-    for interior in INTERIORS:
-        check(impl, *make(4, 200), holey_mask(4, 200), gamma=0.97, interior=interior, bootstrap_value=torch.randn(4))
+    for masked_steps in MASKED_STEPS:
+        check(
+            impl,
+            *make(4, 200),
+            holey_mask(4, 200),
+            gamma=0.97,
+            masked_steps=masked_steps,
+            bootstrap_value=torch.randn(4),
+        )
     check(impl, *make(1, 4500), torch.rand(1, 4500) < 0.8, gamma=1.0, lam=1.0)
 
 
@@ -320,7 +335,7 @@ def test_wrong_cu_seqlens_never_read_outside(impl, bounds):
         ({"mask": torch.ones(3)}, ValueError, ("mask", "(3, 4)", "(3,)")),
         ({"mask": torch.ones(3, 4, dtype=torch.complex64)}, TypeError, ("mask", "bool", "complex64")),
         ({"mask": [[1] * 4] * 3}, TypeError, ("mask", "Tensor", "list")),
-        ({"interior": "zero"}, ValueError, ("interior", "carry", "zero")),
+        ({"masked_steps": "carry"}, ValueError, ("masked_steps", "skip", "carry")),
         ({"gamma": 1.5}, ValueError, ("gamma", "1", "1.5")),
         ({"gamma": -0.1}, ValueError, ("gamma", "0", "-0.1")),
         ({"gamma": NAN}, ValueError, ("gamma", "nan")),

@@ -1,12 +1,12 @@
 """Advantages over the responses to one prompt."""
 
 import numpy as np
-import oracle_groups
 import pytest
 import torch
-from helpers import NAN, assert_close_to_oracle, assert_raises, bit_equal, out_dtype
 
 from ppo_kernels import group_advantages, whiten
+from tests.lib import oracle_groups
+from tests.lib.helpers import NAN, assert_close_to_oracle, assert_raises, bit_equal, out_dtype
 
 OP = "group_advantages"
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)

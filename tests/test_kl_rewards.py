@@ -3,10 +3,12 @@
 import math
 
 import numpy as np
-import oracle
 import pytest
 import torch
-from helpers import (
+
+from ppo_kernels import kl_rewards
+from tests.lib import oracle
+from tests.lib.helpers import (
     ESTIMATORS,
     INF,
     JUNK,
@@ -24,8 +26,6 @@ from helpers import (
     unpack,
     with_junk,
 )
-
-from ppo_kernels import kl_rewards
 
 OP = "kl_rewards"
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)

@@ -1,10 +1,12 @@
 """The pairwise policy loss, its statistics and its gradient."""
 
 import numpy as np
-import oracle_groups
 import pytest
 import torch
-from helpers import (
+
+from ppo_kernels import P3OStats, group_advantages, p3o_loss
+from tests.lib import oracle_groups
+from tests.lib.helpers import (
     JUNK,
     MASK_DTYPES,
     NAN,
@@ -19,14 +21,12 @@ from helpers import (
     with_junk,
 )
 
-from ppo_kernels import P3OStats, group_advantages, p3o_loss
-
 OP = "p3o_loss"
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 VARIANTS = ("joint", "separate")
 FIELDS = (
-    "kl_k1 kl_k3 ref_kl ratio_mean ratio_max clamped weight_mean weight_clipfrac clipfrac reward_gap margin accuracy"
-    " count"
+    "approx_kl_k1 approx_kl_k3 ref_kl ratio_mean ratio_max clamp_frac weight_mean weight_clipfrac clipfrac"
+    " reward_gap margin accuracy count"
 )
 
 
@@ -93,12 +93,12 @@ def test_groups_of_many_responses(impl, group_size, groups, variant):
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("spread", [0.02, 0.3, 3.0, 60.0])
 @pytest.mark.parametrize("cliprange", [0.2, 0.0, 0.9])
-@pytest.mark.parametrize(("cliprange_ratio", "clamp"), [(10.0, 20.0), (1.0, 0.8), (1e6, None)])
-def test_options(impl, variant, spread, cliprange, cliprange_ratio, clamp):
+@pytest.mark.parametrize(("weight_clip", "clamp"), [(10.0, 20.0), (1.0, 0.8), (1e6, None)])
+def test_options(impl, variant, spread, cliprange, weight_clip, clamp):
     logp, old, ref, scores = make(8, 7, torch.float64, spread=spread)
     if variant == "separate" and clamp is None and spread > 3:
         logp = old + (logp - old) / 10  # an infinite ratio has no finite loss
-    options = {"cliprange": cliprange, "cliprange_ratio": cliprange_ratio, "log_ratio_clamp": clamp}
+    options = {"cliprange": cliprange, "weight_clip": weight_clip, "log_ratio_clamp": clamp}
     options |= {"variant": variant, "group_size": 4}
     _, stats, _ = check(impl, *(x.float() for x in (logp, old, ref, scores)), kl_coef=torch.tensor(0.7), **options)
     if spread >= 3.0:
@@ -210,7 +210,13 @@ def test_before_the_first_step_it_is_the_policy_gradient_of_rloo(impl, variant, 
     want = torch.where(mask, -rloo[:, None] / 8, 0.0)
     torch.testing.assert_close(grad, want, rtol=1e-5, atol=1e-7)
     assert float(stats.ratio_mean) == float(stats.ratio_max) == float(stats.weight_mean) == 1.0
-    assert float(stats.kl_k1) == float(stats.kl_k3) == float(stats.clipfrac) == float(stats.weight_clipfrac) == 0.0
+    assert (
+        float(stats.approx_kl_k1)
+        == float(stats.approx_kl_k3)
+        == float(stats.clipfrac)
+        == float(stats.weight_clipfrac)
+        == 0.0
+    )
 
 
 def test_statistics_written_out(impl):
@@ -219,12 +225,12 @@ def test_statistics_written_out(impl):
     scores = torch.tensor([1.0, 0.0, 2.0, 0.0])
     _, stats = p3o_loss(logp, zero, ref, scores, kl_coef=0.5, log_ratio_clamp=2.0, impl=impl)
     want = {
-        "kl_k1": -(0.5 - 0.5 + 2.0) / 4,
-        "kl_k3": (np.expm1(0.5) - 0.5 + np.expm1(-0.5) + 0.5 + np.expm1(2.0) - 2.0) / 4,
+        "approx_kl_k1": -(0.5 - 0.5 + 2.0) / 4,
+        "approx_kl_k3": (np.expm1(0.5) - 0.5 + np.expm1(-0.5) + 0.5 + np.expm1(2.0) - 2.0) / 4,
         "ref_kl": (0.5 - 1.0 + 0.0 + 3.0) / 4,
         "ratio_mean": (np.exp(0.5) + 1.0 + np.exp(-0.5) + np.exp(2.0)) / 4,
         "ratio_max": np.exp(2.0),
-        "clamped": 0.25,
+        "clamp_frac": 0.25,
         "weight_mean": (np.exp(0.5) + 10.0) / 2,
         "weight_clipfrac": 0.5,
         "clipfrac": 0.5,  # the first pair has moved by 0.5 where q = 0.25; the second one against its q = 3.5
@@ -316,7 +322,7 @@ def test_gradcheck(impl, variant, without):
     logp, *data = make(6, 5, torch.float64, spread=1.0)
     optional = {"mask": holey_mask(6, 5), "normalizer": torch.tensor(3.0)}
     optional.pop(without, None)
-    constant = {"kl_coef": 0.0, "cliprange_ratio": 1.0, "variant": variant, "group_size": 3, "impl": impl}
+    constant = {"kl_coef": 0.0, "weight_clip": 1.0, "variant": variant, "group_size": 3, "impl": impl}
     fn = lambda x: p3o_loss(x, *data, **optional, **constant)[0]  # noqa: E731
     assert torch.autograd.gradcheck(fn, logp.requires_grad_(), fast_mode=True)
 
@@ -370,7 +376,7 @@ def test_nan_in_a_valid_response_is_seen_in_its_group_alone(impl, name, variant)
     (data | {"logprobs": logp})[name][1] = NAN
     (loss, stats), grad = grad_of(lambda x: p3o_loss(x, **data, **call), logp)
     assert loss.isnan()
-    assert bool(stats.kl_k1.isnan()) == (name in ("logprobs", "old_logprobs"))
+    assert bool(stats.approx_kl_k1.isnan()) == (name in ("logprobs", "old_logprobs"))
     assert bool(stats.ref_kl.isnan()) == (name in ("logprobs", "ref_logprobs"))
     assert bool(stats.reward_gap.isnan()) == (name != "old_logprobs")
     assert bool(stats.margin.isnan()) == (name != "old_logprobs")
@@ -387,5 +393,5 @@ def test_log_ratios_that_overflow_are_clamped_and_counted(impl, variant):
     (loss, stats), grad = grad_of(lambda x: p3o_loss(x, old, ref, scores, variant=variant, impl=impl), logp)
     assert loss.isfinite()
     assert grad.isfinite().all()
-    assert float(stats.clamped) == 0.5
+    assert float(stats.clamp_frac) == 0.5
     assert float(stats.ratio_max) == pytest.approx(np.exp(20.0), rel=1e-5)

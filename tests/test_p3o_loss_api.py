@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from helpers import assert_raises
-from test_p3o_loss import OP, make  # noqa: F401  OP: whose implementations the fixture takes
 
 from ppo_kernels import p3o_loss
+from tests.lib.helpers import assert_raises
+from tests.test_p3o_loss import OP, make  # noqa: F401  OP: whose implementations the fixture takes
 
 
 @pytest.mark.parametrize("bounds", [[-5, 3, 12], [0, 100, 7], [2**40, -(2**40), 12], [3, 3, 3], [12, 0, 12, 0, 5]])
@@ -23,8 +23,8 @@ WRONG = [
     ({"group_size": True}, TypeError, ("group_size", "integer", "bool")),
     ({"group_size": 3}, ValueError, ("4 rows", "group_size=3")),
     ({"cliprange": -0.1}, ValueError, ("cliprange", "0", "-0.1")),
-    ({"cliprange_ratio": 0.5}, ValueError, ("cliprange_ratio", "1", "0.5")),
-    ({"cliprange_ratio": None}, TypeError, ("cliprange_ratio", "number", "NoneType")),
+    ({"weight_clip": 0.5}, ValueError, ("weight_clip", "1", "0.5")),
+    ({"weight_clip": None}, TypeError, ("weight_clip", "number", "NoneType")),
     ({"log_ratio_clamp": -1.0}, ValueError, ("log_ratio_clamp", "-1.0")),
     ({"kl_coef": torch.ones(2)}, ValueError, ("kl_coef", "(2,)")),
     ({"logprobs": torch.randn(12)}, ValueError, ("logprobs", "[B, T]", "(12,)")),

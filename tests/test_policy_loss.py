@@ -3,10 +3,12 @@
 import math
 
 import numpy as np
-import oracle
 import pytest
 import torch
-from helpers import (
+
+from ppo_kernels import PolicyStats, policy_loss
+from tests.lib import oracle
+from tests.lib.helpers import (
     ESTIMATORS,
     INF,
     JUNK,
@@ -25,12 +27,11 @@ from helpers import (
     with_junk,
 )
 
-from ppo_kernels import PolicyStats, policy_loss
-
 OP = "policy_loss"
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 FIELDS = (
-    "kl_k1 kl_k2 kl_k3 ratio_mean ratio_var ratio_max clipfrac_high clipfrac_low dual_clipfrac ref_kl clamped count"
+    "approx_kl_k1 approx_kl_k2 approx_kl_k3 ratio_mean ratio_var ratio_max clipfrac_high clipfrac_low dual_clipfrac"
+    " ref_kl clamp_frac count"
 )
 
 
@@ -212,7 +213,7 @@ def test_gradient_at_ties_of_the_clamps(impl):
     assert grad[0, :2].all()
     _, stats, grad = check(impl, old + gaps, old, adv, cliprange=0.0, log_ratio_clamp=0.0)
     assert grad[0].tolist() == pytest.approx([0.0, 0.0, 0.0, 0.0, -0.2])
-    assert float(stats.clamped) == pytest.approx(0.8)
+    assert float(stats.clamp_frac) == pytest.approx(0.8)
     zero = torch.zeros(1, 5)
     for estimator in ESTIMATORS:
         options = {"ref_logprobs": old + 2 * gaps, "kl_coef": 1.0, "kl_estimator": estimator}
@@ -225,7 +226,15 @@ def test_the_first_update_has_ratio_one(impl):
     (loss, stats), grad = grad_of(lambda x: policy_loss(x, logp, adv, impl=impl), logp)
     torch.testing.assert_close(loss.detach(), -adv.mean(), rtol=0, atol=1e-7)
     torch.testing.assert_close(grad, -adv / 100, rtol=1e-6, atol=0)
-    for name in ("kl_k1", "kl_k2", "kl_k3", "ratio_var", "clipfrac_high", "clipfrac_low", "clamped"):
+    for name in (
+        "approx_kl_k1",
+        "approx_kl_k2",
+        "approx_kl_k3",
+        "ratio_var",
+        "clipfrac_high",
+        "clipfrac_low",
+        "clamp_frac",
+    ):
         assert float(getattr(stats, name)) == 0.0, name
     assert float(stats.ratio_mean) == float(stats.ratio_max) == 1.0
 
@@ -240,7 +249,7 @@ def test_without_active_clips_it_is_the_importance_weighted_advantage(impl):
 
 def test_kl_k3_keeps_its_digits_near_zero(impl):
     logp = torch.full((1, 1), 1e-4)
-    k3 = policy_loss(logp, torch.zeros(1, 1), torch.ones(1, 1), impl=impl)[1].kl_k3
+    k3 = policy_loss(logp, torch.zeros(1, 1), torch.ones(1, 1), impl=impl)[1].approx_kl_k3
     assert abs(float(k3) / (math.expm1(float(logp)) - float(logp)) - 1) < 2e-3
 
 
@@ -248,7 +257,7 @@ def test_huge_gaps_are_clamped_and_counted(impl):
     logp, old = torch.tensor([[0.0, -1000.0, -1.0, -1.0]]), torch.tensor([[-1000.0, 0.0, -1.0, -1.0]])
     adv = torch.tensor([[-1.0, 1.0, 1.0, -1.0]])
     _, stats, grad = check(impl, logp, old, adv)
-    assert float(stats.clamped) == 0.5
+    assert float(stats.clamp_frac) == 0.5
     assert float(stats.ratio_max) == pytest.approx(math.exp(20.0), rel=1e-6)
     assert grad[0, :2].tolist() == [0.0, 0.0]
 
@@ -335,7 +344,7 @@ def test_nan_in_a_valid_token_is_seen_and_reaches_no_other_gradient(impl):
     logp[1, 2] = NAN
     (loss, stats), grad = grad_of(lambda x: policy_loss(x, old, adv, impl=impl), logp)
     assert loss.isnan()
-    assert stats.kl_k1.isnan()
+    assert stats.approx_kl_k1.isnan()
     assert stats.ratio_mean.isnan()
     assert stats.ratio_max.isnan()
     others = torch.ones(3, 4, dtype=torch.bool)

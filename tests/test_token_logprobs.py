@@ -3,11 +3,13 @@
 import math
 
 import numpy as np
-import oracle
 import pytest
 import torch
-from devices import KERNELS
-from helpers import (
+
+from ppo_kernels import token_logprobs
+from tests.lib import oracle
+from tests.lib.devices import KERNELS
+from tests.lib.helpers import (
     INF,
     MASK_DTYPES,
     NAN,
@@ -17,8 +19,6 @@ from helpers import (
     eager_logprobs,
     out_dtype,
 )
-
-from ppo_kernels import token_logprobs
 
 OP = "token_logprobs"
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)

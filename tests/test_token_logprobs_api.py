@@ -2,17 +2,17 @@
 
 import inspect
 
-import oracle
 import pytest
 import torch
-from devices import KERNELS
-from helpers import NAN, assert_close_to_oracle, assert_raises, bit_equal, in_fresh_process, strided
-from test_contracts_memory import fenced
-from test_token_logprobs import make
 
 import ppo_kernels
 from ppo_kernels import selective_log_softmax, selective_log_softmax_and_entropy, token_logprobs
 from ppo_kernels.integrations import trl
+from tests.lib import oracle
+from tests.lib.devices import KERNELS
+from tests.lib.helpers import NAN, assert_close_to_oracle, assert_raises, bit_equal, in_fresh_process, strided
+from tests.test_contracts_memory import fenced
+from tests.test_token_logprobs import make
 
 OP = "token_logprobs"
 

@@ -1,10 +1,12 @@
 """The clipped value loss, its statistics and its gradient."""
 
 import numpy as np
-import oracle
 import pytest
 import torch
-from helpers import (
+
+from ppo_kernels import ValueStats, value_loss
+from tests.lib import oracle
+from tests.lib.helpers import (
     JUNK,
     MASK_DTYPES,
     NAN,
@@ -19,8 +21,6 @@ from helpers import (
     strided,
     with_junk,
 )
-
-from ppo_kernels import ValueStats, value_loss
 
 OP = "value_loss"
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)

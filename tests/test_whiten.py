@@ -5,12 +5,13 @@ import math
 import os
 import socket
 
-import devices
 import numpy as np
-import oracle
 import pytest
 import torch
-from helpers import (
+
+from ppo_kernels import moments, whiten
+from tests.lib import devices, oracle
+from tests.lib.helpers import (
     JUNK,
     MASK_DTYPES,
     NAN,
@@ -22,8 +23,6 @@ from helpers import (
     strided,
     with_junk,
 )
-
-from ppo_kernels import moments, whiten
 
 OP = "whiten"
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import cases
 import pytest
 import torch
-from cases import MASKED, run
-from devices import IMPLEMENTATIONS, KERNELS
-from helpers import grad_of
 
 import ppo_kernels as pk
 from ppo_kernels import backends
+from tests.lib import cases
+from tests.lib.cases import MASKED, run
+from tests.lib.devices import IMPLEMENTATIONS, KERNELS
+from tests.lib.helpers import grad_of
 
 
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)

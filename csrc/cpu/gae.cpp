@@ -72,11 +72,11 @@ void skip_tail(GaeRow<T>& row) {
 }
 
 template <int64_t kRows, class T>
-void gae_team(std::array<GaeRow<T>, kTeam>& team, int64_t interior) {
+void gae_team(std::array<GaeRow<T>, kTeam>& team, int64_t masked_steps) {
   double scale[kRows][kSteps], shift[kRows][kSteps], ahead[kRows];
   T live[kRows][kSteps], ones[kSteps];
   std::fill(ones, ones + kSteps, T(1));
-  const TokenRule masked = token_rule(false, interior);
+  const TokenRule masked = token_rule(false, masked_steps);
   for (;;) {
     int64_t first = kSteps, counts[kRows];
     for (int64_t k = 0; k < kRows; ++k) {
@@ -111,9 +111,9 @@ void gae_team(std::array<GaeRow<T>, kTeam>& team, int64_t interior) {
 
 std::tuple<Tensor, Tensor> gae(const Tensor& rewards, const Tensor& values, const OptTensor& mask,
                                const OptTensor& lam_rows, const OptTensor& bootstrap_value, const OptTensor& cu_seqlens,
-                               double gamma, double lam, int64_t interior) {
+                               double gamma, double lam, int64_t masked_steps) {
   PPO_COUNT("gae");
-  STD_TORCH_CHECK(interior >= kCarry && interior <= kIgnore, "unknown interior ", interior);
+  STD_TORCH_CHECK(masked_steps >= kSkip && masked_steps <= kKeep, "unknown masked_steps ", masked_steps);
   const Rows rows(rewards, cu_seqlens);
   return dispatch_compute(rewards, [&](auto zero) {
     using T = decltype(zero);
@@ -141,7 +141,7 @@ std::tuple<Tensor, Tensor> gae(const Tensor& rewards, const Tensor& values, cons
     for_each((rows.count() + each - 1) / each, 4096 / std::max<int64_t>(team_tokens, 1), [&](int64_t i) {
       std::array<GaeRow<T>, kTeam> team{};
       for (int64_t k = 0; k < each && i * each + k < rows.count(); ++k) team[k] = row_of(i * each + k);
-      each == 1 ? gae_team<1>(team, interior) : gae_team<kTeam>(team, interior);
+      each == 1 ? gae_team<1>(team, masked_steps) : gae_team<kTeam>(team, masked_steps);
     });
     return std::make_tuple(advantages, returns);
   });

@@ -83,7 +83,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> p3o_loss(const Tensor& logprobs, cons
                                                     const OptTensor& mask, const OptTensor& normalizer,
                                                     const OptTensor& cu_seqlens, const OptTensor& kl_coef_tensor,
                                                     int64_t variant, int64_t group_size, double kl_coef,
-                                                    double cliprange, double cliprange_ratio, double log_ratio_clamp,
+                                                    double cliprange, double weight_clip, double log_ratio_clamp,
                                                     bool grad) {
   PPO_COUNT("p3o_loss");
   const Rows rows(logprobs, cu_seqlens);
@@ -95,7 +95,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> p3o_loss(const Tensor& logprobs, cons
     const Dense<T> score(scores, rows.count(), dtype_of<T>());
     const Dense<double> coef(kl_coef_tensor, 1, ScalarType::Double);
     const PairOptions options =
-        pair_options(variant, coef ? coef[0] : kl_coef, cliprange, cliprange_ratio, log_ratio_clamp);
+        pair_options(variant, coef ? coef[0] : kl_coef, cliprange, weight_clip, log_ratio_clamp);
 
     const std::vector<Piece> pieces = cut_rows(rows);
     const int64_t mean_length = logprobs.numel() / std::max<int64_t>(pieces.size(), 1);

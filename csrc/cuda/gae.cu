@@ -6,9 +6,9 @@ namespace {
 
 std::tuple<Tensor, Tensor> gae(const Tensor& rewards, const Tensor& values, const OptTensor& mask,
                                const OptTensor& lam_rows, const OptTensor& bootstrap_value, const OptTensor& cu_seqlens,
-                               double gamma, double lam, int64_t interior) {
+                               double gamma, double lam, int64_t masked_steps) {
   PPO_COUNT("gae");
-  STD_TORCH_CHECK(interior >= kCarry && interior <= kIgnore, "unknown interior ", interior);
+  STD_TORCH_CHECK(masked_steps >= kSkip && masked_steps <= kKeep, "unknown masked_steps ", masked_steps);
   const Launcher launch(rewards);
   const Tensor advantages = empty(rewards.sizes(), ScalarType::Float, rewards);
   const Tensor returns = empty(rewards.sizes(), ScalarType::Float, rewards);
@@ -22,7 +22,7 @@ std::tuple<Tensor, Tensor> gae(const Tensor& rewards, const Tensor& values, cons
       data_or_null<float>(bootstrap_value, work.rows.rows, ScalarType::Float),
       gamma,
       lam,
-      interior,
+      masked_steps,
       vector_aligned(rewards) && vector_aligned(values) && vector_aligned(advantages) && vector_aligned(returns),
       static_cast<float*>(advantages.data_ptr()),
       static_cast<float*>(returns.data_ptr())};

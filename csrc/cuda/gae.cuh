@@ -17,7 +17,7 @@ struct GaeInputs {
   const double* lam_rows;        // null: lam
   const float* bootstrap_value;  // null: 0
   double gamma, lam;
-  int64_t interior;
+  int64_t masked_steps;
   bool aligned;
   float *advantages, *returns;
 };
@@ -34,7 +34,7 @@ struct GaeRow {
   const float *rewards, *values;
   const uint8_t* mask;
   bool aligned, looks_back;  // looks_back: a masked token matters if a valid one follows
-  int64_t interior;
+  int64_t masked_steps;
   GaeStep<float> step;
   double gamma_lam;
 
@@ -44,8 +44,8 @@ struct GaeRow {
         values(in.values.row(in.rows, span.row)),
         mask(in.mask.row(in.rows, span.row)),
         aligned(span.aligned(in.rows, in.aligned)),
-        looks_back(mask != nullptr && in.interior != kCarry),
-        interior(in.interior) {
+        looks_back(mask != nullptr && in.masked_steps != kSkip),
+        masked_steps(in.masked_steps) {
     const double lam = in.lam_rows != nullptr ? in.lam_rows[span.row] : in.lam;
     gamma_lam = in.gamma * lam;
     step = {static_cast<float>(in.gamma), static_cast<float>(lam)};
@@ -85,7 +85,7 @@ struct GaeTile {
     if (follows) until_last = valid_run(nullptr, at(), row.span.length);
 #pragma unroll
     for (int k = 0; k < kRun; ++k) {
-      const TokenRule rule = token_rule((valid >> k & 1u) != 0, row.interior);
+      const TokenRule rule = token_rule((valid >> k & 1u) != 0, row.masked_steps);
       if (rule.live && (until_last >> k & 1u) != 0) live |= 1u << k;
       if (!rule.read) rewards[k] = values[k] = 0.0f;
     }

@@ -10,7 +10,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> p3o_loss(const Tensor& logprobs, cons
                                                     const OptTensor& mask, const OptTensor& normalizer,
                                                     const OptTensor& cu_seqlens, const OptTensor& kl_coef_tensor,
                                                     int64_t variant, int64_t group_size, double kl_coef,
-                                                    double cliprange, double cliprange_ratio, double log_ratio_clamp,
+                                                    double cliprange, double weight_clip, double log_ratio_clamp,
                                                     bool grad) {
   PPO_COUNT("p3o_loss");
   check_dtype(logprobs, ScalarType::Float);
@@ -31,7 +31,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> p3o_loss(const Tensor& logprobs, cons
                      input(ref_logprobs),
                      token_input<uint8_t>(mask, logprobs, work.rows),
                      data_or_null<float>(scores, rows, ScalarType::Float),
-                     pair_options(variant, kl_coef, cliprange, cliprange_ratio, log_ratio_clamp),
+                     pair_options(variant, kl_coef, cliprange, weight_clip, log_ratio_clamp),
                      data_or_null<double>(kl_coef_tensor, 1, ScalarType::Double),
                      group_size,
                      vector_aligned(logprobs) && vector_aligned(old_logprobs) && vector_aligned(ref_logprobs) &&

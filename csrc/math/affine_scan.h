@@ -1,4 +1,4 @@
-// The recurrence of generalised advantage estimation, as one rule for every way to treat interior masked tokens.
+// The recurrence of generalised advantage estimation, as one rule for every way to treat masked tokens inside a row.
 #pragma once
 
 #include <cstdint>
@@ -7,7 +7,7 @@
 
 namespace ppo {
 
-enum Interior : int64_t { kCarry = 0, kDecay = 1, kIgnore = 2 };
+enum MaskedSteps : int64_t { kSkip = 0, kZero = 1, kKeep = 2 };
 
 // What a token at or before the last valid one is: a transition or not, and whether its inputs are read.
 struct TokenRule {
@@ -15,8 +15,8 @@ struct TokenRule {
   bool read;
 };
 
-PPO_INLINE TokenRule token_rule(bool valid, int64_t interior) {
-  return {valid || interior != kCarry, valid || interior == kIgnore};
+PPO_INLINE TokenRule token_rule(bool valid, int64_t masked_steps) {
+  return {valid || masked_steps != kSkip, valid || masked_steps == kKeep};
 }
 
 // A_t = r_t + gamma V+ - V_t + gamma lam A+ over one number, S_t = V_t + lam A_t, so that a token is an affine map of

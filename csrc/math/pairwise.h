@@ -17,11 +17,10 @@ struct PairOptions {
   double log_weight_bound, log_ratio_clamp;
 };
 
-inline PairOptions pair_options(int64_t variant, double kl_coef, double cliprange, double cliprange_ratio,
+inline PairOptions pair_options(int64_t variant, double kl_coef, double cliprange, double weight_clip,
                                 double log_ratio_clamp) {
   const double middle = variant == kJoint ? 0.0 : 1.0;
-  return {variant == kJoint,         kl_coef,        middle - cliprange, middle + cliprange,
-          std::log(cliprange_ratio), log_ratio_clamp};
+  return {variant == kJoint, kl_coef, middle - cliprange, middle + cliprange, std::log(weight_clip), log_ratio_clamp};
 }
 
 // What is known of a row before it meets the others.

@@ -7,16 +7,16 @@ from torch import Tensor
 
 from ppo_kernels import backends, reference
 from ppo_kernels.ops._inputs import Tokens, check_choice, check_number
-from ppo_kernels.reference.gae import INTERIORS
+from ppo_kernels.reference.gae import MASKED_STEPS
 
 
-def _fake(rewards, values, mask, lam_rows, bootstrap_value, cu_seqlens, gamma, lam, interior):
+def _fake(rewards, values, mask, lam_rows, bootstrap_value, cu_seqlens, gamma, lam, masked_steps):
     return rewards.new_empty(rewards.shape), rewards.new_empty(rewards.shape)
 
 
 backends.declare(
     "gae(Tensor rewards, Tensor values, Tensor? mask, Tensor? lam_rows, Tensor? bootstrap_value,"
-    " Tensor? cu_seqlens, float gamma, float lam, int interior) -> (Tensor advantages, Tensor returns)",
+    " Tensor? cu_seqlens, float gamma, float lam, int masked_steps) -> (Tensor advantages, Tensor returns)",
     _fake,
 )
 
@@ -28,7 +28,7 @@ def gae(
     *,
     gamma: float = 1.0,
     lam: float | Tensor = 0.95,
-    interior: str = "carry",
+    masked_steps: str = "skip",
     bootstrap_value: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     impl: str = "auto",
@@ -46,10 +46,10 @@ def gae(
         mask: same shape; non-zero = valid. bool, uint8, int32, int64 or floating. None means all valid.
         gamma: discount per token, in [0, 1].
         lam: a number in [0, 1], or ``[B]`` with one per row.
-        interior: what a masked token before L does.
-            "carry": only valid tokens are transitions; ``V+`` and ``A+`` pass over it (verl, NeMo-RL, AReaL).
-            "decay": a transition with r = V = 0 (OpenRLHF).
-            "ignore": a transition with r and V as given (DeepSpeed-Chat, TRL).
+        masked_steps: what a masked token before L does.
+            "skip": only valid tokens are transitions; ``V+`` and ``A+`` pass over it (verl, NeMo-RL, AReaL).
+            "zero": a transition with r = V = 0 (OpenRLHF).
+            "keep": a transition with r and V as given (DeepSpeed-Chat, TRL).
         bootstrap_value: ``[B]``, the value after the last token of a truncated row; None means 0.
         cu_seqlens: ``[B+1]`` int32 or int64, row starts and the end of a packed batch (first 0, last N).
         impl: "auto", "cuda", "triton", "cpu" or "torch".
@@ -66,7 +66,7 @@ def gae(
     """
     tokens = Tokens("gae", cu_seqlens, rewards=rewards, values=values, extra=(bootstrap_value, lam))
     check_number("gae", "gamma", gamma, least=0.0, most=1.0)
-    code = check_choice("gae", "interior", interior, INTERIORS)
+    code = check_choice("gae", "masked_steps", masked_steps, MASKED_STEPS)
     mask = tokens.mask(mask)
     lam_rows = None
     if isinstance(lam, Tensor):
@@ -92,7 +92,7 @@ def gae(
             mask,
             gamma=gamma,
             lam=lam,
-            interior=interior,
+            masked_steps=masked_steps,
             bootstrap_value=bootstrap_value,
             cu_seqlens=tokens.cu_seqlens,
         )

@@ -17,7 +17,7 @@ def _fake(logprobs, *inputs_and_options):
 backends.declare(
     "p3o_loss(Tensor logprobs, Tensor old_logprobs, Tensor ref_logprobs, Tensor scores, Tensor? mask,"
     " Tensor? normalizer, Tensor? cu_seqlens, Tensor? kl_coef_tensor, int variant, int group_size, float kl_coef,"
-    " float cliprange, float cliprange_ratio, float log_ratio_clamp, bool grad)"
+    " float cliprange, float weight_clip, float log_ratio_clamp, bool grad)"
     " -> (Tensor loss, Tensor stats, Tensor grad, Tensor inv_normalizer)",
     _fake,
 )
@@ -34,7 +34,7 @@ def p3o_loss(
     group_size: int = 2,
     kl_coef: float | Tensor = 0.05,
     cliprange: float = 0.2,
-    cliprange_ratio: float = 10.0,
+    weight_clip: float = 10.0,
     log_ratio_clamp: float | None = 20.0,
     normalizer: float | Tensor | None = None,
     cu_seqlens: Tensor | None = None,
@@ -68,7 +68,7 @@ def p3o_loss(
         group_size: K >= 2 responses per prompt, in rows iK to iK + K - 1; K (K - 1) / 2 pairs each.
         kl_coef: weight of the sequence KL in q, a number or a one-element tensor.
         cliprange: half-width of the clip, >= 0; of a ratio ("separate") or of a difference in nats ("joint").
-        cliprange_ratio: bound c of the importance weights, >= 1.
+        weight_clip: bound c of the importance weights, >= 1.
         log_ratio_clamp: bound of D before exp ("separate", statistics), or None (off).
         normalizer: what the sum is divided by, a number or a one-element tensor such as a count over all ranks.
             None means the number of pairs that count. 0 gives loss 0.
@@ -104,7 +104,7 @@ def p3o_loss(
         )
     coef, coef_tensor = number_or_tensor(op, "kl_coef", kl_coef, tokens.like.device)
     check_number(op, "cliprange", cliprange, least=0.0)
-    check_number(op, "cliprange_ratio", cliprange_ratio, least=1.0)
+    check_number(op, "weight_clip", weight_clip, least=1.0)
     log_bound = bound(op, "log_ratio_clamp", log_ratio_clamp)
     mask = tokens.mask(mask)
     scores = tokens.per_row("scores", scores).detach()
@@ -127,12 +127,12 @@ def p3o_loss(
             group_size=group_size,
             kl_coef=kl_coef,
             cliprange=cliprange,
-            cliprange_ratio=cliprange_ratio,
+            weight_clip=weight_clip,
             log_ratio_clamp=log_ratio_clamp,
             normalizer=normalizer,
             cu_seqlens=tokens.cu_seqlens,
         )
     inputs = (old_logprobs, ref_logprobs, scores, mask, normalizer, tokens.cu_seqlens, coef_tensor)
-    options = (code, group_size, coef, cliprange, cliprange_ratio, log_bound)
+    options = (code, group_size, coef, cliprange, weight_clip, log_bound)
     loss, stats = ScaledGradient.apply(op, impl, logprobs, (*inputs, *options))
     return loss, P3OStats(*stats.unbind(0))

@@ -15,7 +15,7 @@ from ppo_kernels.reference.rows import (
     valid_tokens,
 )
 
-INTERIORS = ("carry", "decay", "ignore")
+MASKED_STEPS = ("skip", "zero", "keep")
 
 
 @torch.no_grad()
@@ -26,7 +26,7 @@ def gae(
     *,
     gamma: float = 1.0,
     lam: float | Tensor = 0.95,
-    interior: str = "carry",
+    masked_steps: str = "skip",
     bootstrap_value: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
@@ -38,8 +38,8 @@ def gae(
         return torch.zeros_like(rewards, dtype=dtype), torch.zeros_like(rewards, dtype=dtype)
     position = torch.arange(tokens, device=valid.device)
     until_last = rows.owned & (position <= spread(last_valid(valid, rows), rows))
-    live = valid if interior == "carry" else until_last
-    read = until_last if interior == "ignore" else valid
+    live = valid if masked_steps == "skip" else until_last
+    read = until_last if masked_steps == "keep" else valid
     # A float32 carry misses the error bound at gamma * lam = 1 and large T.
     r, v = select(rewards, read, torch.float64), select(values, read, torch.float64)
     boot = torch.zeros((), dtype=torch.float64, device=v.device)

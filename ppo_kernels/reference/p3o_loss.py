@@ -29,16 +29,16 @@ class P3OStats(NamedTuple):
     Per row, with ``d = clamp(sum of logprobs - old_logprobs)``, in nats per sequence, and ``ratio = exp(d)``:
     """
 
-    kl_k1: Tensor  #: mean of -d
-    kl_k3: Tensor  #: mean of exp(d) - 1 - d
+    approx_kl_k1: Tensor  #: mean of -d
+    approx_kl_k3: Tensor  #: mean of exp(d) - 1 - d
     ref_kl: Tensor  #: mean of S, the sum of logprobs - ref_logprobs
     ratio_mean: Tensor
     ratio_max: Tensor
-    clamped: Tensor  #: share of rows whose log-ratio lies beyond log_ratio_clamp
+    clamp_frac: Tensor  #: share of rows whose log-ratio lies beyond log_ratio_clamp
 
     # Per pair:
     weight_mean: Tensor  #: mean importance weight w
-    weight_clipfrac: Tensor  #: share of weights that cliprange_ratio bounded
+    weight_clipfrac: Tensor  #: share of weights that weight_clip bounded
     clipfrac: Tensor  #: share of terms whose gradient the clip stopped
     reward_gap: Tensor  #: mean of |q|
     margin: Tensor  #: mean of sign(r_i - r_j) (S_i - S_j): how far the policy prefers the better response, in nats
@@ -57,7 +57,7 @@ def p3o_loss(
     group_size: int = 2,
     kl_coef: float | Tensor = 0.05,
     cliprange: float = 0.2,
-    cliprange_ratio: float = 10.0,
+    weight_clip: float = 10.0,
     log_ratio_clamp: float | None = 20.0,
     normalizer: float | Tensor | None = None,
     cu_seqlens: Tensor | None = None,
@@ -85,7 +85,7 @@ def p3o_loss(
     reward_i, reward_j = of_pairs(reward)
     s_gap = margin_i - margin_j
     q = reward_i - reward_j - scalar(kl_coef, torch.float64) * s_gap
-    bound = math.log(cliprange_ratio)
+    bound = math.log(weight_clip)
     if variant == "separate":
         log_weights = torch.stack([shift_i, shift_j]).detach()
         w_i, w_j = log_weights.clamp(-bound, bound).exp()
@@ -111,12 +111,12 @@ def p3o_loss(
         better = reward_i - reward_j
         preferred = torch.where(better > 0, s_gap, torch.where(better < 0, -s_gap, better * s_gap))  # else 0 or NaN
         stats = P3OStats(
-            kl_k1=masked_mean(-d, alive),
-            kl_k3=masked_mean(torch.expm1(d) - d, alive),
+            approx_kl_k1=masked_mean(-d, alive),
+            approx_kl_k3=masked_mean(torch.expm1(d) - d, alive),
             ref_kl=masked_mean(margin, alive),
             ratio_mean=masked_mean(d.exp(), alive),
             ratio_max=torch.cat([torch.where(alive, d.exp(), 0.0), d.new_zeros(1)]).max(),
-            clamped=masked_mean(beyond, alive),
+            clamp_frac=masked_mean(beyond, alive),
             weight_mean=masked_mean(log_weights.clamp(-bound, bound).exp(), each),
             weight_clipfrac=masked_mean(log_weights.abs() > bound, each),
             clipfrac=masked_mean(clipped, each),

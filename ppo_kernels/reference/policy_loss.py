@@ -26,9 +26,9 @@ class PolicyStats(NamedTuple):
     With ``d = clamp(logprobs - old_logprobs)`` and ``ratio = exp(d)``:
     """
 
-    kl_k1: Tensor  #: mean of -d
-    kl_k2: Tensor  #: mean of d^2 / 2
-    kl_k3: Tensor  #: mean of exp(d) - 1 - d
+    approx_kl_k1: Tensor  #: mean of -d
+    approx_kl_k2: Tensor  #: mean of d^2 / 2
+    approx_kl_k3: Tensor  #: mean of exp(d) - 1 - d
     ratio_mean: Tensor
     ratio_var: Tensor  #: population variance
     ratio_max: Tensor
@@ -36,7 +36,7 @@ class PolicyStats(NamedTuple):
     clipfrac_low: Tensor  #: share with A < 0 and ratio < 1 - cliprange_low
     dual_clipfrac: Tensor  #: share whose loss the dual clip lowered
     ref_kl: Tensor  #: mean KL estimate against ref_logprobs (0 without them)
-    clamped: Tensor  #: share with |logprobs - old_logprobs| > log_ratio_clamp
+    clamp_frac: Tensor  #: share with |logprobs - old_logprobs| > log_ratio_clamp
     count: Tensor  # type: ignore[assignment]  #: number of valid tokens
 
 
@@ -88,9 +88,9 @@ def policy_loss(
         excess = ratio.double() - 1.0
         ratio_mean = masked_mean(excess, valid)
         stats = PolicyStats(
-            kl_k1=masked_mean(-d, valid),
-            kl_k2=masked_mean(0.5 * d * d, valid),
-            kl_k3=masked_mean(torch.expm1(d) - d, valid),
+            approx_kl_k1=masked_mean(-d, valid),
+            approx_kl_k2=masked_mean(0.5 * d * d, valid),
+            approx_kl_k3=masked_mean(torch.expm1(d) - d, valid),
             ratio_mean=torch.where(count > 0, 1.0 + ratio_mean, 0.0),
             ratio_var=masked_mean((excess - ratio_mean).square(), valid),
             ratio_max=torch.cat([torch.where(valid, ratio, 0.0), ratio.new_zeros(1)]).max(),
@@ -98,7 +98,7 @@ def policy_loss(
             clipfrac_low=masked_mean((adv < 0) & (ratio < 1.0 - low), valid),
             dual_clipfrac=masked_mean(dual, valid),
             ref_kl=masked_mean(ref_kl, valid),
-            clamped=masked_mean(
+            clamp_frac=masked_mean(
                 torch.zeros_like(valid) if log_ratio_clamp is None else log_ratio.abs() > log_ratio_clamp,
                 valid,
             ),

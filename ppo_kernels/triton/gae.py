@@ -5,8 +5,8 @@ A token maps g, what the later tokens contribute to it, to what it contributes t
     A_t = r_t - V_t + g,    R_t = A_t + V_t,    g' = gamma lam A_t + gamma V_t
 
 and a token that is no transition leaves g as it is. So a stretch of tokens is one affine map (a, b), for every way to
-treat interior masked tokens, and g is gamma * bootstrap_value after the last valid one. The maps are float64: rounding
-gamma * lam to float32 alone costs 1e-5 where it is close to 1.
+treat masked tokens inside a row, and g is gamma * bootstrap_value after the last valid one. The maps are float64:
+rounding gamma * lam to float32 alone costs 1e-5 where it is close to 1.
 """
 
 from __future__ import annotations
@@ -103,7 +103,7 @@ def _gae_rows(
     length,
     gamma: tl.float64,
     lam: tl.float64,
-    INTERIOR: tl.constexpr,
+    MASKED_STEPS: tl.constexpr,
     LANES: tl.constexpr,
     DOUBLING: tl.constexpr,
 ):
@@ -137,8 +137,8 @@ def _gae_rows(
         inside = t < length
         valid = load_valid(mask, t, inside)
         until_last = t <= last
-        live = valid if INTERIOR == 0 else until_last
-        read = until_last if INTERIOR == 2 else valid
+        live = valid if MASKED_STEPS == 0 else until_last
+        read = until_last if MASKED_STEPS == 2 else valid
         reward = tl.where(read, tl.load(rewards + t, mask=inside, other=0.0), 0.0).to(tl.float64)
         value = tl.where(read, tl.load(values + t, mask=inside, other=0.0), 0.0).to(tl.float64)
         gain = reward - value
@@ -160,9 +160,9 @@ def gae(
     cu_seqlens: Tensor | None,
     gamma: float,
     lam: float,
-    interior: int,
+    masked_steps: int,
 ) -> tuple[Tensor, Tensor]:
-    require(0 <= interior <= 2, f"unknown interior {interior}")
+    require(0 <= masked_steps <= 2, f"unknown masked_steps {masked_steps}")
     rows = token_rows(rewards, cu_seqlens)
     require_like(values, rewards)
     mask = mask_bytes(mask, rewards)
@@ -188,7 +188,7 @@ def gae(
         rows.length,
         gamma,
         lam,
-        INTERIOR=interior,
+        MASKED_STEPS=masked_steps,
         LANES=lanes,
         DOUBLING=DOUBLING,
         num_warps=lanes // 32,

@@ -191,7 +191,7 @@ def p3o_loss(
     group_size: int,
     kl_coef: float,
     cliprange: float,
-    cliprange_ratio: float,
+    weight_clip: float,
     log_ratio_clamp: float,
     grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -238,7 +238,7 @@ def p3o_loss(
         kl_coef,
         middle - cliprange,
         middle + cliprange,
-        math.log(cliprange_ratio),
+        math.log(weight_clip),
         log_ratio_clamp,
         JOINT=variant == 1,
         MEMBERS=triton.next_power_of_2(group_size),

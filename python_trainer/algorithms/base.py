@@ -96,7 +96,7 @@ class Algorithm:
             impl=config.ops_impl,
         )
         return loss, {
-            "policy/approxkl_avg": stats.kl_k2,
+            "policy/approxkl_avg": stats.approx_kl_k2,
             "policy/clipfrac_avg": stats.clipfrac_high + stats.clipfrac_low,
             "policy/dual_clipfrac_avg": stats.dual_clipfrac,
             "val/ratio": stats.ratio_mean,

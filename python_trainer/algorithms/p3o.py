@@ -56,12 +56,12 @@ class P3O(Algorithm):
             group_size=self.group_size,
             kl_coef=self.kl.coef,
             cliprange=config.cliprange,
-            cliprange_ratio=config.cliprange_ratio,
+            weight_clip=config.weight_clip,
             normalizer=normalizer,
             impl=config.ops_impl,
         )
         return loss, {
-            "policy/approxkl_avg": stats.kl_k3,
+            "policy/approxkl_avg": stats.approx_kl_k3,
             "policy/clipfrac_avg": stats.clipfrac,
             "policy/pair_accuracy": stats.accuracy,
             "policy/pair_weight": stats.weight_mean,

@@ -37,7 +37,7 @@ class RLOO(Algorithm):
             impl=self.config.ops_impl,
         )
         return loss, {
-            "policy/approxkl_avg": stats.kl_k2,
+            "policy/approxkl_avg": stats.approx_kl_k2,
             "policy/clipfrac_avg": stats.clipfrac_high + stats.clipfrac_low,
             "val/ratio": stats.ratio_mean,
             "val/ratio_var": stats.ratio_var,

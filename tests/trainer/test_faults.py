@@ -24,8 +24,8 @@ FAST = [
 def outcomes(tmp_path_factory):
     path = tmp_path_factory.mktemp("faults") / "outcomes.json"
     done = subprocess.run(
-        [sys.executable, "-m", "trainer.faults", "--fast", "--json", str(path)],
-        env=os.environ | {"PYTHONPATH": f"{ROOT / 'tests'}{os.pathsep}{ROOT}"},
+        [sys.executable, "-m", "tests.trainer.faults", "--fast", "--json", str(path)],
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
         timeout=900,

@@ -254,7 +254,7 @@ def test_presets_are_the_published_recipes(tmp_path):
     trl = load("train", None, ["--preset=trl"], PPOConfig)
     assert (trl.kl_coef, trl.vf_coef, trl.num_ppo_epochs, trl.learning_rate) == (0.05, 0.1, 4, 3e-6)
     p3o = load("train", None, ["--preset=p3o"], PPOConfig)
-    assert (p3o.algorithm, p3o.p3o_variant, p3o.cliprange_ratio, p3o.num_generations) == ("p3o", "joint", 10.0, 2)
+    assert (p3o.algorithm, p3o.p3o_variant, p3o.weight_clip, p3o.num_generations) == ("p3o", "joint", 10.0, 2)
     file = tmp_path / "run.yaml"
     file.write_text(json.dumps({"preset": "ds_chat", "train": {"lam": 0.5}}))
     assert load("train", str(file), [], PPOConfig).lam == 0.5

@@ -1,0 +1,92 @@
+"""Lets the op tests, which are written on CPU tensors, drive the CUDA and Triton kernels.
+
+Without a GPU the CUDA kernels are compiled for the host (``host_cuda``). With one, a wrapper moves every argument to
+it, storage and strides as they are, and the results back.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+
+import hypothesis
+import pytest
+import torch
+
+from ppo_kernels import _native, backends
+
+#: Compile the CUDA kernels for the host and test them too.
+HOST_CUDA = os.environ.get("PPO_KERNELS_HOST_CUDA") == "1" and not torch.cuda.is_available()
+#: What is tested here, and of that what has kernels.
+IMPLEMENTATIONS = [*(["cuda"] if HOST_CUDA or torch.cuda.is_available() else []), "cpu", "triton", "torch"]
+KERNELS = IMPLEMENTATIONS[:-1]
+
+
+def serve() -> None:
+    """Make ``IMPLEMENTATIONS`` serve CPU tensors in this process."""
+    if torch.cuda.is_available():
+        serve_from_gpu("cuda")
+        serve_from_gpu("triton")
+    elif HOST_CUDA:
+        serve_cuda_from_host()
+
+
+def serve_cuda_from_host() -> None:
+    """Make ``impl="cuda"`` serve CPU tensors with the kernels compiled for the host."""
+    from tests.lib import host_cuda
+
+    path = host_cuda.build()
+    torch.ops.load_library(path)
+    _native._cuda = ctypes.CDLL(str(path))  # counts its calls
+    _native._cuda.ppo_kernels_call_counts.restype = ctypes.c_char_p
+    ops = getattr(torch.ops, host_cuda.NAMESPACE)
+    _serve("cuda", lambda name: getattr(ops, name).default)
+
+
+def serve_from_gpu(impl: str) -> None:
+    """Make ``impl`` ("cuda" or "triton") serve CPU tensors with its kernels on the GPU."""
+    kernels = {name: op for (owner, name), op in backends._kernels.items() if owner == impl}
+    _serve(impl, lambda name: _through_gpu(kernels[name]))
+
+
+def _serve(impl: str, kernel_of) -> None:
+    names = {name for owner, name in backends._kernels if owner == "cpu"}
+    backends._kernels.update({(impl, name): _float32_only(impl, kernel_of(name)) for name in names})
+    if impl not in backends.PREFERENCE["cpu"]:
+        backends.PREFERENCE["cpu"] += (impl,)
+
+
+def _float32_only(impl: str, kernel):
+    """GPU kernels have no float64: ``choose`` sends such tensors on a GPU elsewhere, so there is nothing to test."""
+
+    def call(*args):
+        if args[0].dtype == torch.float64:
+            if hypothesis.currently_in_test_context():
+                hypothesis.reject()  # this example; a skip would end all
+            pytest.skip(f"{impl} has no float64 kernels on a GPU")
+        return kernel(*args)
+
+    return call
+
+
+def _through_gpu(kernel):
+    def call(*args):
+        moved = [to_gpu(a) if torch.is_tensor(a) else a for a in args]
+        result = kernel(*moved)
+        for argument, value, at in zip(kernel._schema.arguments, args, moved, strict=True):
+            if argument.alias_info is not None and argument.alias_info.is_write:
+                value.copy_(at)
+        if result is None:
+            return None
+        return result.cpu() if torch.is_tensor(result) else tuple(x.cpu() for x in result)
+
+    return call
+
+
+def to_gpu(x: torch.Tensor) -> torch.Tensor:
+    """The same storage, offset and strides on the GPU; only as much of the storage as the tensor reaches."""
+    reach = x.storage_offset() + (
+        1 + sum((n - 1) * s for n, s in zip(x.shape, x.stride(), strict=True)) if x.numel() else 0
+    )
+    flat = torch.as_strided(x, (reach,), (1,), 0)
+    return torch.as_strided(flat.cuda(), x.shape, x.stride(), x.storage_offset())

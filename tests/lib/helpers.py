@@ -1,0 +1,179 @@
+"""What the op tests share: the metric, inputs, and the eager float32 code that a kernel must not be worse than."""
+
+from __future__ import annotations
+
+import functools
+import math
+import mmap
+import tempfile
+
+import numpy as np
+import pytest
+import torch
+
+NAN, INF = float("nan"), float("inf")
+FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+JUNK = (NAN, INF, -INF, 1e30)
+MASK_DTYPES = (torch.bool, torch.uint8, torch.int32, torch.int64, torch.float32, torch.float64)
+MASKED_STEPS = ("skip", "zero", "keep")
+ESTIMATORS = ("k1", "abs", "k2", "k3")
+MODES = ("token-mean", "token-sum", "seq-mean-token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm")
+
+
+def out_dtype(*dtypes: torch.dtype) -> torch.dtype:
+    return torch.float64 if torch.float64 in dtypes else torch.float32
+
+
+def as_array(x) -> np.ndarray:
+    return np.asarray(x.detach().double().numpy() if torch.is_tensor(x) else x, dtype=np.float64)
+
+
+def assert_close_to_oracle(actual, oracle, *, eager=None, ceiling=None, scale=None, what="value") -> None:
+    """The one metric: same NaN and infinities, error at most twice that of eager code plus noise, and a ceiling.
+
+    ``ceiling`` is absolute, or relative to ``scale`` (a number or an array that broadcasts). Noise is one rounding of
+    the output dtype at the size of the value; what is beyond its largest number has to be infinite. Without ``eager``
+    and ``ceiling`` float64 gets 1e-11, others 1e-6.
+    """
+    got, want = as_array(actual), as_array(oracle)
+    dtype = actual.dtype if torch.is_tensor(actual) else torch.float64
+    want = np.where(np.isfinite(want) & (np.abs(want) > torch.finfo(dtype).max), np.copysign(INF, want), want)
+    assert got.shape == want.shape, f"{what}: shape {got.shape}, oracle {want.shape}"
+    for name, same in (("NaN", np.isnan), ("+inf", np.isposinf), ("-inf", np.isneginf)):
+        off = same(got) != same(want)
+        assert not off.any(), f"{what}: {name} at other places than the oracle, {int(off.sum())} of {off.size}"
+    finite = np.isfinite(want)
+    if not finite.any():
+        return
+    eps = torch.finfo(dtype).eps
+    error = np.where(finite, np.abs(np.where(finite, got, 0.0) - np.where(finite, want, 0.0)), 0.0)
+    size = np.abs(want[finite]).max()
+    if eager is not None:
+        base = as_array(eager)
+        both = finite & np.isfinite(base)
+        bound = 2.0 * np.abs(base[both] - want[both]).max(initial=0.0) + 2.0 * eps * max(size, 1.0)
+        assert error.max() <= bound, f"{what}: error {error.max():.3e} > {bound:.3e} (twice eager plus noise)"
+    if ceiling is None and eager is None:
+        ceiling, scale = (1e-11 if dtype == torch.float64 else max(1e-6, eps)), max(size, 1.0)
+    if ceiling is not None:
+        limit = np.broadcast_to(ceiling * (1.0 if scale is None else np.asarray(scale)), error.shape)
+        worst = np.unravel_index(np.argmax(error - limit), error.shape)
+        assert (error <= limit).all(), f"{what}: error {error[worst]:.3e} > {limit[worst]:.3e} at {worst}"
+
+
+def bit_equal(a, b) -> bool:
+    """Same shape, dtype and bits, NaN equal to NaN, -0 equal to 0."""
+    if isinstance(a, tuple):
+        return len(a) == len(b) and all(bit_equal(x, y) for x, y in zip(a, b, strict=True))
+    return a.dtype == b.dtype and a.shape == b.shape and bool(((a == b) | (a.isnan() & b.isnan())).all())
+
+
+def holey_mask(batch: int, length: int, seed: int = 0, share: float = 0.7) -> torch.Tensor:
+    """Random holes; row 0 full, row 1 empty, row 2 a single first token, row 3 a single last one."""
+    g = torch.Generator().manual_seed(seed)
+    mask = torch.rand(batch, length, generator=g) < share
+    for row, pick in enumerate((slice(None), slice(0, 0), slice(0, 1), slice(-1, None))):
+        if row < batch - 1:
+            mask[row] = False
+            mask[row, pick] = True
+    return mask
+
+
+def with_junk(x: torch.Tensor, mask: torch.Tensor, junk: float) -> torch.Tensor:
+    return torch.where(mask, x, torch.full((), junk, dtype=x.dtype))
+
+
+def strided(x: torch.Tensor, pad: int = 3, offset: int = 1) -> torch.Tensor:
+    """The same values in a view with padded rows that starts off a vector boundary; the padding is NaN."""
+    if x.numel() == 0:
+        return x
+    wide = torch.full((x.numel() // x.shape[-1] * (x.shape[-1] + pad) + offset,), NAN, dtype=x.dtype)
+    view = wide[offset:].view(*x.shape[:-1], x.shape[-1] + pad)[..., : x.shape[-1]]
+    return view.copy_(x)
+
+
+def far_rows(x: torch.Tensor, stride: int = 2**28) -> torch.Tensor:
+    """The same values in rows so far apart that the last of nine begins at 2^31: a sparse file holds little of it."""
+    size = x.element_size() * (stride * (x.shape[0] - 1) + x.shape[1])
+    with tempfile.TemporaryFile() as file:
+        file.truncate(size)
+        wide = torch.frombuffer(mmap.mmap(file.fileno(), size), dtype=x.dtype)
+    return wide.as_strided(x.shape, (stride, 1)).copy_(x)
+
+
+def pack(x: torch.Tensor, lengths: list[int]) -> torch.Tensor:
+    return torch.cat([row[:n] for row, n in zip(x, lengths, strict=True)])
+
+
+def unpack(x: torch.Tensor, lengths: list[int], length: int) -> torch.Tensor:
+    out = x.new_zeros(len(lengths), length)
+    for row, part in zip(out, x.split(lengths), strict=True):
+        row[: len(part)] = part
+    return out
+
+
+def cu(lengths: list[int], dtype: torch.dtype = torch.int32) -> torch.Tensor:
+    return torch.tensor([0, *np.cumsum(lengths).tolist()], dtype=dtype)
+
+
+def grad_of(fn, x: torch.Tensor, upstream=None) -> tuple:
+    """``fn(leaf)`` detached, and the gradient of it (or of its first element) at the leaf."""
+    leaf = x.detach().requires_grad_()  # not a copy: that would lose the strides
+    out = fn(leaf)
+    first = out[0] if isinstance(out, tuple) else out
+    first.backward(upstream)
+    return out, leaf.grad
+
+
+def assert_raises(error, fn, *mentions: str) -> None:
+    """The message must say what was given and what is allowed: each of ``mentions``."""
+    with pytest.raises(error) as caught:
+        fn()
+    text = str(caught.value)
+    for mention in mentions:
+        assert mention in text, f"{mention!r} is not in the message {text!r}"
+
+
+def eager_logprobs(logits, labels, temperature=1.0):
+    """What trainers write: float32 log_softmax and gather; the labels must be legal."""
+    tau = temperature[..., None] if torch.is_tensor(temperature) else temperature
+    log_p = torch.log_softmax(logits.to(out_dtype(logits.dtype)) / tau, -1)
+    return log_p.gather(-1, labels.long()[..., None])[..., 0]
+
+
+def eager_entropy(logits, temperature=1.0):
+    tau = temperature[..., None] if torch.is_tensor(temperature) else temperature
+    log_p = torch.log_softmax(logits.to(out_dtype(logits.dtype)) / tau, -1)
+    return -(log_p.exp() * log_p.masked_fill(log_p == -INF, 0.0)).sum(-1)
+
+
+def eager_policy_terms(logp, old, adv, low=0.2, high=0.2):
+    ratio = torch.exp(logp - old)
+    return torch.max(-adv * ratio, -adv * ratio.clamp(1 - low, 1 + high))
+
+
+def _serve_and_run(target, args) -> None:
+    from tests.lib import devices
+
+    devices.serve()
+    target(*args)
+
+
+def in_fresh_process(target, *args) -> None:
+    """Run ``target(*args)`` in a process of its own: a wild read then fails the test and not the session."""
+    process = torch.multiprocessing.get_context("spawn").Process(target=_serve_and_run, args=(target, args))
+    process.start()
+    process.join(120)
+    assert process.exitcode == 0, f"{target.__name__}: exit code {process.exitcode}"
+
+
+def magnitude(x) -> np.ndarray:
+    """|x|, and 0 for what is not finite."""
+    x = np.asarray(x, dtype=np.float64)
+    return np.where(np.isfinite(x), np.abs(x), 0.0)
+
+
+def row_scale(*arrays: np.ndarray) -> np.ndarray:
+    """For each row the largest magnitude in any of the arrays, kept 2-d."""
+    sizes = [magnitude(a).max(-1, keepdims=True, initial=0.0) for a in arrays]
+    return np.maximum(functools.reduce(np.maximum, sizes), math.ulp(1.0))

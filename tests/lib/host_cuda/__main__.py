@@ -1,0 +1,3 @@
+from tests.lib.host_cuda import build
+
+print(build())

@@ -1,0 +1,176 @@
+"""The tests of the ops under sanitizers, in copies of the sources built for them: ``run.py [--together] [KIND ...]``.
+
+"address" looks for accesses outside of memory and, in the same binary, for undefined behaviour; "thread" for races:
+both in the C++ ops. "cuda_address" and "cuda_thread" do so in the CUDA kernels, compiled for the host.
+Afterwards the patches of this folder are planted one by one, and each must be reported: a silent sanitizer is no news.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+from tests.lib import checkout
+
+HERE = Path(__file__).resolve().parent
+
+OPS = (
+    *("token_logprobs", "token_logprobs_api", "kl_rewards", "gae", "whiten", "policy_loss", "value_loss"),
+    *("p3o_loss", "p3o_loss_api", "group_advantages"),
+)
+FILES = tuple(f"tests/test_{op}.py" for op in OPS)
+CONTRACTS = ("tests/test_contracts.py", "tests/test_contracts_dispatcher.py")
+# Rows and batches of several blocks, which run at the same time.
+SHARED_WORK = (
+    "tests/test_gae.py::test_lengths_around_the_blocks_of_a_kernel[cuda-4097]",
+    "tests/test_gae.py::test_packed_rows_of_several_blocks_equal_padded_ones[cuda-decay]",
+    "tests/test_gae.py::test_hand_computed_rows_tell_the_masked_steps_apart[cuda]",
+    "tests/test_kl_rewards.py::test_packed_rows_of_several_blocks_equal_padded_ones[cuda]",
+    "tests/test_kl_rewards.py::test_matches_the_loop[cuda-33-dtype0-k3]",
+    "tests/test_policy_loss.py::test_matches_the_loop[cuda-shape5-dtype0]",
+    "tests/test_value_loss.py::test_matches_the_loop[cuda-shape5-0.2-dtype0]",
+    "tests/test_whiten.py::test_a_large_mean_does_not_cancel_the_variance",
+    "tests/test_p3o_loss.py::test_every_pair_of_larger_groups_counts[cuda-3-joint]",
+    "tests/test_p3o_loss.py::test_packed_equals_padded[cuda-kind1-separate]",
+    "tests/test_group_advantages.py::test_matches_the_loop[cuda-sizes4-grpo-dtype0]",
+    "tests/test_token_logprobs.py::test_a_vocabulary_of_151936[cuda-dtype2]",
+)
+QUIET = ("-p", "no:cacheprovider", "-p", "no:warnings")
+SECONDS = 900  # for the tests of one run
+REPORT = re.compile(r"AddressSanitizer|runtime error|ThreadSanitizer")
+
+
+class Kind(NamedTuple):
+    flags: str
+    library: str
+    tests: tuple[str, ...]
+    choice: str
+    cuda: bool = False  # the CUDA kernels, compiled for the host
+
+    @property
+    def host_cuda(self) -> dict[str, str]:
+        blocks = "-DHOST_CUDA_BLOCKS=3 " if self.library == "libtsan.so" else ""
+        return {"PPO_KERNELS_HOST_CUDA": "1", "HOST_CUDA_FLAGS": f"{blocks}-fsanitize={self.flags} -fno-sanitize=vptr"}
+
+
+# What torch.compile builds is not the kernels', a group starts processes, and refusals are Python's.
+OTHERS = "not compile and not a_group_whitens and not refused"
+ADDRESS = ("address,undefined,float-cast-overflow", "libasan.so")
+THREAD = ("thread", "libtsan.so")
+KINDS = {
+    "address": Kind(
+        *ADDRESS,
+        (*FILES, *CONTRACTS, "tests/test_avx512.py"),
+        f"{OTHERS} and not torch and not triton and not portable",
+    ),
+    "thread": Kind(*THREAD, FILES + CONTRACTS, f"{OTHERS} and not torch and not triton"),
+    "cuda_address": Kind(*ADDRESS, FILES, f"{OTHERS} and cuda and not wrong_arguments", cuda=True),
+    "cuda_thread": Kind(*THREAD, SHARED_WORK, "cuda", cuda=True),
+}
+
+
+def gcc_file(name: str) -> str:
+    return subprocess.run(
+        ["gcc", f"-print-file-name={name}"], capture_output=True, text=True, check=True
+    ).stdout.strip()
+
+
+def build(kind: Kind, copy: Path) -> None:
+    if kind.cuda:
+        checkout.build_host_cuda(copy, **kind.host_cuda)
+    else:
+        checkout.build(copy, PPO_KERNELS_SANITIZE=kind.flags)
+
+
+def prepare(name: str) -> tuple[Path, dict[str, str]]:
+    """A built copy, and the environment in which its tests see the sanitizer."""
+    kind, copy = KINDS[name], checkout.copy_sources(checkout.ROOT / "build" / "sanitize" / name, "tests")
+    build(kind, copy)
+    preload, more = [gcc_file(kind.library)], {}
+    if kind.library == "libasan.so":
+        preload.append(gcc_file("libstdc++.so.6"))  # else the interceptor of exceptions finds none to call
+    if kind.cuda:
+        more = kind.host_cuda
+        for binary in (checkout.ROOT / "ppo_kernels").glob("_C.*so"):  # the schemas, not sanitized
+            (copy / "ppo_kernels" / binary.name).write_bytes(binary.read_bytes())
+    elif kind.library == "libtsan.so":
+        threads = copy / "threads.so"
+        options = ("-std=c++20", "-O1", "-g", "-fPIC", "-shared", "-pthread", "-fsanitize=thread")
+        subprocess.run(["g++", *options, HERE / "threads.cpp", "-o", threads], check=True)
+        preload.append(str(threads))
+    return copy, checkout.environment(
+        LD_PRELOAD=" ".join(preload),
+        OMP_NUM_THREADS="1",
+        PYTHONDONTWRITEBYTECODE="1",
+        ASAN_OPTIONS="detect_leaks=0",  # Python frees little at its end
+        UBSAN_OPTIONS="print_stacktrace=1",
+        TSAN_OPTIONS="halt_on_error=1",
+        **more,
+    )
+
+
+def run_tests(copy: Path, env: dict[str, str], tests: Iterable[str], choice: str) -> tuple[int, str]:
+    # Reports go to the real stderr: pytest would lose them when the process ends.
+    command = [sys.executable, "-m", "pytest", "-q", "--capture=sys", *QUIET, "-k", choice, *tests]
+    try:
+        done = subprocess.run(command, cwd=copy, env=env, capture_output=True, text=True, timeout=SECONDS)
+    except subprocess.TimeoutExpired as stuck:  # blocks that wait for each other, perhaps
+        return 1, f"not done in {SECONDS} s\n{(stuck.stdout or b'').decode()}{(stuck.stderr or b'').decode()}"
+    return done.returncode, done.stdout + done.stderr
+
+
+def excerpt(output: str) -> str:
+    found = REPORT.search(output)
+    return output[found.start() :][:3000] if found else output[-3000:]
+
+
+def noticed(patch: Path, copy: Path, env: dict[str, str]) -> bool:
+    text = patch.read_text()
+    fields = checkout.header(text)
+    spoiled = checkout.patched(text, copy)
+    originals = {path: path.read_text() for path in spoiled}
+    try:
+        for path, content in spoiled.items():
+            path.write_text(content)
+        kind, tests = KINDS[fields["Sanitizer"]], fields["Tests"].split()
+        if kind.cuda:  # the ops that its tests need
+            env = {**env, "HOST_CUDA_OPS": checkout.ops_of(tests)}
+            checkout.build_host_cuda(copy, **kind.host_cuda, HOST_CUDA_OPS=env["HOST_CUDA_OPS"])
+        else:
+            build(kind, copy)
+        code, output = run_tests(copy, env, tests, kind.choice)
+    finally:
+        for path, content in originals.items():
+            path.write_text(content)
+    found = code != 0 and fields["Report"] in output
+    print(f"planted {patch.stem}: {'reported' if found else 'NOT reported'}", flush=True)
+    if not found:
+        print(excerpt(output))
+    return found
+
+
+def check(name: str) -> bool:
+    begin = time.monotonic()
+    copy, env = prepare(name)
+    kind = KINDS[name]
+    print(f"{name}: built with -fsanitize={kind.flags} in {time.monotonic() - begin:.0f} s", flush=True)
+    code, output = run_tests(copy, env, kind.tests, kind.choice)
+    clean = code == 0 and not REPORT.search(output)
+    print(f"{name}: {output.strip().splitlines()[-1] if clean else excerpt(output)}", flush=True)
+    patches = [path for path in sorted(HERE.glob("*.patch")) if f"\nSanitizer: {name}\n" in path.read_text()]
+    proven = [noticed(path, copy, env) for path in patches] if clean else []
+    good = clean and bool(proven) and all(proven)
+    print(f"{name}: {'no report' if good else 'FAILED'} ({time.monotonic() - begin:.0f} s)", flush=True)
+    return good
+
+
+if __name__ == "__main__":
+    names = [name for name in sys.argv[1:] if name != "--together"] or list(KINDS)
+    with ThreadPoolExecutor(len(names) if "--together" in sys.argv else 1) as pool:
+        sys.exit(0 if all(list(pool.map(check, names))) else 1)
