@@ -273,20 +273,6 @@ def test_all_masked_batch_gives_zeros(impl):
         assert not got.any()
 
 
-def test_shift_invariance_and_vocabulary_permutation(impl):
-    logits, labels = make(6, 515)
-    logp, h = token_logprobs(logits, labels, entropy=True, impl=impl)
-    exact = torch.randint(-8, 8, (6, 1)).float() * 16
-    halves = (logits * 256).round() / 256
-    base, moved = (token_logprobs(x, labels, entropy=True, impl=impl) for x in (halves, halves + exact))
-    torch.testing.assert_close(moved[0], base[0], rtol=0, atol=2e-6)
-    torch.testing.assert_close(moved[1], base[1], rtol=0, atol=5e-6)
-    order = torch.randperm(515)
-    shuffled = token_logprobs(logits[:, order], order.argsort()[labels], entropy=True, impl=impl)
-    torch.testing.assert_close(shuffled[0], logp, rtol=0, atol=3e-6)
-    torch.testing.assert_close(shuffled[1], h, rtol=0, atol=5e-6)
-
-
 def test_gradients_of_a_row_sum_to_zero_and_padding_the_vocabulary_adds_nothing(impl):
     logits, labels = make(6, 515)
     logp, h, grad = check(impl, logits, labels)
