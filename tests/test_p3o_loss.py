@@ -6,6 +6,7 @@ import torch
 
 from ppo_kernels import P3OStats, group_advantages, p3o_loss
 from tests.lib import oracle_groups
+from tests.lib.checks import pairs_of_responses as make
 from tests.lib.helpers import (
     JUNK,
     MASK_DTYPES,
@@ -28,16 +29,6 @@ FIELDS = (
     "approx_kl_k1 approx_kl_k3 ref_kl ratio_mean ratio_max clamp_frac weight_mean weight_clipfrac clipfrac"
     " reward_gap margin accuracy count"
 )
-
-
-def make(batch, length, dtype=torch.float32, seed=0, spread=0.3):
-    """Log-ratios of whole rows are about ``spread`` in size, whatever the length."""
-    g = torch.Generator().manual_seed(seed)
-    old = -torch.rand(batch, length, generator=g) * 3
-    step = spread / max(length, 1) ** 0.5
-    logp = old + torch.randn(batch, length, generator=g) * step
-    ref = old + torch.randn(batch, length, generator=g) * 3 * step
-    return [x.to(dtype) for x in (logp, old, ref, torch.randn(batch, generator=g))]
 
 
 def check(impl, logp, old, ref, scores, mask=None, upstream=None, **options):
