@@ -13,7 +13,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGED = (
-    *("csrc", "ppo_kernels", "python_trainer", "setup.py", "CMakeLists.txt"),
+    *("csrc", "ppo_kernels", "python_trainer", "bench", "setup.py", "CMakeLists.txt"),
     *("pyproject.toml", "README.md", "LICENSE", "MANIFEST.in"),
 )
 
