@@ -58,6 +58,7 @@ def test_contiguous_groups_match_the_loop(impl, groups, group_size, mode, dtype)
     assert bit_equal(group_advantages(scores, ids.int(), mode=mode, impl=impl), got)
 
 
+@pytest.mark.large
 def test_many_small_groups(impl):
     ids = torch.randint(0, 700, (2000,))
     for mode in MODES:

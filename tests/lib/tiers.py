@@ -2,7 +2,8 @@
 
 All of them would take half an hour, most of it in Triton's interpreter. So every implementation meets each pair of a
 test's values, and the interpreter each value. ``--tier rest`` runs what that leaves out, ``--tier whole`` everything.
-The interpreter does not meet a test or a value that is marked ``large`` in `make test`.
+What is marked ``rest``, a test or one of its values, is left out of `make test`, and what is marked ``large`` from that
+of the interpreter.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ def of_make_test(items: Iterable) -> set:
     for item in items:
         row = _parameters(item)
         impl = next((value for value in row.values() if value in IMPLEMENTATIONS), None)
-        if impl != TRITON or not item.get_closest_marker("large"):
+        if not item.get_closest_marker("rest") and not (impl == TRITON and item.get_closest_marker("large")):
             groups.setdefault((item.nodeid.partition("[")[0], impl), []).append((item, row))
     kept = set()
     for (_, impl), group in groups.items():
