@@ -1,7 +1,7 @@
 """An op is its own files and two edits: one is added to a copy of the sources, and everything else knows of it.
 
-The op, ``soft_clip``, lies in ``template`` as its files lie in the tree, with the two edits in ``shared.patch``. Start a
-new op from a copy of it.
+The op, ``soft_clip``, lies in ``template`` as its files lie in the tree, with the two edits in ``shared.patch``. A new
+op may start as a copy of it.
 """
 
 from __future__ import annotations
