@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from ppo_kernels import group_advantages, whiten
-from tests.lib import oracle_groups
+from tests.lib import oracle
 from tests.lib.helpers import NAN, assert_close_to_oracle, assert_raises, bit_equal, out_dtype
 
 OP = "group_advantages"
@@ -23,7 +23,7 @@ def shuffled_ids(sizes, seed=0):
 
 def check(impl, scores, group_ids=None, **options):
     got = group_advantages(scores, group_ids, impl=impl, **options)
-    want = oracle_groups.group_advantages(scores, group_ids, **options)
+    want = oracle.group_advantages(scores, group_ids, **options)
     assert got.dtype == out_dtype(scores.dtype)
     assert not got.requires_grad
     size = max(np.abs(want).max(initial=0.0, where=np.isfinite(want)), 1.0)

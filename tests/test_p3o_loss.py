@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from ppo_kernels import P3OStats, group_advantages, p3o_loss
-from tests.lib import oracle_groups
+from tests.lib import oracle
 from tests.lib.checks import pairs_of_responses as make
 from tests.lib.helpers import (
     JUNK,
@@ -33,7 +33,7 @@ FIELDS = (
 
 def check(impl, logp, old, ref, scores, mask=None, upstream=None, **options):
     (loss, stats), grad = grad_of(lambda x: p3o_loss(x, old, ref, scores, mask, impl=impl, **options), logp, upstream)
-    want, want_stats, want_grad = oracle_groups.p3o_loss(logp, old, ref, scores, mask, **options)
+    want, want_stats, want_grad = oracle.p3o_loss(logp, old, ref, scores, mask, **options)
     dtype = out_dtype(*(x.dtype for x in (logp, old, ref, scores)))
     assert isinstance(stats, P3OStats)
     assert " ".join(stats._fields) == FIELDS
