@@ -101,6 +101,7 @@ def test_any_groups_match_the_oracle(require_impl, impl, call):
     want = oracle.group_advantages(scores, ids, **options)
     size = max(np.abs(want).max(initial=0.0), 1e-30)
     spread = float(scores.double().abs().max()) if len(scores) else 0.0
-    # Whitening divides advantages that were rounded by their deviation, whatever its size.
-    noise = spread / (1e-4 if options["mode"] == "reinforce++_baseline" and size > 0 else 1.0)
+    # These divide differences that were rounded by their deviation, whatever its size.
+    divided = options["mode"] in ("grpo", "reinforce++_baseline") and size > 0
+    noise = spread / (1e-4 if divided else 1.0)
     assert_close_to_oracle(got, want, ceiling=1.0, scale=4 * torch.finfo(got.dtype).eps * size + 1e-15 * noise)
