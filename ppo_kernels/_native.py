@@ -1,7 +1,7 @@
-"""Loads the compiled ops, and keeps what went wrong: "not built" is not "cannot load because ...".
+"""Loads the compiled ops, and keeps the reason where that fails: "not built" and "cannot load" need other remedies.
 
-Everything here happens once, at import. Afterwards ``CPU_ERROR`` and ``CUDA_ERROR`` say whether a library
-can be used: None, or the exception to show.
+Everything here happens once, at import. Afterwards ``CPU_ERROR`` and ``CUDA_ERROR`` are None, or the exception to
+show to whoever asks for that library.
 """
 
 from __future__ import annotations
