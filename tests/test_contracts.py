@@ -19,6 +19,7 @@ def impl_of(request, require_impl):
     return lambda name: require_impl(name.partition(":")[0], request.param)
 
 
+@pytest.mark.large
 @pytest.mark.parametrize("name", GRADCHECKED)
 def test_gradcheck(impl_of, name):
     impl, case = impl_of(name), cases.make(name, torch.float64, batch=3, length=5)
@@ -51,6 +52,7 @@ def test_double_backward_raises(impl_of, name):
         grad.square().sum().backward()
 
 
+@pytest.mark.large
 @pytest.mark.parametrize("name", NAMES)
 def test_outputs_require_grad_only_where_the_op_is_differentiable(impl_of, name):
     case = cases.make(name)
@@ -61,6 +63,7 @@ def test_outputs_require_grad_only_where_the_op_is_differentiable(impl_of, name)
         assert not any(x.requires_grad for x in case.call(tensors, impl_of(name)))
 
 
+@pytest.mark.large
 @pytest.mark.parametrize("name", NAMES)
 def test_no_grad_inference_mode_and_training_give_the_same_bits(impl_of, name):
     impl, case = impl_of(name), cases.make(name)
@@ -98,6 +101,7 @@ def test_each_input_alone_may_be_a_view_of_wider_rows(impl_of, name):
                 assert bit_equal(case.call(case.tensors | {key: view}, impl), want), key
 
 
+@pytest.mark.large
 @pytest.mark.parametrize("name", NAMES)
 def test_runs_repeat_bit_by_bit(impl_of, name):
     impl = impl_of(name)
@@ -142,6 +146,7 @@ def test_a_row_does_not_depend_on_the_batch_around_it(impl_of, name, dtype):
         assert bit_equal(by_row(case, impl, cases.pick_rows(case, rows)), tuple(x[rows] for x in whole)), rows
 
 
+@pytest.mark.large
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_row_of_a_large_vocabulary_does_not_depend_on_the_batch_around_it(impl_of, dtype):
     impl = impl_of("token_logprobs")
@@ -218,6 +223,7 @@ def test_triton_on_cpu_tensors_is_refused_without_its_interpreter(monkeypatch):
     in_fresh_process(triton_is_refused)
 
 
+@pytest.mark.large
 @pytest.mark.parametrize("name", NAMES)
 def test_output_dtypes_follow_the_widest_input(impl_of, name):
     impl, always = impl_of(name), REGISTERED[name].output_dtype
@@ -241,6 +247,7 @@ def test_one_float64_input_is_enough(impl_of, name):
         assert {x.dtype for x in out} == {torch.float64}, key
 
 
+@pytest.mark.large
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("low", [torch.bfloat16, torch.float16])
 def test_autocast_changes_nothing(impl_of, name, low):
@@ -264,6 +271,7 @@ def test_autocast_logits_of_a_linear_layer(impl_of):
     assert layer.weight.grad.abs().max() > 0
 
 
+@pytest.mark.large
 @pytest.mark.parametrize("name", DIFFERENTIABLE)
 def test_gradients_accumulate_and_undefined_ones_are_none(impl_of, name):
     impl, case = impl_of(name), cases.make(name)
@@ -276,6 +284,7 @@ def test_gradients_accumulate_and_undefined_ones_are_none(impl_of, name):
     assert torch.autograd.grad((leaf * 2).sum(), leaf)[0].eq(2).all()
 
 
+@pytest.mark.large
 @pytest.mark.parametrize("name", DIFFERENTIABLE)
 def test_saved_tensor_hooks_see_every_saved_tensor(impl_of, name):
     impl, case = impl_of(name), cases.make(name)

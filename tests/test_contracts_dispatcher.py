@@ -6,7 +6,6 @@ import pytest
 import torch
 
 import ppo_kernels as pk
-from bench.cases import OPS
 from tests.lib import cases, recorded
 from tests.lib.cases import DIFFERENTIABLE, NAMES, run
 from tests.lib.helpers import bit_equal
@@ -64,14 +63,27 @@ def compiled(name, backend):
     return lambda case: case._replace(call=fn)
 
 
-def first_and_last_of_each_op():
-    by_op = {op: [name for name in NAMES if name.partition(":")[0] == op] for op in OPS}
-    return dict.fromkeys(name for names in by_op.values() for name in (names[0], names[-1]))
+def one_of_each_kind() -> tuple[str, ...]:
+    """Differentiable or not, with a vocabulary or not, packed or not: within a kind a graph holds the same."""
+    known = {name: cases.REGISTERED[name] for name in reversed(NAMES)}
+    return tuple({(case.leaf is None, case.vocabulary, case.packed): name for name, case in known.items()}.values())
+
+
+FEW = one_of_each_kind()
 
 
 @pytest.mark.parametrize(
     ("impl", "name"),
-    [*(("cpu", n) for n in NAMES), *((i, n) for i in ("triton", "torch") for n in first_and_last_of_each_op())],
+    [
+        *(("cpu", name) for name in NAMES),
+        *((impl, name) for impl in ("triton", "torch") for name in FEW),
+        *(
+            pytest.param(impl, name, marks=pytest.mark.rest)
+            for impl in ("triton", "torch")
+            for name in NAMES
+            if name not in FEW
+        ),
+    ],
 )
 def test_compiles_into_one_graph_and_equals_eager(require_impl, name, impl):
     require_impl(name.partition(":")[0], impl)
@@ -85,7 +97,7 @@ def test_compiles_into_one_graph_and_equals_eager(require_impl, name, impl):
                 torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-7)
 
 
-@pytest.mark.parametrize("name", ["policy_loss", "gae"])
+@pytest.mark.parametrize("name", ["policy_loss", pytest.param("gae", marks=pytest.mark.rest)])
 def test_compiles_with_inductor(require_impl, name):
     impl, wrap = require_impl(name, "cpu"), compiled(name, "inductor")
     for batch, length in ((4, 9), (5, 12)):
