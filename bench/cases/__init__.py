@@ -185,9 +185,9 @@ def right_padded(g: torch.Generator, rows: int, columns: int) -> Tensor:
     return torch.arange(columns, device=g.device) < lengths
 
 
-def with_holes(batch: int, length: int) -> Tensor:
+def with_holes(batch: int, length: int, seed: int = 0, share: float = 0.7) -> Tensor:
     """Random holes; row 0 full, row 1 empty, row 2 a single first token, row 3 a single last one."""
-    mask = torch.rand(batch, length, generator=torch.Generator().manual_seed(0)) < 0.7
+    mask = torch.rand(batch, length, generator=torch.Generator().manual_seed(seed)) < share
     for row, pick in enumerate((slice(None), slice(0, 0), slice(0, 1), slice(-1, None))):
         if row < batch - 1:
             mask[row] = False
