@@ -56,6 +56,7 @@ def check(impl, logp, ref, scores, mask=None, **options):
     return rewards, kl
 
 
+@pytest.mark.several_blocks(length=33, dtype=torch.float32, estimator="k3")
 @pytest.mark.parametrize("estimator", ESTIMATORS)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("length", [1, 2, 33, 128, 257, 1500, 4100])
@@ -179,6 +180,7 @@ def test_packed_equals_padded(impl, estimator, with_index):
             assert bit_equal(packed_kl, kl)
 
 
+@pytest.mark.several_blocks
 def test_packed_rows_of_several_blocks_equal_padded_ones(impl):
     lengths = [2100, 0, 4100, 1, 700]
     logp, ref, scores = make(5, 4100)

@@ -63,6 +63,7 @@ def test_matches_the_loop(impl, shape, variant, dtype):
     check(impl, *data, holey_mask(*shape), variant=variant)
 
 
+@pytest.mark.several_blocks(group_size=3, variant="joint")
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("group_size", [2, 3, 4, 6, 12])
 def test_every_pair_of_larger_groups_counts(impl, group_size, variant):
@@ -282,6 +283,7 @@ def test_a_row_that_is_masked_out_takes_its_pairs_along(impl, variant):
     torch.testing.assert_close(grad[[0, 2, 3, 4]], pairs[2], rtol=1e-6, atol=0)
 
 
+@pytest.mark.several_blocks(kind=torch.int64, variant="separate")
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("kind", [torch.int32, torch.int64])
 def test_packed_equals_padded(impl, kind, variant):
