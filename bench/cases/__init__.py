@@ -24,6 +24,7 @@ Inputs = dict[str, Tensor]
 Shape = tuple[int, ...]
 
 CLIP, GAMMA, LAM, KL_COEF, SCORE_CLIP = 0.2, 1.0, 0.95, 0.1, 5.0  # what the eager code and other libraries get, too
+ESTIMATORS = ("k1", "abs", "k2", "k3")
 MEASURED = ("quick", "small", "full")  # the sizes of the benchmarks on a CPU
 
 
@@ -103,8 +104,14 @@ class Case:
     rowwise: bool = True  # what a row becomes depends on no other row
     per_token: bool = True  # there is an output for each token, which the mask clears
     packed: bool = False  # the inputs are packed sequences: ``pack`` of the padded ones
-    choices: Mapping[str, tuple] = field(default_factory=dict)  # of options: what chooses another kernel
     vocabulary: bool = False  # the last dimension of the input is V
+    output_dtype: torch.dtype | None = None  # else float32, and float64 where an input is that
+    differentiable_outputs: int = 1
+    gradcheck: bool = True  # the gradient is that of the loss: nothing in it is constant by definition
+    per_row: tuple[str, ...] = ()  # inputs that may have one number per row in place of one per token
+    choices: Mapping[str, tuple] = field(default_factory=dict)  # options that choose another kernel, and their values
+    bare_options: Mapping[str, object] = field(default_factory=dict)  # of the call without optional inputs
+    in_a_group: Callable[..., tuple] | None = None  # what the registered op gets where processes share statistics
 
     # For the benchmarks. ``work`` says what is computed, whatever the shape; other libraries are known by it.
     work: str = ""
@@ -132,6 +139,11 @@ class Case:
     @property
     def name(self) -> str:
         return f"{self.op}:{self.variant}" if self.variant else self.op
+
+    @property
+    def differentiable(self) -> int:
+        """How many outputs have a gradient: the first ones."""
+        return self.differentiable_outputs if self.leaf else 0
 
     @property
     def run(self) -> Callable[..., object]:

@@ -41,6 +41,8 @@ CASES = (
         per_token=False,
         inputs=lambda g, dtype, batch, length: rows(g, dtype, batch, "scores") | {"group_ids": torch.arange(batch) % 2},
         options={"mode": "grpo"},
+        choices={"mode": ("rloo", "reinforce++_baseline", "grpo")},
+        bare_options={"group_size": 1},
     ),
     Case(
         op="group_advantages",

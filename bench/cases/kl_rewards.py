@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from bench.cases import (
+    ESTIMATORS,
     KL_COEF,
     MEASURED,
     ROLLOUT,
@@ -84,6 +85,8 @@ CONTRACT = Case(
     contract=True,
     inputs=contract_inputs,
     options={"kl_estimator": "k3", "kl_log_clamp": 20.0, "kl_clamp": 10.0},
+    choices={"kl_estimator": ESTIMATORS},
+    bare_options={"score_clip": None, "kl_log_clamp": None, "kl_clamp": None},
 )
 CASES = (
     CONTRACT,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import torch
+
 from bench.cases import Case, tokens
 
 CASES = (
@@ -10,6 +12,7 @@ CASES = (
         contract=True,
         rowwise=False,
         per_token=False,
+        output_dtype=torch.float64,
         inputs=lambda *args: tokens(*args, "x"),
     ),
 )

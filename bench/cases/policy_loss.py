@@ -7,6 +7,7 @@ import torch
 import ppo_kernels
 from bench.cases import (
     CLIP,
+    ESTIMATORS,
     KL_COEF,
     MEASURED,
     MINIBATCH,
@@ -102,6 +103,9 @@ CONTRACT = Case(
     inputs=contract_inputs,
     options={"cliprange": (0.2, 0.3), "dual_clip": 3.0, "kl_coef": 0.1, "kl_estimator": "k3"},
     leaf="logprobs",
+    per_row=("advantages", "weights"),
+    choices={"kl_estimator": ESTIMATORS},
+    bare_options={"kl_coef": 0.0},
 )
 CASES = (
     CONTRACT,

@@ -46,6 +46,7 @@ def contract(variant, **more):
         inputs=contract_inputs,
         options={"entropy": {"": False, "entropy": True, "detached": "detached"}[variant]},
         leaf="logits",
+        choices={"inplace_backward": (False, True)},
         **more,
     )
 
@@ -109,8 +110,8 @@ def truth(logits, labels, entropy):
 BACKWARD = (Target("eager", 6), Target("torch.compile", 4))
 CASES = (
     contract(""),
-    contract("entropy", accuracy=accuracy, accurate_eager=accurate_eager, truth=truth),
     contract("detached"),
+    contract("entropy", differentiable_outputs=2, accuracy=accuracy, accurate_eager=accurate_eager, truth=truth),
     work(
         BF16,
         small_call=(8, 1000),

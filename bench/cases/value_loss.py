@@ -56,6 +56,7 @@ CONTRACT = Case(
     inputs=contract_inputs,
     options={"cliprange_value": 0.3},
     leaf="values",
+    bare_options={"cliprange_value": None},
 )
 CASES = (
     CONTRACT,

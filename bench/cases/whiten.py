@@ -18,6 +18,11 @@ def inputs(g, dtype, batch, length):
     return {"x": normal(g, batch, length), "mask": right_padded(g, batch, length)}
 
 
+def in_a_group(x, mask=None):
+    count, mean, squares = (torch.tensor(v, dtype=torch.float64) for v in (10.0, 0.5, 3.0))
+    return x, mask, count, mean, squares, False, False, 1e-8
+
+
 def accuracy(g):
     for mean in (0.0, 100.0, 1e4):
         yield Data({"x": torch.randn(8, 4096, generator=g) + mean}, ("whitened",))
@@ -33,6 +38,8 @@ CASES = (
         contract=True,
         rowwise=False,
         inputs=lambda *args: tokens(*args, "x"),
+        bare_options={"shift_mean": False, "unbiased": False},
+        in_a_group=in_a_group,
     ),
     Case(
         op="whiten",
