@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -77,9 +77,31 @@ class Op:
         """Call the eager reference and count the call. A traced one becomes part of a graph and is not a call."""
         assert self._reference is not None
         if not torch.compiler.is_compiling():
+            if args[0].requires_grad:  # autograd refuses to save tensors of inference mode
+                args = tuple(_out_of_inference(x) for x in args)
+                options = {name: _out_of_inference(x) for name, x in options.items()}
             with _torch_calls_lock:
                 _torch_calls[self.name] += 1
         return self._reference(*args, **options)
+
+
+def _out_of_inference(x: Any) -> Any:
+    return x.clone() if isinstance(x, torch.Tensor) and x.is_inference() else x
+
+
+def _vmap_by_calls(kernel: Callable) -> Callable:
+    """A rule for ``torch.func.vmap``: one call per element of the batch."""
+
+    def rule(info: Any, in_dims: Sequence[int | None], *args: Any) -> tuple[Any, Any]:
+        def call(i: int) -> Any:
+            return kernel(*(x if d is None else x.select(d, i) for x, d in zip(args, in_dims, strict=True)))
+
+        results = [call(i) for i in range(info.batch_size)]
+        if isinstance(results[0], torch.Tensor):
+            return torch.stack(results), 0
+        return tuple(torch.stack(parts) for parts in zip(*results, strict=True)), (0,) * len(results[0])
+
+    return rule
 
 
 def register(name: str, *, fake: Callable, triton_kernel: Callable, reference: Callable | None = None) -> Op:
@@ -99,6 +121,9 @@ def register(name: str, *, fake: Callable, triton_kernel: Callable, reference: C
         torch.library.register_fake(f"ppo_kernels::{name}", fake)
     if triton.INSTALLED:
         kernels["triton"] = triton.register(SCHEMAS[name], fake, triton_kernel)
+    if "!" not in SCHEMAS[name]:  # writes to no argument
+        for kernel in set(kernels.values()):
+            torch.library.register_vmap(kernel, _vmap_by_calls(kernel))
 
     def runs(impl: str, device_type: str) -> bool:
         if impl == "triton":

@@ -107,6 +107,11 @@ def to_mask(op: str, mask: object, like: Tensor) -> Tensor | None:
     return unit_last_stride(mask)
 
 
+def keepable(x: Tensor | None) -> Tensor | None:
+    """``x``, or a copy of a tensor of inference mode, which autograd refuses to save."""
+    return x.clone() if x is not None and x.is_inference() else x
+
+
 def unit_last_stride(x: Tensor) -> Tensor:
     if x.dim() == 0 or x.stride(-1) == 1 or x.size(-1) <= 1:
         return x
