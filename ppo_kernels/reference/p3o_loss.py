@@ -15,6 +15,7 @@ from ppo_kernels.reference.rows import (
     reduce_loss,
     row_sum,
     scalar,
+    scaled_or_off,
     select,
     valid_tokens,
 )
@@ -58,7 +59,8 @@ def p3o_loss(
     margin_i, margin_j = of_pairs(margin)
     reward_i, reward_j = of_pairs(reward)
     s_gap = margin_i - margin_j
-    q = reward_i - reward_j - scalar(kl_coef, torch.float64) * s_gap
+    coef = scalar(kl_coef, torch.float64)
+    q = reward_i - reward_j - scaled_or_off(coef, s_gap)
     bound = math.log(weight_clip)
     if variant == "separate":
         log_weights = torch.stack([shift_i, shift_j]).detach()
@@ -74,7 +76,9 @@ def p3o_loss(
         # however large, can round away what decides.
         step = shift_i - shift_j
         surrogate, clipped_ij = _clipped(-k, step, -cliprange, cliprange)
-        loss, clipped = 0.5 * (surrogate - k * (s_gap - step.detach())), clipped_ij[None]
+        # This has no gradient: with the reference off, one that is not finite drops out.
+        constant = torch.where(s_gap.isfinite() | (torch.as_tensor(coef) != 0), s_gap - step.detach(), 0.0)
+        loss, clipped = 0.5 * (surrogate - k * constant), clipped_ij[None]
     total, count = reduce_loss(loss.reshape(-1), both.reshape(-1), rows, None, normalizer)
     total = total.to(dtype)
 
