@@ -94,7 +94,7 @@ def first_order_only(op: str, x: Tensor) -> Tensor:
 
 
 # Opaque to Dynamo, whose own way with an autograd function loses the refusal; nothing is left of it in a graph.
-_library = torch.library.Library("ppo_kernels_traced", "DEF")
+_library = torch.library.Library("ppo_kernels_traced", "FRAGMENT")
 _library.define("first_order_only(str op, Tensor(a) x) -> Tensor(a)")
 _library.impl("first_order_only", _FirstOrderOnly.apply, "CompositeImplicitAutograd")
 
@@ -121,7 +121,8 @@ def traced_input(op: str, x: Tensor, *, vmap: bool) -> Tensor:
 def fused_loss(op: Op, impl: str, x: Tensor, arguments: tuple[object, ...]) -> tuple[Tensor, tuple[Tensor, ...]]:
     """Loss and statistics of a kernel that takes ``x``, the arguments and whether to write the gradient."""
     if torch.compiler.is_compiling():
-        loss, stats = _TracedLoss.apply(op, impl, traced_input(op.name, x, vmap=True), arguments)
+        kernel, (x, *arguments) = op.traceable(impl, (traced_input(op.name, x, vmap=True), *arguments))
+        loss, stats = _TracedLoss.apply(kernel, x, tuple(arguments))
     elif transformed():
         loss, stats, _, _ = _TransformedLoss.apply(op, impl, x, *arguments)
     else:
@@ -133,9 +134,9 @@ class _TracedLoss(torch.autograd.Function):
     """A scalar loss. Its kernel already wrote d(loss * normalizer)/dx, which the backward scales, on the device."""
 
     @staticmethod
-    def forward(ctx, op, impl, x, arguments):
+    def forward(ctx, kernel, x, arguments):
         ctx.set_materialize_grads(False)
-        loss, stats, grad, inv_normalizer = op.kernel(impl)(x, *arguments, ctx.needs_input_grad[2])
+        loss, stats, grad, inv_normalizer = kernel(x, *arguments, ctx.needs_input_grad[1])
         ctx.save_for_backward(grad, inv_normalizer)
         ctx.mark_non_differentiable(stats)
         return loss, stats
@@ -143,9 +144,9 @@ class _TracedLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_loss, _grad_stats):
         if grad_loss is None:
-            return None, None, None, None
+            return None, None, None
         grad, inv_normalizer = ctx.saved_tensors
-        return None, None, grad * (grad_loss * inv_normalizer), None
+        return None, grad * (grad_loss * inv_normalizer), None
 
 
 class _EagerLoss(torch.autograd.Function):

@@ -262,7 +262,7 @@ def token_logprobs(
     if isinstance(temperature, Tensor):
         rows = _temperature_rows(temperature, logits, labels)
     else:
-        check_number(op, "temperature", temperature, above=0.0)
+        temperature = check_number(op, "temperature", temperature, above=0.0)
         if torch.compiler.is_compiling():  # a float would become a constant of the graph
             rows = torch.full(labels.shape, temperature, dtype=torch.float64, device=logits.device)
     if inplace_backward and not (torch.compiler.is_compiling() or transformed()):

@@ -47,7 +47,7 @@ def kl_rewards(
     *,
     kl_coef: float | Tensor = 0.1,
     kl_estimator: str = "k1",
-    score_clip: float | None = 5.0,
+    score_clip: float | None = None,
     kl_log_clamp: float | None = None,
     kl_clamp: float | None = None,
     score_index: Tensor | None = None,

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
@@ -61,7 +59,9 @@ def p3o_loss(
     s_gap = margin_i - margin_j
     coef = scalar(kl_coef, torch.float64)
     q = reward_i - reward_j - scaled_or_off(coef, s_gap)
-    bound = math.log(weight_clip)
+    # A tensor even of a number: a traced math.log() makes a constant of it.
+    made = weight_clip if isinstance(weight_clip, Tensor) else torch.full((), weight_clip, dtype=torch.float64)
+    bound = made.to(logprobs.device).log()
     if variant == "separate":
         log_weights = torch.stack([shift_i, shift_j]).detach()
         w_i, w_j = log_weights.clamp(-bound, bound).exp()
