@@ -6,6 +6,7 @@ says little, since every algorithm can buy reward with KL.
 
 import csv
 import dataclasses
+import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import NamedTuple
 import yaml
 from transformers.hf_argparser import HfArg
 
-from . import launch, metrics
+from . import files, launch, metrics
 from .algorithms import ALGORITHMS, load_algorithm
 from .checkpoint import FREE_TO_CHANGE
 from .config import PPOConfig, UserError
@@ -135,11 +136,12 @@ def _spread(coefs: Sequence[float]) -> list[float]:
 
 
 def _write(path: Path, points: Sequence[Point]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(Point._fields)
-        writer.writerows([field if not isinstance(field, float) else f"{field:.6g}" for field in p] for p in points)
+    files.make_folder(path.parent)
+    table = io.StringIO()
+    writer = csv.writer(table, lineterminator="\n")
+    writer.writerow(Point._fields)
+    writer.writerows([field if not isinstance(field, float) else f"{field:.6g}" for field in p] for p in points)
+    files.write(path, table.getvalue())
 
 
 def draw(table: Path, picture: Path) -> None:
@@ -173,5 +175,7 @@ def draw(table: Path, picture: Path) -> None:
         axis.set_ylabel({"reward": "mean reward", "gold": "mean gold score, which nothing was trained on"}[panel])
         axis.grid(alpha=0.3)
         axis.legend()
-    figure.savefig(picture, dpi=120)
+    content = io.BytesIO()
+    figure.savefig(content, dpi=120)
+    files.write(picture, content.getvalue())
     pyplot.close(figure)

@@ -1,7 +1,6 @@
 """One process or many: the same start under plain python, torchrun and the deepspeed launcher."""
 
 import contextlib
-import fcntl
 import hashlib
 import io
 import logging
@@ -21,6 +20,7 @@ import torch
 import torch.distributed as dist
 import transformers
 
+from . import files
 from .config import UserError
 
 T = TypeVar("T")
@@ -198,10 +198,10 @@ def _compile_cpu_communication() -> None:
     if os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(folder)) != str(folder):
         return  # somebody else's to manage
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / ".building").open("w") as handle:
-        fcntl.flock(handle, fcntl.LOCK_EX)
+    with files.locked(folder / ".building", wait=True):
         for guard in folder.glob("*/lock"):
-            guard.unlink()
+            if files.is_folder(guard.parent):
+                guard.unlink()
         if is_main() and not any(folder.glob("*/*.so")):
             print("DeepSpeed compiles its CPU communication op: about 30 seconds, once.", flush=True)
         with quiet():

@@ -1,8 +1,8 @@
 """What a person sees: a line and a bar per step, metrics.jsonl, curves.png (METRICS.md: what the curves mean)."""
 
+import io
 import json
 import math
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from ppo_kernels import kl_rewards, moments
 
-from . import launch, reports
+from . import files, launch, reports
 from .config import OptimizerConfig, UserError
 
 if TYPE_CHECKING:
@@ -121,8 +121,9 @@ class Log:
         hidden = True if config.disable_tqdm or not launch.is_main() else None  # None: shown on a terminal only
         self._bar = tqdm(total=total, initial=start, desc=title, disable=hidden, leave=False)
         if launch.is_main():
+            files.make_way(self.path)
             self._keep_until(start)
-            self._file = self.path.open("a")
+            self._file = files.append(self.path)
             self._reports = reports.opened(config, folder, start)
 
     def record(self, step: int, metrics: Mapping[str, float]) -> None:
@@ -158,9 +159,7 @@ class Log:
         if not self.path.exists():
             return
         kept = [row for row in read(self.path) if row["step"] <= step]
-        temporary = self.path.with_suffix(".tmp")
-        temporary.write_text("".join(json.dumps(row) + "\n" for row in kept))
-        os.replace(temporary, self.path)
+        files.write(self.path, "".join(json.dumps(row) + "\n" for row in kept))
 
 
 def read(path: Path) -> list[dict[str, Any]]:
@@ -201,6 +200,8 @@ def plot(folder: Path) -> Path:
     for axis in axes.flat[len(panels) :]:
         axis.remove()
     path = folder / "curves.png"
-    figure.savefig(path, dpi=120)
+    picture = io.BytesIO()
+    figure.savefig(picture, dpi=120)
+    files.write(path, picture.getvalue())
     pyplot.close(figure)
     return path

@@ -8,7 +8,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from . import generation, launch
+from . import files, generation, launch
 from .config import EvalConfig, PPOConfig, RewardConfig, RunConfig, SftConfig, UserError
 from .data import Task, encode_prompts, load_task
 from .engines import Policy, frozen
@@ -88,7 +88,7 @@ def compare(config: EvalConfig) -> tuple[Evaluation, Evaluation]:
         folder = Path(config.output_dir) / "eval"
         save(config, folder)
         figures = {"reference": before.metrics, "policy": after.metrics}
-        (folder / "metrics.json").write_text(json.dumps(figures, indent=2) + "\n")
+        files.write(folder / "metrics.json", json.dumps(figures, indent=2) + "\n")
     return before, after
 
 

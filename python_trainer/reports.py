@@ -45,6 +45,9 @@ class TensorBoard:
     def __init__(self, config: Any, folder: Path, start: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
+        from . import files
+
+        files.folder_makes_way(folder / "tensorboard")
         self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=start + 1 if start else None)
 
     def record(self, step: int, metrics: Mapping[str, float]) -> None:
@@ -62,9 +65,13 @@ class Wandb:
     def __init__(self, config: Any, folder: Path, start: int) -> None:
         import wandb
 
+        from . import files
+
+        files.folder_makes_way(folder / "wandb")
         kept = folder / "wandb-id"
+        files.make_way(kept)
         if not (start and kept.exists()):
-            kept.write_text(secrets.token_hex(8))
+            files.write(kept, secrets.token_hex(8))
         self._run = wandb.init(
             project=os.environ.get("WANDB_PROJECT", "python_trainer"),
             dir=str(folder),

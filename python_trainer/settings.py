@@ -14,6 +14,7 @@ from typing import Any, NoReturn, TypeVar
 import yaml
 from transformers import HfArgumentParser
 
+from . import files
 from .config import EvalConfig, PPOConfig, RewardConfig, RunConfig, SftConfig, UserError, resolve
 from .frontier import FrontierConfig
 from .presets import PRESETS
@@ -71,8 +72,8 @@ def load(command: str, path: str | None, overrides: Sequence[str], kind: type[C]
 
 def save(config: RunConfig, folder: Path) -> None:
     """Write the settings beside the results they gave."""
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.yaml").write_text(yaml.safe_dump(dataclasses.asdict(config), sort_keys=False))
+    files.make_folder(folder)
+    files.write(folder / "config.yaml", yaml.safe_dump(dataclasses.asdict(config), sort_keys=False))
 
 
 def _parse(command: str, kind: type[C], settings: dict[str, Any], overrides: Sequence[str]) -> C:

@@ -113,8 +113,10 @@ def test_a_checkpoint_of_another_version_is_named_as_such(finished, tiny, writte
 
 def commit(folder: Path) -> None:
     """A manifest that fits."""
-    (folder / checkpoint.MANIFEST).unlink()
-    checkpoint._commit(shutil.copytree(folder, folder.parent / ".tmp-again"), folder)
+    with checkpoint.committed(folder) as place:
+        for path in folder.iterdir():
+            if path.name != checkpoint.MANIFEST:
+                shutil.copy(path, place)
 
 
 def test_a_checkpoint_of_another_model_is_refused(finished, tiny, tmp_path):
@@ -143,9 +145,9 @@ def test_a_second_run_in_the_same_folder_stops(finished, tiny):
 
 
 def test_a_crash_between_the_renames_loses_nothing(finished):
-    model, retired = finished / "train" / "model", finished / "train" / ".tmp-old-model"
-    model.rename(retired)
-    (finished / "train" / ".tmp-model").mkdir()
+    model, work = finished / "train" / "model", finished / "train" / ".tmp-model-01234567"
+    checkpoint._begin(work, "model")
+    model.rename(work / checkpoint.OLD)
     with checkpoint.claimed(finished / "train", overwrite=False, done=4):
         checkpoint.verify(model)
     assert not list((finished / "train").glob(".tmp-*"))
