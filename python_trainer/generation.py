@@ -142,7 +142,9 @@ def _unpartitioned(policy: Policy) -> Iterator[Any]:
         return
     if policy.copy is None:
         with launch.device():
-            policy.copy = AutoModelForCausalLM.from_config(module.config, dtype=module.dtype).requires_grad_(False)
+            policy.copy = AutoModelForCausalLM.from_config(
+                module.config, dtype=module.dtype, trust_remote_code=False
+            ).requires_grad_(False)
         policy.copy.generation_config = module.generation_config
         for mine, its in zip(policy.copy.buffers(), module.buffers(), strict=True):
             mine.data = its

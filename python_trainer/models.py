@@ -40,7 +40,7 @@ class ScalarModel(torch.nn.Module):
     def on(cls, policy: PreTrainedModel, *, zero_head: bool) -> "ScalarModel":
         """The policy's body under a new head; a zero head makes a critic's first guess 0 everywhere."""
         config = AutoConfig.for_model(**policy.config.to_dict() | {"num_labels": 1})
-        model = AutoModelForSequenceClassification.from_config(config)
+        model = AutoModelForSequenceClassification.from_config(config, trust_remote_code=False)
         model.base_model.load_state_dict(policy.base_model.state_dict())
         torch.nn.init.normal_(model.score.weight, std=0.0 if zero_head else (config.hidden_size + 1) ** -0.5)
         return cls(without_dropout(model))
@@ -58,7 +58,7 @@ def load_policy(path: str | Path | None, config: RunConfig, tokenizer: PreTraine
             "pad_token_id": tokenizer.pad_token_id,
         } | json.loads(config.model_config)
         torch.manual_seed(config.seed)
-        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**architecture))
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**architecture), trust_remote_code=False)
     else:
         raise UserError("no model to start from: give a path or model_config")
     model.generation_config = GenerationConfig(pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id)
@@ -128,7 +128,7 @@ def _from_pretrained(kind: Any, path: str | Path, **extra: Any) -> Any:
     if kind is not AutoTokenizer:
         extra["dtype"] = torch.float32
     try:
-        return kind.from_pretrained(str(path), **extra)
+        return kind.from_pretrained(str(path), trust_remote_code=False, **extra)
     except (OSError, ValueError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0]
         raise UserError(f"cannot load a model from {path}: {reason}") from error

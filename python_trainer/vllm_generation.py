@@ -100,6 +100,7 @@ class VllmGenerator:
                 return LLM(
                     folder,
                     skip_tokenizer_init=True,
+                    trust_remote_code=False,
                     dtype=dtype,
                     load_format="dummy",
                     max_model_len=-1,  # the longest that memory allows

@@ -119,10 +119,10 @@ def fetch_ratings() -> Path:
 def _download(scratch: Path, wanted: Path) -> None:
     requirement = scratch / "requirements.txt"
     requirement.write_text(f"{PACKAGE} --hash=sha256:{PACKAGE_SHA256}\n")
-    options = ["--quiet", "--no-deps", "--no-binary", "vaderSentiment", "--require-hashes"]
+    options = ["--quiet", "--no-input", "--no-deps", "--no-binary", "vaderSentiment", "--require-hashes"]
     extra = shlex.split(os.environ.get("PIP_ARGS", ""))
     command = [sys.executable, "-m", "pip", "download", *options, "-d", str(scratch), "-r", str(requirement)]
-    result = subprocess.run([*command, *extra], capture_output=True, text=True)  # noqa: S603
+    result = subprocess.run([*command, *extra], stdin=subprocess.DEVNULL, capture_output=True, text=True)  # noqa: S603
     if result.returncode:
         reason = (result.stderr.strip().splitlines() or ["pip gave no reason"])[-1]
         raise UserError(
