@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,8 +11,8 @@ import torch
 import torch.distributed as dist
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, get_scheduler
 
-from . import launch, lora
-from .config import OptimizerConfig, RunConfig, resolve
+from . import launch, lora, state
+from .config import OptimizerConfig, RunConfig, UserError, resolve
 from .models import ScalarModel
 
 
@@ -88,7 +89,9 @@ class Trainable:
         else:  # None if it is switched off
             norm = self.engine.get_global_grad_norm()
             self.gradient_norm = float("nan") if norm is None else float(norm) / scale
-        if self._dropped or not self.engine.was_step_applied():
+        # DeepSpeed clips by a norm that is not finite too: nothing is left of the gradients then.
+        overflown = self.gradient_norm == math.inf or self.gradient_norm < 0
+        if self._dropped or overflown or not self.engine.was_step_applied():
             self.skipped += 1
         elif self._fp16:
             self.skipped = 0  # overflows are how a dynamic loss scale finds its size; many in a row are not
@@ -112,15 +115,30 @@ class Trainable:
         finite = torch.ones((), device=launch.device())
         if grads:
             norm = torch.nn.utils.get_total_norm(grads)
-            finite = norm.isfinite().to(finite)
             self._norm = norm if self._norm is None else self._norm
+            finite = (norm.isfinite() & self._norm.isfinite()).to(finite)
         if launch.world_size() > 1:
             dist.all_reduce(finite, dist.ReduceOp.MIN)
-        if self._vetoed or not finite:
+        if self._vetoed or not finite or not self._norm_of_deepspeed_is_finite():
             self._dropped = True
             for group in optimizer.param_groups:
                 for parameter in group["params"]:
                     parameter.grad = None  # AdamW leaves a parameter without gradient, and its moments, alone
+
+    def _norm_of_deepspeed_is_finite(self) -> bool:
+        """Before clipping, where an optimizer of DeepSpeed computes it; it is the same on all ranks."""
+        norm = getattr(getattr(self, "engine", None) and self.engine.optimizer, "_global_grad_norm", None)
+        return norm is None or 0 <= float(norm) < math.inf
+
+    @torch.no_grad()
+    def refuse_non_finite_weights(self, name: str) -> None:
+        """No gradient need be at fault: an update can also divide by 0, or leave the range of a half precision."""
+        finite = all(bool(state.held(weight).isfinite().all()) for weight in self.module.parameters())
+        if not all(launch.gather_objects(finite)):
+            raise UserError(
+                f"weights of the {name} are not finite after the last update, and nothing of it is saved: lower "
+                "learning_rate, raise adam_epsilon, or start from the checkpoint before"
+            )
 
 
 def checkpoint_activations(model: Any) -> None:

@@ -32,7 +32,7 @@ class Trainer:
         request, own = config.resume_from_checkpoint, self.folder / "checkpoints"
         source = None if request is None else checkpoint.find(request, own)
         # From another run's checkpoint a new run starts, which must not replace what is there.
-        self.continues = source is not None and source.resolve().parent == own.resolve()
+        self.continues = source is not None and checkpoint.belongs(source, own)
         checkpoint.refuse_existing(self.folder, overwrite=config.overwrite_output_dir, resume=self.continues)
         self.kl = KlControl(config)
         self.shaping = ScoreShaping(config)
@@ -162,6 +162,8 @@ class Trainer:
         rolled_out = time.perf_counter()
         learning_rate = self.trained["actor"].learning_rate  # the schedule moves on with each update
         averages = self.update(experience)
+        for name, model in self.trained.items():
+            model.refuse_non_finite_weights(name)
         self.done += 1
         kl_coef = self.kl.coef
         summary = metrics.summary(experience, self.tokenizer.eos_token_id, kl_coef, self.config.ops_impl)
@@ -212,6 +214,6 @@ class Trainer:
         skipped = max(model.skipped for model in self.trained.values())
         if skipped >= self.config.max_skipped_steps:
             raise UserError(
-                f"{skipped} updates had a non-finite loss or gradient and were skipped; stopped after step "
-                f"{self.done}, checkpoints are as they were"
+                f"{skipped} updates had a non-finite loss, gradient or gradient norm and were skipped; stopped after "
+                f"step {self.done}, checkpoints are as they were"
             )

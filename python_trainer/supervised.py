@@ -197,8 +197,11 @@ def _batch(rows: list, config: SftConfig, step: int) -> list:
 
 
 def _stop_if_unhealthy(model: Trainable, config: SftConfig) -> None:
+    model.refuse_non_finite_weights("model")
     if model.skipped >= config.max_skipped_steps:
-        raise UserError(f"{model.skipped} updates had a non-finite loss or gradient and were skipped; stopped")
+        raise UserError(
+            f"{model.skipped} updates had a non-finite loss, gradient or gradient norm and were skipped; stopped"
+        )
 
 
 def _stop_if_asked(asked_to_stop: Callable[[], bool], command: str, step: int, config: SftConfig) -> None:
