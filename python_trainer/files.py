@@ -14,8 +14,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
-from .config import UserError
-
 
 def write(path: Path, content: str | bytes) -> None:
     """Put a file in place by a rename, so that a reader sees the old one or the new one."""
@@ -53,16 +51,6 @@ def locked(path: Path, *, wait: bool) -> Iterator[bool]:
             yield True
     finally:
         os.close(handle)
-
-
-def make_folder(folder: Path) -> None:
-    """A folder to write results in, which is no link."""
-    if os.path.lexists(folder) and not is_folder(folder):
-        raise UserError(
-            f"{folder} is {kind(folder)}, through which nothing is written: set output_dir to where the results should "
-            "go, or move it away"
-        )
-    folder.mkdir(parents=True, exist_ok=True)
 
 
 def make_way(path: Path) -> None:

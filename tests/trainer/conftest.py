@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from python_trainer.config import PPOConfig
-from python_trainer.loop import Trainer
+from python_trainer.ppo import Trainer
 
 ROOT = Path(__file__).parents[2]
 

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from python_trainer.config import SftConfig
-from python_trainer.supervised import sft
+from python_trainer.sft import sft
 from python_trainer.tasks.exact import Exact
 
 from .conftest import ROOT, TINY, as_options, command, metric_rows
@@ -25,64 +25,65 @@ LAUNCHERS = {
 ONE_RANK_FAILS = """
 import os
 import torch
-from python_trainer import checkpoint, launch
+from python_trainer import atomic, checkpoint, distributed
 from python_trainer.config import PPOConfig, SftConfig, UserError
-from python_trainer.engines import step_together
-from python_trainer.loop import Trainer
-from python_trainer.supervised import sft
+from python_trainer.deepspeed_engine import step_together
+from python_trainer.ppo import Trainer
+from python_trainer.sft import sft
 from python_trainer.tasks.exact import Exact
 
 Exact.texts = lambda self: (["a b c d e", "a", "b b", "c d d"], ["a b"])
 
 trainer = Trainer(PPOConfig(**%r))
-plain = trainer.judge
-if launch.rank() == 1:
-    trainer.judge = lambda rollout: plain(rollout) * float("nan")
+plain = trainer.reward_fn
+if distributed.rank() == 1:
+    trainer.reward_fn = lambda rollout: plain(rollout) * float("nan")
 try:
-    trainer.step()
+    trainer.train_step()
 except UserError as error:
-    print(f"rank {launch.rank()}: {error}", flush=True)
-trainer.judge = plain
-experience = trainer.rollout()
-if launch.rank() == 1:
+    print(f"rank {distributed.rank()}: {error}", flush=True)
+trainer.reward_fn = plain
+experience = trainer.collect_experience()
+if distributed.rank() == 1:
     with torch.no_grad():
         next(trainer.actor.module.parameters()).mul_(1.1)
 try:
     trainer.update(experience)
 except RuntimeError as error:
-    print(f"rank {launch.rank()}: {error}", flush=True)
+    print(f"rank {distributed.rank()}: {error}", flush=True)
 
 trainer = Trainer(PPOConfig(**%r))
 models = trainer.trained
 before = [p.detach().clone() for model in models.values() for p in model.module.parameters()]
 ids = torch.tensor([[2, 3]])
 models["actor"].backward(models["actor"](input_ids=ids).logits.sum())
-bad = float("inf") if launch.rank() == 1 else 1.0
+bad = float("inf") if distributed.rank() == 1 else 1.0
 models["critic"].backward(models["critic"](input_ids=ids).sum() * bad)
 step_together(list(models.values()))
 after = [p for model in models.values() for p in model.module.parameters()]
 same = all(torch.equal(a, b) for a, b in zip(before, after))
-print(f"rank {launch.rank()}: skipped {[model.skipped for model in models.values()]}, unchanged {same}", flush=True)
+skipped = [model.skipped for model in models.values()]
+print(f"rank {distributed.rank()}: skipped {skipped}, unchanged {same}", flush=True)
 
 sft(SftConfig(**%r))
 
 folder, plain, read = trainer.folder / "checkpoints", checkpoint._sha256, []
 checkpoint._sha256 = lambda path: read.append(path.name) or plain(path)
-for work in (lambda: checkpoint.save(folder, 1, models, trainer.config, {}), lambda: checkpoint.verify(written)):
+for work in (lambda: checkpoint.save(folder, 1, models, trainer.config, {}), lambda: atomic.verify(written)):
     work()
     written = folder / "step-000001"
-    shares = launch.gather_objects(read[:])
-    whole = sorted(path.name for path in written.iterdir() if path.name != checkpoint.MANIFEST)
-    print(f"rank {launch.rank()}: shares {sorted(sum(shares, [])) == whole and all(shares)}", flush=True)
+    shares = distributed.gather_objects(read[:])
+    whole = sorted(path.name for path in written.iterdir() if path.name != atomic.MANIFEST)
+    print(f"rank {distributed.rank()}: shares {sorted(sum(shares, [])) == whole and all(shares)}", flush=True)
     read.clear()
 
 place = folder / ".tmp-half"
 try:
-    with checkpoint.committed(folder / "half"):
-        if launch.rank() == 1:
+    with atomic.atomic_dir(folder / "half"):
+        if distributed.rank() == 1:
             raise ValueError("alone")
 except (RuntimeError, ValueError) as error:
-    print(f"rank {launch.rank()}: {type(error).__name__}, place there {place.exists()}", flush=True)
+    print(f"rank {distributed.rank()}: {type(error).__name__}, place there {place.exists()}", flush=True)
 os._exit(0)
 """
 

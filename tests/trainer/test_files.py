@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from python_trainer import checkpoint, files
-from python_trainer.config import PPOConfig
-from python_trainer.metrics import Log
+from python_trainer import atomic, checkpoint, files
+from python_trainer.config import PPOConfig, UserError
+from python_trainer.logging import Log
 from python_trainer.settings import save
 
 from .conftest import TINY
@@ -27,12 +27,12 @@ def train(tmp_path):
 
 
 def commit(folder: Path, content: str = "x") -> None:
-    with checkpoint.committed(folder) as place:
+    with atomic.atomic_dir(folder) as place:
         (place / "weights").write_text(content)
 
 
 def start(train: Path, *, overwrite: bool = False, done: int = 2) -> None:
-    with checkpoint.claimed(train, overwrite=overwrite, done=0 if overwrite else done):
+    with checkpoint.lock_run_dir(train, overwrite=overwrite, done=0 if overwrite else done):
         pass
 
 
@@ -73,7 +73,7 @@ def test_temporary_folders_of_others_stay(train, tmp_path, overwrite, capfd):
 
 def test_temporary_folders_of_a_run_go(train):
     for parent, name in ((train, "model"), (train / "checkpoints", "step-000003")):
-        checkpoint._begin(parent / f".tmp-{name}-01234567", name)
+        atomic.begin(parent / f".tmp-{name}-01234567", name)
         (parent / f".tmp-{name}-01234567" / "new" / "half").write_text("x")
     (train / ".tmp-ema-01234567").mkdir()  # of a run that ended before its first file
     start(train)
@@ -85,7 +85,7 @@ def test_a_temporary_folder_names_nothing_elsewhere(train, tmp_path):
     victim = tmp_path / "victim"
     commit(victim)
     work = train / ".tmp-model-01234567"
-    checkpoint._begin(work, "../../victim")
+    atomic.begin(work, "../../victim")
     victim.rename(work / "old")
     start(train)
     assert (work / "old" / "weights").exists()
@@ -173,13 +173,13 @@ def test_a_manifest_names_nothing_outside(train, tmp_path):
     """What it lists is deleted inside its folder alone, and through no link."""
     place, step = outside(tmp_path), train / "checkpoints" / "step-000002"
     (step / "inner").symlink_to(place)
-    text = (step / checkpoint.MANIFEST).read_text()
+    text = (step / atomic.MANIFEST).read_text()
     for name in (
         "../../../../outside/step-000009/data",
         str(place / ".tmp-precious" / "data"),
         "inner/step-000009/data",
     ):
-        (step / checkpoint.MANIFEST).write_text(text.replace('"weights"', f'"{name}"'))
+        (step / atomic.MANIFEST).write_text(text.replace('"weights"', f'"{name}"'))
         start(train, done=1)
         assert untouched(place)
         (train / "checkpoints" / "step-000002.kept-1").rename(step)
@@ -188,7 +188,7 @@ def test_a_manifest_names_nothing_outside(train, tmp_path):
 @pytest.mark.parametrize("content", ["{}", "not JSON", '{"files": {}}'])
 def test_a_folder_with_a_damaged_manifest_is_kept(train, content):
     step = train / "checkpoints" / "step-000002"
-    (step / checkpoint.MANIFEST).write_text(content)
+    (step / atomic.MANIFEST).write_text(content)
     start(train, done=1)
     assert names(train / "checkpoints") == ["step-000001", "step-000002.kept-1"]
 
@@ -206,7 +206,7 @@ def test_files_of_a_run_are_not_written_through_what_stands_there(tmp_path, kind
     else:
         (train / name).symlink_to(victim if kind == "link" else tmp_path / "nowhere")
     config = PPOConfig(**TINY | {"output_dir": str(tmp_path)})
-    with checkpoint.claimed(train, overwrite=False):
+    with checkpoint.lock_run_dir(train, overwrite=False):
         save(config, train)
         log = Log(train, config, 1)
         log.record(0, {"x": 1.0})
@@ -231,25 +231,25 @@ def test_a_lock_file_keeps_its_content(tmp_path):
 def test_a_folder_of_results_that_is_a_link_is_refused(tmp_path):
     place = outside(tmp_path)
     (tmp_path / "train").symlink_to(place)
-    with pytest.raises(files.UserError, match="train is a link.*output_dir"):
+    with pytest.raises(UserError, match="train is a link.*output_dir"):
         start(tmp_path / "train")
     assert untouched(place)
     assert not (place / ".lock").exists()
 
 
 def test_the_guard_of_a_build_behind_a_link_stays(tmp_path, monkeypatch):
-    from python_trainer import launch
+    from python_trainer import deepspeed_engine
 
     monkeypatch.setenv("PPO_KERNELS_CACHE", str(tmp_path / "cache"))
     monkeypatch.delenv("TORCH_EXTENSIONS_DIR", raising=False)
     monkeypatch.setattr(importlib.import_module("deepspeed.comm.torch"), "build_shm_op", lambda: None)
-    launch._compile_cpu_communication()
+    deepspeed_engine._compile_cpu_communication()
     (folder,) = (tmp_path / "cache" / "torch_extensions").iterdir()
     for place in (tmp_path / "outside", folder / "op"):
         place.mkdir()
         (place / "lock").write_text("")
     (folder / "linked").symlink_to(tmp_path / "outside")
     monkeypatch.delenv("TORCH_EXTENSIONS_DIR", raising=False)
-    launch._compile_cpu_communication()
+    deepspeed_engine._compile_cpu_communication()
     assert (tmp_path / "outside" / "lock").exists()
     assert not (folder / "op" / "lock").exists()

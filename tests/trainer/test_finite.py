@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from python_trainer.config import SftConfig, UserError
-from python_trainer.engines import step_together
-from python_trainer.supervised import sft
+from python_trainer.deepspeed_engine import step_together
+from python_trainer.sft import sft
 
 from .conftest import TINY
 

@@ -11,10 +11,10 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from python_trainer import generation
+from python_trainer import evaluate
 from python_trainer.config import PPOConfig, UserError
-from python_trainer.engines import save_model
-from python_trainer.generation import HfGenerator
+from python_trainer.models import save_model
+from python_trainer.rollout import HfGenerator
 
 from . import fake_vllm
 from .conftest import ROOT, TINY, as_options, command
@@ -53,17 +53,17 @@ def vllm(request, monkeypatch):
             backends = pytest.importorskip("triton.backends").backends
             backends["cpu"] = SimpleNamespace(driver=SimpleNamespace(is_active=lambda: True), compiler=None)
         yield None
-        used = sys.modules["python_trainer.vllm_generation"].RUNNER
+        used = sys.modules["python_trainer.vllm"].RUNNER
         assert used == str(request.param - 1)
         return
     fake = fake_vllm.install(monkeypatch, request.param)
     monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "")  # so that what the import sets is taken back
     monkeypatch.delenv("VLLM_USE_V2_MODEL_RUNNER")
-    monkeypatch.delitem(sys.modules, "python_trainer.vllm_generation", raising=False)
-    generation._vllm.cache_clear()
+    monkeypatch.delitem(sys.modules, "python_trainer.vllm", raising=False)
+    evaluate._vllm.cache_clear()
     yield fake
-    generation._vllm.cache_clear()
-    sys.modules.pop("python_trainer.vllm_generation", None)
+    evaluate._vllm.cache_clear()
+    sys.modules.pop("python_trainer.vllm", None)
 
 
 def drawn(generator, trainer, rows: int = 40, length: int = 12) -> torch.Tensor:
@@ -90,7 +90,7 @@ def test_vllm_draws_the_tokens_of_transformers(tiny, vllm, kind):
     for _ in range(3):
         tokens.append(drawn(trainer.generator, trainer))
         assert tokens[-1].equal(drawn(HfGenerator(64), trainer))
-        trainer.step()
+        trainer.train_step()
     ended = (tokens[0] == trainer.tokenizer.eos_token_id).any(dim=1)
     assert 0 < ended.sum() < len(ended)
     assert not tokens[0].equal(tokens[1])
@@ -104,7 +104,7 @@ def test_vllm_gets_whole_weights_with_adapters_merged(tiny, vllm, kind):
         pytest.importorskip("peft", reason="LoRA needs peft")
     trainer = tiny(model_config=wide("gpt2"), **VLLM | settings)
     before = drawn(trainer.generator, trainer)
-    trainer.step()
+    trainer.train_step()
     after = drawn(trainer.generator, trainer)
     assert not after.equal(before)
     same = (after == drawn(HfGenerator(64), trainer)).all(dim=1).float().mean()
@@ -115,7 +115,7 @@ def test_one_engine_serves_a_model_and_its_copy_on_disk(tiny, vllm, tmp_path):
     trainer = tiny(model_config=wide("gpt2"), **VLLM)
     before = drawn(trainer.generator, trainer)
     save_model(trainer.actor.model, trainer.tokenizer, tmp_path)
-    trainer.step()
+    trainer.train_step()
     trainer.actor.model = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
     assert drawn(trainer.generator, trainer).equal(before)
 
@@ -124,7 +124,7 @@ def test_steps_with_vllm_are_those_with_transformers(tiny, vllm):
     steps = []
     for name in ("hf", "vllm"):
         trainer = tiny(model_config=wide("gpt2"), **VLLM | {"generation_engine": name})
-        rows = [trainer.step() for _ in range(3)]
+        rows = [trainer.train_step() for _ in range(3)]
         steps.append([{key: x for key, x in row.items() if not key.startswith("time/")} for row in rows])
     for mine, its in zip(*steps, strict=True):
         assert mine == pytest.approx(its, abs=1e-5, nan_ok=True)
@@ -192,9 +192,9 @@ def test_vllm_serves_one_architecture(tiny, vllm):
 
 
 def test_without_vllm_the_error_says_what_to_install(tiny, monkeypatch):
-    generation._vllm.cache_clear()
+    evaluate._vllm.cache_clear()
     monkeypatch.setitem(sys.modules, "vllm", None)
-    monkeypatch.delitem(sys.modules, "python_trainer.vllm_generation", raising=False)
+    monkeypatch.delitem(sys.modules, "python_trainer.vllm", raising=False)
     with pytest.raises(UserError, match="generation_engine vllm needs vLLM: pip install 'vllm"):
         tiny(generation_engine="vllm")
     assert PPOConfig(**TINY).generation_engine == "hf"

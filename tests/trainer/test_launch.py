@@ -4,9 +4,13 @@ import os
 import subprocess
 import sys
 
-from python_trainer import launch
+from python_trainer import distributed
 
-START = "from python_trainer import launch; launch.start(0, 60); print('started', launch.world_size())"
+START = """
+from python_trainer import deepspeed_engine, distributed
+deepspeed_engine.init_distributed(0, 60)
+print('started', distributed.world_size())
+"""
 
 
 def start() -> subprocess.CompletedProcess:
@@ -16,7 +20,7 @@ def start() -> subprocess.CompletedProcess:
 
 def test_a_build_guard_left_by_a_killed_process_blocks_nobody():
     assert start().returncode == 0  # compiles the op where nobody has yet
-    libraries = list((launch.cache_folder() / "torch_extensions").rglob("*.so"))
+    libraries = list((distributed.cache_folder() / "torch_extensions").rglob("*.so"))
     assert libraries
     guards = [library.parent / "lock" for library in libraries]
     for guard in guards:

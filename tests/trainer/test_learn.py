@@ -5,9 +5,9 @@ The score is (J - J of the reference) / (J* - J of the reference), with J = E[r]
 
 import pytest
 
-from python_trainer import metrics
 from python_trainer.config import PPOConfig
-from python_trainer.loop import Trainer
+from python_trainer.logging import read
+from python_trainer.ppo import Trainer
 from python_trainer.settings import load
 
 from .conftest import ROOT, learned
@@ -29,7 +29,7 @@ def rows(folder, **settings) -> list[dict]:
     options = [f"--{name}={value}" for name, value in ({"kl_coef": 0.1} | settings).items()]
     config = load("train", "exact_cpu.yaml", [f"--output_dir={folder}", "--disable_tqdm", *options], PPOConfig)
     Trainer(config).train()
-    return [row for row in metrics.read(folder / "train" / "metrics.jsonl") if "exact/score" in row]
+    return [row for row in read(folder / "train" / "metrics.jsonl") if "exact/score" in row]
 
 
 @pytest.mark.parametrize("seed", range(3))

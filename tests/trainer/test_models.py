@@ -5,7 +5,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from python_trainer.config import PPOConfig
-from python_trainer.engines import Policy, frozen
+from python_trainer.deepspeed_engine import Policy, frozen
 from python_trainer.models import without_dropout
 
 from .conftest import TINY

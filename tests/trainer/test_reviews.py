@@ -8,12 +8,12 @@ import subprocess
 
 import pytest
 
-from python_trainer import supervised
+from python_trainer import sft as stages
+from python_trainer.__main__ import compare, demo, refuse_failure
 from python_trainer.config import EvalConfig, PPOConfig, RewardConfig, SftConfig, UserError
-from python_trainer.evaluation import Evaluation
-from python_trainer.loop import Trainer
-from python_trainer.pipeline import compare, demo, refuse_failure
-from python_trainer.supervised import reward, sft
+from python_trainer.evaluate import Evaluation
+from python_trainer.ppo import Trainer
+from python_trainer.sft import reward, sft
 from python_trainer.tasks import reviews
 
 from .conftest import command
@@ -47,7 +47,7 @@ def test_pipeline_on_small_data(ratings, tmp_path):
 
 def test_sigterm_ends_sft_and_reward_between_two_steps(ratings, tmp_path, monkeypatch):
     """No model, and said so; asked in the last step, they finish."""
-    plain = supervised.step_together
+    plain = stages.step_together
 
     def asked_in_each(models):
         plain(models)
@@ -56,13 +56,13 @@ def test_sigterm_ends_sft_and_reward_between_two_steps(ratings, tmp_path, monkey
     common = {"task": "reviews", "data_path": str(ratings), "output_dir": str(tmp_path), "model_config": MODEL}
     common |= {"batch_size": 8, "disable_tqdm": True}
     for name, run, kind in (("sft", sft, SftConfig), ("reward", reward, RewardConfig)):
-        monkeypatch.setattr(supervised, "step_together", asked_in_each)
+        monkeypatch.setattr(stages, "step_together", asked_in_each)
         with pytest.raises(UserError, match=f"asked to stop after step 1 of 2: {name} keeps no checkpoints"):
             run(kind(**common, max_steps=2))
         assert sorted(path.name for path in (tmp_path / name).iterdir()) == [".lock", "config.yaml", "metrics.jsonl"]
         run(kind(**common, max_steps=1, overwrite_output_dir=True))
         assert (tmp_path / name / "model" / "manifest.json").exists()
-        monkeypatch.setattr(supervised, "step_together", plain)
+        monkeypatch.setattr(stages, "step_together", plain)
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
 
 

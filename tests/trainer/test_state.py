@@ -11,9 +11,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from python_trainer import checkpoint, engines, launch, state
+from python_trainer import checkpoint, deepspeed_engine, zero_state
 from python_trainer.config import PPOConfig, UserError
-from python_trainer.loop import Trainer
+from python_trainer.ppo import Trainer
 
 from .conftest import ROOT, TINY, metric_rows
 
@@ -38,19 +38,19 @@ EXACT = [  # each layout is written once and read once, in either precision
 TWO_RANKS = """
 import json, sys
 from pathlib import Path
-from python_trainer import launch
+from python_trainer import distributed
 from python_trainer.config import PPOConfig
-from python_trainer.loop import Trainer
+from python_trainer.ppo import Trainer
 
 for settings, source, target in json.loads(sys.argv[1]):
     trainer = Trainer(PPOConfig(**settings))
     trainer.load_checkpoint(Path(source))
     trainer.save_checkpoint(Path(target))
-    row = trainer.step()
-    if launch.is_main():
+    row = trainer.train_step()
+    if distributed.is_main():
         print("row", json.dumps(row))
     trainer.save_checkpoint(Path(target))
-launch.stop()
+distributed.stop()
 """
 
 
@@ -113,7 +113,7 @@ def same(one: Path, other: Path) -> None:
         assert was["models"][name] | {"loss_scale": None} == now["models"][name] | {"loss_scale": None}
 
 
-def of_deepspeed(model: engines.Trainable) -> dict[str, torch.Tensor]:
+def of_deepspeed(model: deepspeed_engine.Trainable) -> dict[str, torch.Tensor]:
     """What its own functions say that the trained parameters of a model are; without ZeRO they say nothing."""
     from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
@@ -124,7 +124,7 @@ def of_deepspeed(model: engines.Trainable) -> dict[str, torch.Tensor]:
     for name, parameter in model.module.named_parameters():
         if model.engine.zero_optimization():
             found[f"weight/{name}"] = safe_get_full_fp32_param(parameter).flatten()
-            for kind in state.MOMENTS:
+            for kind in zero_state.MOMENTS:
                 found[f"{kind}/{name}"] = safe_get_full_optimizer_state(parameter, kind).flatten()
     return found
 
@@ -141,7 +141,7 @@ def test_what_is_read_is_what_was_held(ran, layout, tiny, tmp_path, monkeypatch,
     held = put_together(source)
     for name, model in trainer.trained.items():
         assert all(values.equal(held[f"{name}/{key}"]) for key, values in of_deepspeed(model).items())
-        with engines.whole(model.module.parameters()):
+        with deepspeed_engine.gathered_params(model.module.parameters()):
             for key, parameter in model.module.named_parameters():
                 assert parameter.flatten().equal(held[f"{name}/weight/{key}"].to(parameter.dtype)), key
 
@@ -159,7 +159,7 @@ def test_the_run_goes_on_as_it_would_have(ran, layout, tiny, before, after, bf16
     straight = ran(before, bf16)
     source = straight / "train" / "checkpoints" / "step-000002"
     trainer = tiny(**RUN | {"bf16": bf16, "deepspeed": layout(after), "resume_from_checkpoint": str(source)})
-    alike(trainer.step(), metric_rows(straight)[3], bf16)
+    alike(trainer.train_step(), metric_rows(straight)[3], bf16)
 
 
 def test_from_one_rank_to_two_and_back(ran, layout, tiny, tmp_path):
@@ -198,14 +198,14 @@ def test_frozen_weights_below_adapters(layout, tiny, tmp_path, monkeypatch):
         if number:
             trainer.load_checkpoint(tmp_path / str(number - 1) / "step-000001")
         else:
-            trainer.step()
+            trainer.train_step()
         trainer.save_checkpoint(tmp_path / str(number))
         same(tmp_path / "0" / "step-000001", tmp_path / str(number) / "step-000001")
 
 
 def test_the_loss_scale_of_float16(layout, tiny, tmp_path, monkeypatch):
     """By force: float16 is for CUDA alone, but the state is what it is on any device."""
-    launch.start(0, 60)
+    deepspeed_engine.init_distributed(0, 60)
     from deepspeed.accelerator import get_accelerator
 
     monkeypatch.setattr(get_accelerator(), "is_fp16_supported", lambda: True)
@@ -220,32 +220,34 @@ def test_the_loss_scale_of_float16(layout, tiny, tmp_path, monkeypatch):
         if number:
             trainer.load_checkpoint(tmp_path / str(number - 1) / "step-000001")
         else:
-            norm = trainer.step()["actor/grad_norm"]
-            assert norm == pytest.approx(tiny(**RUN).step()["actor/grad_norm"], rel=0.2)  # not that times the scale
+            norm = trainer.train_step()["actor/grad_norm"]
+            assert norm == pytest.approx(
+                tiny(**RUN).train_step()["actor/grad_norm"], rel=0.2
+            )  # not that times the scale
             actor.skipped = 2
             for key, value in wanted.items():
                 setattr(actor.engine.optimizer.loss_scale_config, key, value)
         trainer.save_checkpoint(tmp_path / str(number))
         same(tmp_path / "0" / "step-000001", tmp_path / str(number) / "step-000001")
-        assert state.describe(actor)["loss_scale"].items() >= wanted.items()
+        assert zero_state.describe(actor)["loss_scale"].items() >= wanted.items()
     assert (actor.engine.optimizer.loss_scale, actor.skipped) == (1024, 2)
 
 
 def test_deepspeed_makes_no_update_of_its_own(tiny):
     """In half precision without ZeRO it steps once by zero gradients, which would count as the first of Adam."""
     trainer = tiny(bf16=True)
-    assert set(state.describe(trainer.trained["actor"])["updates"].values()) == {0}
-    trainer.step()
-    assert set(state.describe(trainer.trained["actor"])["updates"].values()) == {1}
+    assert set(zero_state.describe(trainer.trained["actor"])["updates"].values()) == {0}
+    trainer.train_step()
+    assert set(zero_state.describe(trainer.trained["actor"])["updates"].values()) == {1}
 
 
 def test_counts_of_updates_that_zero_cannot_keep_apart_are_refused(ran, layout, tiny):
     source = ran("0", False) / "train" / "checkpoints" / "step-000002"
     saved = checkpoint._content(source)["models"]["actor"]
     saved["updates"]["transformer.wpe.weight"] = 0
-    state.restore(tiny(**RUN).trained["actor"], source, "actor", saved)
+    zero_state.restore(tiny(**RUN).trained["actor"], source, "actor", saved)
     with pytest.raises(UserError, match="step-000002 some weights were updated more often.*stage 0"):
-        state.restore(tiny(**RUN | {"deepspeed": layout("2")}).trained["actor"], source, "actor", saved)
+        zero_state.restore(tiny(**RUN | {"deepspeed": layout("2")}).trained["actor"], source, "actor", saved)
 
 
 def test_weights_that_checkpoints_would_not_find_are_refused_at_the_start(tiny, monkeypatch):
@@ -253,43 +255,45 @@ def test_weights_that_checkpoints_would_not_find_are_refused_at_the_start(tiny, 
     with monkeypatch.context() as patch:
         patch.setattr(actor.engine, "zero_offload_optimizer", lambda: SimpleNamespace(device="nvme"))
         with pytest.raises(UserError, match="deepspeed: .*the actor's weights .*nvme"):
-            state.refuse_unknown_layout("actor", actor)
-    state.refuse_unknown_layout("actor", actor)
+            zero_state.refuse_unknown_layout("actor", actor)
+    zero_state.refuse_unknown_layout("actor", actor)
     with monkeypatch.context() as patch:
         patch.setattr(actor.engine, "super_offload", lambda: True)
         with pytest.raises(UserError, match="SuperOffload"):
-            state.refuse_unknown_layout("actor", actor)
-    monkeypatch.setattr(state, "_masters", lambda _: iter(()))
+            zero_state.refuse_unknown_layout("actor", actor)
+    monkeypatch.setattr(zero_state, "_masters", lambda _: iter(()))
     with pytest.raises(UserError, match="the actor's weights"):
         tiny()
 
 
 @pytest.mark.parametrize("largest", [7, 100, 1 << 26])
 def test_files_hold_no_more_than_is_allowed(tmp_path, monkeypatch, largest):
-    monkeypatch.setattr(state, "LARGEST", largest)
+    monkeypatch.setattr(zero_state, "LARGEST", largest)
     values = {name: torch.randn(size) for name, size in (("a", 250), ("b", 3), ("c", 4), ("d", 0), ("e", 100))}
-    state.write(tmp_path, "it", [state.Slice(name, 0, held, everywhere=True) for name, held in values.items()])
+    zero_state.write(
+        tmp_path, "it", [zero_state.Slice(name, 0, held, everywhere=True) for name, held in values.items()]
+    )
     assert all(sum(map(len, load_file(path).values())) <= largest for path in tmp_path.iterdir())
     inner = {name: torch.zeros(max(len(held) - 2, 0)) for name, held in values.items()}
-    state.read(tmp_path, "it", [state.Slice(name, 1, part, everywhere=False) for name, part in inner.items()])
+    zero_state.read(tmp_path, "it", [zero_state.Slice(name, 1, part, everywhere=False) for name, part in inner.items()])
     assert all(part.equal(values[name][1:-1]) for name, part in inner.items())
 
 
 def test_every_element_is_there_once(tmp_path):
     for number, start in enumerate((0, 1)):  # the second again, the last two not at all
-        held = [state.Slice("a", start, torch.ones(3), everywhere=True)]
-        state.write(tmp_path, "it", held)
+        held = [zero_state.Slice("a", start, torch.ones(3), everywhere=True)]
+        zero_state.write(tmp_path, "it", held)
         (tmp_path / "it-rank0-0000.safetensors").rename(tmp_path / f"it-rank{number}-0007.safetensors")
     with pytest.raises(UserError, match="does not hold all of a of it, each element once"):
-        state.read(tmp_path, "it", [state.Slice("a", 0, torch.zeros(6), everywhere=True)])
+        zero_state.read(tmp_path, "it", [zero_state.Slice("a", 0, torch.zeros(6), everywhere=True)])
 
 
 def test_a_missing_or_another_kind_of_tensor_is_refused(tmp_path):
-    state.write(tmp_path, "it", [state.Slice("a", 0, torch.ones(4), everywhere=True)])
+    zero_state.write(tmp_path, "it", [zero_state.Slice("a", 0, torch.ones(4), everywhere=True)])
     for name, values, message in (
         ("a", torch.ones(5), "does not hold all of a of it"),
         ("b", torch.ones(1), "does not hold all of b of it"),
         ("a", torch.ones(4).bfloat16(), "a is torch.float32 there and torch.bfloat16 in this run"),
     ):
         with pytest.raises(UserError, match=message):
-            state.read(tmp_path, "it", [state.Slice(name, 0, values, everywhere=True)])
+            zero_state.read(tmp_path, "it", [zero_state.Slice(name, 0, values, everywhere=True)])

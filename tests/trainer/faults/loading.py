@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from python_trainer import checkpoint
+from python_trainer import atomic, checkpoint
 from python_trainer.config import UserError
 
 from ..conftest import metric_rows
@@ -49,15 +49,15 @@ DAMAGE: tuple[Damage, ...] = (
 def damaged(folder: Path) -> str:
     output, tried = a_run(folder), 0
     for whole in (newest(output), output / "train" / "model", output / "train" / "ema"):
-        checkpoint.verify(whole)
+        atomic.verify(whole)
         copy = folder / "copy"
         for name in [str(path.relative_to(whole)) for path in whole.rglob("*") if path.is_file()]:
             for damage in DAMAGE:
                 shutil.copytree(whole, copy)
                 damage(copy / name)
                 # A damaged manifest may accuse another file.
-                with pytest.raises(UserError, match=None if name == checkpoint.MANIFEST else Path(name).name):
-                    checkpoint.verify(copy)
+                with pytest.raises(UserError, match=None if name == atomic.MANIFEST else Path(name).name):
+                    atomic.verify(copy)
                 shutil.rmtree(copy)
                 tried += 1
     return f"{tried} cases refused, by the file's name"
@@ -77,7 +77,7 @@ def newest_damaged(folder: Path) -> str:
 @row("the newest checkpoint is incomplete (no manifest)", "goes back to the one before, and says so")
 def newest_incomplete(folder: Path) -> str:
     output = a_run(folder)
-    (newest(output) / checkpoint.MANIFEST).unlink()
+    (newest(output) / atomic.MANIFEST).unlink()
     ended = run(folder / "outputs", train(output, resume_from_checkpoint="latest", total_steps=2))
     succeeded(ended)
     assert "step-000002 is not complete" in ended[0].text
@@ -101,8 +101,8 @@ def hostile(folder: Path) -> str:
         def __reduce__(self) -> tuple:
             return open, (str(canary), "w")
 
-    places = sorted(path for path in newest(output).iterdir() if path.name != checkpoint.MANIFEST)
-    whole = (newest(output) / checkpoint.MANIFEST).read_text()
+    places = sorted(path for path in newest(output).iterdir() if path.name != atomic.MANIFEST)
+    whole = (newest(output) / atomic.MANIFEST).read_text()
     for place in places:
         kept = place.read_bytes()
         torch.save({"module": Bomb()}, place)
@@ -111,7 +111,7 @@ def hostile(folder: Path) -> str:
             "bytes": place.stat().st_size,
             "sha256": checkpoint._sha256(place),
         }
-        (newest(output) / checkpoint.MANIFEST).write_text(json.dumps(manifest))
+        (newest(output) / atomic.MANIFEST).write_text(json.dumps(manifest))
         ended = run(folder / "outputs", train(output, resume_from_checkpoint="latest", total_steps=2))[0]
         refused(ended, "UserError", place.name)
         assert not canary.exists(), f"{place.name} has run its code"

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from safetensors.torch import load_file
 
-from python_trainer import launch
+from python_trainer import deepspeed_engine, distributed
 
 from ..conftest import ROOT, as_options, metric_rows
 from .processes import Ranks, refused, run, succeeded
@@ -81,7 +81,7 @@ def one_fails(folder: Path, function: Callable[[], None], **settings: int) -> Ra
     """Two ranks, started without a launcher, of which the second comes to `function` in each step."""
 
     def on_rank_one() -> None:
-        at_each_step(lambda: function() if launch.rank() == 1 else None)
+        at_each_step(lambda: function() if distributed.rank() == 1 else None)
 
     return Ranks(folder / "outputs", train(folder / "run", on_rank_one, **settings), 2)
 
@@ -141,8 +141,8 @@ def killed_while_compiling(folder: Path) -> str:
     os.environ["PPO_KERNELS_CACHE"] = str(folder / "cache")
 
     def start() -> int:
-        launch.start(0, 60)
-        return launch.world_size()
+        deepspeed_engine.init_distributed(0, 60)
+        return distributed.world_size()
 
     try:
         first = Ranks(folder / "outputs", start)

@@ -11,9 +11,10 @@ from typing import Any
 
 import torch
 
-from python_trainer import checkpoint, pipeline, updates
-from python_trainer.generation import InverseCdf
-from python_trainer.loop import Trainer
+from python_trainer import __main__ as command_line
+from python_trainer import atomic, checkpoint, ppo
+from python_trainer.ppo import Trainer
+from python_trainer.rollout import InverseCdf
 
 from ..conftest import as_options, metric_rows
 from .processes import Ranks, refused, run, succeeded
@@ -25,7 +26,7 @@ def train(output: Path, before: Callable[[], None] = lambda: None, **settings: A
 
     def start() -> int:
         before()
-        return pipeline.run("train", None, as_options(SETTINGS | {"output_dir": output} | settings))
+        return command_line.run("train", None, as_options(SETTINGS | {"output_dir": output} | settings))
 
     return start
 
@@ -43,7 +44,7 @@ def die_in_a_rollout() -> None:
 
 
 def die_between_epochs() -> None:
-    plain, seen = updates.step_together, [0]
+    plain, seen = ppo.step_together, [0]
 
     def step(models: Any) -> None:
         plain(models)
@@ -51,7 +52,7 @@ def die_between_epochs() -> None:
         if seen[0] == SETTINGS["num_mini_batches"]:
             die()
 
-    updates.step_together = step
+    ppo.step_together = step
     at_each_step(lambda: None)
 
 
@@ -69,7 +70,7 @@ def die_in_a_save() -> None:
             die()
         plain(place, folder)
 
-    plain, checkpoint._commit = checkpoint._commit, commit
+    plain, atomic._commit = atomic._commit, commit
 
 
 CUTS = {
@@ -103,7 +104,7 @@ def same(left: Path, right: Path) -> None:
     assert [row["step"] for row in metric_rows(left)] == list(range(SETTINGS["total_steps"] + 1))
     for name in ("model", "ema", f"checkpoints/step-{SETTINGS['total_steps']:06d}"):
         one, two = (
-            json.loads((folder / "train" / name / checkpoint.MANIFEST).read_text())["files"] for folder in (left, right)
+            json.loads((folder / "train" / name / atomic.MANIFEST).read_text())["files"] for folder in (left, right)
         )
         if checkpoint.STATE in one:  # it names the run's folder too
             states = [folder / "train" / name / checkpoint.STATE for folder in (left, right)]
@@ -203,5 +204,5 @@ def second_run(folder: Path) -> str:
     second = run(folder / "second", train(output, overwrite_output_dir=True))[0]
     refused(second, "another run is at work")
     succeeded(first.wait())
-    checkpoint.verify(output / "train" / "model")
+    atomic.verify(output / "train" / "model")
     return "refused"

@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 import torch
 
-from python_trainer import checkpoint
+from python_trainer import atomic, checkpoint
 from python_trainer.config import PPOConfig, UserError
-from python_trainer.engines import save_model
-from python_trainer.loop import Trainer
+from python_trainer.models import save_model
+from python_trainer.ppo import Trainer
 
 from . import disk
 from .processes import Ended, refused, run, succeeded
@@ -32,7 +32,7 @@ class Scene:
         self.trainer = Trainer(PPOConfig(**settings | {"output_dir": str(self.run.parent)}))
         self.prints = {}
         for step in (1, 2):
-            self.trainer.step()
+            self.trainer.train_step()
             self.prints[step] = fingerprint(self.trainer)
             if step == 1:
                 self.save(self.run)
@@ -64,12 +64,12 @@ class Scene:
             assert fingerprint(t) == self.prints[t.done], f"what was loaded is not what step {t.done} had"
             loaded = t.done
             for folder in checkpoint._steps(place / "checkpoints"):
-                checkpoint.verify(folder)
-            with checkpoint.claimed(place, overwrite=False, done=t.done):
+                atomic.verify(folder)
+            with checkpoint.lock_run_dir(place, overwrite=False, done=t.done):
                 assert not list(place.rglob(".tmp-*")), "leftovers"
                 t.done = 3
                 self.save(place)
-            checkpoint.verify(place / "checkpoints" / "step-000003")
+            atomic.verify(place / "checkpoints" / "step-000003")
             return loaded
 
         return run(self.folder / "outputs", scene)[0]
@@ -135,7 +135,7 @@ def killed_while_replacing_a_model(folder: Path) -> str:
         scene = Scene(folder, SETTINGS)
 
         def export(place: Path) -> None:
-            with checkpoint.committed(place / "model") as temporary:
+            with atomic.atomic_dir(place / "model") as temporary:
                 save_model(scene.trainer.actor.model, scene.trainer.tokenizer, temporary)
 
         export(scene.run)
@@ -147,8 +147,8 @@ def killed_while_replacing_a_model(folder: Path) -> str:
         for at in range(1, count + 1):
             place, ended = scene.act(export, action=disk.KILL, at=at)
             assert ended.code == -signal.SIGKILL
-            with checkpoint.claimed(place, overwrite=False, done=1):
-                checkpoint.verify(place / "model")
+            with checkpoint.lock_run_dir(place, overwrite=False, done=1):
+                atomic.verify(place / "model")
                 assert not list(place.rglob(".tmp-*"))
             found["old" if _content(place / "model") == old else "new"] += 1
         assert min(found.values()) > 0

@@ -8,18 +8,16 @@ what overlaps with those it holds then. Nothing is gathered, and at most LARGEST
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
-from . import launch
+from . import distributed
 from .config import UserError
-
-if TYPE_CHECKING:
-    from .engines import Trainable
+from .distributed import local_shard
 
 LARGEST = 1 << 26
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -48,23 +46,23 @@ class Master:
     everywhere: bool
 
 
-def own(slices: Iterable[Slice]) -> list[Slice]:
+def shards_to_write(slices: Iterable[Slice]) -> list[Slice]:
     """What this rank writes."""
     slices = list(slices)
     common = [part for part in slices if part.everywhere]
-    return [part for part in slices if not part.everywhere] + common[launch.rank() :: launch.world_size()]
+    return [part for part in slices if not part.everywhere] + common[distributed.rank() :: distributed.world_size()]
 
 
 def write(folder: Path, owner: str, slices: Iterable[Slice]) -> None:
-    for number, batch in enumerate(_batches(own(slices))):
-        (folder / f"{owner}-rank{launch.rank()}-{number:04d}.safetensors").write_bytes(save(batch))
+    for number, batch in enumerate(_batches(shards_to_write(slices))):
+        (folder / f"{owner}-rank{distributed.rank()}-{number:04d}.safetensors").write_bytes(save(batch))
 
 
 def read(folder: Path, owner: str, slices: Iterable[Slice]) -> None:
     """Fill every slice, whoever wrote it; called on every rank."""
     wanted = {part.name: part for part in slices}
     found: dict[str, list[tuple[int, int]]] = {name: [] for name in wanted}
-    with launch.together():
+    with distributed.raise_on_all_ranks(UserError):
         for path in sorted(folder.glob(f"{owner}-rank*.safetensors")):
             try:
                 with safe_open(path, "pt") as file:
@@ -88,11 +86,7 @@ def laid_out(name: str, parameter: Any, held: torch.Tensor) -> Slice:
     return Slice(name, start, flat[: parameter.ds_numel - start], everywhere=False)  # the last parts may be padded
 
 
-def held(parameter: Any) -> torch.Tensor:
-    return getattr(parameter, "ds_tensor", parameter)
-
-
-def slices(model: "Trainable") -> list[Slice]:
+def slices(model: Any) -> list[Slice]:
     """Weights, buffers and the optimizer's moments, once it has any."""
     module, states = model.module, model.engine.basic_optimizer.state
     found = []
@@ -103,13 +97,13 @@ def slices(model: "Trainable") -> list[Slice]:
                 part = tensor.detach().view(-1)[master.offset : master.offset + master.numel]
                 found.append(Slice(f"{kind}/{name}", master.start, part, master.everywhere))
     frozen = [(name, parameter) for name, parameter in module.named_parameters() if not parameter.requires_grad]
-    found += [laid_out(f"weight/{name}", parameter, held(parameter)) for name, parameter in frozen]
+    found += [laid_out(f"weight/{name}", parameter, local_shard(parameter)) for name, parameter in frozen]
     saved = module.state_dict().keys()
     buffers = [(name, buffer) for name, buffer in module.named_buffers() if name in saved]
     return found + [Slice(f"buffer/{name}", 0, buffer.view(-1), everywhere=True) for name, buffer in buffers]
 
 
-def refuse_unknown_layout(name: str, model: "Trainable") -> None:
+def refuse_unknown_layout(name: str, model: Any) -> None:
     """What is split in a way not known here could be neither saved nor restored."""
     engine = model.engine
     parameters = list(model.module.parameters())
@@ -118,10 +112,10 @@ def refuse_unknown_layout(name: str, model: "Trainable") -> None:
         "nvme" in [None if offload is None else offload.device for offload in offloads]
         or engine.super_offload()  # moments in another process
         or "zenflow" in type(engine.optimizer).__module__
-        or any(hasattr(held(parameter), "ds_quant_scale") for parameter in parameters)
+        or any(hasattr(local_shard(parameter), "ds_quant_scale") for parameter in parameters)
     )
-    weights = [] if elsewhere else [part for part in own(slices(model)) if part.name.startswith("weight/")]
-    found = sum(launch.gather_objects(sum(part.values.numel() for part in weights)))
+    weights = [] if elsewhere else [part for part in shards_to_write(slices(model)) if part.name.startswith("weight/")]
+    found = sum(distributed.gather_objects(sum(part.values.numel() for part in weights)))
     if found != sum(_shape(parameter).numel() for parameter in parameters):
         raise UserError(
             f"deepspeed: this configuration keeps the {name}'s weights where checkpoints do not find them (offload to "
@@ -129,14 +123,14 @@ def refuse_unknown_layout(name: str, model: "Trainable") -> None:
         )
 
 
-def describe(model: "Trainable") -> dict[str, Any]:
+def describe(model: Any) -> dict[str, Any]:
     """What else a continued run needs, the same on every rank and at every ZeRO stage; called on every rank."""
     engine, scaler = model.engine, _loss_scaler(model.engine)
     states = engine.basic_optimizer.state
     updates = {name: int(states.get(master.holder, {}).get("step", 0)) for name, master in _masters(model)}
     return {
         "shapes": _shapes(model),
-        "updates": {name: count for part in launch.gather_objects(updates) for name, count in part.items()},
+        "updates": {name: count for part in distributed.gather_objects(updates) for name, count in part.items()},
         "schedule": engine.lr_scheduler.state_dict(),
         "counters": {name: getattr(engine, name) for name in COUNTERS},
         "loss_scale": {name: getattr(scaler, name) for name in LOSS_SCALE if hasattr(scaler, name)},
@@ -144,7 +138,7 @@ def describe(model: "Trainable") -> dict[str, Any]:
     }
 
 
-def restore(model: "Trainable", folder: Path, owner: str, saved: dict[str, Any]) -> None:
+def restore(model: Any, folder: Path, owner: str, saved: dict[str, Any]) -> None:
     """Bring a model to a state that `slices` were written of, and `describe` gave; called on every rank."""
     engine, scaler = model.engine, _loss_scaler(model.engine)
     refuse_unknown_layout(owner, model)
@@ -202,7 +196,7 @@ def _tile(parts: list[tuple[int, int]], start: int, end: int) -> bool:
     return start == end
 
 
-def _masters(model: "Trainable") -> Iterator[tuple[str, Master]]:
+def _masters(model: Any) -> Iterator[tuple[str, Master]]:
     """Of each trained parameter of which this rank has a part. The four layouts of DeepSpeed are known here alone."""
     from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
 
@@ -218,7 +212,7 @@ def _masters(model: "Trainable") -> Iterator[tuple[str, Master]]:
             yield name, Master(whole[parameter], 0, 0, parameter.numel(), everywhere=True)
         elif hasattr(parameter, "ds_id") and parameter.requires_grad:  # ZeRO 3
             group, offset, _ = optimizer.grad_position[optimizer.get_param_id(parameter)]
-            part = laid_out(name, parameter, held(parameter))
+            part = laid_out(name, parameter, local_shard(parameter))
             holder = optimizer.fp32_partitioned_groups_flat[group]
             yield name, Master(holder, offset, part.start, part.values.numel(), everywhere=False)
         elif getattr(parameter, "_hp_mapping", None) is not None:  # ZeRO 1 and 2
@@ -243,13 +237,13 @@ def _weights_from_masters(engine: Any) -> None:
                 weight.data.copy_(master.data)
 
 
-def _count_updates(model: "Trainable", folder: Path, updates: dict[str, int]) -> None:
+def _count_updates(model: Any, folder: Path, updates: dict[str, int]) -> None:
     """Adam's count of updates, and moments to read into where it is above 0."""
     states = model.engine.basic_optimizer.state
     counts: dict[torch.Tensor, set[int]] = {}
     for name, master in _masters(model):
         counts.setdefault(master.holder, set()).add(updates.get(name, 0))
-    if any(launch.gather_objects(any(len(different) > 1 for different in counts.values()))):
+    if any(distributed.gather_objects(any(len(different) > 1 for different in counts.values()))):
         raise UserError(
             f"in {folder} some weights were updated more often than others, and this ZeRO stage has one count for "
             "many: continue at the stage that wrote it, or at stage 0"
@@ -265,9 +259,9 @@ def _count_updates(model: "Trainable", folder: Path, updates: dict[str, int]) ->
                 state[kind] = torch.zeros_like(holder)
 
 
-def _refuse_another_model(model: "Trainable", folder: Path, owner: str, before: dict[str, list[int]]) -> None:
+def _refuse_another_model(model: Any, folder: Path, owner: str, before: dict[str, list[int]]) -> None:
     now = _shapes(model)
-    for name in before.keys() | now.keys():
+    for name in sorted(before.keys() | now.keys()):
         if before.get(name) != now.get(name):
             raise UserError(
                 f"{folder} is of another {owner}: {name} was {before.get(name, 'not there')} and is "
@@ -275,7 +269,7 @@ def _refuse_another_model(model: "Trainable", folder: Path, owner: str, before: 
             )
 
 
-def _shapes(model: "Trainable") -> dict[str, list[int]]:
+def _shapes(model: Any) -> dict[str, list[int]]:
     return {name: list(_shape(parameter)) for name, parameter in model.module.named_parameters()}
 
 

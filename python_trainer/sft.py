@@ -1,20 +1,32 @@
-"""The two stages before reinforcement learning: imitation of texts, and a reward model from pairs."""
+"""Learning from texts: imitation and a reward model, before reinforcement learning, and ptx mixed into it."""
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
 from torch.nn.functional import logsigmoid
 from transformers import PreTrainedTokenizerBase
 
-from . import checkpoint, launch, lora, metrics
-from .config import RewardConfig, SftConfig, UserError
-from .data import Pair, encode_texts, load_task, pad_right, shuffled_positions
-from .engines import Trainable, save_model, step_together
-from .models import ScalarModel, checked, load_policy, load_tokenizer, stage_model, undamaged
-from .pretraining import text_logprobs, text_losses
+from ppo_kernels import token_logprobs
+
+from . import checkpoint, distributed
+from .atomic import atomic_dir
+from .config import PPOConfig, RewardConfig, RunConfig, SftConfig, UserError
+from .data import Pair, Task, encode_texts, load_task, pad_right, shuffled_positions
+from .deepspeed_engine import Policy, Trainable, init_distributed, step_together
+from .logging import Log
+from .models import (
+    ScalarModel,
+    adapted,
+    checked,
+    load_policy,
+    load_tokenizer,
+    save_model,
+    stage_model,
+    undamaged,
+)
 from .rollout import shard
 from .settings import save
 
@@ -29,13 +41,13 @@ def sft(config: SftConfig) -> dict[str, float]:
     train, heldout = (encode_texts(texts, tokenizer, config.max_length) for texts in task.texts())
     _tell_of_cuts(train + heldout, tokenizer, config)
     policy = Trainable(
-        lora.adapted(load_policy(config.model_path, config, tokenizer), config, config.lora_r),
+        adapted(load_policy(config.model_path, config, tokenizer), config, config.lora_r),
         config,
         config.learning_rate,
         config.max_steps,
     )
     pad = tokenizer.pad_token_id
-    with _claimed(config, folder, "sft") as log, launch.stop_requests() as asked_to_stop:
+    with _locked(config, folder, "sft") as log, distributed.stop_requests() as asked_to_stop:
         for step in range(config.max_steps):
             rows = _batch(train, config, step)
             total = 0.0
@@ -45,7 +57,7 @@ def sft(config: SftConfig) -> dict[str, float]:
             learning_rate = policy.learning_rate
             step_together([policy])
             _stop_if_unhealthy(policy, config)
-            log.record(step + 1, {"loss": launch.mean(total), "lr": learning_rate})
+            log.record(step + 1, {"loss": distributed.mean(total), "lr": learning_rate})
             log.progress(step + 1)
             _stop_if_asked(asked_to_stop, "sft", step + 1, config)
         with torch.no_grad():
@@ -76,33 +88,33 @@ def reward(config: RewardConfig) -> dict[str, float]:
     _refuse_equal(train + heldout, tokenizer, config)
     torch.manual_seed(config.seed)
     model = ScalarModel.on(load_policy(source, config, tokenizer), zero_head=False)
-    judge = Trainable(lora.adapted(model, config, config.lora_r), config, config.learning_rate, config.max_steps)
-    with _claimed(config, folder, "reward") as log, launch.stop_requests() as asked_to_stop:
+    reward_model = Trainable(adapted(model, config, config.lora_r), config, config.learning_rate, config.max_steps)
+    with _locked(config, folder, "reward") as log, distributed.stop_requests() as asked_to_stop:
         for step in range(config.max_steps):
             pairs = _batch(train, config, step)
             mine = pairs[shard(len(pairs))]
             total = 0.0
             for start in range(0, len(mine), config.per_device_train_batch_size):
                 micro = mine[start : start + config.per_device_train_batch_size]
-                loss = _pair_loss(judge, micro, tokenizer, config) / (len(pairs) / launch.world_size())
-                judge.backward(loss)
+                loss = _pair_loss(reward_model, micro, tokenizer, config) / (len(pairs) / distributed.world_size())
+                reward_model.backward(loss)
                 total += loss.item()
-            learning_rate = judge.learning_rate
-            step_together([judge])
-            _stop_if_unhealthy(judge, config)
-            log.record(step + 1, {"loss": launch.mean(total), "lr": learning_rate})
+            learning_rate = reward_model.learning_rate
+            step_together([reward_model])
+            _stop_if_unhealthy(reward_model, config)
+            log.record(step + 1, {"loss": distributed.mean(total), "lr": learning_rate})
             log.progress(step + 1)
             _stop_if_asked(asked_to_stop, "reward", step + 1, config)
         heldout = heldout[: config.eval_pairs]
         right = 0
         with torch.no_grad():
             for start in range(0, len(heldout), 64):
-                chosen, rejected = _pair_scores(judge, heldout[start : start + 64], tokenizer, config)
+                chosen, rejected = _pair_scores(reward_model, heldout[start : start + 64], tokenizer, config)
                 right += int((chosen > rejected).sum())
         accuracy = right / len(heldout)
         error = (accuracy * (1 - accuracy) / len(heldout)) ** 0.5
         result = {"eval/accuracy": accuracy, "eval/accuracy_se": error}
-        _finish(judge, tokenizer, folder, log, config.max_steps, result)
+        _finish(reward_model, tokenizer, folder, log, config.max_steps, result)
     return result
 
 
@@ -121,15 +133,15 @@ def _refuse_equal(pairs: list[Pair], tokenizer: PreTrainedTokenizerBase, config:
 
 def _tell_of_cuts(rows: list[list[int]], tokenizer: PreTrainedTokenizerBase, config: SftConfig) -> None:
     cut = sum(row[-1] != tokenizer.eos_token_id for row in rows)
-    if cut and launch.is_main():
+    if cut and distributed.is_main():
         print(f"{cut} of {len(rows)} texts are cut at max_length {config.max_length}", flush=True)
 
 
 def _pair_loss(
-    judge: Trainable, pairs: list[Pair], tokenizer: PreTrainedTokenizerBase, config: RewardConfig
+    reward_model: Trainable, pairs: list[Pair], tokenizer: PreTrainedTokenizerBase, config: RewardConfig
 ) -> torch.Tensor:
     """Sum over pairs of -log sigmoid(chosen - rejected - margin), at the last tokens or averaged over tokens."""
-    values, ids, mask = _pair_values(judge, pairs, tokenizer, config)
+    values, ids, mask = _pair_values(reward_model, pairs, tokenizer, config)
     margin = torch.tensor([pair.margin for pair in pairs], device=values.device)
     chosen, rejected = _at_the_end(values, mask).chunk(2)
     centering = config.center_rewards_coefficient * (chosen + rejected).square().sum()
@@ -152,22 +164,22 @@ def _unlike_tokens(
 
 
 def _pair_scores(
-    judge: Trainable, pairs: list[Pair], tokenizer: PreTrainedTokenizerBase, config: RewardConfig
+    reward_model: Trainable, pairs: list[Pair], tokenizer: PreTrainedTokenizerBase, config: RewardConfig
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Scores at the last token of the chosen and of the rejected texts."""
-    values, _, mask = _pair_values(judge, pairs, tokenizer, config)
+    values, _, mask = _pair_values(reward_model, pairs, tokenizer, config)
     chosen, rejected = _at_the_end(values, mask).chunk(2)
     return chosen, rejected
 
 
 def _pair_values(
-    judge: Trainable, pairs: list[Pair], tokenizer: PreTrainedTokenizerBase, config: RewardConfig
+    reward_model: Trainable, pairs: list[Pair], tokenizer: PreTrainedTokenizerBase, config: RewardConfig
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Values, ids and mask [2B, T]: the chosen texts, then the rejected ones, in one forward pass."""
     texts = [pair.chosen for pair in pairs] + [pair.rejected for pair in pairs]
     rows = encode_texts(texts, tokenizer, config.max_length)
-    ids, mask = (x.to(launch.device()) for x in pad_right(rows, tokenizer.pad_token_id))
-    return judge(input_ids=ids, attention_mask=mask.long()), ids, mask
+    ids, mask = (x.to(distributed.device()) for x in pad_right(rows, tokenizer.pad_token_id))
+    return reward_model(input_ids=ids, attention_mask=mask.long()), ids, mask
 
 
 def _at_the_end(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
@@ -175,20 +187,20 @@ def _at_the_end(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
 
 
 def _start(config: SftConfig, stage: str) -> Path:
-    launch.start(config.seed, config.ddp_timeout)
-    if config.batch_size % launch.world_size():
-        raise UserError(f"batch_size {config.batch_size} must be a multiple of the {launch.world_size()} ranks")
+    init_distributed(config.seed, config.ddp_timeout)
+    if config.batch_size % distributed.world_size():
+        raise UserError(f"batch_size {config.batch_size} must be a multiple of the {distributed.world_size()} ranks")
     folder = Path(config.output_dir) / stage
     checkpoint.refuse_existing(folder, overwrite=config.overwrite_output_dir, resume=False)
     return folder
 
 
 @contextlib.contextmanager
-def _claimed(config: SftConfig, folder: Path, title: str) -> Iterator[metrics.Log]:
-    with checkpoint.claimed(folder, overwrite=config.overwrite_output_dir):
-        if launch.is_main():
+def _locked(config: SftConfig, folder: Path, title: str) -> Iterator[Log]:
+    with checkpoint.lock_run_dir(folder, overwrite=config.overwrite_output_dir):
+        if distributed.is_main():
             save(config, folder)
-        yield metrics.Log(folder, config, config.max_steps, title=title)
+        yield Log(folder, config, config.max_steps, title=title)
 
 
 def _batch(rows: list, config: SftConfig, step: int) -> list:
@@ -217,11 +229,55 @@ def _finish(
     model: Trainable,
     tokenizer: PreTrainedTokenizerBase,
     folder: Path,
-    log: metrics.Log,
+    log: Log,
     step: int,
     result: dict[str, float],
 ) -> None:
     log.record(step, result)
     log.close()
-    with checkpoint.committed(folder / "model") as place:
+    with atomic_dir(folder / "model") as place:
         save_model(model, tokenizer, place)
+
+
+class Pretraining:
+    """PPO-ptx (Ouyang et al., 2022): ptx_coef times the mean negative log-likelihood of texts.
+
+    They are as many as the minibatch has responses.
+
+    Its gradient joins the minibatch's before the one optimizer step of both, as in InstructGPT and DeepSpeed-Chat.
+    """
+
+    def __init__(self, config: PPOConfig, task: Task, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.config = config
+        self.pad = tokenizer.pad_token_id
+        self.rows = encode_texts(task.texts()[0], tokenizer, config.ptx_max_length)
+
+    def backward(self, actor: Policy, update: int, size: int) -> dict[str, torch.Tensor]:
+        """Add the gradients of the texts that belong to this update."""
+        seed = distributed.seed_of(self.config.seed, 3)
+        rows = [self.rows[at] for at in shuffled_positions(len(self.rows), seed, update * size, size)]
+        assert isinstance(actor.model, Trainable)
+        total = torch.zeros((), device=distributed.device())
+        for loss in text_losses(actor.model, rows, self.pad, self.config, self.config.per_device_train_batch_size):
+            actor.model.backward(self.config.ptx_coef * loss)
+            total += loss.detach()
+        return {"loss/ptx_avg": total}
+
+
+def text_losses(
+    policy: Trainable, rows: Sequence[list[int]], pad: int, config: RunConfig, micro: int
+) -> Iterator[torch.Tensor]:
+    """This rank's micro-batches of a global batch; added up and averaged over ranks, the mean per predicted token."""
+    tokens = sum(len(row) - 1 for row in rows)
+    mine = rows[shard(len(rows))]
+    for start in range(0, len(mine), micro):
+        logprobs = text_logprobs(policy, mine[start : start + micro], pad, config.ops_impl)
+        yield -logprobs.sum() / (tokens / distributed.world_size())
+
+
+def text_logprobs(policy: Trainable, rows: Sequence[list[int]], pad: int, impl: str) -> torch.Tensor:
+    ids, mask = (x.to(distributed.device()) for x in pad_right(rows, pad))
+    logits = policy(input_ids=ids, attention_mask=mask.long(), use_cache=False).logits[:, :-1]
+    logprobs = token_logprobs(logits, ids[:, 1:], mask=mask[:, 1:], impl=impl)
+    assert isinstance(logprobs, torch.Tensor)
+    return logprobs

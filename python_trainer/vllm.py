@@ -20,7 +20,7 @@ from vllm.triton_utils import HAS_TRITON
 from vllm.v1.sample.logits_processor import LogitsProcessor, process_dict_updates
 from vllm.v1.worker.gpu.sample.logits_processor import LogitsProcessor as LogitsProcessorV2
 
-from . import launch
+from . import distributed
 from .config import UserError
 from .engines import Policy
 from .generation import Generate, only_drawn, weights_of
@@ -65,7 +65,7 @@ class VllmGenerator:
                 for row, prompt in zip(uniforms.tolist(), prompts, strict=True)
             ]
             responses = torch.full(uniforms.shape, pad)
-            with launch.together():
+            with distributed.raise_on_all_ranks(UserError):
                 try:
                     outputs = engine.generate([{"prompt_token_ids": row} for row in prompts], settings, use_tqdm=False)
                 except ValueError as error:  # a prompt longer than what its memory holds
@@ -106,7 +106,7 @@ class VllmGenerator:
                     max_model_len=-1,  # the longest that memory allows
                     gpu_memory_utilization=self.memory_share,
                     distributed_executor_backend="external_launcher",
-                    enforce_eager=launch.device().type == "cpu",
+                    enforce_eager=distributed.device().type == "cpu",
                     enable_prefix_caching=False,
                     async_scheduling=False,
                     logits_processors=[DrawnInFirstRunner if RUNNER == "0" else DrawnInSecondRunner],
@@ -118,7 +118,7 @@ class VllmGenerator:
 
 
 class DrawnInFirstRunner(LogitsProcessor):
-    """generation.only_drawn, with what came with each request."""
+    """deepspeed_engine.only_drawn, with what came with each request."""
 
     def __init__(self, vllm_config: Any, device: torch.device, is_pin_memory: bool) -> None:
         self.requests: dict[int, tuple[dict[str, Any], list[int]]] = {}  # row of the batch -> what came, tokens so far

@@ -1,58 +1,20 @@
-"""One process or many: the same start under plain python, torchrun and the deepspeed launcher."""
+"""Ranks: what they tell each other, and how they stop together. Of one process too."""
 
 import contextlib
-import hashlib
 import io
-import logging
 import os
-import random
 import signal
 import sys
 import threading
-import warnings
 from collections.abc import Callable, Iterator
-from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
 import torch
 import torch.distributed as dist
-import transformers
-
-from . import files
-from .config import UserError
 
 T = TypeVar("T")
-
-
-def start(seed: int, timeout_s: int) -> None:
-    """Join the process group, seed the generators and keep the libraries' chatter off the terminal."""
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    warnings.filterwarnings("ignore", module="deepspeed|torch")
-    random.seed(seed)
-    np.random.seed(seed)
-    torch.manual_seed(seed)
-    if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-    else:
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    _find_build_tools()
-    with quiet():
-        import deepspeed
-    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-    if dist.is_initialized():
-        return
-    backend = "nccl" if torch.cuda.is_available() else "gloo"
-    if "RANK" not in os.environ:
-        # Without a launcher DeepSpeed would look for MPI. A store inside the process also needs no port.
-        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
-    if not torch.cuda.is_available():
-        _compile_cpu_communication()
-    with quiet():
-        deepspeed.init_distributed(dist_backend=backend, timeout=timedelta(seconds=timeout_s))
 
 
 def stop() -> None:
@@ -97,6 +59,16 @@ def stop_requests() -> Iterator[Callable[[], bool]]:
     finally:
         if main_thread:
             signal.signal(signal.SIGTERM, before)
+
+
+def barrier() -> None:
+    if world_size() > 1:
+        dist.barrier()
+
+
+def local_shard(parameter: Any) -> Any:
+    """What this rank holds of a parameter: its part at ZeRO 3, elsewhere all of it."""
+    return getattr(parameter, "ds_tensor", parameter)
 
 
 def cache_folder() -> Path:
@@ -154,16 +126,16 @@ def gather_objects(mine: T) -> list[T]:
 
 
 @contextlib.contextmanager
-def together() -> Iterator[None]:
-    """A UserError of one rank is one of every rank: none is left waiting for it."""
+def raise_on_all_ranks(kind: type[Exception]) -> Iterator[None]:
+    """An error of this kind on one rank is one of every rank: none is left waiting for it."""
     failure = None
     try:
         yield
-    except UserError as error:
+    except kind as error:
         failure = str(error)
     failures = [text for text in gather_objects(failure) if text is not None]
     if failures:
-        raise UserError(failures[0])
+        raise kind(failures[0])
 
 
 @contextlib.contextmanager
@@ -176,33 +148,3 @@ def quiet() -> Iterator[None]:
     except BaseException:
         sys.stderr.write(held.getvalue())
         raise
-
-
-def _find_build_tools() -> None:
-    """DeepSpeed calls `ninja` by name; a virtual environment that is used but not activated hides it."""
-    folder = str(Path(sys.executable).parent)
-    if folder not in os.environ.get("PATH", "").split(os.pathsep):
-        os.environ["PATH"] = os.pathsep.join([folder, os.environ.get("PATH", "")])
-
-
-def _compile_cpu_communication() -> None:
-    """Build the op that DeepSpeed would build at its start, one process at a time.
-
-    torch guards such builds with a file that outlives a killed process, and then waits for it forever. In a folder of
-    our own, under a lock that dies with its process, a guard that is found was left behind and can go.
-    """
-    from deepspeed.comm.torch import build_shm_op
-
-    environment = hashlib.sha256(f"{sys.prefix} {torch.__version__}".encode()).hexdigest()[:12]
-    folder = cache_folder() / "torch_extensions" / environment
-    if os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(folder)) != str(folder):
-        return  # somebody else's to manage
-    folder.mkdir(parents=True, exist_ok=True)
-    with files.locked(folder / ".building", wait=True):
-        for guard in folder.glob("*/lock"):
-            if files.is_folder(guard.parent):
-                guard.unlink()
-        if is_main() and not any(folder.glob("*/*.so")):
-            print("DeepSpeed compiles its CPU communication op: about 30 seconds, once.", flush=True)
-        with quiet():
-            build_shm_op()

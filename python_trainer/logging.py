@@ -1,23 +1,21 @@
-"""What a person sees: a line and a bar per step, metrics.jsonl, curves.png (METRICS.md: what the curves mean)."""
+"""What a person sees: a line and a bar per step, metrics.jsonl, curves.png (METRICS.md explains them), reports."""
 
+import dataclasses
 import io
 import json
 import math
-from collections.abc import Mapping, Sequence
+import os
+import secrets
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from ppo_kernels import kl_rewards, moments
-
-from . import files, launch, reports
-from .config import OptimizerConfig, UserError
-
-if TYPE_CHECKING:
-    from .experience import Experience
+from . import distributed, files
+from .config import OptimizerConfig, UserError, report_packages
 
 LINE = (
     "objective/kl",
@@ -69,7 +67,7 @@ class Averages:
         if not self._sums:
             return {}
         pair = torch.stack([torch.stack(list(x.values())) for x in (self._sums, self._weights)])
-        if launch.world_size() > 1:
+        if distributed.world_size() > 1:
             dist.all_reduce(pair)
         means = dict(zip(self._sums, (pair[0] / pair[1].clamp(min=1)).tolist(), strict=True))
         return {
@@ -78,53 +76,20 @@ class Averages:
         }
 
 
-def summary(experience: "Experience", eos: int, kl_coef: float, impl: str) -> dict[str, float]:
-    """What a rollout was like, over the global batch."""
-    mask, scores = experience.mask, experience.raw_scores.double()
-    log_ratio = experience.logprobs - experience.ref_logprobs
-    k3 = kl_rewards(
-        experience.logprobs,
-        experience.ref_logprobs,
-        experience.scores,
-        mask,
-        kl_estimator="k3",
-        impl=impl,
-    )[1]
-    penalty = -kl_coef * experience.kl.double().mean()
-    ended = experience.rollout.ended(eos).double()
-    figures = {
-        "objective/kl": (log_ratio.double() * mask).sum(dim=1).mean(),
-        "objective/kl_k3": k3.double().mean(),
-        "objective/entropy": -(experience.logprobs.double() * mask).sum(dim=1).mean(),
-        "objective/scores": scores.mean(),
-        "objective/scores_std": scores.std(),
-        "objective/non_score_reward": penalty,
-        "objective/rlhf_reward": scores.mean() + penalty,
-        "val/response_length": mask.sum(dim=1).double().mean(),
-        "val/num_eos_tokens": ended.sum(),
-        "val/eos_rate": ended.mean(),
-    }
-    if experience.returns.any():  # there is a critic
-        error = moments(experience.returns - experience.values, mask, impl=impl)[2]
-        spread = moments(experience.returns, mask, impl=impl)[2]
-        figures["val/explained_variance"] = 1 - error / spread.clamp(min=1e-12)
-    return {name: figure.item() for name, figure in figures.items()}
-
-
 class Log:
     """metrics.jsonl and the terminal; silent on every rank but the first."""
 
     def __init__(self, folder: Path, config: OptimizerConfig, total: int, *, start: int = 0, title: str = "") -> None:
         self.path = folder / "metrics.jsonl"
-        self._reports: list[reports.Report] = []
+        self._reports: list[Report] = []
         self._file = None
-        hidden = True if config.disable_tqdm or not launch.is_main() else None  # None: shown on a terminal only
+        hidden = True if config.disable_tqdm or not distributed.is_main() else None  # None: shown on a terminal only
         self._bar = tqdm(total=total, initial=start, desc=title, disable=hidden, leave=False)
-        if launch.is_main():
+        if distributed.is_main():
             files.make_way(self.path)
             self._keep_until(start)
             self._file = files.append(self.path)
-            self._reports = reports.opened(config, folder, start)
+            self._reports = open_reports(config, folder, start)
 
     def record(self, step: int, metrics: Mapping[str, float]) -> None:
         if self._file is not None:
@@ -144,7 +109,7 @@ class Log:
         self._bar.update(step - self._bar.n)
 
     def say(self, text: str) -> None:
-        if launch.is_main():
+        if distributed.is_main():
             tqdm.write(text)
 
     def close(self) -> None:
@@ -205,3 +170,59 @@ def plot(folder: Path) -> Path:
     files.write(path, picture.getvalue())
     pyplot.close(figure)
     return path
+
+
+class Report(Protocol):
+    def record(self, step: int, metrics: Mapping[str, float]) -> None: ...
+
+    def close(self) -> None: ...
+
+
+def open_reports(config: Any, folder: Path, start: int) -> list[Report]:
+    """The reports of one run; a resumed one continues them after step `start`."""
+    kinds: dict[str, Callable[[Any, Path, int], Report]] = {"tensorboard": TensorBoard, "wandb": Wandb}
+    return [kinds[name](config, folder, start) for name in report_packages(config.report_to)]
+
+
+class TensorBoard:
+    """Event files in <folder>/tensorboard."""
+
+    def __init__(self, config: Any, folder: Path, start: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        files.folder_makes_way(folder / "tensorboard")
+        self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=start + 1 if start else None)
+
+    def record(self, step: int, metrics: Mapping[str, float]) -> None:
+        for name, value in metrics.items():
+            self._writer.add_scalar(name, value, step)
+        self._writer.flush()
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class Wandb:
+    """A run of the project that WANDB_PROJECT names; its id is kept beside the metrics, for a resumed run."""
+
+    def __init__(self, config: Any, folder: Path, start: int) -> None:
+        import wandb
+
+        files.folder_makes_way(folder / "wandb")
+        kept = folder / "wandb-id"
+        files.make_way(kept)
+        if not (start and kept.exists()):
+            files.write(kept, secrets.token_hex(8))
+        self._run = wandb.init(
+            project=os.environ.get("WANDB_PROJECT", "python_trainer"),
+            dir=str(folder),
+            id=kept.read_text(),
+            resume="allow",
+            config=dataclasses.asdict(config),
+        )
+
+    def record(self, step: int, metrics: Mapping[str, float]) -> None:
+        self._run.log({name: value for name, value in metrics.items() if math.isfinite(value)}, step=step)
+
+    def close(self) -> None:
+        self._run.finish()
