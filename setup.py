@@ -32,6 +32,10 @@ class CMakeBuild(build_ext):
     def run(self) -> None:
         self.in_source = bool(self.inplace or getattr(self, "editable_mode", False))
         super().run()
+        if (
+            not self.in_source
+        ):  # Python reads the schemas: in a checkout from csrc/, in a wheel from ppo_kernels/ops.cpp
+            shutil.copy2(ROOT / "csrc" / "ops.cpp", Path(self.build_lib) / "ppo_kernels" / "ops.cpp")
 
     def build_extensions(self) -> None:
         import pybind11

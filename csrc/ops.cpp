@@ -1,69 +1,85 @@
-// The schema of every op: the C++ table of contents. Kernels register themselves beside their code (cpu/, cuda/).
-//
-// B sequences, T response tokens, N packed tokens, V vocabulary. A token tensor is padded [B, T] with any row stride,
-// or packed [N] with cu_seqlens [B+1]. Masks are bytes. Clamps that are off are infinite.
+// The schema of every op, once in this repository. Python reads the same text: csrc/ops.cpp in a checkout, the copy
+// that setup.py puts beside the package's modules in a wheel. Kernels register themselves beside their code (cpu/,
+// cuda/).
 #include <torch/csrc/stable/library.h>
+
+#include <sstream>
+#include <string>
 
 #ifndef PPO_OPS  // the host tests of the CUDA kernels have a namespace of their own
 #define PPO_OPS ppo_kernels
 #endif
 
+namespace {
+
+// A schema begins at the start of a line with the name of its op and may go on over indented lines. Lines that begin
+// with // are comments. This is the only raw string literal of the file.
+constexpr const char* kSchemas = R"(
+// B sequences, T response tokens, N packed tokens, V vocabulary. A token tensor is padded [B, T] with any row stride,
+// or packed [N] with cu_seqlens [B+1]. Masks are bytes. Clamps that are off are infinite.
+
+// logits [..., V]; labels, mask, temperature_rows (float64) and every output [...]; entropy is empty unless asked
+// for. log_sum is -1 for a row that was not read, row_max is NaN for a row without a distribution.
+token_logprobs(Tensor logits, Tensor labels, Tensor? mask, Tensor? temperature_rows, float temperature,
+    int ignore_index, bool entropy) -> (Tensor logprobs, Tensor entropy, Tensor row_max, Tensor log_sum)
+token_logprobs_backward(Tensor logits, Tensor labels, Tensor? temperature_rows, Tensor? grad_logprobs,
+    Tensor? grad_entropy, Tensor logprobs, Tensor entropy, Tensor row_max, Tensor log_sum, float temperature)
+    -> Tensor
+token_logprobs_backward_(Tensor(a!) logits, Tensor labels, Tensor? temperature_rows, Tensor? grad_logprobs,
+    Tensor? grad_entropy, Tensor logprobs, Tensor entropy, Tensor row_max, Tensor log_sum, float temperature)
+    -> ()
+
+// scores, score_index, kl [B]. kl_coef_tensor, float64 0-d, takes the place of kl_coef where it is given.
+kl_rewards(Tensor logprobs, Tensor ref_logprobs, Tensor scores, Tensor? mask, Tensor? score_index,
+    Tensor? cu_seqlens, Tensor? kl_coef_tensor, float kl_coef, int kl_estimator, float score_clip,
+    float kl_log_clamp, float kl_clamp) -> (Tensor rewards, Tensor kl)
+
+// lam_rows [B] float64, bootstrap_value [B].
+gae(Tensor rewards, Tensor values, Tensor? mask, Tensor? lam_rows, Tensor? bootstrap_value,
+    Tensor? cu_seqlens, float gamma, float lam, int masked_steps) -> (Tensor advantages, Tensor returns)
+
+// x contiguous, any shape; count, mean and m2 float64 0-d. Without them whiten computes its own.
+moments(Tensor x, Tensor? mask) -> (Tensor count, Tensor mean, Tensor m2)
+whiten(Tensor x, Tensor? mask, Tensor? count, Tensor? mean, Tensor? m2, bool shift_mean, bool unbiased,
+    float eps) -> Tensor
+
+// advantages, weights: token-level, or [B, 1]. row_weight [B]; normalizer float64 0-d (None: the number of valid
+// tokens). grad is d(loss * normalizer)/d(first argument), empty unless asked for; stats as in the Python tuples.
+policy_loss(Tensor logprobs, Tensor old_logprobs, Tensor advantages, Tensor? mask, Tensor? weights,
+    Tensor? ref_logprobs, Tensor? row_weight, Tensor? normalizer, Tensor? cu_seqlens, Tensor? kl_coef_tensor,
+    float cliprange_low, float cliprange_high, float dual_clip, float log_ratio_clamp, float kl_coef,
+    int kl_estimator, float kl_log_clamp, float kl_clamp, bool grad)
+    -> (Tensor loss, Tensor stats, Tensor grad, Tensor inv_normalizer)
+value_loss(Tensor values, Tensor old_values, Tensor returns, Tensor? mask, Tensor? row_weight,
+    Tensor? normalizer, Tensor? cu_seqlens, float cliprange_value, bool grad)
+    -> (Tensor loss, Tensor stats, Tensor grad, Tensor inv_normalizer)
+
+// Rows in groups of group_size; scores [B]. variant: 0 separate, 1 joint. The rest as in policy_loss, the
+// normalizer's None being the number of pairs.
+p3o_loss(Tensor logprobs, Tensor old_logprobs, Tensor ref_logprobs, Tensor scores, Tensor? mask,
+    Tensor? normalizer, Tensor? cu_seqlens, Tensor? kl_coef_tensor, int variant, int group_size, float kl_coef,
+    float cliprange, float weight_clip, float log_ratio_clamp, bool grad)
+    -> (Tensor loss, Tensor stats, Tensor grad, Tensor inv_normalizer)
+
+// scores [B]. Groups are runs of equal numbers in sorted_ids [B], element i of which is scores[order[i]]; without
+// them, every group_size neighbours. mode: 0 rloo, 1 grpo, 2 dr_grpo.
+group_advantages(Tensor scores, Tensor? sorted_ids, Tensor? order, int group_size, int mode, float eps)
+    -> Tensor
+)";
+
+}  // namespace
+
 STABLE_TORCH_LIBRARY(PPO_OPS, m) {
-  // logits [..., V]; labels, mask, temperature_rows (float64) and every output [...]; entropy is empty unless asked
-  // for. log_sum is -1 for a row that was not read, row_max is NaN for a row without a distribution.
-  m.def(
-      "token_logprobs(Tensor logits, Tensor labels, Tensor? mask, Tensor? temperature_rows, float temperature,"
-      " int ignore_index, bool entropy) -> (Tensor logprobs, Tensor entropy, Tensor row_max, Tensor log_sum)");
-  m.def(
-      "token_logprobs_backward(Tensor logits, Tensor labels, Tensor? temperature_rows, Tensor? grad_logprobs,"
-      " Tensor? grad_entropy, Tensor logprobs, Tensor entropy, Tensor row_max, Tensor log_sum, float temperature)"
-      " -> Tensor");
-  m.def(
-      "token_logprobs_backward_(Tensor(a!) logits, Tensor labels, Tensor? temperature_rows, Tensor? grad_logprobs,"
-      " Tensor? grad_entropy, Tensor logprobs, Tensor entropy, Tensor row_max, Tensor log_sum, float temperature)"
-      " -> ()");
-
-  // scores, score_index, kl [B]. kl_coef_tensor, float64 0-d, takes the place of kl_coef where it is given.
-  m.def(
-      "kl_rewards(Tensor logprobs, Tensor ref_logprobs, Tensor scores, Tensor? mask, Tensor? score_index,"
-      " Tensor? cu_seqlens, Tensor? kl_coef_tensor, float kl_coef, int kl_estimator, float score_clip,"
-      " float kl_log_clamp, float kl_clamp) -> (Tensor rewards, Tensor kl)");
-
-  // lam_rows [B] float64, bootstrap_value [B].
-  m.def(
-      "gae(Tensor rewards, Tensor values, Tensor? mask, Tensor? lam_rows, Tensor? bootstrap_value,"
-      " Tensor? cu_seqlens, float gamma, float lam, int masked_steps) -> (Tensor advantages, Tensor returns)");
-
-  // x contiguous, any shape; count, mean and m2 float64 0-d. Without them whiten computes its own.
-  m.def("moments(Tensor x, Tensor? mask) -> (Tensor count, Tensor mean, Tensor m2)");
-  m.def(
-      "whiten(Tensor x, Tensor? mask, Tensor? count, Tensor? mean, Tensor? m2, bool shift_mean, bool unbiased,"
-      " float eps) -> Tensor");
-
-  // advantages, weights: token-level, or [B, 1]. row_weight [B]; normalizer float64 0-d (None: the number of valid
-  // tokens). grad is d(loss * normalizer)/d(first argument), empty unless asked for; stats as in the Python tuples.
-  m.def(
-      "policy_loss(Tensor logprobs, Tensor old_logprobs, Tensor advantages, Tensor? mask, Tensor? weights,"
-      " Tensor? ref_logprobs, Tensor? row_weight, Tensor? normalizer, Tensor? cu_seqlens, Tensor? kl_coef_tensor,"
-      " float cliprange_low, float cliprange_high, float dual_clip, float log_ratio_clamp, float kl_coef,"
-      " int kl_estimator, float kl_log_clamp, float kl_clamp, bool grad)"
-      " -> (Tensor loss, Tensor stats, Tensor grad, Tensor inv_normalizer)");
-  m.def(
-      "value_loss(Tensor values, Tensor old_values, Tensor returns, Tensor? mask, Tensor? row_weight,"
-      " Tensor? normalizer, Tensor? cu_seqlens, float cliprange_value, bool grad)"
-      " -> (Tensor loss, Tensor stats, Tensor grad, Tensor inv_normalizer)");
-
-  // Rows in groups of group_size; scores [B]. variant: 0 separate, 1 joint. The rest as in policy_loss, the
-  // normalizer's None being the number of pairs.
-  m.def(
-      "p3o_loss(Tensor logprobs, Tensor old_logprobs, Tensor ref_logprobs, Tensor scores, Tensor? mask,"
-      " Tensor? normalizer, Tensor? cu_seqlens, Tensor? kl_coef_tensor, int variant, int group_size, float kl_coef,"
-      " float cliprange, float weight_clip, float log_ratio_clamp, bool grad)"
-      " -> (Tensor loss, Tensor stats, Tensor grad, Tensor inv_normalizer)");
-
-  // scores [B]. Groups are runs of equal numbers in sorted_ids [B], element i of which is scores[order[i]]; without
-  // them, every group_size neighbours. mode: 0 rloo, 1 grpo, 2 dr_grpo.
-  m.def(
-      "group_advantages(Tensor scores, Tensor? sorted_ids, Tensor? order, int group_size, int mode, float eps)"
-      " -> Tensor");
+  std::istringstream lines(kSchemas);
+  std::string schema;
+  const auto define = [&] {
+    if (!schema.empty()) m.def(schema.c_str());
+    schema.clear();
+  };
+  for (std::string line; std::getline(lines, line);) {
+    if (line.empty() || line.starts_with("//")) continue;
+    if (line.front() != ' ') define();
+    schema += line;
+  }
+  define();
 }

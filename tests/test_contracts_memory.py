@@ -10,7 +10,7 @@ import torch
 
 import ppo_kernels as pk
 from tests.lib import cases
-from tests.lib.cases import NAMES, run
+from tests.lib.cases import NAMES, REGISTERED, run
 from tests.lib.devices import IMPLEMENTATIONS, KERNELS
 from tests.lib.helpers import bit_equal, in_fresh_process
 
@@ -19,9 +19,11 @@ ALLOCATIONS = {
     torch: ("empty", "zeros", "full", "empty_like", "zeros_like"),
     torch.Tensor: ("new_empty", "new_zeros", "new_full"),
 }
-# "detached" has the kernels of "entropy"; bfloat16 reaches no other kernel than those of the logits.
-CALLS = tuple(name for name in NAMES if name != "token_logprobs:detached")
-DTYPES = {name: (torch.float32, torch.bfloat16)[: 2 if name.startswith("token_logprobs") else 1] for name in CALLS}
+# A detached entropy has the kernels of one that is not; bfloat16 reaches no other kernel than those of the logits.
+CALLS = tuple(name for name in NAMES if not name.endswith(":detached"))
+DTYPES = {name: (torch.float32, torch.bfloat16)[: 1 + REGISTERED[name].vocabulary] for name in CALLS}
+# Both sides of the tensors; Triton's interpreter tries one of them in `make test`.
+FRONT = [False, pytest.param(True, marks=pytest.mark.large)]
 
 
 def fenced(x: torch.Tensor, front: bool) -> torch.Tensor:
@@ -83,36 +85,41 @@ def everything_between_guard_pages(impl, front):
         assert allocated or impl != "triton", f"{key}: the launcher allocates by other means; fence those too"
 
 
+def index_inputs(name):
+    """Labels, positions, offsets of sequences, numbers of prompts: what a kernel might take for an address."""
+    return [k for k, x in cases.make(name).tensors.items() if x.dtype in (torch.int32, torch.int64)]
+
+
+INDEXED = tuple(name for name in CALLS if index_inputs(name))
+
+
 def garbage_between_guard_pages(impl, front):
     torch.set_num_threads(1)
     fence_allocations(front)
     g = torch.Generator().manual_seed(0)
     wild = torch.tensor([0, 1, -1, 5, 39, 40, 2**31, -(2**31), 2**40, -(2**40), 2**62, -(2**62)])
     for _ in range(6 if impl == "triton" else 60):
-        pick = lambda n: fenced(wild[torch.randint(0, len(wild), (n,), generator=g)], front)  # noqa: E731
-        x, row = fenced(torch.randn(40, generator=g), front), fenced(torch.rand(4, generator=g), front)
+        pick = lambda *shape: fenced(wild[torch.randint(0, len(wild), shape, generator=g)], front)  # noqa: E731
+        row = fenced(torch.rand(4, generator=g), front)
         leaf, labels = fenced(torch.randn(6, 40, generator=g), front).requires_grad_(), pick(6)
-        bounds = {"cu_seqlens": pick(5), "impl": impl}
         logp, h = pk.token_logprobs(leaf, labels, entropy=True, impl=impl)
         (logp + h).sum().backward()
         assert torch.equal(leaf.grad.isnan().all(1), ((labels < 0) | (labels >= 40)) & (labels != -100))
-        pk.kl_rewards(x, x, row, score_index=pick(4), **bounds)
-        pk.gae(x, x, bootstrap_value=row, lam=row, **bounds)
-        pk.policy_loss(x, x, row, weights=row, row_weight=row, **bounds)
-        pk.value_loss(x, x, x, row_weight=row, **bounds)
-        pk.p3o_loss(x, x, x, row, **bounds)
-        pk.group_advantages(row, pick(4), impl=impl)
+        for name in INDEXED:
+            case = cases.make(name, batch=4, length=cases.fit(name, impl, 10))
+            indices = {k: pick(*x.shape) for k, x in case.tensors.items() if k in index_inputs(name)}
+            outputs_and_gradient(case, impl, {k: fenced(x, front) for k, x in case.tensors.items()} | indices)
         pk.backends.kernel("group_advantages", impl)(row, pick(4), pick(4), 0, 1, 0.0)
 
 
-@pytest.mark.parametrize("front", [False, True])
+@pytest.mark.parametrize("front", FRONT)
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 def test_no_op_touches_what_lies_outside_its_tensors(require_impl, impl, front):
     require_impl("gae", impl)
     in_fresh_process(everything_between_guard_pages, impl, front)
 
 
-@pytest.mark.parametrize("front", [False, True])
+@pytest.mark.parametrize("front", FRONT)
 @pytest.mark.parametrize("impl", KERNELS)
 def test_garbage_labels_and_offsets_read_nothing_outside(require_impl, impl, front):
     require_impl("gae", impl)
@@ -127,7 +134,7 @@ def far_rows(x: torch.Tensor, stride: int) -> torch.Tensor:
     return whole.as_strided(x.shape, (stride, *x.stride()[1:])).copy_(x)
 
 
-PADDED = tuple(name for name in CALLS if not name.endswith(":packed"))
+PADDED = tuple(name for name in CALLS if not REGISTERED[name].packed)
 
 
 def rows_beyond_32_bits(impl, stride):
@@ -150,6 +157,7 @@ def gradient_written_over_rows_beyond_32_bits(impl, stride):
     assert not bit_equal(grads[0], logits)
 
 
+@pytest.mark.large
 @pytest.mark.parametrize("stride", [2**31 - 40, 2**31 + 40])
 @pytest.mark.parametrize("impl", KERNELS)
 def test_rows_further_apart_than_32_bits_count(require_impl, impl, stride):

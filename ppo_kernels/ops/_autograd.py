@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ppo_kernels import backends
+from ppo_kernels.backends import Op
 
 
 def refuse_double_backward(op: str) -> None:
@@ -34,19 +34,20 @@ def first_order_only(op: str, x: Tensor) -> Tensor:
     return _FirstOrderOnly.apply(op, x) if x.requires_grad else x
 
 
-def fake_loss(x: Tensor, stats: int, grad: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The outputs of a loss kernel, for tracing: loss, stats, gradient, 1 / normalizer."""
-    return x.new_empty(()), x.new_empty(stats), x.new_empty(x.shape if grad else 0), x.new_empty(())
+def fused_loss(op: Op, impl: str, x: Tensor, arguments: tuple[object, ...]) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """Loss and statistics of a kernel that takes ``x``, the arguments and whether to write the gradient."""
+    loss, stats = _ScaledGradient.apply(op, impl, x, arguments)
+    return loss, stats.unbind(0)
 
 
-class ScaledGradient(torch.autograd.Function):
+class _ScaledGradient(torch.autograd.Function):
     """A scalar loss whose kernel already wrote d(loss * normalizer)/dx: backward only scales it, on the device."""
 
     @staticmethod
     def forward(ctx, op, impl, x, arguments):
         ctx.set_materialize_grads(False)
-        ctx.op = op
-        loss, stats, grad, inv_normalizer = backends.kernel(op, impl)(x, *arguments, ctx.needs_input_grad[2])
+        ctx.op = op.name
+        loss, stats, grad, inv_normalizer = op.kernel(impl)(x, *arguments, ctx.needs_input_grad[2])
         ctx.save_for_backward(grad, inv_normalizer)
         ctx.mark_non_differentiable(stats)
         return loss, stats

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ppo_kernels.reference.rows import compute_dtype
+from ppo_kernels._types import compute_dtype
 
 _FLOATING = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 _MASK_DTYPES = (torch.bool, torch.uint8, torch.int32, torch.int64, *_FLOATING)

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ppo_kernels.reference.rows import compute_dtype
+from ppo_kernels._types import compute_dtype
 from ppo_kernels.triton import INTERPRETED
 from ppo_kernels.triton._launch import dense, launch, mask_bytes, require, require_unit_stride
 from ppo_kernels.triton._math import INF, LN2, LOG2E, exp, expm1_minus, log1p

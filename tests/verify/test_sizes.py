@@ -8,9 +8,9 @@ import torch
 
 from ppo_kernels import gae, token_logprobs
 from tests.lib import oracle
+from tests.lib.checks import check_token_logprobs as check
 from tests.lib.devices import IMPLEMENTATIONS
 from tests.lib.helpers import MASKED_STEPS, assert_close_to_oracle, cu, holey_mask, magnitude
-from tests.test_token_logprobs import check
 
 LONG = [4095, 4096, 4097, 8191, 8192, 8193, 65536]
 DISCOUNTS = [(1.0, 1.0), (0.99, 0.95)]

@@ -133,21 +133,14 @@ def excerpt(output: str) -> str:
 def noticed(patch: Path, copy: Path, env: dict[str, str]) -> bool:
     text = patch.read_text()
     fields = checkout.header(text)
-    spoiled = checkout.patched(text, copy)
-    originals = {path: path.read_text() for path in spoiled}
-    try:
-        for path, content in spoiled.items():
-            path.write_text(content)
-        kind, tests = KINDS[fields["Sanitizer"]], fields["Tests"].split()
+    kind, tests = KINDS[fields["Sanitizer"]], fields["Tests"].split()
+    with checkout.mutated(text, copy):
         if kind.cuda:  # the ops that its tests need
             env = {**env, "HOST_CUDA_OPS": checkout.ops_of(tests)}
             checkout.build_host_cuda(copy, **kind.host_cuda, HOST_CUDA_OPS=env["HOST_CUDA_OPS"])
         else:
             build(kind, copy)
         code, output = run_tests(copy, env, tests, kind.choice)
-    finally:
-        for path, content in originals.items():
-            path.write_text(content)
     found = code != 0 and fields["Report"] in output
     print(f"planted {patch.stem}: {'reported' if found else 'NOT reported'}", flush=True)
     if not found:
