@@ -163,7 +163,7 @@ def demo(path: str, overrides: Sequence[str]) -> None:
     overrides = ["--overwrite_output_dir=True", *overrides]
     shared = load("demo", path, overrides, RunConfig)  # only what all stages share can be set for all of them
     if load_task(shared).gold([]) is None:
-        raise UserError(f"the demonstration needs a task with an independent score; task {shared.task} has none")
+        raise UserError(f"the demonstration needs a task with an independent judge; task {shared.task} has none")
     settings = (
         load("sft", path, overrides, SftConfig),
         load("reward", path, overrides, RewardConfig),

@@ -129,9 +129,7 @@ class Trainable:
         else:  # None if it is switched off
             norm = self.engine.get_global_grad_norm()
             self.gradient_norm = float("nan") if norm is None else float(norm) / scale
-        # DeepSpeed clips by a norm that is not finite too: nothing is left of the gradients then.
-        overflown = self.gradient_norm == math.inf or self.gradient_norm < 0
-        if self._dropped or overflown or not self.engine.was_step_applied():
+        if self._dropped or not self.engine.was_step_applied():
             self.skipped += 1
         elif self._fp16:
             self.skipped = 0  # overflows are how a dynamic loss scale finds its size; many in a row are not
@@ -166,7 +164,10 @@ class Trainable:
                     parameter.grad = None  # AdamW leaves a parameter without gradient, and its moments, alone
 
     def _norm_of_deepspeed_is_finite(self) -> bool:
-        """Before clipping, where an optimizer of DeepSpeed computes it; it is the same on all ranks."""
+        """Before clipping, where an optimizer of DeepSpeed computes it, the same on all ranks.
+
+        It clips by a norm that is not finite too, and nothing is left of the gradients then.
+        """
         norm = getattr(getattr(self, "engine", None) and self.engine.optimizer, "_global_grad_norm", None)
         return norm is None or 0 <= float(norm) < math.inf
 
