@@ -12,8 +12,7 @@ from python_trainer.config import RewardConfig, UserError
 from python_trainer.data import Files
 from python_trainer.models import checked, load_policy, load_scalar, load_tokenizer, save_model
 from python_trainer.sft import reward
-
-from .conftest import ROOT, TINY, as_options, command
+from tests.lib.trainer import ROOT, TINY, as_options, command
 
 
 def write(folder, name, rows):

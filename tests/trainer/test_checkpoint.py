@@ -17,8 +17,7 @@ from python_trainer import atomic, checkpoint, zero_state
 from python_trainer.config import PPOConfig, UserError
 from python_trainer.logging import read
 from python_trainer.ppo import Trainer
-
-from .conftest import TINY, metric_rows
+from tests.lib.trainer import TINY, metric_rows
 
 FOUR = {"total_steps": 4, "num_ppo_epochs": 2, "num_mini_batches": 2, "save_steps": 2}
 

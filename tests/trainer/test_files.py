@@ -12,8 +12,7 @@ from python_trainer import atomic, checkpoint, files
 from python_trainer.config import PPOConfig, UserError
 from python_trainer.logging import Log
 from python_trainer.settings import save
-
-from .conftest import TINY
+from tests.lib.trainer import TINY
 
 
 @pytest.fixture

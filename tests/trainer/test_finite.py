@@ -8,8 +8,7 @@ import torch
 from python_trainer.config import SftConfig, UserError
 from python_trainer.deepspeed_engine import step_together
 from python_trainer.sft import sft
-
-from .conftest import TINY
+from tests.lib.trainer import TINY
 
 
 def parts(trainer) -> list[torch.Tensor]:

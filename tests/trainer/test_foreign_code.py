@@ -12,8 +12,7 @@ import python_trainer
 from python_trainer import models
 from python_trainer.config import PPOConfig, UserError
 from python_trainer.tasks.exact import Exact
-
-from .conftest import ROOT, TINY, TINY_MODEL
+from tests.lib.trainer import ROOT, TINY, TINY_MODEL
 
 CODE = """
 import pathlib

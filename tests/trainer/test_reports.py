@@ -10,8 +10,7 @@ import pytest
 
 from python_trainer import config as settings_of
 from python_trainer.config import PPOConfig
-
-from .conftest import ROOT, TINY, metric_rows
+from tests.lib.trainer import ROOT, TINY, metric_rows
 
 PACKAGE = ROOT / "python_trainer"
 GLOSSARY = set(re.findall(r"`([a-z]+/[a-z_0-9]+)`", (PACKAGE / "METRICS.md").read_text()))

@@ -11,8 +11,7 @@ from python_trainer.data import Rollout, left_pad
 from python_trainer.deepspeed_engine import Trainable
 from python_trainer.logging import Log, plot
 from python_trainer.rollout import InverseCdf, score_responses, score_tokens
-
-from .conftest import TINY
+from tests.lib.trainer import TINY
 
 
 def weights(trainer) -> torch.Tensor:

@@ -34,8 +34,9 @@ PARTS = {
     "properties": "pytest tests/verify -n 2 --dist loadfile -k properties",
     "sizes": "pytest tests/verify/test_sizes.py -n 2",
     "mutants": "tests.verify.mutants.run",
-    "faults": "tests.trainer.faults",
-    "learn": "pytest tests/trainer/test_learn.py -m learn",
+    "trainer": "pytest tests/verify/trainer -n 2 --dist loadfile",
+    "faults": "tests.verify.trainer.faults",
+    "learn": "pytest tests/verify/trainer/test_learn.py -m learn",
 }
 GROUPS = {"gpu_checks": ("host_cuda", "sanitize_cuda", "aot")}
 

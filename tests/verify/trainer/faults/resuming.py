@@ -15,8 +15,8 @@ from python_trainer import __main__ as command_line
 from python_trainer import atomic, checkpoint, ppo
 from python_trainer.ppo import Trainer
 from python_trainer.rollout import InverseCdf
+from tests.lib.trainer import as_options, metric_rows
 
-from ..conftest import as_options, metric_rows
 from .processes import Ranks, refused, run, succeeded
 from .rows import SETTINGS, row
 

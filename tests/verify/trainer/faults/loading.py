@@ -10,8 +10,8 @@ import torch
 
 from python_trainer import atomic, checkpoint
 from python_trainer.config import UserError
+from tests.lib.trainer import metric_rows
 
-from ..conftest import metric_rows
 from .processes import refused, run, succeeded
 from .resuming import train
 from .rows import row

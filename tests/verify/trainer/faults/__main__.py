@@ -1,4 +1,4 @@
-"""python -m tests.trainer.faults [--fast] [--json file] [row ...]: every event and what came of it."""
+"""python -m tests.verify.trainer.faults [--fast] [--json file] [row ...]: every event and what came of it."""
 
 import argparse
 import importlib
@@ -24,7 +24,7 @@ MODULES = ("saving", "loading", "resuming", "ranks")
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m tests.trainer.faults", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m tests.verify.trainer.faults", description=__doc__)
     parser.add_argument("--fast", action="store_true", help="leave out what needs two ranks or every ZeRO stage")
     parser.add_argument("--json", type=Path, help="also write the outcome of each row there")
     parser.add_argument("rows", nargs="*")

@@ -1,4 +1,4 @@
-"""make learn: how far every algorithm comes on the task whose optimum is known, three seeds each.
+"""make verify PART=learn: how far every algorithm comes on the task whose optimum is known, three seeds each.
 
 The score is (J - J of the reference) / (J* - J of the reference), with J = E[r] - 0.1 · KL computed by enumeration.
 """
@@ -9,8 +9,9 @@ from python_trainer.config import PPOConfig
 from python_trainer.logging import read
 from python_trainer.ppo import Trainer
 from python_trainer.settings import load
+from tests.lib.trainer import ROOT
 
-from .conftest import ROOT, learned
+from .conftest import learned
 
 STEPS = 60
 LEAST = {

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..conftest import TINY
+from tests.lib.trainer import TINY
 
 # Whatever a run carries from step to step takes part: optimizers, schedules, the KL weight, running statistics and the
 # average of the weights. Six responses to four prompts: step 2 ends where a pass over the data does, the others do not.

@@ -13,8 +13,7 @@ from safetensors.torch import load_file
 from python_trainer.config import SftConfig
 from python_trainer.sft import sft
 from python_trainer.tasks.exact import Exact
-
-from .conftest import ROOT, TINY, as_options, command, metric_rows
+from tests.lib.trainer import ROOT, TINY, as_options, command, metric_rows
 
 BIN = Path(sys.executable).parent
 LAUNCHERS = {
@@ -67,8 +66,8 @@ print(f"rank {distributed.rank()}: skipped {skipped}, unchanged {same}", flush=T
 
 sft(SftConfig(**%r))
 
-folder, plain, read = trainer.folder / "checkpoints", checkpoint._sha256, []
-checkpoint._sha256 = lambda path: read.append(path.name) or plain(path)
+folder, plain, read = trainer.folder / "checkpoints", atomic._sha256, []
+atomic._sha256 = lambda path: read.append(path.name) or plain(path)
 for work in (lambda: checkpoint.save(folder, 1, models, trainer.config, {}), lambda: atomic.verify(written)):
     work()
     written = folder / "step-000001"
@@ -77,13 +76,13 @@ for work in (lambda: checkpoint.save(folder, 1, models, trainer.config, {}), lam
     print(f"rank {distributed.rank()}: shares {sorted(sum(shares, [])) == whole and all(shares)}", flush=True)
     read.clear()
 
-place = folder / ".tmp-half"
 try:
     with atomic.atomic_dir(folder / "half"):
         if distributed.rank() == 1:
             raise ValueError("alone")
 except (RuntimeError, ValueError) as error:
-    print(f"rank {distributed.rank()}: {type(error).__name__}, place there {place.exists()}", flush=True)
+    places = [*folder.glob(".tmp-half-*")]
+    print(f"rank {distributed.rank()}: {type(error).__name__}, place there {bool(places)}", flush=True)
 os._exit(0)
 """
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from .conftest import TINY, as_options, command
+from tests.lib.trainer import TINY, as_options, command
 
 DEEPSPEED = str(Path(sys.executable).parent / "deepspeed")
 

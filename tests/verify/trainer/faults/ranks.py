@@ -12,8 +12,8 @@ from pathlib import Path
 from safetensors.torch import load_file
 
 from python_trainer import deepspeed_engine, distributed
+from tests.lib.trainer import ROOT, as_options, metric_rows
 
-from ..conftest import ROOT, as_options, metric_rows
 from .processes import Ranks, refused, run, succeeded
 from .resuming import at_each_step, soon, train
 from .rows import SETTINGS, row
