@@ -24,7 +24,8 @@ from .config import UserError
 
 MANIFEST = "manifest.json"
 TEMPORARY = ".tmp-"
-OWNER = ".made-by-python-trainer"  # in a temporary folder: the name of what it is for
+OWNER = ".made-by-python-trainer"  # an empty file in a temporary folder
+STUMP = re.compile(re.escape(TEMPORARY) + "(.+)-[0-9a-f]{8}")  # the name of one, with that of what it is for
 NEW, OLD, DISCARDED = "new", "old", "discarded"  # in a temporary folder
 
 
@@ -34,7 +35,7 @@ def atomic_dir(folder: Path) -> Iterator[Path]:
     work = _temporary(folder, distributed.gather_objects(secrets.token_hex(4))[0])
     try:
         if distributed.is_main():
-            begin(work, folder.name)
+            begin(work)
         distributed.barrier()
         yield work / NEW
         distributed.barrier()
@@ -86,7 +87,7 @@ def discard(folder: Path) -> None:
     """Not under its own name, so that no half of a folder is ever taken for the whole."""
     if is_made(folder):
         work = _temporary(folder, secrets.token_hex(4))
-        begin(work, folder.name)
+        begin(work)
         folder.rename(work / DISCARDED)
         clear(work)
 
@@ -107,10 +108,10 @@ def _temporary(folder: Path, token: str) -> Path:
     return folder.parent / f"{TEMPORARY}{folder.name}-{token}"
 
 
-def begin(work: Path, name: str) -> None:
+def begin(work: Path) -> None:
     work.parent.mkdir(parents=True, exist_ok=True)
     work.mkdir()
-    (work / OWNER).write_text(name)
+    (work / OWNER).touch()
     (work / NEW).mkdir()
 
 
@@ -140,8 +141,9 @@ def _commit(work: Path, folder: Path) -> None:
 def clear(work: Path) -> None:
     """Remove a temporary folder of a run, once what it had put aside is back in its place or gone."""
     owner = work / OWNER
-    if owner.is_file():
-        original = work.with_name(owner.read_text())
+    named = STUMP.fullmatch(work.name)
+    if named is not None and owner.is_file():
+        original = work.with_name(named[1])
         if files.is_folder(work / OLD) and not os.path.lexists(original):  # a crash between two renames
             (work / OLD).rename(original)
         for part in (OLD, DISCARDED):
@@ -180,11 +182,9 @@ def is_stump(path: Path) -> bool:
     """Whether a run made this temporary folder; one without a marker is of a run that ended before its first file."""
     if not files.is_folder(path):
         return False
-    named = re.fullmatch(re.escape(TEMPORARY) + "(.+)-[0-9a-f]{8}", path.name)
     marker = path / OWNER
-    if named is None or not (marker.is_file() and not marker.is_symlink()):
-        return named is not None and not any(path.iterdir())
-    return marker.read_text(errors="replace") == named[1]
+    ours = (marker.is_file() and not marker.is_symlink()) or not any(path.iterdir())
+    return STUMP.fullmatch(path.name) is not None and ours
 
 
 def _checksums(folder: Path, sizes: dict[str, int], *, flush: bool = False) -> dict[str, str]:

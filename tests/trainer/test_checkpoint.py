@@ -146,7 +146,7 @@ def test_a_second_run_in_the_same_folder_stops(finished, tiny):
 
 def test_a_crash_between_the_renames_loses_nothing(finished):
     model, work = finished / "train" / "model", finished / "train" / ".tmp-model-01234567"
-    atomic.begin(work, "model")
+    atomic.begin(work)
     model.rename(work / atomic.OLD)
     with checkpoint.lock_run_dir(finished / "train", overwrite=False, done=4):
         atomic.verify(model)

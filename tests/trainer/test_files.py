@@ -72,23 +72,11 @@ def test_temporary_folders_of_others_stay(train, tmp_path, overwrite, capfd):
 
 def test_temporary_folders_of_a_run_go(train):
     for parent, name in ((train, "model"), (train / "checkpoints", "step-000003")):
-        atomic.begin(parent / f".tmp-{name}-01234567", name)
+        atomic.begin(parent / f".tmp-{name}-01234567")
         (parent / f".tmp-{name}-01234567" / "new" / "half").write_text("x")
     (train / ".tmp-ema-01234567").mkdir()  # of a run that ended before its first file
     start(train)
     assert not list(train.rglob(".tmp-*"))
-
-
-def test_a_temporary_folder_names_nothing_elsewhere(train, tmp_path):
-    """Its marker holds another name than its own: no run wrote that."""
-    victim = tmp_path / "victim"
-    commit(victim)
-    work = train / ".tmp-model-01234567"
-    atomic.begin(work, "../../victim")
-    victim.rename(work / "old")
-    start(train)
-    assert (work / "old" / "weights").exists()
-    assert not victim.exists()
 
 
 @pytest.mark.parametrize("named", ["step-000001-backup", "step-000001 (copy)", "step-1", "step-latest", "step-"])

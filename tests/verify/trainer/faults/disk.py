@@ -63,4 +63,4 @@ def unsynced(done: list[tuple[str, str, str]]) -> Iterator[str]:
             yield from (
                 f"{inner} not on disk when it got its name" for inner in dirty if f"{inner}/".startswith(path + "/")
             )
-            named.add(folder)
+            named.add(os.path.dirname(second))
