@@ -228,7 +228,8 @@ def test_the_guard_of_a_build_behind_a_link_stays(tmp_path, monkeypatch):
     from python_trainer import deepspeed_engine
 
     monkeypatch.setenv("PPO_KERNELS_CACHE", str(tmp_path / "cache"))
-    monkeypatch.delenv("TORCH_EXTENSIONS_DIR", raising=False)
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", "")  # so that what the function sets is taken back
+    monkeypatch.delenv("TORCH_EXTENSIONS_DIR")
     monkeypatch.setattr(importlib.import_module("deepspeed.comm.torch"), "build_shm_op", lambda: None)
     deepspeed_engine._compile_cpu_communication()
     (folder,) = (tmp_path / "cache" / "torch_extensions").iterdir()
@@ -236,7 +237,7 @@ def test_the_guard_of_a_build_behind_a_link_stays(tmp_path, monkeypatch):
         place.mkdir()
         (place / "lock").write_text("")
     (folder / "linked").symlink_to(tmp_path / "outside")
-    monkeypatch.delenv("TORCH_EXTENSIONS_DIR", raising=False)
+    monkeypatch.delenv("TORCH_EXTENSIONS_DIR")
     deepspeed_engine._compile_cpu_communication()
     assert (tmp_path / "outside" / "lock").exists()
     assert not (folder / "op" / "lock").exists()
