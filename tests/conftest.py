@@ -23,6 +23,8 @@ ALLOW_MISSING = "PPO_KERNELS_ALLOW_MISSING"
 def pytest_addoption(parser):
     text = "combinations of parameters: enough (test, what `make test` runs), the others (rest), or the whole"
     parser.addoption("--tier", choices=tiers.TIERS, default="test", help=text)
+    text = "only calls of several blocks at a time, as the marks several_blocks choose them"
+    parser.addoption("--several-blocks", action="store_true", help=text)
 
 
 def pytest_collection_modifyitems(config, items):
@@ -38,13 +40,22 @@ def pytest_collection_modifyitems(config, items):
 def _choose_tier(config, items):
     """What is asked for by name, and what lies in ``tests/verify``, is never left out."""
     tier = config.getoption("--tier")
-    if tier == "whole" or any("::" in argument for argument in config.args):
+    if config.getoption("--several-blocks"):
+        left_out = {item for item in items if not _has_several_blocks(item)}
+    elif tier == "whole" or any("::" in argument for argument in config.args):
         return
-    ours = [item for item in items if VERIFY not in item.path.parents]
-    kept = tiers.of_make_test(ours)
-    left_out = {item for item in ours if (item in kept) == (tier == "rest")}
+    else:
+        ours = [item for item in items if VERIFY not in item.path.parents]
+        kept = tiers.of_make_test(ours)
+        left_out = {item for item in ours if (item in kept) == (tier == "rest")}
     config.hook.pytest_deselected(items=list(left_out))
     items[:] = [item for item in items if item not in left_out]
+
+
+def _has_several_blocks(item):
+    params = item.callspec.params if hasattr(item, "callspec") else {}
+    marks = item.iter_markers("several_blocks")
+    return any(all(params[name] == value for name, value in mark.kwargs.items()) for mark in marks)
 
 
 @pytest.fixture(autouse=True)

@@ -17,7 +17,6 @@ from tests.lib.helpers import (
     assert_raises,
     bit_equal,
     cu,
-    far_rows,
     holey_mask,
     out_dtype,
     pack,
@@ -26,6 +25,7 @@ from tests.lib.helpers import (
     unpack,
     with_junk,
 )
+from tests.lib.memory import far_rows
 
 OP = "gae"
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -68,6 +68,7 @@ def test_every_length_to_300_in_one_packed_batch(impl):
         check(impl, rewards, values, mask, masked_steps=masked_steps, gamma=0.99, cu_seqlens=cu(lengths))
 
 
+@pytest.mark.several_blocks(length=4097)
 @pytest.mark.parametrize("length", [1023, 1025, 2047, 2048, 2049, 4095, 4096, 4097, 8191, 8193])
 def test_lengths_around_the_blocks_of_a_kernel(impl, length):
     boot = torch.tensor([3.0, -2.0])
@@ -96,6 +97,7 @@ def test_lambda_per_row_and_bootstrap_values(impl, masked_steps):
     check(impl, rewards, values, None, gamma=0.9, masked_steps=masked_steps, bootstrap_value=boot)
 
 
+@pytest.mark.several_blocks
 def test_hand_computed_rows_tell_the_masked_steps_apart(impl):
     rewards = torch.tensor([[1.0, 100.0, 2.0, 50.0]])
     values = torch.tensor([[4.0, 200.0, 8.0, 70.0]])
@@ -176,6 +178,7 @@ def test_packed_equals_padded(impl, masked_steps, cu_dtype):
             assert bit_equal(unpack(b, lengths, 31), a)
 
 
+@pytest.mark.several_blocks(masked_steps="skip")
 @pytest.mark.parametrize("masked_steps", MASKED_STEPS)
 def test_packed_rows_of_several_blocks_equal_padded_ones(impl, masked_steps):
     lengths = [2100, 0, 6200, 1, 700]
@@ -235,7 +238,7 @@ def test_the_scan_of_triton_itself(require_impl, monkeypatch):
 def test_rows_beyond_the_reach_of_32_bits(impl):
     rewards, values = make(9, 5)
     mask = holey_mask(9, 5)
-    far = gae(*(far_rows(x) for x in (rewards, values, mask)), bootstrap_value=torch.ones(9), impl=impl)
+    far = gae(*(far_rows(x, 2**28) for x in (rewards, values, mask)), bootstrap_value=torch.ones(9), impl=impl)
     assert bit_equal(far, gae(rewards, values, mask, bootstrap_value=torch.ones(9), impl=impl))
 
 

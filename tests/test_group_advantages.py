@@ -39,6 +39,7 @@ def test_nan_shows_in_its_whole_group_and_nowhere_else(impl, mode, eps):
     assert got.isnan().tolist() == [True, False, False, True, True, False]
 
 
+@pytest.mark.several_blocks(sizes=[33, 64, 1, 31, 32, 100], mode="grpo", dtype=torch.float32)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("sizes", [[1], [2], [3, 1, 5, 2], [4] * 8, [33, 64, 1, 31, 32, 100], [1] * 20, [700, 3], []])

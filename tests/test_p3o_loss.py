@@ -63,6 +63,7 @@ def test_matches_the_loop(impl, shape, variant, dtype):
     check(impl, *data, holey_mask(*shape), variant=variant)
 
 
+@pytest.mark.several_blocks(group_size=3, variant="joint")
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("group_size", [2, 3, 4, 6, 12])
 def test_every_pair_of_larger_groups_counts(impl, group_size, variant):
@@ -156,7 +157,7 @@ def test_the_separate_gradient_written_out(impl, one, other, q, first, second):
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("shift", [64.0, -1024.0])
 def test_scores_of_a_prompt_may_be_shifted(impl, variant, shift):
-    """The law that the method is named for. On a grid that the shift does not leave, no bit may change."""
+    """The method is named for this. On a grid that the shift does not leave, no bit may change."""
     logp, old, ref, _ = make(8, 12)
     scores = (torch.randn(8) * 256).round() / 256
     moved = scores + torch.tensor([0.0, shift]).repeat_interleave(4)
@@ -282,6 +283,7 @@ def test_a_row_that_is_masked_out_takes_its_pairs_along(impl, variant):
     torch.testing.assert_close(grad[[0, 2, 3, 4]], pairs[2], rtol=1e-6, atol=0)
 
 
+@pytest.mark.several_blocks(kind=torch.int64, variant="separate")
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("kind", [torch.int32, torch.int64])
 def test_packed_equals_padded(impl, kind, variant):

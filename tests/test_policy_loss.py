@@ -77,6 +77,7 @@ def check(impl, logp, old, adv, mask=None, upstream=None, **options):
     return loss.detach(), stats, grad
 
 
+@pytest.mark.several_blocks(shape=(2, 9001), dtype=torch.float32)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [(1, 1), (4, 2), (6, 33), (5, 128), (3, 1025), (2, 9001)])
 def test_matches_the_loop(impl, shape, dtype):

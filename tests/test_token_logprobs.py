@@ -31,6 +31,7 @@ def test_matches_the_oracle(impl, vocab, dtype):
     check(impl, *make(3 if vocab > 40000 else 7, vocab, dtype))
 
 
+@pytest.mark.several_blocks(dtype=torch.bfloat16)
 @pytest.mark.large
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_vocabulary_of_151936(impl, dtype):

@@ -58,6 +58,7 @@ def check(impl, values, old, returns, mask=None, upstream=None, **options):
     return loss.detach(), stats, grad
 
 
+@pytest.mark.several_blocks(shape=(2, 9001), clip=0.2, dtype=torch.float32)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("clip", [0.2, 0.0, None, 5.0])
 @pytest.mark.parametrize("shape", [(1, 1), (4, 2), (6, 33), (5, 128), (3, 1025), (2, 9001)])

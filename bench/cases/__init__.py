@@ -24,6 +24,7 @@ Inputs = dict[str, Tensor]
 Shape = tuple[int, ...]
 
 CLIP, GAMMA, LAM, KL_COEF, SCORE_CLIP = 0.2, 1.0, 0.95, 0.1, 5.0  # what the eager code and other libraries get, too
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # what is timed
 ESTIMATORS = ("k1", "abs", "k2", "k3")
 MEASURED = ("quick", "small", "full")  # the sizes of the benchmarks on a CPU
 
@@ -126,7 +127,7 @@ class Case:
     moved: Callable[[Inputs], int] | None = None  # bytes that the passes over memory read and write
     tolerance: float = 1e-5
     eager_tolerance: float = 1e-4  # of code that computes in the dtype of the inputs
-    compiled: tuple[str, ...] = MEASURED  # the sizes for which the time of torch.compile is worth its compilation
+    compiled: tuple[str, ...] = (*MEASURED, "gpu", "tiny")  # the sizes at which torch.compile's time is worth a row
     targets: tuple[Target, ...] = ()  # at the sizes quick and full, on a 2-core CPU
     small_call_targets: tuple[Target, ...] = ()
     most_extra: Callable[..., int] | None = None  # most_extra(*shape): bytes of memory beside the inputs
@@ -184,9 +185,9 @@ def right_padded(g: torch.Generator, rows: int, columns: int) -> Tensor:
     return torch.arange(columns, device=g.device) < lengths
 
 
-def with_holes(batch: int, length: int) -> Tensor:
+def with_holes(batch: int, length: int, seed: int = 0, share: float = 0.7) -> Tensor:
     """Random holes; row 0 full, row 1 empty, row 2 a single first token, row 3 a single last one."""
-    mask = torch.rand(batch, length, generator=torch.Generator().manual_seed(0)) < 0.7
+    mask = torch.rand(batch, length, generator=torch.Generator().manual_seed(seed)) < share
     for row, pick in enumerate((slice(None), slice(0, 0), slice(0, 1), slice(-1, None))):
         if row < batch - 1:
             mask[row] = False
@@ -242,3 +243,9 @@ def benchmarks() -> list[Case]:
 def benchmark(work: str, dtype: torch.dtype = torch.float32) -> Case:
     """The case of a work by its name."""
     return next(case for case in benchmarks() if (case.work, case.dtype) == (work, dtype))
+
+
+def described() -> dict[str, str]:
+    """What each file says that its op does, in the order of the ops."""
+    files = dict.fromkeys(case.file for case in benchmarks())
+    return {file: (importlib.import_module(f"{__name__}.{file}").__doc__ or "").partition("\n")[0] for file in files}

@@ -53,7 +53,7 @@ CASES = (
         small_call=(8, 128),
         axes=TOKEN_AXES,
         threads=(64, 8192),
-        compiled=("small", "full"),
+        compiled=("small", "full", "gpu"),
         accuracy=accuracy,
         accurate_eager=accurate_eager,
     ),

@@ -22,7 +22,7 @@ PARTS = {
     "metamorphic": "pytest tests/verify/test_metamorphic.py",
     "build": "pytest tests/verify/test_build.py",
     "aot": "pytest tests/verify/aot -rs",
-    "accuracy": "bench.accuracy",
+    "accuracy": "bench --accuracy",
     "gpu_run": "pytest tests/verify/test_gpu_run.py tests/verify/test_gpu.py",
     # The kernels of a GPU without one
     "host_cuda": f"PPO_KERNELS_HOST_CUDA=1 pytest tests -n 2 --dist loadfile --tier whole -k cuda {OPS}",
