@@ -8,7 +8,10 @@ from pathlib import Path
 _SUFFIXES = (".cpp", ".cu", ".cuh", ".h", ".py")
 
 
-def source_hash(root: Path = Path(__file__).resolve().parents[1]) -> str | None:
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def source_hash(root: Path = ROOT) -> str | None:
     """The hash that a binary built from this checkout carries; None without sources (a wheel)."""
     if not (root / "csrc").is_dir() or not (root / "CMakeLists.txt").is_file():
         return None
