@@ -38,17 +38,12 @@ gpu_tests() {
 # A quarter of the op tests beside the others: most of their time is the host's. Left out is what drives the ops from
 # the host by other means (the dispatcher, torch.compile, fenced memory), or would move many gigabytes for it.
 tests() {
-  local -a jobs=() files=(tests/test_*.py)
+  local -a jobs=() files
   local status=0
+  mapfile -t files < <(ls tests/test_*.py | grep -v -e contracts -e third_row -e bench -e env -e readme -e tiers)
   for i in 0 1 2 3; do
     local -a mine=()
-    for ((j = i; j < ${#files[@]}; j += 4)); do
-      case ${files[j]} in
-        */test_build.py | */test_readme.py | */test_gpu_run.py | */test_gpu.py | */test_bench.py | */test_env.py) ;;
-        */test_contracts*.py | */test_third_row.py) ;;
-        *) mine+=("${files[j]}") ;;
-      esac
-    done
+    for ((j = i; j < ${#files[@]}; j += 4)); do mine+=("${files[j]}"); done
     # An interrupt, unlike a kill, still ends in a summary.
     timeout -s INT 140 "$python" -m pytest -q -p no:cacheprovider --tb=short ${dry:+--collect-only} \
       -k "(cuda or triton) and not beyond_the_reach_of_32_bits" "${mine[@]}" >"$state/tests-$i.log" 2>&1 &
@@ -59,22 +54,14 @@ tests() {
   return $status
 }
 
+# Rows and batches of several blocks, which run at the same time. They are chosen once, outside of the slow tools.
 sanitizers() {
-  local -a few=(
-    "tests/test_gae.py::test_lengths_around_the_blocks_of_a_kernel[cuda-4097]"
-    "tests/test_gae.py::test_packed_rows_of_several_blocks_equal_padded_ones[cuda-decay]"
-    "tests/test_kl_rewards.py::test_packed_rows_of_several_blocks_equal_padded_ones[cuda]"
-    "tests/test_policy_loss.py::test_matches_the_loop[cuda-shape5-dtype0]"
-    "tests/test_value_loss.py::test_matches_the_loop[cuda-shape5-0.2-dtype0]"
-    "tests/test_whiten.py::test_matches_the_loop[cuda-shape5-dtype0]"
-    "tests/test_p3o_loss.py::test_every_pair_of_larger_groups_counts[cuda-3-joint]"
-    "tests/test_group_advantages.py::test_matches_the_loop[cuda-sizes4-grpo-dtype0]"
-    "tests/test_token_logprobs.py::test_a_vocabulary_of_151936[cuda-dtype2]"
-  )
-  if [ -n "$dry" ]; then
-    PPO_KERNELS_HOST_CUDA=1 "$python" -m pytest -q --collect-only "${few[@]}"
-    return
-  fi
+  local -a files few
+  mapfile -t files < <("$python" -m tests.lib.op_tests)
+  mapfile -t few < <("$python" -m pytest -q --collect-only --several-blocks -k cuda "${files[@]}" | grep ::)
+  printf '%s\n' "${#few[@]} tests" "${few[@]}"
+  [ ${#few[@]} -gt 0 ] || return 1
+  if [ -n "$dry" ]; then return; fi
   local status=0
   for tool in memcheck racecheck initcheck synccheck; do
     echo "== $tool"
@@ -85,11 +72,14 @@ sanitizers() {
 }
 
 timings() {
-  "$python" -m bench.gpu_timing "$out" ${dry:+--dry-run}
+  local size=--gpu
+  if [ -n "$dry" ]; then size=--tiny; fi
+  "$python" -m bench $size --json "$out/results.json" --report "$out"
 }
 
 export -f build gpu_tests tests sanitizers timings
 export dry python out state
+if [ -n "$dry" ]; then export PPO_KERNELS_HOST_CUDA=1; fi  # else there is no test of "cuda" to collect
 [ -n "$dry" ] || nvidia-smi >"$out/machine.txt" 2>&1
 part build 130 bash -c build
 part gpu_tests 90 bash -c gpu_tests

@@ -1,22 +1,35 @@
-"""Times and memory of calls. The calls of a group take turns, so that what slows the machine slows all of them."""
+"""Times, errors and memory of rows. Those of a group take turns, so that what slows the machine slows all of them."""
 
 from __future__ import annotations
 
 import gc
 import math
+import os
 import statistics
+import subprocess
 import time
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
+from pathlib import Path
+
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler reports its own starts and stops otherwise
 
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from bench.cases import DEVICE
+from bench.peers import AbsentError
+from bench.rows import Row, Setup, describe, forward, tolerance
+from ppo_kernels import _native
+
 Call = Callable[[], object]
 
+#: Seconds of timing per group.
+SECONDS = {"quick": 1.5, "small": 0.6, "full": 2.5, "gpu": 0.5, "tiny": 0.0}
 SHORT = 1e-3  # seconds; a shorter call is repeated within one sample
 SLOW = 0.1  # seconds; a call that takes longer gets fewer samples
 LEAST, LEAST_SLOW, MOST = 15, 3, 200  # samples
+SLEEP_CYCLES = 1.9e9  # per second, of torch.cuda._sleep: no less than any clock of today's GPUs needs
 
 
 @dataclass
@@ -27,33 +40,32 @@ class Timed:
     threads: int | None = None
     repeats: int = 1
     samples: list[float] = field(default_factory=list)
-    warm: list[float] = field(default_factory=list)  # on one memory again and again, within the GPU's L2 cache
+    pause: float = 1e-3  # seconds that the device waits while the host enqueues
 
     def sample(self) -> float:
         if self.threads is not None and torch.get_num_threads() != self.threads:
             torch.set_num_threads(self.threads)
-        clock = _device_seconds if torch.cuda.is_available() else _wall_seconds
-        return clock(self.calls, self.repeats) / self.repeats
+        return (self._device_seconds() if DEVICE == "cuda" else self._host_seconds()) / self.repeats
 
+    def _host_seconds(self) -> float:
+        start = time.perf_counter()
+        for i in range(self.repeats):
+            self.calls[i % len(self.calls)]()
+        return time.perf_counter() - start
 
-def _wall_seconds(calls: list[Call], repeats: int) -> float:
-    call = calls[0]
-    start = time.perf_counter()
-    for _ in range(repeats):
-        call()
-    return time.perf_counter() - start
-
-
-def _device_seconds(calls: list[Call], repeats: int) -> float:
-    """By events, behind a pause on the device in which the host enqueues the calls."""
-    first, last = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    torch.cuda._sleep(1_000_000)
-    first.record()
-    for i in range(repeats):
-        calls[i % len(calls)]()
-    last.record()
-    last.synchronize()
-    return first.elapsed_time(last) / 1e3
+    def _device_seconds(self) -> float:
+        """By events, behind a pause that grows until the host has enqueued the calls before it ends."""
+        for _ in range(20):
+            begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            torch.cuda._sleep(int(self.pause * SLEEP_CYCLES))
+            begin.record()
+            host = self._host_seconds()
+            end.record()
+            end.synchronize()
+            if host <= 0.8 * self.pause:
+                return begin.elapsed_time(end) / 1e3
+            self.pause = 2 * host
+        raise RuntimeError(f"the host never enqueued the calls within {self.pause:.3f} s")
 
 
 def in_turns(timed: dict[Hashable, Timed], seconds: float) -> None:
@@ -74,18 +86,118 @@ def in_turns(timed: dict[Hashable, Timed], seconds: float) -> None:
             for key, one in timed.items():
                 if turn * rounds[key] // total != (turn - 1) * rounds[key] // total:
                     one.samples.append(one.sample())
-        for one in timed.values():
-            if len(one.calls) > 1:
-                alone = Timed(one.calls[:1], repeats=len(one.calls))
-                one.warm = [alone.sample() for _ in range(len(one.samples))]
     finally:
         gc.enable()
         torch.set_num_threads(threads)
 
 
+@dataclass
+class Outcome:
+    """``absent`` or ``wrong`` say why a row was not timed."""
+
+    samples: list[float] = field(default_factory=list)
+    facts: dict[str, object] = field(default_factory=dict)
+    absent: str = ""
+    wrong: str = ""
+
+
+def measure(rows: list[Row], seconds: float) -> dict[Row, Outcome]:
+    """Check every row of a group against float64, then time those that are right."""
+    outcomes = {row: Outcome() for row in rows}
+    copies: dict[Setup, list[Setup]] = {}
+    exact: dict[Setup, list[torch.Tensor]] = {}
+    timed: dict[Row, Timed] = {}
+    for row in rows:
+        setup, outcome = row.setup, outcomes[row]
+        try:
+            if setup not in exact:
+                copies[setup], exact[setup] = _copies(setup), setup.exact()
+            ready = [_whole(copy, forward(copy, row.provider)) for copy in copies[setup]]
+            _check(row, ready, exact[setup], outcome)
+            timed[row] = Timed(ready, row.threads)
+        except AbsentError as reason:
+            outcome.absent = str(reason)
+        except Exception as error:  # of any library: its row is red, the others go on
+            outcome.wrong = f"{type(error).__name__}: {error}"
+    exact.clear()
+    if timed:
+        in_turns(timed, seconds)
+    for row, one in timed.items():
+        outcomes[row].samples = one.samples
+        outcomes[row].facts |= _speed(row, one)
+        if DEVICE == "cuda":
+            outcomes[row].facts |= _parts(row, one, copies[row.setup])
+    for many in copies.values():
+        for setup in many:
+            setup.release()
+    torch.compiler.reset()
+    return outcomes
+
+
+def _copies(setup: Setup) -> list[Setup]:
+    """On a GPU as many as it takes to be beyond the L2 cache when one comes round again."""
+    if DEVICE == "cpu":
+        return [setup]
+    cache = torch.cuda.get_device_properties(0).L2_cache_size
+    return [setup, *(Setup(setup.case, setup.shape) for _ in range(min(32, 2 * cache // setup.moved + 1)))]
+
+
+def _whole(setup: Setup, call: Call) -> Call:
+    inputs = setup.inputs
+    return lambda: setup.finish(call(), inputs)
+
+
+def _check(row: Row, ready: list[Call], exact: list[torch.Tensor], outcome: Outcome) -> None:
+    allowed = tolerance(row)
+    for call in ready:
+        errors = row.setup.errors(call(), exact)
+        outcome.facts |= {"error": max(errors), "tolerance": allowed, "outputs": len(errors)}
+        if not max(errors) <= allowed:
+            raise AssertionError(f"error {max(errors):.2g} against float64, allowed {allowed:.2g}")
+    outcome.facts["extra_bytes"] = peak_extra(ready[0])
+
+
+def _speed(row: Row, one: Timed) -> dict[str, object]:
+    return {
+        "bytes": row.setup.moved,
+        "GB/s": round(row.setup.moved / statistics.median(one.samples) / 1e9, 3),
+        "repeats": one.repeats,
+        "threads": row.threads or torch.get_num_threads(),
+    }
+
+
+def _parts(row: Row, one: Timed, copies: list[Setup]) -> dict[str, float]:
+    """On a GPU also: the call as the host sees it, on one memory within the L2 cache, and a gradient's two halves."""
+
+    def median(calls: list[Call], repeats: int) -> float:
+        alone = Timed(calls, repeats=repeats)
+        return statistics.median(alone.sample() for _ in range(2 + len(one.samples)))
+
+    def synchronized() -> float:
+        start = time.perf_counter()
+        one.calls[0]()
+        torch.cuda.synchronize()
+        return time.perf_counter() - start
+
+    facts = {
+        "call_seconds": statistics.median(synchronized() for _ in one.samples),
+        "l2_warm_seconds": median(one.calls[:1], len(one.calls)),
+    }
+    if leaf := row.setup.case.leaf:
+        halves = [forward(copy, row.provider) for copy in copies]
+        graphs = [(_first(half()).sum(), copy.inputs[leaf]) for half, copy in zip(halves[:2], copies, strict=False)]
+        backward = [lambda y=y, x=x: torch.autograd.grad(y, x, retain_graph=True) for y, x in graphs]
+        facts |= {"forward_seconds": median(halves, len(halves)), "backward_seconds": median(backward, len(backward))}
+    return facts
+
+
+def _first(outputs: object) -> torch.Tensor:
+    return outputs if isinstance(outputs, torch.Tensor) else _first(outputs[0])  # type: ignore[index]
+
+
 def peak_extra(call: Call) -> int:
     """The most that torch's allocator held at once in this call, in bytes, beyond what it held before."""
-    if torch.cuda.is_available():
+    if DEVICE == "cuda":
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
@@ -104,8 +216,7 @@ def peak_extra(call: Call) -> int:
 
 def bandwidth() -> dict[str, float]:
     """GB/s of reading and of copying memory beyond the caches, by torch: the best of ten."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    source = torch.ones((1 << 30 if device == "cuda" else 1 << 28) // 4, device=device)
+    source = torch.ones((1 << 30 if DEVICE == "cuda" else 1 << 28) // 4, device=DEVICE)
     target = torch.empty_like(source)
 
     def rate(call: Call, size: int) -> float:
@@ -117,5 +228,65 @@ def bandwidth() -> dict[str, float]:
     }
 
 
-def median(samples: list[float]) -> float:
-    return statistics.median(samples)
+def machine() -> dict[str, object]:
+    """What two runs that can be compared have in common, beside what pytest-benchmark tells of a machine."""
+    facts = {
+        "isa": _native.cpu_capability() if _native.CPU_ERROR is None else "C++ ops not built",
+        "cores": os.cpu_count(),
+        "cache MiB": _last_cache(),
+    }
+    return facts | ({"gpu": torch.cuda.get_device_name()} if DEVICE == "cuda" else {})
+
+
+def _last_cache() -> float | None:
+    """MiB of the last cache before memory."""
+    if DEVICE == "cuda":
+        return torch.cuda.get_device_properties(0).L2_cache_size / 2**20
+    sizes = [path.read_text().strip() for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")]
+    return max((int(size[:-1]) / 1024 for size in sizes if size.endswith("K")), default=None)
+
+
+def commit() -> str:
+    """Of the sources; a copy without git says it in PPO_KERNELS_COMMIT."""
+    if named := os.environ.get("PPO_KERNELS_COMMIT"):
+        return named
+    command = ["git", "describe", "--always", "--dirty"]
+    try:
+        run = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)
+    except FileNotFoundError:
+        return "unknown"
+    return run.stdout.strip() or "unknown"
+
+
+class Session:
+    """The groups of one run as they are measured, and the facts that their rows share."""
+
+    def __init__(self, rows: list[Row], seconds: float) -> None:
+        self.seconds, self.commit, self.rates = seconds, commit(), {}
+        self.outcomes: dict[Row, Outcome] = {}
+        self.untimed: list[dict[str, object]] = []
+        self.groups: dict[str, list[Row]] = {}
+        for row in rows:
+            self.groups.setdefault(row.group, []).append(row)
+
+    def outcome(self, row: Row) -> Outcome:
+        """Of the row; its group is measured when the first of its rows is asked for."""
+        if not self.rates:
+            self.measure_bandwidth()
+        if row not in self.outcomes:
+            self.outcomes = measure(self.groups[row.group], self.seconds)
+        outcome = self.outcomes[row]
+        facts = describe(row) | outcome.facts | {"commit": self.commit}
+        if why := outcome.absent or outcome.wrong:
+            state = "absent" if outcome.absent else "wrong"
+            self.untimed.append({"group": row.group, "why": why, **facts, "state": state})
+        outcome.facts = facts
+        return outcome
+
+    def measure_bandwidth(self) -> None:
+        """Before and after the rows; the better of the two."""
+        self.rates = {name: max(rate, self.rates.get(name, 0.0)) for name, rate in bandwidth().items()}
+
+    def facts(self, size: str) -> dict[str, object]:
+        load = [round(load, 2) for load in os.getloadavg()]
+        return {"untimed": self.untimed, "run": {"size": size, "load": load, "GB/s": self.rates}}

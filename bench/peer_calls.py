@@ -1,6 +1,6 @@
 """How other libraries are called: what to load of them, and what a trainer does with it.
 
-Each ``<library>_<work>`` takes the library's functions and the inputs of a set-up, does what the trainer does once per
+Each ``<library>_<work>`` takes the library's functions and the inputs of a case, does what the trainer does once per
 batch (casts of masks, shapes), and returns the call that is timed. Its outputs are the first of ours.
 """
 
@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.eager import CLIP, GAMMA, KL_COEF, LAM, SCORE_CLIP
+from bench.cases import CLIP, GAMMA, KL_COEF, LAM, SCORE_CLIP
 from bench.source import functions
 
 Call = Callable[[], object]

@@ -11,8 +11,8 @@ from pathlib import Path
 from types import SimpleNamespace
 
 from bench import peer_calls as calls
+from bench.cases import DEVICE, Inputs
 from bench.peer_calls import AbsentError, Call
-from bench.setups import DEVICE, Setup
 
 FOLDER = Path(__file__).parent.parent / "build" / "peers"
 if FOLDER.is_dir() and str(FOLDER) not in sys.path:
@@ -127,9 +127,9 @@ def _loaded(name: str) -> SimpleNamespace:
         raise AbsentError(f"{peer.package} {found} cannot be loaded here: {error}") from error
 
 
-def call(name: str, setup: Setup) -> Call:
-    """What the peer does for this set-up, or AbsentError."""
-    return PEERS[name].works[setup.work](_loaded(name), **setup.inputs)
+def call(name: str, work: str, inputs: Inputs) -> Call:
+    """What the peer does for this work, or AbsentError."""
+    return PEERS[name].works[work](_loaded(name), **inputs)
 
 
 def for_work(work: str) -> list[str]:

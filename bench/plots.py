@@ -11,7 +11,8 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 
-from bench.results import ORDER, OURS, Line, Results, duration, exponents, seconds, small_call, times
+from bench.results import Line, Results, duration, exponents, seconds, small_call, times
+from bench.rows import OURS, PROVIDERS
 
 COLOURS = {
     "cpu": "#0b6e4f",
@@ -61,7 +62,7 @@ def speedups(results: Results, path: Path, groups: list[str]) -> Path:
     figure, axes = _grid(len(groups), 3, 5.2, 2.7)
     for ax, group in zip(axes, groups, strict=True):
         rows = results.groups[group]
-        names = [name for name in ORDER if name in rows and name != "bare op"]
+        names = [name for name in PROVIDERS if name in rows and name != "bare op"]
         values = [seconds(rows[name]) for name in names]
         ax.barh(names, values, color=[_colour(name) for name in names], height=0.72)
         mine = results.ours(group)

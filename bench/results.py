@@ -1,4 +1,4 @@
-"""The JSON of a run as tables. Nothing here needs torch: results can be read on any machine."""
+"""The JSON of a run as tables."""
 
 from __future__ import annotations
 
@@ -7,20 +7,12 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
 
-OURS = ("cpu", "cuda", "triton")
+from bench import cases
+from bench.cases import benchmarks
+from bench.rows import OURS, PROVIDERS
+
 #: The order of rows: what comes first in a training step.
-WORKS = (
-    *("token_logprobs", "token_logprobs + entropy", "token_logprobs fwd+bwd"),
-    *("kl_rewards k1", "kl_rewards k3", "gae", "gae + whiten", "whiten", "kl_rewards + gae + whiten"),
-    *("policy_loss fwd+bwd", "policy_loss + ref KL k3 fwd+bwd", "token_logprobs + policy_loss fwd+bwd"),
-    "value_loss fwd+bwd",
-)
-#: The order of columns; peers that are not named here come last.
-ORDER = (
-    *OURS,
-    *("bare op", "reference", "eager", "torch.compile"),
-    *("TRL", "verl", "OpenRLHF", "SkyRL", "torchrl", "Liger", "flash-attn", "QuACK", "F.cross_entropy"),
-)
+WORKS = tuple(dict.fromkeys(case.work for case in benchmarks()))
 MIB = 2**20
 NOISY = 0.25  # interquartile range over the median
 
@@ -77,7 +69,7 @@ class Results:
 
     def providers(self) -> list[str]:
         found = {provider for group in self.groups.values() for provider in group}
-        return sorted(found, key=lambda name: ORDER.index(name) if name in ORDER else len(ORDER))
+        return [name for name in PROVIDERS if name in found] + sorted(found - set(PROVIDERS))
 
     def ours(self, group: str) -> str | None:
         """Our fastest implementation in this group."""
@@ -198,6 +190,26 @@ def error_table(results: Results) -> Table:
     return _per_provider(results, "Error", note, "error", lambda error: f"{error:.0e}")
 
 
+def device_table(results: Results) -> Table:
+    note = (
+        "Device times are medians of events around calls that the host has enqueued before, on memory beyond the L2 "
+        "cache; call is the wall-clock time of one synchronized call; % is of the rate at which torch copies memory."
+    )
+    columns = ("forward", "backward", "device", "call", "in L2", "% of copy")
+    table = Table("Device times, µs", note, ["work", "provider", *columns])
+    copy = results.run.get("GB/s", {}).get("copy")
+    for group, rows in results.groups.items():
+        for name in results.providers():
+            info = rows[name]["extra_info"] if name in rows else {}
+            if "call_seconds" not in info:
+                continue
+            times = [info.get("forward_seconds"), info.get("backward_seconds"), seconds(rows[name])]
+            times += [info["call_seconds"], info["l2_warm_seconds"]]
+            share = f"{100 * info['GB/s'] / copy:.0f} %" if copy else ""
+            table.lines.append([group, name, *("" if t is None else f"{1e6 * t:.3g}" for t in times), share])
+    return table
+
+
 def spread_table(results: Results) -> Table:
     note = "Medians and, in brackets, the interquartile range over them. Many above 25 %: run on a quieter machine."
     table = Table("Times", note, ["work", *results.providers()])
@@ -225,23 +237,8 @@ def untimed_table(results: Results) -> Table:
 def works_table() -> Table:
     note = "The steps of a PPO update of a language model that the rows stand for."
     table = Table("What is computed", note, ["work", "is"])
-    table.lines = [
-        [
-            "token_logprobs",
-            "log-probabilities of the generated tokens, from the logits; + the entropy of each",
-        ],
-        [
-            "kl_rewards",
-            "per token: the drift from the reference model (KL by k1 or k3), and the score at the end",
-        ],
-        ["gae", "generalised advantage estimation: a recursion over time, from the last token to the first"],
-        ["whiten", "advantages to mean 0 and variance 1 over the valid tokens"],
-        ["group_advantages", "advantages without a value function, from the scores of several answers to one prompt"],
-        ["policy_loss", "the clipped PPO loss of the policy with its statistics, and the gradient"],
-        ["value_loss", "the clipped loss of the value function with its statistics, and the gradient"],
-        ["p3o_loss", "the clipped loss on differences between answers to one prompt, and the gradient"],
-        ["[8, ...]", "small calls: next to nothing to compute, so what is left is the cost of a call"],
-    ]
+    table.lines = [[file, text] for file, text in cases.described().items()]
+    table.lines.append(["[8, ...]", "small calls: next to nothing to compute, so what is left is the cost of a call"])
     return table
 
 

@@ -1,23 +1,91 @@
-"""A row of the benchmarks: one set-up by one provider. The rows of a group are checked, then timed in turns."""
+"""The rows of the benchmarks: a case at a shape, by one provider. Which there are derives from the registry."""
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from importlib.metadata import PackageNotFoundError, version
 
 import torch
+from torch import Tensor
 
 import ppo_kernels
 from bench import peers
-from bench.measure import Timed, in_turns, median, peak_extra
+from bench.cases import DEVICE, MEASURED, Case, Inputs, Shape, benchmarks, flat
 from bench.peers import AbsentError
-from bench.setups import DEVICE, Setup
 from ppo_kernels import backends
 
 OURS = ("cpu", "cuda", "triton")
 REFERENCE, EAGER, COMPILE, BARE = "reference", "eager", "torch.compile", "bare op"
+#: The order of columns.
+PROVIDERS = (*OURS, BARE, REFERENCE, EAGER, COMPILE, *peers.PEERS)
+#: Of shapes: small ones, those of the targets with other libraries (full) and without them (quick), those for a GPU,
+#: and tiny ones, which show that every row for a GPU runs.
+SIZES = (*MEASURED, "gpu", "tiny")
+
+
+@dataclass(frozen=True, eq=False)
+class Setup:
+    """A case at one shape. Inputs are made when they are first asked for."""
+
+    case: Case
+    shape: Shape
+
+    @cached_property
+    def inputs(self) -> Inputs:
+        inputs = self.case.inputs(torch.Generator(DEVICE).manual_seed(0), self.case.dtype, *self.shape)
+        if self.case.leaf:
+            inputs[self.case.leaf].requires_grad_()
+        return inputs
+
+    @cached_property
+    def moved(self) -> int:
+        """Bytes that the passes over memory have to read and write: a loss has two, forward and backward."""
+        return self.case.moved(self.inputs)
+
+    def release(self) -> None:
+        self.__dict__.pop("inputs", None)
+
+    def finish(self, outputs: object, inputs: Inputs | None = None) -> list[Tensor]:
+        """The outputs as a flat list, and second the gradient of the first one where the case has a leaf."""
+        found = flat(outputs)
+        if self.case.leaf:
+            found.insert(1, torch.autograd.grad(found[0].sum(), (inputs or self.inputs)[self.case.leaf])[0])
+        return found
+
+    def exact(self) -> list[Tensor]:
+        """The reference in float64; logits that would not fit in it as they are."""
+        wide = DEVICE == "cpu" or self.moved < 2**30
+        inputs = {
+            name: x.detach().to(torch.float64 if wide else x.dtype).requires_grad_(x.requires_grad)
+            if x.is_floating_point()
+            else x
+            for name, x in self.inputs.items()
+        }
+        return [x.detach() for x in self.finish(self.case.run("torch", **inputs), inputs)]
+
+    def errors(self, got: list[Tensor], exact: list[Tensor]) -> list[float]:
+        """Per output, the largest error over the largest value, at valid tokens. More outputs than ``got`` is fine."""
+        mask = self.inputs.get("mask")
+        return [_error(g, want, mask) for g, want in zip(got, exact, strict=False)]
+
+
+def _error(got: Tensor, want: Tensor, mask: Tensor | None) -> float:
+    """inf where one is NaN or infinite and the other is not. A scalar below 0.1 counts absolutely: means cancel."""
+    assert got.shape == want.shape, f"the output has shape {tuple(got.shape)}, not {tuple(want.shape)}"
+    got, want = got.detach(), want.to(got.device)
+    if mask is not None and mask.shape == want.shape:
+        got, want = got[mask], want[mask]
+    if want.numel() == 0 or torch.equal(got.double(), want.double()):
+        return 0.0
+    scale = want.abs().max().item()
+    if want.numel() == 1:
+        scale = max(scale, 0.1)
+    parts = zip(got.reshape(-1).split(2**24), want.reshape(-1).split(2**24), strict=True)
+    difference = max((g - w).abs().max().item() for g, w in parts)
+    error = difference / scale if scale else difference
+    return error if error == error else float("inf")
 
 
 @dataclass(frozen=True)
@@ -27,55 +95,96 @@ class Row:
     provider: str
     threads: int | None = None
     point: tuple[str, int] | None = None  # of a scaling line: the axis and where on it
+    file: str = ""  # the benchmark that it belongs to
 
     def __str__(self) -> str:
-        where = f"{self.point[0]}={self.point[1]}" if self.point else self.setup.name
+        where = f"{self.point[0]}={self.point[1]}" if self.point else self.group
         return f"{where}-{self.provider}"
 
-
-@dataclass
-class Outcome:
-    """``absent`` or ``wrong`` say why a row was not timed."""
-
-    samples: list[float] = dataclasses.field(default_factory=list)
-    facts: dict[str, object] = dataclasses.field(default_factory=dict)
-    absent: str = ""
-    wrong: str = ""
+    @property
+    def name(self) -> str:
+        """Of the benchmark: committed results are found again by it."""
+        return f"bench_{self.file}[{self}]"
 
 
-def of(setup: Setup, *, compiled: bool = True) -> list[Row]:
+def of(setup: Setup, *, compiled: bool, file: str) -> list[Row]:
     """A row for everyone who can do this work."""
-    providers = [*OURS, REFERENCE, EAGER, *([COMPILE] if compiled else []), *peers.for_work(setup.work)]
-    if setup.bare is not None:
-        providers.insert(len(OURS), BARE)
-    return [Row(setup.name, setup, provider) for provider in providers]
+    case = setup.case
+    left_out = {
+        *([] if case.bare else [BARE]),
+        *([] if compiled else [COMPILE]),
+        *([EAGER] if case.time_loop and DEVICE == "cuda" else []),  # it takes seconds
+        *(peers.PEERS.keys() - peers.for_work(case.work)),
+    }
+    return [Row(case.group(setup.shape), setup, name, file=file) for name in PROVIDERS if name not in left_out]
 
 
 def best(setup: Setup) -> str:
     """Our implementation that ``impl="auto"`` takes."""
-    return backends.implementations(setup.op, DEVICE)[0]
+    return backends.implementations(setup.case.op, DEVICE)[0]
 
 
-def calls(setup: Setup, provider: str) -> Callable[[], list[torch.Tensor]]:
-    """What is timed, or AbsentError."""
-    inputs, run = setup.inputs, setup.run
+def works(size: str) -> list[Row]:
+    """Every work at the shapes of a size. The quick ones do without other libraries."""
+    rows = [
+        row
+        for case in benchmarks()
+        for shape in case.shapes.get(size, ())
+        for row in of(Setup(case, shape), compiled=size in case.compiled, file=case.file)
+    ]
+    return [row for row in rows if size != "quick" or row.provider not in peers.PEERS]
+
+
+def small_calls(size: str) -> list[Row]:
+    """Next to nothing to compute: what is left is the cost of a call."""
+    cases = [case for case in benchmarks() if case.small_call and (size != "quick" or case.small_call_targets)]
+    rows = [row for case in cases for row in of(Setup(case, case.small_call), compiled=False, file="small_call")]
+    return [row for row in rows if size in MEASURED and (size != "quick" or row.provider not in peers.PEERS)]
+
+
+def scaling(size: str) -> list[Row]:
+    """Our own cost against V, T and B with one thread, and against threads; the report fits the exponents.
+
+    With more threads the lines would show from which size on the work is shared out, not how it grows.
+    """
+    rows = []
+    for case in benchmarks() if size in ("small", "full") else ():
+
+        def row(axis: str, at: int, shape: Shape, threads: int, case: Case = case) -> Row:
+            setup = Setup(case, shape)
+            group, point = f"scaling: {case.work} against {axis}", (f"{case.work} {axis}", at)
+            return Row(group, setup, best(setup), threads, point, "scaling")
+
+        for axis in case.axes:
+            rows += [row(axis.letter, at, axis.shape(at), 1) for at in axis.points(size)]
+        if case.threads and DEVICE == "cpu":
+            rows += [row("threads", n, case.threads, n) for n in (1, 2)]
+    return rows
+
+
+def all_of(size: str) -> list[Row]:
+    return works(size) + scaling(size) + small_calls(size)
+
+
+def forward(setup: Setup, provider: str) -> Callable[[], object]:
+    """The call of a provider up to its outputs, or AbsentError."""
+    case, inputs, run = setup.case, setup.inputs, setup.case.run
     if provider in OURS:
-        _require(setup.op, provider)
-        return lambda: setup.finish(run(provider, **inputs), inputs)
+        _require(case.op, provider)
+        return lambda: run(provider, **inputs)
     if provider == BARE:
-        _require(setup.op, best(setup))
-        return lambda: setup.finish(setup.bare(**inputs), inputs)
+        _require(case.op, best(setup))
+        return lambda: case.bare(**inputs)
     if provider == REFERENCE:
-        return lambda: setup.finish(run("torch", **inputs), inputs)
+        return lambda: run("torch", **inputs)
     if provider == EAGER:
-        return lambda: setup.finish(setup.plain(**inputs), inputs)
+        return lambda: case.eager(**inputs)
     if provider == COMPILE:
-        if setup.steps:
+        if case.time_loop:
             raise AbsentError("the loop over time would be unrolled into one graph of T steps")
         compiled = torch.compile(lambda **tensors: run("torch", **tensors), dynamic=False)
-        return lambda: setup.finish(compiled(**inputs), inputs)
-    call = peers.call(provider, setup)
-    return lambda: setup.finish(call(), inputs)
+        return lambda: compiled(**inputs)
+    return peers.call(provider, case.work, inputs)
 
 
 def _require(op: str, impl: str) -> None:
@@ -88,75 +197,19 @@ def _require(op: str, impl: str) -> None:
             raise AbsentError(str(error)) from error
 
 
-def measure(rows: list[Row], seconds: float) -> dict[Row, Outcome]:
-    """Check every row of a group against float64, then time those that are right."""
-    outcomes = {row: Outcome() for row in rows}
-    timed: dict[Row, Timed] = {}
-    exact: dict[int, list[torch.Tensor]] = {}
-    for row in rows:
-        if id(row.setup) not in exact:
-            exact[id(row.setup)] = row.setup.exact()
-        outcome = outcomes[row]
-        try:
-            ready = [calls(copy, row.provider) for copy in _copies(row.setup)]
-            _check(row, ready, exact[id(row.setup)], outcome)
-            timed[row] = Timed(ready, row.threads)
-        except AbsentError as reason:
-            outcome.absent = str(reason)
-        except Exception as error:  # of any library: its row is red, the others go on
-            outcome.wrong = f"{type(error).__name__}: {error}"
-    exact.clear()
-    if timed:
-        in_turns(timed, seconds)
-    for row, one in timed.items():
-        outcomes[row].samples = one.samples
-        outcomes[row].facts |= _speed(row, one)
-    for row in rows:
-        row.setup.release()
-    torch.compiler.reset()
-    return outcomes
-
-
-def _copies(setup: Setup) -> list[Setup]:
-    """On a GPU as many as it takes to be beyond the L2 cache when one comes round again."""
-    if DEVICE == "cpu":
-        return [setup]
-    cache = torch.cuda.get_device_properties(0).L2_cache_size
-    return [setup, *(dataclasses.replace(setup) for _ in range(min(32, 2 * cache // setup.moved + 1)))]
-
-
-def _check(row: Row, ready: list[Callable], exact: list[torch.Tensor], outcome: Outcome) -> None:
-    setup = row.setup
-    tolerance = setup.tolerance if row.provider in (*OURS, REFERENCE, BARE) else setup.eager_tolerance
+def tolerance(row: Row) -> float:
+    case = row.setup.case
     if row.provider == COMPILE:
-        tolerance = 10 * setup.tolerance  # float32 as the reference, but Inductor adds up a whole row in order
-    for call in ready:
-        errors = setup.errors(call(), exact)
-        outcome.facts |= {"error": max(errors), "tolerance": tolerance, "outputs": len(errors)}
-        if not max(errors) <= tolerance:
-            raise AssertionError(f"error {max(errors):.2g} against float64, allowed {tolerance:.2g}")
-    outcome.facts["extra_bytes"] = peak_extra(ready[0])
-
-
-def _speed(row: Row, one: Timed) -> dict[str, object]:
-    setup, seconds = row.setup, median(one.samples)
-    facts: dict[str, object] = {
-        "bytes": setup.moved,
-        "GB/s": round(setup.moved / seconds / 1e9, 3),
-        "repeats": one.repeats,
-        "threads": row.threads or torch.get_num_threads(),
-    }
-    if one.warm:
-        facts["l2_warm_seconds"] = median(one.warm)
-    return facts
+        return 10 * case.tolerance  # float32 as the reference, but Inductor adds up a whole row in order
+    return case.tolerance if row.provider in (*OURS, REFERENCE, BARE) else case.eager_tolerance
 
 
 def describe(row: Row) -> dict[str, object]:
     """What names the row in the report, with the versions behind it."""
     facts: dict[str, object] = {
         "provider": row.provider,
-        "op": row.setup.op,
-        "work": row.setup.work,
+        "op": row.setup.case.op,
+        "work": row.setup.case.work,
         "device": DEVICE,
         "torch": torch.__version__,
         "ppo_kernels": ppo_kernels.__version__,

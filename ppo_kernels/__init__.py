@@ -1,14 +1,14 @@
 """Fused kernels for the arithmetic of RLHF: log-probabilities, KL rewards, GAE, whitening and the clipped PPO losses.
 
 Every function takes ``impl="auto"``: a compiled kernel where one serves the tensors, the eager reference elsewhere.
-``status()`` counts which one ran; ``python -m ppo_kernels.env`` says what is here.
+``status()`` counts which one ran, and ``python -m ppo_kernels.env`` reports what is installed.
 """
 
 from __future__ import annotations
 
 __version__ = "0.1.0"
 
-__all__ = [
+__all__: list[str] = [
     "P3OStats",
     "PolicyStats",
     "ValueStats",
@@ -38,6 +38,7 @@ except (ImportError, OSError) as _error:  # `python -m ppo_kernels.env` must sti
         raise AttributeError(f"module 'ppo_kernels' has no attribute {name!r}")
 
 else:
+    from ppo_kernels._types import P3OStats, PolicyStats, ValueStats
     from ppo_kernels.backends import log_choice as _log_choice
     from ppo_kernels.backends import status
     from ppo_kernels.ops.aggregation_weights import aggregation_weights
@@ -53,6 +54,5 @@ else:
     )
     from ppo_kernels.ops.value_loss import value_loss
     from ppo_kernels.ops.whiten import moments, whiten
-    from ppo_kernels.reference import P3OStats, PolicyStats, ValueStats
 
     _log_choice()

@@ -1,7 +1,7 @@
-"""Loads the compiled ops, and keeps what went wrong: "not built" is not "cannot load because ...".
+"""Loads the compiled ops, and keeps the reason where that fails: "not built" and "cannot load" need other remedies.
 
-Everything here happens once, at import. Afterwards ``CPU_ERROR`` and ``CUDA_ERROR`` say whether a library
-can be used: None, or the exception to show.
+Everything here happens once, at import. Afterwards ``CPU_ERROR`` and ``CUDA_ERROR`` are None, or the exception to
+show to whoever asks for that library.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from types import ModuleType
 
 import torch
 
+from ppo_kernels._schemas import PACKAGE, SCHEMAS
 from ppo_kernels._source_hash import source_hash
 
 logger = logging.getLogger("ppo_kernels")
 
-PACKAGE = Path(__file__).resolve().parent
 REBUILD = "pip install --no-build-isolation -e ."
 
 CPU_ERROR: Exception | None = None
@@ -57,23 +57,19 @@ def call_counts() -> dict[str, dict[str, int]]:
     return counts
 
 
-def check_schema(name: str, expected: str) -> bool:
-    """Whether the compiled op ``name`` has this schema; if not, the native ops are off, with the reason."""
-    global CPU_ERROR, CUDA_ERROR
-    if CPU_ERROR is not None:
-        return False
-    wanted = torch._C.parse_schema(expected if "::" in expected else f"ppo_kernels::{expected}")
-    op = getattr(torch.ops.ppo_kernels, name, None)
-    found = "no such op" if op is None else op.default._schema
-    if op is not None and found == wanted:
-        return True
-    CPU_ERROR = NativeError(
-        f"{_file_of(_C)} was built from other sources: it has {found}, this ppo_kernels expects {wanted};"
-        f" rebuild it with: {REBUILD}"
-    )
-    CUDA_ERROR = CUDA_ERROR or CPU_ERROR
-    warnings.warn(f"the native ops are off: {CPU_ERROR}", stacklevel=2)
-    return False
+def _check_schemas() -> None:
+    """One op that differs makes the whole binary suspect."""
+    for name, schema in SCHEMAS.items():
+        wanted = torch._C.parse_schema(f"ppo_kernels::{schema}")
+        op = getattr(torch.ops.ppo_kernels, name, None)
+        found = "no such op" if op is None else op.default._schema
+        if op is None or found != wanted:
+            error = (
+                f"{_file_of(_C)} was built from other sources: it has {found}, this ppo_kernels expects {wanted};"
+                f" rebuild it with: {REBUILD}"
+            )
+            warnings.warn(f"the native ops are off: {error}", stacklevel=3)
+            raise NativeError(error)
 
 
 def _load_cpu() -> ModuleType:
@@ -98,13 +94,25 @@ def _load_cuda() -> ctypes.CDLL:
     if not path.exists():
         raise NativeError(f"the CUDA ops are not built in {PACKAGE}; with nvcc on PATH, run: {REBUILD}")
     try:
-        torch.ops.load_library(path)
+        library = open_op_library(path)
     except OSError as error:
         raise NativeError(_cannot_load(path, error)) from error
-    library = ctypes.CDLL(str(path))
-    for function in (library.ppo_kernels_source_hash, library.ppo_kernels_call_counts):
-        function.restype = ctypes.c_char_p
+    library.ppo_kernels_source_hash.restype = ctypes.c_char_p
     return library
+
+
+def open_op_library(path: Path) -> ctypes.CDLL:
+    """Load a library of CUDA ops: torch registers them, and ``ppo_kernels_call_counts`` counts their calls."""
+    torch.ops.load_library(path)
+    library = ctypes.CDLL(str(path))
+    library.ppo_kernels_call_counts.restype = ctypes.c_char_p
+    return library
+
+
+def count_cuda_calls(library: ctypes.CDLL) -> None:
+    """Report the calls of this library's ops as those of "cuda": tests compile the CUDA kernels for the host."""
+    global _cuda
+    _cuda = library
 
 
 def _cannot_load(path: Path, error: Exception) -> str:
@@ -128,6 +136,7 @@ def _load() -> None:
         _C = _load_cpu()
         logger.info("C++ ops: %s (%s)", _file_of(_C), _C.cpu_capability())
         _warn_if_stale(_file_of(_C), _C.build_info()["source_hash"])
+        _check_schemas()
     except NativeError as error:
         CPU_ERROR = error
         logger.info("C++ ops: %s", error)

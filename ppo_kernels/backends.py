@@ -1,6 +1,6 @@
 """Which implementations of an op exist here, and which one a call gets.
 
-An implementation is a name: "cuda" and "cpu" are the compiled kernels, "triton" the portable twin, "torch" the eager
+An implementation is a name: "cuda" and "cpu" are the compiled kernels, "triton" the Triton kernels, "torch" the eager
 reference. The first two share the ops ``ppo_kernels::<op>`` (one per dispatch key), Triton's are
 ``ppo_kernels_triton::<op>`` with the same schemas, so a public function never knows which kernel it calls.
 """
@@ -11,18 +11,19 @@ import logging
 import threading
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 
+from ppo_kernels import __all__ as _public_names
 from ppo_kernels import _native, triton
+from ppo_kernels._schemas import SCHEMAS
 
 logger = logging.getLogger("ppo_kernels")
 
-#: The public ops, in the order of the documentation.
-OPS = (
-    *("token_logprobs", "kl_rewards", "gae", "whiten", "moments", "policy_loss", "value_loss"),
-    *("p3o_loss", "group_advantages"),
-)
+#: The public ops, in the order of their schemas.
+OPS = tuple(name for name in SCHEMAS if name in _public_names)
 #: For each device type, the implementations that can serve it, best first.
 PREFERENCE = {
     "cpu": ("cpu", "torch", "triton"),
@@ -34,62 +35,111 @@ PREFERENCE = {
 }
 NAMES = ("auto", "cuda", "triton", "cpu", "torch")
 
-_kernels: dict[tuple[str, str], torch._ops.OpOverload] = {}
+_ops: dict[str, Op] = {}
 _torch_calls: Counter[str] = Counter()
 _torch_calls_lock = threading.Lock()
 
 
-def declare(schema: str, fake: Callable) -> None:
-    """Make the op with this schema callable and traceable: Triton's, and the compiled ones that are here."""
-    name = schema.partition("(")[0]
-    if triton.INSTALLED:
-        _kernels["triton", name] = triton.define(schema, fake)
+@dataclass(frozen=True, eq=False)
+class Op:
+    """An op that is registered with torch, as the public function next to it uses it."""
+
+    name: str
+    #: By implementation, what runs it. "torch" is not among them: that is ``reference``.
+    kernels: dict[str, Callable]
+    #: By device type, the implementations that can run here, best first.
+    available: dict[str, tuple[str, ...]]
+    _reference: Callable | None
+
+    def implementations(self, device_type: str) -> tuple[str, ...]:
+        """The implementations that can run on a device type here, best first."""
+        return self.available.get(device_type, ("torch",))
+
+    def choose(self, impl: str, device_type: str, dtype: torch.dtype) -> str:
+        """Resolve ``impl`` for a call, or say why it cannot be served and what to do."""
+        available = self.implementations(device_type)
+        if impl == "auto":
+            if dtype == torch.float64 and device_type != "cpu":
+                return "torch"
+            return available[0]
+        if impl in available:
+            if dtype == torch.float64 and impl != "torch" and device_type != "cpu":
+                raise ValueError(f'{self.name}: impl="{impl}" has no float64 kernel; use impl="auto" or impl="torch"')
+            return impl
+        why = _why_not(impl, device_type)
+        raise ValueError(f'{self.name}: impl="{impl}" {why}; available here: {("auto", *available)}')
+
+    def kernel(self, impl: str) -> Callable:
+        """The registered op behind an implementation other than "torch"."""
+        return self.kernels[impl]
+
+    def reference(self, *args: Any, **options: Any) -> Any:
+        """Call the eager reference and count the call. A traced one becomes part of a graph and is not a call."""
+        assert self._reference is not None
+        if not torch.compiler.is_compiling():
+            with _torch_calls_lock:
+                _torch_calls[self.name] += 1
+        return self._reference(*args, **options)
+
+
+def register(name: str, *, fake: Callable, triton_kernel: Callable, reference: Callable | None = None) -> Op:
+    """Make the op of this name in ``csrc/ops.cpp`` callable and traceable.
+
+    Args:
+        fake: the op's outputs without their values, for tracing.
+        triton_kernel: returns the function that launches the Triton kernel. It is called at the first launch, because
+            importing that function imports Triton.
+        reference: the same in eager PyTorch; a backward op has none.
+    """
+    kernels: dict[str, Callable] = {}
     for impl, error in (("cpu", _native.CPU_ERROR), ("cuda", _native.CUDA_ERROR)):
-        if error is not None:
-            continue
-        if not _native.check_schema(name, schema):
-            for key in [key for key in _kernels if key[0] != "triton"]:
-                del _kernels[key]  # one op that differs makes the whole binary suspect
-        elif _has_kernel(name, impl.upper()):
-            _kernels[impl, name] = getattr(torch.ops.ppo_kernels, name).default
-    if ("cpu", name) in _kernels or ("cuda", name) in _kernels:
+        if error is None and torch._C._dispatch_has_kernel_for_dispatch_key(f"ppo_kernels::{name}", impl.upper()):
+            kernels[impl] = getattr(torch.ops.ppo_kernels, name).default
+    if kernels:
         torch.library.register_fake(f"ppo_kernels::{name}", fake)
+    if triton.INSTALLED:
+        kernels["triton"] = triton.register(SCHEMAS[name], fake, triton_kernel)
 
+    def runs(impl: str, device_type: str) -> bool:
+        if impl == "triton":
+            return triton.INSTALLED and device_type in triton.DEVICE_TYPES
+        return impl == "torch" or impl in kernels
 
-def _has_kernel(name: str, dispatch_key: str) -> bool:
-    return torch._C._dispatch_has_kernel_for_dispatch_key(f"ppo_kernels::{name}", dispatch_key)
-
-
-def kernel(name: str, impl: str) -> torch._ops.OpOverload:
-    """The registered op behind an implementation other than "torch"."""
-    return _kernels[impl, name]
+    available = {
+        device_type: tuple(impl for impl in preference if runs(impl, device_type))
+        for device_type, preference in PREFERENCE.items()
+    }
+    _ops[name] = Op(name, kernels, available, reference)
+    return _ops[name]
 
 
 def implementations(op: str, device_type: str) -> tuple[str, ...]:
-    """The implementations of an op that can run on a device type here, best first."""
-    preference = PREFERENCE.get(device_type, ("torch",))
-    return tuple([impl for impl in preference if impl == "torch" or _serves(impl, op, device_type)])
-
-
-def _serves(impl: str, op: str, device_type: str) -> bool:
-    return (impl, op) in _kernels and (impl != "triton" or device_type in triton.DEVICE_TYPES)
+    """``Op.implementations`` of the op of this name."""
+    return _ops[op].implementations(device_type)
 
 
 def choose(op: str, impl: str, device_type: str, dtype: torch.dtype) -> str:
-    """Resolve ``impl`` for a call, or say why it cannot be served and what to do."""
-    available = implementations(op, device_type)
-    if impl == "auto":
-        if dtype == torch.float64 and device_type != "cpu":
-            return "torch"
-        return available[0]
-    if impl in available:
-        if dtype == torch.float64 and impl != "torch" and device_type != "cpu":
-            raise ValueError(f'{op}: impl="{impl}" has no float64 kernel; use impl="auto" or impl="torch"')
-        return impl
-    raise ValueError(f'{op}: impl="{impl}" {_why_not(op, impl, device_type)}; available here: {("auto", *available)}')
+    """``Op.choose`` of the op of this name."""
+    return _ops[op].choose(impl, device_type, dtype)
 
 
-def _why_not(op: str, impl: str, device_type: str) -> str:
+def kernel(op: str, impl: str) -> Callable:
+    """``Op.kernel`` of the op of this name."""
+    return _ops[op].kernel(impl)
+
+
+def serve(impl: str, device_type: str, kernel_of: Callable[[Op], Callable]) -> None:
+    """Let ``impl`` serve tensors of a device type too, in this process, by the callable that ``kernel_of`` makes.
+
+    Tests that hold CPU tensors drive the kernels of a GPU through this, and CUDA kernels compiled for the host.
+    """
+    for op in _ops.values():
+        op.kernels[impl] = kernel_of(op)
+        if impl not in op.available[device_type]:
+            op.available[device_type] += (impl,)
+
+
+def _why_not(impl: str, device_type: str) -> str:
     if impl not in NAMES:
         return f"is not one of {NAMES}"
     if impl not in PREFERENCE.get(device_type, ("torch",)):
@@ -100,13 +150,6 @@ def _why_not(op: str, impl: str, device_type: str) -> str:
         return "serves CPU tensors only in Triton's interpreter; set TRITON_INTERPRET=1 before Python starts"
     error = _native.CPU_ERROR if impl == "cpu" else _native.CUDA_ERROR
     return f"cannot run: {error}" if error else "has no kernel for this op in the binary; rebuild it"
-
-
-def count_torch_call(op: str) -> None:
-    """Count an eager call of the reference. A traced one becomes part of a graph and is not a call any more."""
-    if not torch.compiler.is_compiling():
-        with _torch_calls_lock:
-            _torch_calls[op] += 1
 
 
 def status() -> dict[str, dict[str, int]]:

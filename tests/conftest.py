@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,18 +14,48 @@ if not torch.cuda.is_available():
     # The Triton kernels run in Triton's interpreter, which Triton asks for once, when it is imported.
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-from tests.lib import devices
+from tests.lib import devices, tiers
 
+VERIFY = Path(__file__).parent / "verify"
 ALLOW_MISSING = "PPO_KERNELS_ALLOW_MISSING"
 
 
-def pytest_collection_modifyitems(items):
+def pytest_addoption(parser):
+    text = "combinations of parameters: enough (test, what `make test` runs), the others (rest), or the whole"
+    parser.addoption("--tier", choices=tiers.TIERS, default="test", help=text)
+    text = "only calls of several blocks at a time, as the marks several_blocks choose them"
+    parser.addoption("--several-blocks", action="store_true", help=text)
+
+
+def pytest_collection_modifyitems(config, items):
+    _choose_tier(config, items)
     if torch.cuda.is_available():
         return
     skip = pytest.mark.skip(reason="needs a CUDA device, and torch sees none")
     for item in items:
         if "gpu" in item.keywords:
             item.add_marker(skip)
+
+
+def _choose_tier(config, items):
+    """What is asked for by name, and what lies in ``tests/verify``, is never left out."""
+    tier = config.getoption("--tier")
+    if config.getoption("--several-blocks"):
+        left_out = {item for item in items if not _has_several_blocks(item)}
+    elif tier == "whole" or any("::" in argument for argument in config.args):
+        return
+    else:
+        ours = [item for item in items if VERIFY not in item.path.parents]
+        kept = tiers.of_make_test(ours)
+        left_out = {item for item in ours if (item in kept) == (tier == "rest")}
+    config.hook.pytest_deselected(items=list(left_out))
+    items[:] = [item for item in items if item not in left_out]
+
+
+def _has_several_blocks(item):
+    params = item.callspec.params if hasattr(item, "callspec") else {}
+    marks = item.iter_markers("several_blocks")
+    return any(all(params[name] == value for name, value in mark.kwargs.items()) for mark in marks)
 
 
 @pytest.fixture(autouse=True)

@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import eager, measure, peers, results, rows, setups, source, targets
+from bench import cases, measure, peers, report, results, rows, source
+from bench.rows import Row, Setup
 
 ROOT = Path(__file__).parent.parent
 
@@ -46,25 +47,61 @@ def test_every_row_is_timed_or_says_why_not(small):
     assert {"bytes", "GB/s", "error", "extra_bytes", "torch", "commit"} <= set(info)
 
 
-def test_report(small, tmp_path):
-    command = [sys.executable, "-m", "bench.report", str(small)]
-    run = subprocess.run([*command, "--out", str(tmp_path)], cwd=ROOT, capture_output=True, text=True)
+def test_the_rows_are_those_of_the_committed_results(small):
+    """By name, so that ``--benchmark-compare`` finds them."""
+    committed = json.loads(next((ROOT / "bench" / "results").glob("*/results.json")).read_text())
+    known = {bench["fullname"] for bench in committed["benchmarks"]}
+    assert {f"bench/bench_{row.file}.py::{row.name}" for row in rows.all_of("full")} >= known
+    names = {bench["fullname"] for bench in json.loads(small.read_text())["benchmarks"]}
+    assert names <= {f"bench/bench_{row.file}.py::{row.name}" for row in rows.all_of("small")}
+
+
+def run_bench(*arguments):
+    command = [sys.executable, "-m", "bench", *map(str, arguments)]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+
+
+def test_report_and_targets(small, tmp_path):
+    run = run_bench("--results", small, "--report", tmp_path, "--check")
+    assert run.returncode == 1, run.stderr
+    assert "not measured" in run.stdout
+    written = (tmp_path / "report.md").read_text()
+    assert "## Speed" in written
+    assert written.count("](") == 2  # figures of speed and of small calls: no scaling rows here
+    assert all((tmp_path / name).stat().st_size > 10000 for name in ("speed.png", "small_calls.png"))
+
+
+def test_the_committed_results_meet_their_targets():
+    run = run_bench("--results", next((ROOT / "bench" / "results").glob("*/results.json")), "--check")
+    assert run.returncode == 0, run.stdout + run.stderr
+
+
+def test_a_run_without_pytest_writes_the_same_rows(small, tmp_path):
+    run = run_bench("--only", "whiten fp32 [64, 2048]", "--seconds", "0", "--json", tmp_path / "r.json")
     assert run.returncode == 0, run.stderr
-    page = (tmp_path / "index.html").read_text()
-    assert page.count("data:image/png;base64,") == 2  # speed and small calls: no scaling rows here
-    assert 'src="http' not in page
-    assert "## Speed" in (tmp_path / "report.md").read_text()
-    check = subprocess.run([*command, "--check-targets"], cwd=ROOT, capture_output=True, text=True)
-    assert check.returncode == 1
-    assert "not measured" in check.stdout
+    one, other = (json.loads(path.read_text()) for path in (tmp_path / "r.json", small))
+    both = [{b["fullname"] for b in data["benchmarks"] if "eager" in b["name"]} for data in (one, other)]
+    assert both[0]
+    assert both[0] <= both[1]
+    assert one["run"].keys() == other["run"].keys()
+    assert one["untimed"][0].keys() == other["untimed"][0].keys()
+
+
+def test_every_op_is_timed_and_every_contract_has_a_benchmark_or_says_why():
+    timed = {case.op for case in cases.benchmarks()}
+    assert timed == set(cases.OPS) - {"moments"}  # the first half of whiten
+    for size in rows.SIZES:
+        assert {row.setup.case.op for row in rows.works(size)} == timed, size
+    assert {case.op for case in cases.CASES if case.accuracy} == timed
 
 
 def test_a_wrong_row_is_never_timed():
-    right = setups.whiten(4, 16)
-    off = dataclasses.replace(right, plain=lambda x, mask: eager.whiten(x, mask) * 1.001)
-    broken = dataclasses.replace(right, plain=lambda x, mask: x[:0, 0] @ x)
-    group = [rows.Row("g", right, "reference"), *(rows.Row("g", setup, "eager") for setup in (right, off, broken))]
-    reference, same, wrong, raised = rows.measure(group, 0.0).values()
+    case = cases.benchmark("whiten")
+    right = Setup(case, (4, 16))
+    off = Setup(dataclasses.replace(case, eager=lambda x, mask: case.eager(x, mask) * 1.001), (4, 16))
+    broken = Setup(dataclasses.replace(case, eager=lambda x, mask: x[:0, 0] @ x), (4, 16))
+    group = [Row("g", right, "reference"), *(Row("g", setup, "eager") for setup in (right, off, broken))]
+    reference, same, wrong, raised = measure.measure(group, 0.0).values()
     assert reference.samples
     assert same.samples
     assert not wrong.samples
@@ -74,7 +111,7 @@ def test_a_wrong_row_is_never_timed():
 
 
 def test_errors_see_what_is_wrong_and_not_what_is_masked():
-    setup = setups.gae(16, 32)
+    setup = Setup(cases.benchmark("gae"), (16, 32))
     exact = setup.exact()
     mask = setup.inputs["mask"]
     got = [x.float() for x in exact]
@@ -134,13 +171,14 @@ def test_exponents_and_targets():
         info = {"provider": provider, "work": "w", "GB/s": 1.0, "extra_bytes": 0}
         return {"group": group, "extra_info": info, "stats": {"median": median, "min": median, "iqr": 0.0}}
 
-    target = targets.TARGETS[0]
+    case = cases.benchmark("gae")
+    target, (shape,) = case.targets[0], case.shapes["full"]
     for factor, verdict in ((1.01, "met"), (0.99, "MISSED")):
         times = {"cpu": 1.0, target.provider: target.ratio * factor}
-        data = {"benchmarks": [bench(provider, target.group, at) for provider, at in times.items()]}
-        table, bad = targets.check(results.Results(data))
-        assert table.lines[0][-1] == verdict
+        data = {"benchmarks": [bench(provider, case.group(shape), at) for provider, at in times.items()]}
+        table, bad = report.targets(results.Results(data))
+        assert table.lines[[line[0] for line in table.lines].index(case.group(shape))][-1] == verdict
         assert bad > 0  # the others were not measured
-    refuted = targets.Target("g", "p", 5, reached=2, limit="why")
+    refuted = cases.Target("p", 5, reached=2, limit="why")
     verdicts = [refuted.verdict(measured) for measured in (None, 5, 2, 1.9)]
     assert verdicts == ["not measured", "met", "refuted: why", "MISSED"]

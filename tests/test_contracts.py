@@ -5,10 +5,12 @@ import torch
 
 import ppo_kernels as pk
 from ppo_kernels import backends
-from tests.lib import cases
-from tests.lib.cases import DIFFERENTIABLE, NAMES, ROWWISE, run
+from tests.lib import cases, recorded
+from tests.lib.cases import DIFFERENTIABLE, NAMES, REGISTERED, ROWWISE, run
 from tests.lib.devices import IMPLEMENTATIONS, KERNELS
 from tests.lib.helpers import bit_equal, in_fresh_process
+
+GRADCHECKED = tuple(name for name in DIFFERENTIABLE if REGISTERED[name].gradcheck)
 
 
 @pytest.fixture(params=IMPLEMENTATIONS)
@@ -17,7 +19,8 @@ def impl_of(request, require_impl):
     return lambda name: require_impl(name.partition(":")[0], request.param)
 
 
-@pytest.mark.parametrize("name", [name for name in DIFFERENTIABLE if not name.startswith("p3o_loss")])
+@pytest.mark.large
+@pytest.mark.parametrize("name", GRADCHECKED)
 def test_gradcheck(impl_of, name):
     impl, case = impl_of(name), cases.make(name, torch.float64, batch=3, length=5)
 
@@ -28,13 +31,15 @@ def test_gradcheck(impl_of, name):
     assert torch.autograd.gradcheck(fn, case.tensors[case.leaf].clone().requires_grad_(), fast_mode=True)
 
 
-@pytest.mark.parametrize("name", ["policy_loss", "value_loss"])
-@pytest.mark.parametrize("without", ["mask", "row_weight", "normalizer", "weights"])
-def test_gradcheck_without_an_optional_input(impl_of, name, without):
+@pytest.mark.parametrize("name", [name for name in GRADCHECKED if not REGISTERED[name].packed])
+def test_gradcheck_without_an_optional_input(impl_of, name):
     impl, case = impl_of(name), cases.make(name, torch.float64, batch=3, length=5, seed=3)
-    tensors = {k: v for k, v in case.tensors.items() if k != without}
-    leaf = tensors[case.leaf].clone().requires_grad_()
-    assert torch.autograd.gradcheck(lambda x: case.call(tensors | {case.leaf: x}, impl)[0], leaf, fast_mode=True)
+    needed = recorded.bare_inputs(REGISTERED[name], case.tensors)
+    for without in case.tensors.keys() - needed.keys() - {"ref_logprobs"}:  # which a KL penalty needs
+        tensors = {k: v for k, v in case.tensors.items() if k != without}
+        leaf = tensors[case.leaf].clone().requires_grad_()
+        fn = lambda x, tensors=tensors: case.call(tensors | {case.leaf: x}, impl)[0]  # noqa: E731
+        assert torch.autograd.gradcheck(fn, leaf, fast_mode=True), without
 
 
 @pytest.mark.parametrize("name", DIFFERENTIABLE)
@@ -47,17 +52,18 @@ def test_double_backward_raises(impl_of, name):
         grad.square().sum().backward()
 
 
+@pytest.mark.large
 @pytest.mark.parametrize("name", NAMES)
 def test_outputs_require_grad_only_where_the_op_is_differentiable(impl_of, name):
     case = cases.make(name)
     tensors = {k: x.requires_grad_() if x.is_floating_point() else x for k, x in case.tensors.items()}
     flags = [x.requires_grad for x in case.call(tensors, impl_of(name))]
-    differentiable = 2 if name == "token_logprobs:entropy" else int(case.leaf is not None)
-    assert flags == [i < differentiable for i in range(len(flags))]
+    assert flags == [i < REGISTERED[name].differentiable for i in range(len(flags))]
     with torch.no_grad():
         assert not any(x.requires_grad for x in case.call(tensors, impl_of(name)))
 
 
+@pytest.mark.large
 @pytest.mark.parametrize("name", NAMES)
 def test_no_grad_inference_mode_and_training_give_the_same_bits(impl_of, name):
     impl, case = impl_of(name), cases.make(name)
@@ -84,7 +90,7 @@ def test_inputs_are_never_mutated(impl_of, name):
     assert not pointers & {x.data_ptr() for x in out}, "an output is an input"
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if not name.endswith(":packed")])
+@pytest.mark.parametrize("name", [name for name in NAMES if not REGISTERED[name].packed])
 def test_each_input_alone_may_be_a_view_of_wider_rows(impl_of, name):
     impl, case = impl_of(name), cases.make(name, length=5)
     with torch.no_grad():
@@ -95,6 +101,7 @@ def test_each_input_alone_may_be_a_view_of_wider_rows(impl_of, name):
                 assert bit_equal(case.call(case.tensors | {key: view}, impl), want), key
 
 
+@pytest.mark.large
 @pytest.mark.parametrize("name", NAMES)
 def test_runs_repeat_bit_by_bit(impl_of, name):
     impl = impl_of(name)
@@ -108,8 +115,7 @@ def test_runs_repeat_bit_by_bit(impl_of, name):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_one_and_two_threads_give_the_same_bits(require_impl, name, dtype):
     impl = require_impl(name.partition(":")[0], "cpu")
-    small = name.startswith("token_logprobs")
-    case = cases.make(name, dtype, batch=32, length=96 if small else 1100)
+    case = cases.make(name, dtype, batch=32, length=96 if REGISTERED[name].vocabulary else 1100)
     before, results = torch.get_num_threads(), []
     try:
         for threads in (1, 2, 3):
@@ -121,28 +127,26 @@ def test_one_and_two_threads_give_the_same_bits(require_impl, name, dtype):
     assert bit_equal(results[0], results[2])
 
 
-def by_row(name, case, impl, tensors=None):
+def by_row(case, impl, tensors=None):
     """Everything that belongs to one row: outputs and gradients as [rows, ...]; not a loss or its statistics."""
     tensors = case.tensors if tensors is None else tensors
     rows = len(tensors["cu_seqlens"]) - 1 if "cu_seqlens" in tensors else len(tensors["mask"])
     found = run(case, impl, tensors)
-    return tuple(x.reshape(rows, -1) for x in (found[-1:] if name in LOSSES else found))
-
-
-LOSSES = ("policy_loss", "policy_loss:packed", "value_loss", "value_loss:packed")
+    return tuple(x.reshape(rows, -1) for x in (found if found[0].dim() else found[-1:]))
 
 
 @pytest.mark.parametrize("name", ROWWISE)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_row_does_not_depend_on_the_batch_around_it(impl_of, name, dtype):
     impl = impl_of(name)
-    length = 30 if name.startswith("token_logprobs") else 1500
+    length = 30 if REGISTERED[name].vocabulary else 1500
     case = cases.make(name, dtype, batch=6, length=cases.fit(name, impl, length))
-    whole = by_row(name, case, impl)
+    whole = by_row(case, impl)
     for rows in ([0], [5], [4, 2, 5], [3, 0, 1, 5, 4, 2, 0]):
-        assert bit_equal(by_row(name, case, impl, cases.pick_rows(case, rows)), tuple(x[rows] for x in whole)), rows
+        assert bit_equal(by_row(case, impl, cases.pick_rows(case, rows)), tuple(x[rows] for x in whole)), rows
 
 
+@pytest.mark.large
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_row_of_a_large_vocabulary_does_not_depend_on_the_batch_around_it(impl_of, dtype):
     impl = impl_of("token_logprobs")
@@ -180,13 +184,14 @@ def _counts_since(before):
     return {key: n - before.get(key, 0) for key, n in _counts().items() if n != before.get(key, 0)}
 
 
-@pytest.mark.parametrize("name", ["token_logprobs", "policy_loss"])
+@pytest.mark.parametrize("name", DIFFERENTIABLE)
 @pytest.mark.parametrize("impl", KERNELS)
 def test_status_counts_backward_kernels(require_impl, name, impl):
+    """A loss has its gradient from the forward."""
     case = cases.make(name)
     before = _counts()
-    run(case, require_impl(name, impl))
-    extra = {("token_logprobs_backward", impl): 1} if name == "token_logprobs" else {}
+    run(case, require_impl(case.op, impl))
+    extra = {(f"{case.op}_backward", impl): 1} if REGISTERED[name].vocabulary else {}
     assert _counts_since(before) == {(case.op, impl): 1} | extra
 
 
@@ -218,26 +223,31 @@ def test_triton_on_cpu_tensors_is_refused_without_its_interpreter(monkeypatch):
     in_fresh_process(triton_is_refused)
 
 
+@pytest.mark.large
 @pytest.mark.parametrize("name", NAMES)
 def test_output_dtypes_follow_the_widest_input(impl_of, name):
-    impl, wide = impl_of(name), {"moments": torch.float64}.get(name)
+    impl, always = impl_of(name), REGISTERED[name].output_dtype
     for dtype in (torch.bfloat16, torch.float16, torch.float32, torch.float64):
-        expected = wide or (torch.float64 if dtype == torch.float64 else torch.float32)
+        expected = always or (torch.float64 if dtype == torch.float64 else torch.float32)
         case = cases.make(name, dtype, batch=2, length=5)
         assert {x.dtype for x in case.call(case.tensors, impl)} == {expected}
         if case.leaf:
             assert run(case, impl)[-1].dtype == dtype
 
 
-@pytest.mark.parametrize("name", ["kl_rewards", "gae", "policy_loss", "value_loss", "p3o_loss"])
+def float_tokens(name):
+    return [k for k, x in cases.make(name).tensors.items() if x.dim() == 2 and x.is_floating_point()]
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if len(float_tokens(name)) > 1])
 def test_one_float64_input_is_enough(impl_of, name):
-    case = cases.make(name, torch.bfloat16)
-    tokens = [k for k, x in case.tensors.items() if x.dim() == 2 and k != "mask"]
+    case, tokens = cases.make(name, torch.bfloat16), float_tokens(name)
     for key in tokens:
         out = case.call(case.tensors | {key: case.tensors[key].double()}, impl_of(name))
         assert {x.dtype for x in out} == {torch.float64}, key
 
 
+@pytest.mark.large
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("low", [torch.bfloat16, torch.float16])
 def test_autocast_changes_nothing(impl_of, name, low):
@@ -261,6 +271,7 @@ def test_autocast_logits_of_a_linear_layer(impl_of):
     assert layer.weight.grad.abs().max() > 0
 
 
+@pytest.mark.large
 @pytest.mark.parametrize("name", DIFFERENTIABLE)
 def test_gradients_accumulate_and_undefined_ones_are_none(impl_of, name):
     impl, case = impl_of(name), cases.make(name)
@@ -273,6 +284,7 @@ def test_gradients_accumulate_and_undefined_ones_are_none(impl_of, name):
     assert torch.autograd.grad((leaf * 2).sum(), leaf)[0].eq(2).all()
 
 
+@pytest.mark.large
 @pytest.mark.parametrize("name", DIFFERENTIABLE)
 def test_saved_tensor_hooks_see_every_saved_tensor(impl_of, name):
     impl, case = impl_of(name), cases.make(name)

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 import ppo_kernels
-from ppo_kernels import _native, backends, env
+from ppo_kernels import _native, _schemas, backends, env
 
 PACKAGE = Path(ppo_kernels.__file__).parent
 BLOCKED = """if True:
@@ -77,10 +77,27 @@ def test_report_without_the_native_library() -> None:
 
 
 def test_report_from_a_folder_that_was_never_built(tmp_path: Path) -> None:
-    shutil.copytree(PACKAGE, tmp_path / "ppo_kernels", ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    copy = tmp_path / "ppo_kernels"
+    shutil.copytree(PACKAGE, copy, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    if (PACKAGE.parent / "csrc").is_dir():
+        shutil.copy(PACKAGE.parent / "csrc" / "ops.cpp", copy)  # as in a wheel
     report = run("-m", "ppo_kernels.env", cwd=tmp_path)
     assert "the C++ ops are not built in" in report
     assert _native.REBUILD in report
+    assert "gae                  cpu: torch   cuda: triton > torch" in report
+
+    (copy / "ops.cpp").unlink()
+    code = "try: import ppo_kernels\nexcept ImportError as error: print(error)"
+    assert "has no ops.cpp, which holds the schemas of the ops: install ppo_kernels again" in run(
+        "-c", code, cwd=tmp_path
+    )
+
+
+def test_schemas_are_read_from_the_text_that_cpp_compiles() -> None:
+    source = 'before R"(\n// about f\nf(Tensor x,\n    int y) -> Tensor\n\ng() -> ()\n)"; after(Tensor x)'
+    assert _schemas.parse(source) == {"f": "f(Tensor x, int y) -> Tensor", "g": "g() -> ()"}
+    assert set(backends.OPS) < set(_schemas.SCHEMAS)
+    assert set(backends.OPS) < set(ppo_kernels.__all__)
 
 
 def test_a_failing_probe_does_not_end_the_report() -> None:

@@ -115,6 +115,7 @@ ABOVE = {
 }
 
 
+@pytest.mark.large
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 @pytest.mark.parametrize("form", ABOVE)
 @pytest.mark.parametrize("entropy", [False, True])
@@ -134,6 +135,7 @@ def test_a_gradient_from_above_is_read_by_its_strides(require_impl, impl, form, 
     assert_close_to_oracle(grads[0], want, ceiling=2e-6, scale=max(float(g.abs().max()) for g in above))
 
 
+@pytest.mark.large
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("micro", [4, 1, 3])

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from ppo_kernels import group_advantages, whiten
-from tests.lib import oracle_groups
+from tests.lib import oracle
 from tests.lib.helpers import NAN, assert_close_to_oracle, assert_raises, bit_equal, out_dtype
 
 OP = "group_advantages"
@@ -23,7 +23,7 @@ def shuffled_ids(sizes, seed=0):
 
 def check(impl, scores, group_ids=None, **options):
     got = group_advantages(scores, group_ids, impl=impl, **options)
-    want = oracle_groups.group_advantages(scores, group_ids, **options)
+    want = oracle.group_advantages(scores, group_ids, **options)
     assert got.dtype == out_dtype(scores.dtype)
     assert not got.requires_grad
     size = max(np.abs(want).max(initial=0.0, where=np.isfinite(want)), 1.0)
@@ -39,6 +39,7 @@ def test_nan_shows_in_its_whole_group_and_nowhere_else(impl, mode, eps):
     assert got.isnan().tolist() == [True, False, False, True, True, False]
 
 
+@pytest.mark.several_blocks(sizes=[33, 64, 1, 31, 32, 100], mode="grpo", dtype=torch.float32)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("sizes", [[1], [2], [3, 1, 5, 2], [4] * 8, [33, 64, 1, 31, 32, 100], [1] * 20, [700, 3], []])
@@ -58,6 +59,7 @@ def test_contiguous_groups_match_the_loop(impl, groups, group_size, mode, dtype)
     assert bit_equal(group_advantages(scores, ids.int(), mode=mode, impl=impl), got)
 
 
+@pytest.mark.large
 def test_many_small_groups(impl):
     ids = torch.randint(0, 700, (2000,))
     for mode in MODES:

@@ -18,7 +18,6 @@ from tests.lib.helpers import (
     assert_raises,
     bit_equal,
     cu,
-    far_rows,
     holey_mask,
     out_dtype,
     pack,
@@ -26,6 +25,7 @@ from tests.lib.helpers import (
     unpack,
     with_junk,
 )
+from tests.lib.memory import far_rows
 
 OP = "kl_rewards"
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -56,6 +56,7 @@ def check(impl, logp, ref, scores, mask=None, **options):
     return rewards, kl
 
 
+@pytest.mark.several_blocks(length=33, dtype=torch.float32, estimator="k3")
 @pytest.mark.parametrize("estimator", ESTIMATORS)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("length", [1, 2, 33, 128, 257, 1500, 4100])
@@ -139,27 +140,20 @@ def test_score_index_may_name_a_masked_token_or_none(impl, index_dtype):
     assert not rewards[0, 3:].any()
 
 
+@pytest.mark.parametrize("mask_dtype", MASK_DTYPES)
+@pytest.mark.parametrize("with_index", [False, True])
 @pytest.mark.parametrize("junk", JUNK)
 @pytest.mark.parametrize("estimator", ESTIMATORS)
-def test_what_lies_under_the_mask_does_not_matter(impl, junk, estimator):
+def test_what_lies_under_the_mask_does_not_matter(impl, junk, estimator, with_index, mask_dtype):
     logp, ref, scores = make(6, 37)
     mask = holey_mask(6, 37)
-    index = torch.tensor([1, 2, 3, 4, 5, -1])
-    for options in ({}, {"score_index": index}):
-        clean = kl_rewards(logp, ref, scores, mask, kl_estimator=estimator, impl=impl, **options)
-        for mask_dtype in MASK_DTYPES:
-            dirty = kl_rewards(
-                with_junk(logp, mask, junk),
-                with_junk(ref, mask, -junk),
-                torch.where(mask.any(1), scores, junk),
-                mask.to(mask_dtype),
-                kl_estimator=estimator,
-                impl=impl,
-                **options,
-            )
-            assert bit_equal(clean, dirty)
-        if not options:
-            assert not clean[0][~mask].any()
+    options = {"score_index": torch.tensor([1, 2, 3, 4, 5, -1])} if with_index else {}
+    options |= {"kl_estimator": estimator, "impl": impl}
+    clean = kl_rewards(logp, ref, scores, mask, **options)
+    dirty = [with_junk(logp, mask, junk), with_junk(ref, mask, -junk), torch.where(mask.any(1), scores, junk)]
+    assert bit_equal(clean, kl_rewards(*dirty, mask.to(mask_dtype), **options))
+    if not with_index:
+        assert not clean[0][~mask].any()
 
 
 @pytest.mark.parametrize("estimator", ESTIMATORS)
@@ -186,6 +180,7 @@ def test_packed_equals_padded(impl, estimator, with_index):
             assert bit_equal(packed_kl, kl)
 
 
+@pytest.mark.several_blocks
 def test_packed_rows_of_several_blocks_equal_padded_ones(impl):
     lengths = [2100, 0, 4100, 1, 700]
     logp, ref, scores = make(5, 4100)
@@ -235,7 +230,7 @@ def test_padded_rows_and_transposed_inputs(impl, pad):
 def test_rows_beyond_the_reach_of_32_bits(impl):
     logp, ref, scores = make(9, 5)
     mask = holey_mask(9, 5)
-    far = kl_rewards(far_rows(logp), far_rows(ref), scores, far_rows(mask), impl=impl)
+    far = kl_rewards(*(far_rows(x, 2**28) for x in (logp, ref)), scores, far_rows(mask, 2**28), impl=impl)
     assert bit_equal(far, kl_rewards(logp, ref, scores, mask, impl=impl))
 
 

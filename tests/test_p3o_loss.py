@@ -5,7 +5,8 @@ import pytest
 import torch
 
 from ppo_kernels import P3OStats, group_advantages, p3o_loss
-from tests.lib import oracle_groups
+from tests.lib import oracle
+from tests.lib.checks import pairs_of_responses as make
 from tests.lib.helpers import (
     JUNK,
     MASK_DTYPES,
@@ -30,19 +31,9 @@ FIELDS = (
 )
 
 
-def make(batch, length, dtype=torch.float32, seed=0, spread=0.3):
-    """Log-ratios of whole rows are about ``spread`` in size, whatever the length."""
-    g = torch.Generator().manual_seed(seed)
-    old = -torch.rand(batch, length, generator=g) * 3
-    step = spread / max(length, 1) ** 0.5
-    logp = old + torch.randn(batch, length, generator=g) * step
-    ref = old + torch.randn(batch, length, generator=g) * 3 * step
-    return [x.to(dtype) for x in (logp, old, ref, torch.randn(batch, generator=g))]
-
-
 def check(impl, logp, old, ref, scores, mask=None, upstream=None, **options):
     (loss, stats), grad = grad_of(lambda x: p3o_loss(x, old, ref, scores, mask, impl=impl, **options), logp, upstream)
-    want, want_stats, want_grad = oracle_groups.p3o_loss(logp, old, ref, scores, mask, **options)
+    want, want_stats, want_grad = oracle.p3o_loss(logp, old, ref, scores, mask, **options)
     dtype = out_dtype(*(x.dtype for x in (logp, old, ref, scores)))
     assert isinstance(stats, P3OStats)
     assert " ".join(stats._fields) == FIELDS
@@ -72,6 +63,7 @@ def test_matches_the_loop(impl, shape, variant, dtype):
     check(impl, *data, holey_mask(*shape), variant=variant)
 
 
+@pytest.mark.several_blocks(group_size=3, variant="joint")
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("group_size", [2, 3, 4, 6, 12])
 def test_every_pair_of_larger_groups_counts(impl, group_size, variant):
@@ -165,7 +157,7 @@ def test_the_separate_gradient_written_out(impl, one, other, q, first, second):
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("shift", [64.0, -1024.0])
 def test_scores_of_a_prompt_may_be_shifted(impl, variant, shift):
-    """The law that the method is named for. On a grid that the shift does not leave, no bit may change."""
+    """The method is named for this. On a grid that the shift does not leave, no bit may change."""
     logp, old, ref, _ = make(8, 12)
     scores = (torch.randn(8) * 256).round() / 256
     moved = scores + torch.tensor([0.0, shift]).repeat_interleave(4)
@@ -249,20 +241,18 @@ def test_equal_scores_prefer_nothing(impl):
     assert float(stats.reward_gap) > 0
 
 
+@pytest.mark.parametrize("mask_dtype", MASK_DTYPES)
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("junk", JUNK)
-def test_what_lies_under_the_mask_does_not_matter(impl, junk, variant):
+def test_what_lies_under_the_mask_does_not_matter(impl, junk, variant, mask_dtype):
     logp, old, ref, scores = make(8, 37)
     mask, call = holey_mask(8, 37), {"variant": variant, "group_size": 4, "impl": impl}
     (loss, stats), grad = grad_of(lambda x: p3o_loss(x, old, ref, scores, mask, **call), logp)
     dirty = [with_junk(x, mask, j) for x, j in ((logp, junk), (old, -junk), (ref, junk))]
     scores = torch.where(mask.any(1), scores, junk)
-    for kind in MASK_DTYPES:
-        again, dirty_grad = grad_of(
-            lambda x, kind=kind: p3o_loss(x, *dirty[1:], scores, mask.to(kind), **call), dirty[0]
-        )
-        assert bit_equal((loss, *stats), (again[0], *again[1]))
-        assert bit_equal(grad, dirty_grad)
+    again, dirty_grad = grad_of(lambda x: p3o_loss(x, *dirty[1:], scores, mask.to(mask_dtype), **call), dirty[0])
+    assert bit_equal((loss, *stats), (again[0], *again[1]))
+    assert bit_equal(grad, dirty_grad)
     assert not grad[~mask].any()
 
 
@@ -293,6 +283,7 @@ def test_a_row_that_is_masked_out_takes_its_pairs_along(impl, variant):
     torch.testing.assert_close(grad[[0, 2, 3, 4]], pairs[2], rtol=1e-6, atol=0)
 
 
+@pytest.mark.several_blocks(kind=torch.int64, variant="separate")
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("kind", [torch.int32, torch.int64])
 def test_packed_equals_padded(impl, kind, variant):

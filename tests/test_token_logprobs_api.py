@@ -9,10 +9,10 @@ import ppo_kernels
 from ppo_kernels import selective_log_softmax, selective_log_softmax_and_entropy, token_logprobs
 from ppo_kernels.integrations import trl
 from tests.lib import oracle
+from tests.lib.checks import logits_and_labels as make
 from tests.lib.devices import KERNELS
 from tests.lib.helpers import NAN, assert_close_to_oracle, assert_raises, bit_equal, in_fresh_process, strided
-from tests.test_contracts_memory import fenced
-from tests.test_token_logprobs import make
+from tests.lib.memory import fenced
 
 OP = "token_logprobs"
 
@@ -43,6 +43,7 @@ def test_strides_change_no_bit(impl, view, vocab, dtype):
     assert bit_equal(*results)
 
 
+@pytest.mark.large
 @pytest.mark.parametrize("lead", [1, 2, 3, 5, 8])
 def test_every_alignment_of_rows_and_base(impl, lead):
     for vocab in range(60, 76):
@@ -65,6 +66,7 @@ def rows_that_end_at_a_page(impl):
         got[0].sum().backward()
 
 
+@pytest.mark.large
 @pytest.mark.parametrize("impl", KERNELS)
 def test_vectors_end_with_the_row(require_impl, impl):
     require_impl(OP, impl)

@@ -5,13 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ppo_kernels import backends
+from ppo_kernels.backends import Op
 
 
 def refuse_double_backward(op: str) -> None:
     """Raise if a backward is itself recorded: second-order terms would be silently dropped.
 
-    While a graph is traced, grad mode says nothing of the backward; a compiled backward refuses by itself.
+    While a graph is traced, grad mode does not tell; a compiled backward refuses by itself.
     """
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
         raise RuntimeError(f"{op}: differentiating twice is not supported; call backward without create_graph=True")
@@ -30,23 +30,24 @@ class _FirstOrderOnly(torch.autograd.Function):
 
 
 def first_order_only(op: str, x: Tensor) -> Tensor:
-    """``x`` for the reference, which autograd could differentiate twice; a switch of ``impl`` changes no contract."""
+    """``x`` for the reference: autograd could differentiate it twice, but a switch of ``impl`` changes no contract."""
     return _FirstOrderOnly.apply(op, x) if x.requires_grad else x
 
 
-def fake_loss(x: Tensor, stats: int, grad: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The outputs of a loss kernel, for tracing: loss, stats, gradient, 1 / normalizer."""
-    return x.new_empty(()), x.new_empty(stats), x.new_empty(x.shape if grad else 0), x.new_empty(())
+def fused_loss(op: Op, impl: str, x: Tensor, arguments: tuple[object, ...]) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """Loss and statistics of a kernel that takes ``x``, the arguments and whether to write the gradient."""
+    loss, stats = _ScaledGradient.apply(op, impl, x, arguments)
+    return loss, stats.unbind(0)
 
 
-class ScaledGradient(torch.autograd.Function):
-    """A scalar loss whose kernel already wrote d(loss * normalizer)/dx: backward only scales it, on the device."""
+class _ScaledGradient(torch.autograd.Function):
+    """A scalar loss. Its kernel already wrote d(loss * normalizer)/dx, which the backward scales, on the device."""
 
     @staticmethod
     def forward(ctx, op, impl, x, arguments):
         ctx.set_materialize_grads(False)
-        ctx.op = op
-        loss, stats, grad, inv_normalizer = backends.kernel(op, impl)(x, *arguments, ctx.needs_input_grad[2])
+        ctx.op = op.name
+        loss, stats, grad, inv_normalizer = op.kernel(impl)(x, *arguments, ctx.needs_input_grad[2])
         ctx.save_for_backward(grad, inv_normalizer)
         ctx.mark_non_differentiable(stats)
         return loss, stats

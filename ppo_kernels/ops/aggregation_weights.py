@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
+from ppo_kernels import reference
 from ppo_kernels.ops._inputs import check_choice, check_integer, check_number, check_tensor
-from ppo_kernels.reference.rows import find_rows, row_sum
 
 MODES = ("token-mean", "token-sum", "seq-mean-token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm")
 
@@ -58,17 +57,6 @@ def aggregation_weights(
         raise ValueError(f"{op}: mask must be [B, T], or [N] with cu_seqlens; got shape {tuple(mask.shape)}")
     if max_length is not None:
         check_number(op, "max_length", max_length, above=0.0)
-    rows = find_rows(mask, cu_seqlens)
-    counts = row_sum((rows.owned & (mask != 0).reshape(-1)).to(torch.float64), rows)
-    weight = torch.ones_like(counts, dtype=torch.float32)
-    if mode == "token-mean":
-        return weight, counts.sum()
-    if mode == "token-sum":
-        return weight, torch.ones((), dtype=torch.float64, device=mask.device)
-    if mode == "seq-mean-token-mean":
-        weight = torch.where(counts > 0, 1.0 / counts, 0.0).to(torch.float32)
-    elif mode == "seq-mean-token-sum-norm":
-        if max_length is None and cu_seqlens is not None:
-            raise ValueError(f"{op}: a packed mask needs max_length for {mode!r}")
-        weight = weight / max(mask.size(1) if max_length is None else max_length, 1)
-    return weight, (counts > 0).sum().to(torch.float64)
+    if mode == "seq-mean-token-sum-norm" and max_length is None and cu_seqlens is not None:
+        raise ValueError(f"{op}: a packed mask needs max_length for {mode!r}")
+    return reference.aggregation_weights(mask, mode, max_length=max_length, cu_seqlens=cu_seqlens)

@@ -5,20 +5,24 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ppo_kernels import backends, reference
+from ppo_kernels import reference
+from ppo_kernels.backends import register
 from ppo_kernels.ops._inputs import Tokens, check_choice, check_number
-from ppo_kernels.reference.gae import MASKED_STEPS
 
 
-def _fake(rewards, values, mask, lam_rows, bootstrap_value, cu_seqlens, gamma, lam, masked_steps):
+def _fake(rewards, *_others):
     return rewards.new_empty(rewards.shape), rewards.new_empty(rewards.shape)
 
 
-backends.declare(
-    "gae(Tensor rewards, Tensor values, Tensor? mask, Tensor? lam_rows, Tensor? bootstrap_value,"
-    " Tensor? cu_seqlens, float gamma, float lam, int masked_steps) -> (Tensor advantages, Tensor returns)",
-    _fake,
-)
+def _triton_kernel():
+    from ppo_kernels.triton.gae import gae
+
+    return gae
+
+
+_GAE = register("gae", fake=_fake, triton_kernel=_triton_kernel, reference=reference.gae)
+#: What a masked token does; kernels take the position.
+MASKED_STEPS = ("skip", "zero", "keep")
 
 
 def gae(
@@ -83,27 +87,14 @@ def gae(
             raise ValueError(f"gae: every lam must be in [0, 1], got {lam_rows.min()} to {lam_rows.max()}")
     rewards, values = tokens.constant(rewards), tokens.constant(values)
 
-    impl = backends.choose("gae", impl, rewards.device.type, tokens.dtype)
+    impl = _GAE.choose(impl, rewards.device.type, tokens.dtype)
     if impl == "torch":
-        backends.count_torch_call("gae")
-        return reference.gae(
-            rewards,
-            values,
-            mask,
-            gamma=gamma,
-            lam=lam,
-            masked_steps=masked_steps,
-            bootstrap_value=bootstrap_value,
+        return _GAE.reference(
+            rewards, values, mask,
+            gamma=gamma, lam=lam, masked_steps=masked_steps, bootstrap_value=bootstrap_value,
             cu_seqlens=tokens.cu_seqlens,
-        )
-    return backends.kernel("gae", impl)(
-        rewards,
-        values,
-        mask,
-        lam_rows,
-        bootstrap_value,
-        tokens.cu_seqlens,
-        gamma,
-        0.0 if lam_rows is not None else lam,
-        code,
+        )  # fmt: skip
+    lam_number = 0.0 if lam_rows is not None else lam
+    return _GAE.kernel(impl)(
+        rewards, values, mask, lam_rows, bootstrap_value, tokens.cu_seqlens, gamma, lam_number, code
     )

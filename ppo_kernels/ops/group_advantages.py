@@ -7,7 +7,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ppo_kernels import backends, reference
+from ppo_kernels import reference
+from ppo_kernels._types import compute_dtype
+from ppo_kernels.backends import register
+from ppo_kernels.ops._fakes import like_first
 from ppo_kernels.ops._inputs import (
     check_choice,
     check_device,
@@ -18,22 +21,22 @@ from ppo_kernels.ops._inputs import (
     check_shape,
 )
 from ppo_kernels.ops.whiten import whiten
-from ppo_kernels.reference.group_advantages import MODES as BASELINES
-from ppo_kernels.reference.rows import compute_dtype
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 
-def _fake(scores, *order_and_options):
-    return scores.new_empty(scores.shape)
+def _triton_kernel():
+    from ppo_kernels.triton.group_advantages import group_advantages
+
+    return group_advantages
 
 
-backends.declare(
-    "group_advantages(Tensor scores, Tensor? sorted_ids, Tensor? order, int group_size, int mode, float eps) -> Tensor",
-    _fake,
+_GROUP_ADVANTAGES = register(
+    "group_advantages", fake=like_first, triton_kernel=_triton_kernel, reference=reference.group_advantages
 )
-
+#: The baselines that kernels compute; they take the position.
+BASELINES = ("rloo", "grpo", "dr_grpo")
 MODES = (*BASELINES, "reinforce++_baseline")
 
 
@@ -66,8 +69,8 @@ def group_advantages(
 
     Args:
         scores: ``[B]``, floating: one per response; with "rloo" usually after the KL penalty of the sequence.
-        group_ids: ``[B]`` int32 or int64, equal for the responses to one prompt: any numbers, in any order, as often
-            as one likes. Sorted on the device, without a synchronisation.
+        group_ids: ``[B]`` int32 or int64, equal for the responses to one prompt; any numbers, in any order. They are
+            sorted on the device, without a synchronisation.
         group_size: instead of ``group_ids``: K responses per prompt, in rows iK to iK + K - 1. Needs no sorting.
         mode: one of the above.
         eps: >= 0; None means 1e-4, added to the standard deviation ("grpo"), or 1e-8, added to the variance
@@ -122,15 +125,13 @@ def group_advantages(
 
 
 def _over_groups(scores: Tensor, group_ids: Tensor | None, group_size: int, mode: str, eps: float, impl: str) -> Tensor:
-    op = "group_advantages"
-    impl = backends.choose(op, impl, scores.device.type, scores.dtype)
+    impl = _GROUP_ADVANTAGES.choose(impl, scores.device.type, scores.dtype)
     if impl == "torch":
-        backends.count_torch_call(op)
         if group_ids is None:
             group_ids = torch.arange(scores.numel(), device=scores.device) // group_size
-        return reference.group_advantages(scores, group_ids, mode=mode, eps=eps)
+        return _GROUP_ADVANTAGES.reference(scores, group_ids, mode=mode, eps=eps)
     sorted_ids = order = None
     if group_ids is not None:
-        sorted_ids, order = torch.sort(group_ids.to(torch.int64), stable=True)  # as they stand, a group's scores add up
+        sorted_ids, order = torch.sort(group_ids.to(torch.int64), stable=True)  # a group keeps the order of its scores
     code = BASELINES.index(mode)
-    return backends.kernel(op, impl)(scores, sorted_ids, order, group_size, code, eps)
+    return _GROUP_ADVANTAGES.kernel(impl)(scores, sorted_ids, order, group_size, code, eps)

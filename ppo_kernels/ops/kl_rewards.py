@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ppo_kernels import backends, reference
+from ppo_kernels import reference
+from ppo_kernels._types import KL_ESTIMATORS
+from ppo_kernels.backends import register
 from ppo_kernels.ops._inputs import (
     Tokens,
     bound,
@@ -14,19 +16,19 @@ from ppo_kernels.ops._inputs import (
     check_shape,
     number_or_tensor,
 )
-from ppo_kernels.reference.kl_rewards import KL_ESTIMATORS
 
 
-def _fake(logprobs, ref_logprobs, scores, *rest):
+def _fake(logprobs, ref_logprobs, scores, *_others):
     return logprobs.new_empty(logprobs.shape), logprobs.new_empty(scores.shape)
 
 
-backends.declare(
-    "kl_rewards(Tensor logprobs, Tensor ref_logprobs, Tensor scores, Tensor? mask, Tensor? score_index,"
-    " Tensor? cu_seqlens, Tensor? kl_coef_tensor, float kl_coef, int kl_estimator, float score_clip,"
-    " float kl_log_clamp, float kl_clamp) -> (Tensor rewards, Tensor kl)",
-    _fake,
-)
+def _triton_kernel():
+    from ppo_kernels.triton.kl_rewards import kl_rewards
+
+    return kl_rewards
+
+
+_KL_REWARDS = register("kl_rewards", fake=_fake, triton_kernel=_triton_kernel, reference=reference.kl_rewards)
 
 
 def kl_rewards(
@@ -99,23 +101,14 @@ def kl_rewards(
         _validate_score_index(tokens, score_index)
     logprobs, ref_logprobs = tokens.constant(logprobs), tokens.constant(ref_logprobs)
 
-    impl = backends.choose(op, impl, logprobs.device.type, tokens.dtype)
+    impl = _KL_REWARDS.choose(impl, logprobs.device.type, tokens.dtype)
     if impl == "torch":
-        backends.count_torch_call(op)
-        return reference.kl_rewards(
-            logprobs,
-            ref_logprobs,
-            scores,
-            mask,
-            kl_coef=kl_coef,
-            kl_estimator=kl_estimator,
-            score_clip=score_clip,
-            kl_log_clamp=kl_log_clamp,
-            kl_clamp=kl_clamp,
-            score_index=score_index,
-            cu_seqlens=tokens.cu_seqlens,
-        )
-    return backends.kernel(op, impl)(
+        return _KL_REWARDS.reference(
+            logprobs, ref_logprobs, scores, mask,
+            kl_coef=kl_coef, kl_estimator=kl_estimator, score_clip=score_clip, kl_log_clamp=kl_log_clamp,
+            kl_clamp=kl_clamp, score_index=score_index, cu_seqlens=tokens.cu_seqlens,
+        )  # fmt: skip
+    return _KL_REWARDS.kernel(impl)(
         logprobs, ref_logprobs, scores, mask, score_index, tokens.cu_seqlens, coef_tensor, coef, code, *bounds
     )
 

@@ -4,23 +4,25 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ppo_kernels import backends, reference
-from ppo_kernels.ops._autograd import ScaledGradient, fake_loss, first_order_only
+from ppo_kernels import reference
+from ppo_kernels._types import P3OStats
+from ppo_kernels.backends import register
+from ppo_kernels.ops import _fakes
+from ppo_kernels.ops._autograd import first_order_only, fused_loss
 from ppo_kernels.ops._inputs import Tokens, bound, check_choice, check_integer_option, check_number, number_or_tensor
-from ppo_kernels.reference.p3o_loss import VARIANTS, P3OStats
 
 
-def _fake(logprobs, *inputs_and_options):
-    return fake_loss(logprobs, len(P3OStats._fields), grad=inputs_and_options[-1])
+def _triton_kernel():
+    from ppo_kernels.triton.p3o_loss import p3o_loss
+
+    return p3o_loss
 
 
-backends.declare(
-    "p3o_loss(Tensor logprobs, Tensor old_logprobs, Tensor ref_logprobs, Tensor scores, Tensor? mask,"
-    " Tensor? normalizer, Tensor? cu_seqlens, Tensor? kl_coef_tensor, int variant, int group_size, float kl_coef,"
-    " float cliprange, float weight_clip, float log_ratio_clamp, bool grad)"
-    " -> (Tensor loss, Tensor stats, Tensor grad, Tensor inv_normalizer)",
-    _fake,
+_P3O_LOSS = register(
+    "p3o_loss", fake=_fakes.loss(P3OStats._fields), triton_kernel=_triton_kernel, reference=reference.p3o_loss
 )
+#: The two losses of the paper; kernels take the position.
+VARIANTS = ("separate", "joint")
 
 
 def p3o_loss(
@@ -114,25 +116,14 @@ def p3o_loss(
     logprobs = tokens.cast(logprobs)
     old_logprobs, ref_logprobs = tokens.constant(old_logprobs), tokens.constant(ref_logprobs)
 
-    impl = backends.choose(op, impl, logprobs.device.type, tokens.dtype)
+    impl = _P3O_LOSS.choose(impl, logprobs.device.type, tokens.dtype)
     if impl == "torch":
-        backends.count_torch_call(op)
-        return reference.p3o_loss(
-            first_order_only(op, logprobs),
-            old_logprobs,
-            ref_logprobs,
-            scores,
-            mask,
-            variant=variant,
-            group_size=group_size,
-            kl_coef=kl_coef,
-            cliprange=cliprange,
-            weight_clip=weight_clip,
-            log_ratio_clamp=log_ratio_clamp,
-            normalizer=normalizer,
-            cu_seqlens=tokens.cu_seqlens,
-        )
+        return _P3O_LOSS.reference(
+            first_order_only(op, logprobs), old_logprobs, ref_logprobs, scores, mask,
+            variant=variant, group_size=group_size, kl_coef=kl_coef, cliprange=cliprange, weight_clip=weight_clip,
+            log_ratio_clamp=log_ratio_clamp, normalizer=normalizer, cu_seqlens=tokens.cu_seqlens,
+        )  # fmt: skip
     inputs = (old_logprobs, ref_logprobs, scores, mask, normalizer, tokens.cu_seqlens, coef_tensor)
     options = (code, group_size, coef, cliprange, weight_clip, log_bound)
-    loss, stats = ScaledGradient.apply(op, impl, logprobs, (*inputs, *options))
-    return loss, P3OStats(*stats.unbind(0))
+    loss, stats = fused_loss(_P3O_LOSS, impl, logprobs, (*inputs, *options))
+    return loss, P3OStats(*stats)

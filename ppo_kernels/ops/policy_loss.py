@@ -4,24 +4,22 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ppo_kernels import backends, reference
-from ppo_kernels.ops._autograd import ScaledGradient, fake_loss, first_order_only
+from ppo_kernels import reference
+from ppo_kernels._types import KL_ESTIMATORS, PolicyStats
+from ppo_kernels.backends import register
+from ppo_kernels.ops import _fakes
+from ppo_kernels.ops._autograd import first_order_only, fused_loss
 from ppo_kernels.ops._inputs import Tokens, bound, check_choice, check_floating, check_number, number_or_tensor
-from ppo_kernels.reference.kl_rewards import KL_ESTIMATORS
-from ppo_kernels.reference.policy_loss import PolicyStats
 
 
-def _fake(logprobs, *inputs_and_options):
-    return fake_loss(logprobs, len(PolicyStats._fields), grad=inputs_and_options[-1])
+def _triton_kernel():
+    from ppo_kernels.triton.policy_loss import policy_loss
+
+    return policy_loss
 
 
-backends.declare(
-    "policy_loss(Tensor logprobs, Tensor old_logprobs, Tensor advantages, Tensor? mask, Tensor? weights,"
-    " Tensor? ref_logprobs, Tensor? row_weight, Tensor? normalizer, Tensor? cu_seqlens, Tensor? kl_coef_tensor,"
-    " float cliprange_low, float cliprange_high, float dual_clip, float log_ratio_clamp, float kl_coef,"
-    " int kl_estimator, float kl_log_clamp, float kl_clamp, bool grad)"
-    " -> (Tensor loss, Tensor stats, Tensor grad, Tensor inv_normalizer)",
-    _fake,
+_POLICY_LOSS = register(
+    "policy_loss", fake=_fakes.loss(PolicyStats._fields), triton_kernel=_triton_kernel, reference=reference.policy_loss
 )
 
 
@@ -81,8 +79,8 @@ def policy_loss(
 
     Returns:
         ``(loss, stats)``: a 0-d tensor, float32 (float64 if an input is), and :class:`PolicyStats`.
-        Where the gradient of the loss that comes from above is inf or NaN (a loss scaled beyond its dtype), every entry
-        of the kernels' gradient says so, masked ones too: 0 times inf is NaN. ``impl="torch"`` keeps those 0.
+        If the incoming gradient of the loss is inf or NaN (a loss scaled beyond its dtype), every entry of the kernels'
+        gradient is NaN or inf, masked ones too, since 0 times inf is NaN. ``impl="torch"`` keeps those 0.
 
     Raises:
         TypeError: a dtype that is not listed. ValueError: shapes, devices, options or ``impl`` that do not fit.
@@ -125,30 +123,17 @@ def policy_loss(
     if ref_logprobs is not None:
         ref_logprobs = tokens.constant(ref_logprobs)
 
-    impl = backends.choose(op, impl, logprobs.device.type, tokens.dtype)
+    impl = _POLICY_LOSS.choose(impl, logprobs.device.type, tokens.dtype)
     if impl == "torch":
-        backends.count_torch_call(op)
-        return reference.policy_loss(
-            first_order_only(op, logprobs),
-            old_logprobs,
-            advantages,
-            mask,
-            cliprange=(low, high),
-            dual_clip=dual_clip,
-            log_ratio_clamp=log_ratio_clamp,
-            weights=weights,
-            ref_logprobs=ref_logprobs,
-            kl_coef=kl_coef,
-            kl_estimator=kl_estimator,
-            kl_log_clamp=kl_log_clamp,
-            kl_clamp=kl_clamp,
-            row_weight=row_weight,
-            normalizer=normalizer,
-            cu_seqlens=tokens.cu_seqlens,
-        )
+        return _POLICY_LOSS.reference(
+            first_order_only(op, logprobs), old_logprobs, advantages, mask,
+            cliprange=(low, high), dual_clip=dual_clip, log_ratio_clamp=log_ratio_clamp, weights=weights,
+            ref_logprobs=ref_logprobs, kl_coef=kl_coef, kl_estimator=kl_estimator, kl_log_clamp=kl_log_clamp,
+            kl_clamp=kl_clamp, row_weight=row_weight, normalizer=normalizer, cu_seqlens=tokens.cu_seqlens,
+        )  # fmt: skip
     rows = (row_weight, normalizer, tokens.cu_seqlens, coef_tensor)
     options = (low, high, float("inf") if dual_clip is None else dual_clip, log_bound, coef, code, *kl_bounds)
-    loss, stats = ScaledGradient.apply(
-        op, impl, logprobs, (old_logprobs, advantages, mask, weights, ref_logprobs, *rows, *options)
+    loss, stats = fused_loss(
+        _POLICY_LOSS, impl, logprobs, (old_logprobs, advantages, mask, weights, ref_logprobs, *rows, *options)
     )
-    return loss, PolicyStats(*stats.unbind(0))
+    return loss, PolicyStats(*stats)

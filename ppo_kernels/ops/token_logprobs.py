@@ -7,8 +7,11 @@ from typing import Literal, overload
 import torch
 from torch import Tensor
 
-from ppo_kernels import backends, reference
+from ppo_kernels import reference
+from ppo_kernels._types import compute_dtype
+from ppo_kernels.backends import register
 from ppo_kernels.ops._autograd import first_order_only, refuse_double_backward
+from ppo_kernels.ops._fakes import like_first
 from ppo_kernels.ops._inputs import (
     check_device,
     check_floating,
@@ -18,7 +21,6 @@ from ppo_kernels.ops._inputs import (
     to_mask,
     unit_last_stride,
 )
-from ppo_kernels.reference.rows import compute_dtype
 
 
 def _fake(logits, labels, mask, temperature_rows, temperature, ignore_index, entropy):
@@ -28,31 +30,27 @@ def _fake(logits, labels, mask, temperature_rows, temperature, ignore_index, ent
     return row_value(), row_value() if entropy else row_value().new_empty(0), row_value(), row_value()
 
 
-def _fake_backward(logits, *rest):
-    return torch.empty_like(logits, memory_format=torch.contiguous_format)
+def _triton_kernels():
+    from ppo_kernels.triton import token_logprobs
+
+    return token_logprobs
 
 
-def _fake_backward_inplace(logits, *rest):
-    return None
-
-
-backends.declare(
-    "token_logprobs(Tensor logits, Tensor labels, Tensor? mask, Tensor? temperature_rows, float temperature,"
-    " int ignore_index, bool entropy)"
-    " -> (Tensor logprobs, Tensor entropy, Tensor row_max, Tensor log_sum)",
-    _fake,
+_TOKEN_LOGPROBS = register(
+    "token_logprobs",
+    fake=_fake,
+    triton_kernel=lambda: _triton_kernels().token_logprobs,
+    reference=reference.token_logprobs,
 )
-backends.declare(
-    "token_logprobs_backward(Tensor logits, Tensor labels, Tensor? temperature_rows, Tensor? grad_logprobs,"
-    " Tensor? grad_entropy, Tensor logprobs, Tensor entropy, Tensor row_max, Tensor log_sum, float temperature)"
-    " -> Tensor",
-    _fake_backward,
+_BACKWARD = register(
+    "token_logprobs_backward",
+    fake=like_first,
+    triton_kernel=lambda: _triton_kernels().token_logprobs_backward,
 )
-backends.declare(
-    "token_logprobs_backward_(Tensor(a!) logits, Tensor labels, Tensor? temperature_rows, Tensor? grad_logprobs,"
-    " Tensor? grad_entropy, Tensor logprobs, Tensor entropy, Tensor row_max, Tensor log_sum, float temperature)"
-    " -> ()",
-    _fake_backward_inplace,
+_BACKWARD_INPLACE = register(
+    "token_logprobs_backward_",
+    fake=lambda *_arguments: None,
+    triton_kernel=lambda: _triton_kernels().token_logprobs_backward_,
 )
 
 
@@ -61,7 +59,7 @@ class _TokenLogprobs(torch.autograd.Function):
     def forward(ctx, impl, logits, labels, mask, temperature_rows, temperature, ignore_index, entropy, inplace):
         ctx.set_materialize_grads(False)
         ctx.impl, ctx.temperature, ctx.entropy, ctx.inplace = impl, temperature, entropy, inplace
-        logprobs, h, row_max, log_sum = backends.kernel("token_logprobs", impl)(
+        logprobs, h, row_max, log_sum = _TOKEN_LOGPROBS.kernel(impl)(
             logits, labels, mask, temperature_rows, temperature, ignore_index, entropy is not False
         )
         ctx.save_for_backward(logits, labels, temperature_rows, logprobs, h, row_max, log_sum)
@@ -83,10 +81,10 @@ class _TokenLogprobs(torch.autograd.Function):
         # A traced graph has no use for the in-place form: the compiler plans the memory.
         if ctx.inplace and not torch.compiler.is_compiling():
             grad = logits.detach()
-            backends.kernel("token_logprobs_backward_", ctx.impl)(grad, *rest)
+            _BACKWARD_INPLACE.kernel(ctx.impl)(grad, *rest)
             torch.autograd.graph.increment_version(logits)
             return None, grad, *none
-        return None, backends.kernel("token_logprobs_backward", ctx.impl)(logits, *rest), *none
+        return None, _BACKWARD.kernel(ctx.impl)(logits, *rest), *none
 
 
 @overload
@@ -190,10 +188,9 @@ def token_logprobs(
         _validate(logits, labels, mask, rows, ignore_index)
     logits = unit_last_stride(logits)
 
-    impl = backends.choose(op, impl, logits.device.type, logits.dtype)
+    impl = _TOKEN_LOGPROBS.choose(impl, logits.device.type, logits.dtype)
     if impl == "torch":
-        backends.count_torch_call(op)
-        return reference.token_logprobs(
+        return _TOKEN_LOGPROBS.reference(
             first_order_only(op, logits),
             labels,
             temperature=temperature if rows is None else rows,

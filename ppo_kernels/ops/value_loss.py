@@ -4,21 +4,22 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ppo_kernels import backends, reference
-from ppo_kernels.ops._autograd import ScaledGradient, fake_loss, first_order_only
+from ppo_kernels import reference
+from ppo_kernels._types import ValueStats
+from ppo_kernels.backends import register
+from ppo_kernels.ops import _fakes
+from ppo_kernels.ops._autograd import first_order_only, fused_loss
 from ppo_kernels.ops._inputs import Tokens, bound
-from ppo_kernels.reference.value_loss import ValueStats
 
 
-def _fake(values, *inputs_and_options):
-    return fake_loss(values, len(ValueStats._fields), grad=inputs_and_options[-1])
+def _triton_kernel():
+    from ppo_kernels.triton.value_loss import value_loss
+
+    return value_loss
 
 
-backends.declare(
-    "value_loss(Tensor values, Tensor old_values, Tensor returns, Tensor? mask, Tensor? row_weight,"
-    " Tensor? normalizer, Tensor? cu_seqlens, float cliprange_value, bool grad)"
-    " -> (Tensor loss, Tensor stats, Tensor grad, Tensor inv_normalizer)",
-    _fake,
+_VALUE_LOSS = register(
+    "value_loss", fake=_fakes.loss(ValueStats._fields), triton_kernel=_triton_kernel, reference=reference.value_loss
 )
 
 
@@ -54,8 +55,8 @@ def value_loss(
 
     Returns:
         ``(loss, stats)``: a 0-d tensor, float32 (float64 if an input is), and :class:`ValueStats`.
-        Where the gradient of the loss that comes from above is inf or NaN (a loss scaled beyond its dtype), every entry
-        of the kernels' gradient says so, masked ones too: 0 times inf is NaN. ``impl="torch"`` keeps those 0.
+        If the incoming gradient of the loss is inf or NaN (a loss scaled beyond its dtype), every entry of the kernels'
+        gradient is NaN or inf, masked ones too, since 0 times inf is NaN. ``impl="torch"`` keeps those 0.
 
     Raises:
         TypeError: a dtype that is not listed. ValueError: shapes, devices, options or ``impl`` that do not fit.
@@ -75,10 +76,9 @@ def value_loss(
     values = tokens.cast(values)
     old_values, returns = tokens.constant(old_values), tokens.constant(returns)
 
-    impl = backends.choose(op, impl, values.device.type, tokens.dtype)
+    impl = _VALUE_LOSS.choose(impl, values.device.type, tokens.dtype)
     if impl == "torch":
-        backends.count_torch_call(op)
-        return reference.value_loss(
+        return _VALUE_LOSS.reference(
             first_order_only(op, values),
             old_values,
             returns,
@@ -89,5 +89,5 @@ def value_loss(
             cu_seqlens=tokens.cu_seqlens,
         )
     arguments = (old_values, returns, mask, row_weight, normalizer, tokens.cu_seqlens, clip)
-    loss, stats = ScaledGradient.apply(op, impl, values, arguments)
-    return loss, ValueStats(*stats.unbind(0))
+    loss, stats = fused_loss(_VALUE_LOSS, impl, values, arguments)
+    return loss, ValueStats(*stats)

@@ -7,9 +7,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ppo_kernels import backends, reference
+from ppo_kernels import reference
+from ppo_kernels._types import compute_dtype
+from ppo_kernels.backends import register
+from ppo_kernels.ops._fakes import like_first
 from ppo_kernels.ops._inputs import check_floating, check_number, to_mask
-from ppo_kernels.reference.rows import compute_dtype
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -19,15 +21,23 @@ def _fake_moments(x, mask):
     return tuple(x.new_empty((), dtype=torch.float64) for _ in range(3))
 
 
-def _fake_whiten(x, mask, count, mean, m2, shift_mean, unbiased, eps):
-    return x.new_empty(x.shape)
+def _triton_kernels():
+    from ppo_kernels.triton import whiten
+
+    return whiten
 
 
-backends.declare("moments(Tensor x, Tensor? mask) -> (Tensor count, Tensor mean, Tensor m2)", _fake_moments)
-backends.declare(
-    "whiten(Tensor x, Tensor? mask, Tensor? count, Tensor? mean, Tensor? m2, bool shift_mean, bool unbiased,"
-    " float eps) -> Tensor",
-    _fake_whiten,
+_MOMENTS = register(
+    "moments",
+    fake=_fake_moments,
+    triton_kernel=lambda: _triton_kernels().moments,
+    reference=reference.moments,
+)
+_WHITEN = register(
+    "whiten",
+    fake=like_first,
+    triton_kernel=lambda: _triton_kernels().whiten,
+    reference=reference.whiten,
 )
 
 
@@ -58,11 +68,10 @@ def moments(
         TypeError: a dtype that is not listed. ValueError: shapes, devices or ``impl`` that do not fit.
     """
     x, mask = _prepare("moments", x, mask)
-    impl = backends.choose("moments", impl, x.device.type, x.dtype)
+    impl = _MOMENTS.choose(impl, x.device.type, x.dtype)
     if impl == "torch":
-        backends.count_torch_call("moments")
-        return reference.moments(x, mask)
-    return backends.kernel("moments", impl)(x, mask)
+        return _MOMENTS.reference(x, mask)
+    return _MOMENTS.kernel(impl)(x, mask)
 
 
 def whiten(
@@ -106,13 +115,10 @@ def whiten(
     statistics = None
     if group is not None:
         statistics = _shared_moments(x, mask, group, impl)
-    impl = backends.choose("whiten", impl, x.device.type, x.dtype)
+    impl = _WHITEN.choose(impl, x.device.type, x.dtype)
     if impl == "torch":
-        backends.count_torch_call("whiten")
-        return reference.whiten(x, mask, shift_mean=shift_mean, unbiased=unbiased, eps=eps, statistics=statistics)
-    return backends.kernel("whiten", impl)(
-        x, mask, *(statistics or (None, None, None)), bool(shift_mean), bool(unbiased), eps
-    )
+        return _WHITEN.reference(x, mask, shift_mean=shift_mean, unbiased=unbiased, eps=eps, statistics=statistics)
+    return _WHITEN.kernel(impl)(x, mask, *(statistics or (None, None, None)), bool(shift_mean), bool(unbiased), eps)
 
 
 def _shared_moments(x: Tensor, mask: Tensor | None, group: ProcessGroup, impl: str) -> tuple[Tensor, Tensor, Tensor]:

@@ -5,17 +5,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ppo_kernels._types import compute_dtype
 from ppo_kernels.reference.rows import (
     Rows,
-    compute_dtype,
     find_rows,
     last_valid,
     select,
     spread,
     valid_tokens,
 )
-
-MASKED_STEPS = ("skip", "zero", "keep")
 
 
 @torch.no_grad()

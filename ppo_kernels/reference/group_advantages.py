@@ -5,9 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ppo_kernels.reference.rows import Rows, compute_dtype, row_sum
-
-MODES = ("rloo", "grpo", "dr_grpo")
+from ppo_kernels._types import compute_dtype
+from ppo_kernels.reference.rows import Rows, row_sum
 
 
 @torch.no_grad()

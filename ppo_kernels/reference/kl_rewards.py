@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ppo_kernels._types import compute_dtype
 from ppo_kernels.reference.rows import (
-    compute_dtype,
     find_rows,
     last_valid,
     row_sum,
@@ -15,8 +15,6 @@ from ppo_kernels.reference.rows import (
     spread,
     valid_tokens,
 )
-
-KL_ESTIMATORS = ("k1", "abs", "k2", "k3")
 
 
 def clamp(x: Tensor, bound: float | None) -> Tensor:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from ppo_kernels._types import P3OStats, compute_dtype
 from ppo_kernels.reference.kl_rewards import clamp
 from ppo_kernels.reference.rows import (
-    compute_dtype,
     find_rows,
     masked_mean,
     reduce_loss,
@@ -19,31 +18,6 @@ from ppo_kernels.reference.rows import (
     select,
     valid_tokens,
 )
-
-VARIANTS = ("separate", "joint")
-
-
-class P3OStats(NamedTuple):
-    """Statistics of ``p3o_loss``: 0-d tensors, means over rows or pairs with valid tokens, 0 where there are none.
-
-    Per row, with ``d = clamp(sum of logprobs - old_logprobs)``, in nats per sequence, and ``ratio = exp(d)``:
-    """
-
-    approx_kl_k1: Tensor  #: mean of -d
-    approx_kl_k3: Tensor  #: mean of exp(d) - 1 - d
-    ref_kl: Tensor  #: mean of S, the sum of logprobs - ref_logprobs
-    ratio_mean: Tensor
-    ratio_max: Tensor
-    clamp_frac: Tensor  #: share of rows whose log-ratio lies beyond log_ratio_clamp
-
-    # Per pair:
-    weight_mean: Tensor  #: mean importance weight w
-    weight_clipfrac: Tensor  #: share of weights that weight_clip bounded
-    clipfrac: Tensor  #: share of terms whose gradient the clip stopped
-    reward_gap: Tensor  #: mean of |q|
-    margin: Tensor  #: mean of sign(r_i - r_j) (S_i - S_j): how far the policy prefers the better response, in nats
-    accuracy: Tensor  #: share where (r_i - r_j) (S_i - S_j) > 0
-    count: Tensor  # type: ignore[assignment]  #: number of pairs
 
 
 def p3o_loss(

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
+from ppo_kernels._types import PolicyStats, compute_dtype
 from ppo_kernels.reference.kl_rewards import clamp, kl_estimate
 from ppo_kernels.reference.rows import (
-    compute_dtype,
     find_rows,
     masked_mean,
     per_token,
@@ -18,26 +16,6 @@ from ppo_kernels.reference.rows import (
     select,
     valid_tokens,
 )
-
-
-class PolicyStats(NamedTuple):
-    """Statistics of ``policy_loss``: 0-d tensors, unweighted means over valid tokens, 0 where there are none.
-
-    With ``d = clamp(logprobs - old_logprobs)`` and ``ratio = exp(d)``:
-    """
-
-    approx_kl_k1: Tensor  #: mean of -d
-    approx_kl_k2: Tensor  #: mean of d^2 / 2
-    approx_kl_k3: Tensor  #: mean of exp(d) - 1 - d
-    ratio_mean: Tensor
-    ratio_var: Tensor  #: population variance
-    ratio_max: Tensor
-    clipfrac_high: Tensor  #: share with A > 0 and ratio > 1 + cliprange_high
-    clipfrac_low: Tensor  #: share with A < 0 and ratio < 1 - cliprange_low
-    dual_clipfrac: Tensor  #: share whose loss the dual clip lowered
-    ref_kl: Tensor  #: mean KL estimate against ref_logprobs (0 without them)
-    clamp_frac: Tensor  #: share with |logprobs - old_logprobs| > log_ratio_clamp
-    count: Tensor  # type: ignore[assignment]  #: number of valid tokens
 
 
 def policy_loss(

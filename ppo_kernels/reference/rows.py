@@ -22,14 +22,6 @@ class Rows(NamedTuple):
         return self.start.numel()
 
 
-def compute_dtype(*tensors: Tensor | None) -> torch.dtype:
-    """float64 if any of the tensors is float64, else float32."""
-    for t in tensors:  # a loop, because every call of an op passes here and a generator costs a microsecond
-        if t is not None and t.dtype == torch.float64:
-            return torch.float64
-    return torch.float32
-
-
 def scalar(x: float | Tensor, dtype: torch.dtype) -> float | Tensor:
     """A coefficient that takes part in no type promotion."""
     return x.detach().to(dtype).reshape(()) if isinstance(x, Tensor) else x

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ppo_kernels.reference.rows import compute_dtype
+from ppo_kernels._types import compute_dtype
 
 
 def token_logprobs(

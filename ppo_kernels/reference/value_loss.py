@@ -2,28 +2,17 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
+from ppo_kernels._types import ValueStats, compute_dtype
 from ppo_kernels.reference.rows import (
-    compute_dtype,
     find_rows,
     masked_mean,
     reduce_loss,
     select,
     valid_tokens,
 )
-
-
-class ValueStats(NamedTuple):
-    """Statistics of ``value_loss``: 0-d tensors over the valid tokens, all 0 when there are none."""
-
-    clipfrac: Tensor  #: share where the clipped term is the larger
-    error_mean: Tensor  #: mean of values - returns
-    explained_variance: Tensor  #: 1 - Var(returns - values) / Var(returns); 0 where Var(returns) is 0
-    count: Tensor  # type: ignore[assignment]  #: number of valid tokens
 
 
 def value_loss(

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ppo_kernels.reference.rows import compute_dtype
+from ppo_kernels._types import compute_dtype
 
 
 @torch.no_grad()

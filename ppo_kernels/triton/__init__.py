@@ -1,12 +1,11 @@
-"""The portable twins of the compiled kernels: ``ppo_kernels_triton::<op>``, with the schemas of ``ppo_kernels::<op>``.
+"""The Triton kernels, as ops ``ppo_kernels_triton::<op>`` with the schemas of ``ppo_kernels::<op>``.
 
-Opaque registered ops, never traced: torch.compile passes Python floats to a traced Triton launch as float64 and has
+The ops are opaque and never traced: torch.compile passes Python floats to a traced Triton launch as float64 and has
 its own view of what it mutates. Triton itself is imported at the first launch.
 """
 
 from __future__ import annotations
 
-import importlib
 import importlib.util
 import os
 import threading
@@ -26,24 +25,19 @@ _calls: Counter[str] = Counter()
 _calls_lock = threading.Lock()
 
 
-def define(schema: str, fake: Callable) -> torch._ops.OpOverload:
-    """Register the op with this schema. Its launcher is the function of its name in the file named after the op.
-
-    The file of a twin has the name of the file that declares the op: ``ops/gae.py`` and ``triton/gae.py``.
-    """
+def register(schema: str, fake: Callable, find_launcher: Callable[[], Callable]) -> torch._ops.OpOverload:
+    """Register the op with this schema. Its calls ask ``find_launcher``, which imports Triton, for what launches it."""
     name = schema.partition("(")[0]
-    room = f"{__name__}.{fake.__module__.rpartition('.')[2]}"
 
     def call(*args: object) -> object:
         with _calls_lock:
             _calls[name] += 1
         first = args[0]
         assert isinstance(first, torch.Tensor)
-        launcher = getattr(importlib.import_module(room), name)
         if first.device.type == "cpu":
-            return launcher(*args)
+            return find_launcher()(*args)
         with torch.accelerator.device_index(first.get_device()):
-            return launcher(*args)
+            return find_launcher()(*args)
 
     _library.define(schema)
     for device_type in DEVICE_TYPES:

@@ -1,18 +1,19 @@
-"""Copies of the sources that may be spoiled: built in a folder of their own, with bugs planted in them."""
+"""Copies of the sources, built in a folder of their own, in which a mutant may stand for a while."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import subprocess
 import sys
 import sysconfig
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGED = (
-    *("csrc", "ppo_kernels", "python_trainer", "setup.py", "CMakeLists.txt"),
+    *("csrc", "ppo_kernels", "python_trainer", "bench", "setup.py", "CMakeLists.txt"),
     *("pyproject.toml", "README.md", "LICENSE", "MANIFEST.in"),
 )
 
@@ -74,7 +75,7 @@ def header(patch: str) -> dict[str, str]:
 def patched(patch: str, copy: Path) -> dict[Path, str]:
     """The files of a unified diff as they are with it, by the lines it names: their numbers do not count.
 
-    Old lines that are not there, or more than once, are an error: the patch would plant something else.
+    Old lines that are not there, or more than once, are an error: the patch would make another mutant.
     """
     texts: dict[Path, str] = {}
     for part in re.split(r"^--- ", patch, flags=re.M)[1:]:
@@ -91,3 +92,17 @@ def patched(patch: str, copy: Path) -> dict[Path, str]:
             text = text.replace(old, new)
         texts[path] = text
     return texts
+
+
+@contextlib.contextmanager
+def mutated(patch: str, copy: Path) -> Iterator[None]:
+    """The copy's files with the patch, and as they were afterwards."""
+    changed = patched(patch, copy)
+    originals = {path: path.read_text() for path in changed}
+    try:
+        for path, text in changed.items():
+            path.write_text(text)
+        yield
+    finally:
+        for path, text in originals.items():
+            path.write_text(text)

@@ -6,7 +6,6 @@ it, storage and strides as they are, and the results back.
 
 from __future__ import annotations
 
-import ctypes
 import os
 
 import hypothesis
@@ -36,24 +35,14 @@ def serve_cuda_from_host() -> None:
     from tests.lib import host_cuda
 
     path = host_cuda.build()
-    torch.ops.load_library(path)
-    _native._cuda = ctypes.CDLL(str(path))  # counts its calls
-    _native._cuda.ppo_kernels_call_counts.restype = ctypes.c_char_p
+    _native.count_cuda_calls(_native.open_op_library(path))
     ops = getattr(torch.ops, host_cuda.NAMESPACE)
-    _serve("cuda", lambda name: getattr(ops, name).default)
+    backends.serve("cuda", "cpu", lambda op: _float32_only("cuda", getattr(ops, op.name).default))
 
 
 def serve_from_gpu(impl: str) -> None:
     """Make ``impl`` ("cuda" or "triton") serve CPU tensors with its kernels on the GPU."""
-    kernels = {name: op for (owner, name), op in backends._kernels.items() if owner == impl}
-    _serve(impl, lambda name: _through_gpu(kernels[name]))
-
-
-def _serve(impl: str, kernel_of) -> None:
-    names = {name for owner, name in backends._kernels if owner == "cpu"}
-    backends._kernels.update({(impl, name): _float32_only(impl, kernel_of(name)) for name in names})
-    if impl not in backends.PREFERENCE["cpu"]:
-        backends.PREFERENCE["cpu"] += (impl,)
+    backends.serve(impl, "cpu", lambda op: _float32_only(impl, _through_gpu(op.kernel(impl))))
 
 
 def _float32_only(impl: str, kernel):

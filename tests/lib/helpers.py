@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import functools
 import math
-import mmap
-import tempfile
 
 import numpy as np
 import pytest
 import torch
+
+from bench.cases import ESTIMATORS as ESTIMATORS
+from bench.cases import with_holes as holey_mask  # noqa: F401
 
 NAN, INF = float("nan"), float("inf")
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 JUNK = (NAN, INF, -INF, 1e30)
 MASK_DTYPES = (torch.bool, torch.uint8, torch.int32, torch.int64, torch.float32, torch.float64)
 MASKED_STEPS = ("skip", "zero", "keep")
-ESTIMATORS = ("k1", "abs", "k2", "k3")
 MODES = ("token-mean", "token-sum", "seq-mean-token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm")
 
 
@@ -68,17 +68,6 @@ def bit_equal(a, b) -> bool:
     return a.dtype == b.dtype and a.shape == b.shape and bool(((a == b) | (a.isnan() & b.isnan())).all())
 
 
-def holey_mask(batch: int, length: int, seed: int = 0, share: float = 0.7) -> torch.Tensor:
-    """Random holes; row 0 full, row 1 empty, row 2 a single first token, row 3 a single last one."""
-    g = torch.Generator().manual_seed(seed)
-    mask = torch.rand(batch, length, generator=g) < share
-    for row, pick in enumerate((slice(None), slice(0, 0), slice(0, 1), slice(-1, None))):
-        if row < batch - 1:
-            mask[row] = False
-            mask[row, pick] = True
-    return mask
-
-
 def with_junk(x: torch.Tensor, mask: torch.Tensor, junk: float) -> torch.Tensor:
     return torch.where(mask, x, torch.full((), junk, dtype=x.dtype))
 
@@ -90,15 +79,6 @@ def strided(x: torch.Tensor, pad: int = 3, offset: int = 1) -> torch.Tensor:
     wide = torch.full((x.numel() // x.shape[-1] * (x.shape[-1] + pad) + offset,), NAN, dtype=x.dtype)
     view = wide[offset:].view(*x.shape[:-1], x.shape[-1] + pad)[..., : x.shape[-1]]
     return view.copy_(x)
-
-
-def far_rows(x: torch.Tensor, stride: int = 2**28) -> torch.Tensor:
-    """The same values in rows so far apart that the last of nine begins at 2^31: a sparse file holds little of it."""
-    size = x.element_size() * (stride * (x.shape[0] - 1) + x.shape[1])
-    with tempfile.TemporaryFile() as file:
-        file.truncate(size)
-        wide = torch.frombuffer(mmap.mmap(file.fileno(), size), dtype=x.dtype)
-    return wide.as_strided(x.shape, (stride, 1)).copy_(x)
 
 
 def pack(x: torch.Tensor, lengths: list[int]) -> torch.Tensor:

@@ -177,29 +177,29 @@ def test_stale_binary_is_noticed_and_named(checkout: Path) -> None:
     assert "stale" not in python("import ppo_kernels", cwd=checkout).stderr
 
 
-def test_schema_mismatch_is_named() -> None:
-    code = """if True:
-        from ppo_kernels import _native
-        assert not _native.check_schema("gae", "gae(Tensor x) -> Tensor")
-        assert not _native.check_schema("whiten", "whiten(Tensor x) -> Tensor")
-        print(_native.CPU_ERROR)"""
-    done = python(code, cwd=ROOT)
-    for text in (
-        "ppo_kernels::gae(Tensor rewards",
-        "ppo_kernels::gae(Tensor x) -> Tensor",
-        _native.REBUILD,
-        SO,
+def test_a_binary_of_other_schemas_is_refused(tmp_path: Path) -> None:
+    """A difference in one op turns all compiled ops off, with a message that shows it."""
+    copy_sources(tmp_path)
+    shutil.copy(_native.PACKAGE / SO, tmp_path / "ppo_kernels")
+    text = (ROOT / "csrc" / "ops.cpp").read_text()
+    show = (
+        "from ppo_kernels import _native, backends as b; print(_native.CPU_ERROR, b.implementations('whiten', 'cpu'))"
+    )
+    for found, schema, old, new in (
+        ("ppo_kernels::gae(Tensor rewards", "gae(Tensor x, ", "\ngae(", "\ngae(Tensor x, "),
+        ("no such op", "nothing() -> ()", 'R"(\n', 'R"(\nnothing() -> ()\n'),
     ):
-        assert text in done.stdout
-    assert done.stderr.count("the native ops are off") == 1
-
-
-def test_missing_op_is_named() -> None:
-    code = """if True:
-        from ppo_kernels import _native
-        assert not _native.check_schema("nothing", "nothing() -> ()")
-        print(_native.CPU_ERROR)"""
-    assert "no such op" in python(code, cwd=ROOT).stdout
+        (tmp_path / "csrc" / "ops.cpp").write_text(text.replace(old, new))
+        done = python(show, cwd=tmp_path)
+        for words in (
+            found,
+            f"this ppo_kernels expects ppo_kernels::{schema}",
+            _native.REBUILD,
+            SO,
+            "('torch'",
+        ):
+            assert words in done.stdout
+        assert done.stderr.count("the native ops are off") == 1
 
 
 def test_not_built_and_cannot_load_are_told_apart(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from ppo_kernels import backends
+from bench.cases import benchmarks
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "bench" / "gpu_run.sh"
@@ -36,22 +36,25 @@ def test_a_dry_run_writes_the_report_and_skips_what_is_done(tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     assert "build: done before" in done.stdout
     assert (tmp_path / "done").read_text().split() == ["build", *PARTS]
-    rows = json.loads((tmp_path / "timings.json").read_text())["rows"]
-    assert not [row for row in rows if "problem" in row]
-    assert {"cpu", "eager", "torch.compile"} <= {row["provider"] for row in rows}
-    works = {row["work"].split()[0] for row in rows}
-    assert works >= set(backends.OPS) - {"moments"}  # the first half of whiten
-    assert "a dry run, whose times mean nothing" in (tmp_path / "timings.md").read_text()
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert not [row for row in results["untimed"] if row["state"] != "absent"]
+    assert {"cpu", "eager", "torch.compile"} <= {row["extra_info"]["provider"] for row in results["benchmarks"]}
+    timed = {row["group"] for row in results["benchmarks"]}
+    assert timed == {case.group(shape) for case in benchmarks() for shape in case.shapes.get("tiny", ())}
+    assert {case.work for case in benchmarks() if "gpu" in case.shapes} == {
+        case.work for case in benchmarks() if "tiny" in case.shapes
+    }
+    assert "tiny" in (tmp_path / "report.md").read_text()
 
-    (tmp_path / "timings.md").unlink()
+    (tmp_path / "report.md").unlink()
     again = dry_run(tmp_path)
     assert again.stdout.count("done before") == 1 + len(PARTS)
-    assert not (tmp_path / "timings.md").exists()
+    assert not (tmp_path / "report.md").exists()
 
 
 def test_a_part_that_fails_is_named_and_not_marked_as_done(tmp_path):
     (tmp_path / "done").write_text("\n".join(["build", *PARTS[:-1]]) + "\n")
-    (tmp_path / "timings.json").mkdir()
+    (tmp_path / "results.json").mkdir()
     done = dry_run(tmp_path)
     assert done.returncode != 0
     assert "timings: FAILED" in done.stdout

@@ -1,11 +1,11 @@
-"""Laws that need no oracle: what may change about a batch without changing its results, and by how much otherwise."""
+"""What needs no oracle: changes of a batch that must not change its results, or that change them in a known way."""
 
 import pytest
 import torch
 
 import ppo_kernels as pk
 from tests.lib import cases
-from tests.lib.cases import MASKED, ROWWISE, run
+from tests.lib.cases import ROWWISE, run
 from tests.lib.devices import IMPLEMENTATIONS
 from tests.lib.helpers import INF, MASKED_STEPS, NAN, bit_equal, cu, grad_of, holey_mask, pack, unpack
 
@@ -30,15 +30,6 @@ def rowwise(case, impl, tensors) -> tuple[torch.Tensor, ...]:
 
 def of_rows(tensors, index) -> dict[str, torch.Tensor]:
     return {k: x[index] if x.dim() else x for k, x in tensors.items()}
-
-
-@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
-@pytest.mark.parametrize("name", BY_ROW)
-def test_rows_may_change_places(require_impl, impl, name):
-    case = batch_of(name)
-    impl, order = require_impl(case.op, impl), torch.tensor([3, 0, 5, 1, 4, 2])
-    whole = rowwise(case, impl, case.tensors)
-    assert bit_equal(rowwise(case, impl, of_rows(case.tensors, order)), tuple(x[order] for x in whole))
 
 
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
@@ -72,24 +63,6 @@ def test_time_may_be_padded(require_impl, impl, name, extra):
             assert not b[:, 37:].any()
             b = b[:, :37]
         assert bit_equal(a, b)
-
-
-@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
-@pytest.mark.parametrize("name", MASKED)
-def test_masked_outputs_are_a_positive_zero(require_impl, impl, name):
-    """-0 would print as a difference, and 1 / -0 is another infinity."""
-    case = batch_of(name)
-    out = run(
-        case,
-        require_impl(case.op, impl),
-        case.tensors | {"score_index": torch.full((6,), -1)} if case.op == "kl_rewards" else case.tensors,
-    )
-    masked = ~case.tensors["mask"]
-    tokens = [x for x in out if x.shape[: masked.dim()] == masked.shape]
-    assert tokens
-    for x in tokens:
-        assert not x[masked].any()
-        assert not x[masked].signbit().any()
 
 
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
@@ -163,18 +136,18 @@ def test_gae_is_linear_in_rewards_values_and_bootstrap_values(require_impl, impl
 
 
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
-def test_carry_is_gae_without_the_masked_tokens_and_decay_is_gae_of_zeros(require_impl, impl):
+def test_skip_is_gae_without_the_masked_tokens_and_zero_is_gae_of_zeros(require_impl, impl):
     impl, mask = require_impl("gae", impl), holey_mask(6, 70)
     rewards, values, boot = torch.randn(6, 70), torch.randn(6, 70), torch.randn(6)
     call = {"gamma": 0.9, "lam": 0.8, "bootstrap_value": boot, "impl": impl}
     lengths = mask.sum(1).tolist()
-    carried = pk.gae(rewards, values, mask, masked_steps="skip", **call)
+    skipped = pk.gae(rewards, values, mask, masked_steps="skip", **call)
     dense = pk.gae(rewards[mask], values[mask], cu_seqlens=cu(lengths), **call)
-    decayed = pk.gae(rewards, values, mask, masked_steps="zero", **call)
-    zeroed = pk.gae(rewards * mask, values * mask, mask, masked_steps="keep", **call)
+    zeros = pk.gae(rewards, values, mask, masked_steps="zero", **call)
+    of_zeros = pk.gae(rewards * mask, values * mask, mask, masked_steps="keep", **call)
     for i in range(2):
-        torch.testing.assert_close(carried[i][mask], dense[i], rtol=0, atol=2e-6)
-        assert bit_equal(decayed[i], zeroed[i])
+        torch.testing.assert_close(skipped[i][mask], dense[i], rtol=0, atol=2e-6)
+        assert bit_equal(zeros[i], of_zeros[i])
 
 
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ppo_kernels import group_advantages, p3o_loss
-from tests.lib import oracle_groups
+from tests.lib import oracle
 from tests.lib.devices import IMPLEMENTATIONS
 from tests.lib.helpers import NAN, assert_close_to_oracle, grad_of, out_dtype
 from tests.lib.strategies import DTYPES, batches, poisoned, poisons
@@ -55,7 +55,7 @@ def test_any_p3o_loss_matches_the_oracle(require_impl, impl, call):
     impl, logp = require_impl("p3o_loss", impl), tensors["logprobs"]
     others = [x for name, x in tensors.items() if name != "logprobs"]
     (loss, stats), grad = grad_of(lambda x: p3o_loss(x, *others, batch.mask, impl=impl, **options), logp, upstream)
-    want, want_stats, want_grad = oracle_groups.p3o_loss(**tensors, mask=batch.mask, **options)
+    want, want_stats, want_grad = oracle.p3o_loss(**tensors, mask=batch.mask, **options)
 
     # All is float64 inside, so that what counts is one rounding of the result; sums over rows and pairs may cancel.
     u = torch.finfo(out_dtype(batch.dtype)).eps
@@ -98,9 +98,10 @@ def groups(draw):
 def test_any_groups_match_the_oracle(require_impl, impl, call):
     scores, ids, options = call
     got = group_advantages(scores, ids, impl=require_impl("group_advantages", impl), **options)
-    want = oracle_groups.group_advantages(scores, ids, **options)
+    want = oracle.group_advantages(scores, ids, **options)
     size = max(np.abs(want).max(initial=0.0), 1e-30)
     spread = float(scores.double().abs().max()) if len(scores) else 0.0
-    # Whitening divides advantages that were rounded by their deviation, whatever its size.
-    noise = spread / (1e-4 if options["mode"] == "reinforce++_baseline" and size > 0 else 1.0)
+    # These divide differences that were rounded by their deviation, whatever its size.
+    divided = options["mode"] in ("grpo", "reinforce++_baseline") and size > 0
+    noise = spread / (1e-4 if divided else 1.0)
     assert_close_to_oracle(got, want, ceiling=1.0, scale=4 * torch.finfo(got.dtype).eps * size + 1e-15 * noise)

@@ -16,31 +16,12 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
-from tests.lib import checkout
+from tests.lib import checkout, op_tests
 
 HERE = Path(__file__).resolve().parent
 
-OPS = (
-    *("token_logprobs", "token_logprobs_api", "kl_rewards", "gae", "whiten", "policy_loss", "value_loss"),
-    *("p3o_loss", "p3o_loss_api", "group_advantages"),
-)
-FILES = tuple(f"tests/test_{op}.py" for op in OPS)
+FILES = tuple(op_tests.files())
 CONTRACTS = ("tests/test_contracts.py", "tests/test_contracts_dispatcher.py")
-# Rows and batches of several blocks, which run at the same time.
-SHARED_WORK = (
-    "tests/test_gae.py::test_lengths_around_the_blocks_of_a_kernel[cuda-4097]",
-    "tests/test_gae.py::test_packed_rows_of_several_blocks_equal_padded_ones[cuda-decay]",
-    "tests/test_gae.py::test_hand_computed_rows_tell_the_masked_steps_apart[cuda]",
-    "tests/test_kl_rewards.py::test_packed_rows_of_several_blocks_equal_padded_ones[cuda]",
-    "tests/test_kl_rewards.py::test_matches_the_loop[cuda-33-dtype0-k3]",
-    "tests/test_policy_loss.py::test_matches_the_loop[cuda-shape5-dtype0]",
-    "tests/test_value_loss.py::test_matches_the_loop[cuda-shape5-0.2-dtype0]",
-    "tests/test_whiten.py::test_a_large_mean_does_not_cancel_the_variance",
-    "tests/test_p3o_loss.py::test_every_pair_of_larger_groups_counts[cuda-3-joint]",
-    "tests/test_p3o_loss.py::test_packed_equals_padded[cuda-kind1-separate]",
-    "tests/test_group_advantages.py::test_matches_the_loop[cuda-sizes4-grpo-dtype0]",
-    "tests/test_token_logprobs.py::test_a_vocabulary_of_151936[cuda-dtype2]",
-)
 QUIET = ("-p", "no:cacheprovider", "-p", "no:warnings")
 SECONDS = 900  # for the tests of one run
 REPORT = re.compile(r"AddressSanitizer|runtime error|ThreadSanitizer")
@@ -49,7 +30,7 @@ REPORT = re.compile(r"AddressSanitizer|runtime error|ThreadSanitizer")
 class Kind(NamedTuple):
     flags: str
     library: str
-    tests: tuple[str, ...]
+    tests: tuple[str, ...]  # and options of pytest
     choice: str
     cuda: bool = False  # the CUDA kernels, compiled for the host
 
@@ -71,7 +52,7 @@ KINDS = {
     ),
     "thread": Kind(*THREAD, FILES + CONTRACTS, f"{OTHERS} and not torch and not triton"),
     "cuda_address": Kind(*ADDRESS, FILES, f"{OTHERS} and cuda and not wrong_arguments", cuda=True),
-    "cuda_thread": Kind(*THREAD, SHARED_WORK, "cuda", cuda=True),
+    "cuda_thread": Kind(*THREAD, (*FILES, "--several-blocks"), "cuda", cuda=True),
 }
 
 
@@ -133,21 +114,14 @@ def excerpt(output: str) -> str:
 def noticed(patch: Path, copy: Path, env: dict[str, str]) -> bool:
     text = patch.read_text()
     fields = checkout.header(text)
-    spoiled = checkout.patched(text, copy)
-    originals = {path: path.read_text() for path in spoiled}
-    try:
-        for path, content in spoiled.items():
-            path.write_text(content)
-        kind, tests = KINDS[fields["Sanitizer"]], fields["Tests"].split()
+    kind, tests = KINDS[fields["Sanitizer"]], fields["Tests"].split()
+    with checkout.mutated(text, copy):
         if kind.cuda:  # the ops that its tests need
             env = {**env, "HOST_CUDA_OPS": checkout.ops_of(tests)}
             checkout.build_host_cuda(copy, **kind.host_cuda, HOST_CUDA_OPS=env["HOST_CUDA_OPS"])
         else:
             build(kind, copy)
         code, output = run_tests(copy, env, tests, kind.choice)
-    finally:
-        for path, content in originals.items():
-            path.write_text(content)
     found = code != 0 and fields["Report"] in output
     print(f"planted {patch.stem}: {'reported' if found else 'NOT reported'}", flush=True)
     if not found:

@@ -1,0 +1,131 @@
+"""Every op beside the reference, eager code, torch.compile and other libraries: one table. ``python -m bench --help``.
+
+The providers of a row take turns on the same tensors, and medians are compared. All of them are checked against the
+reference in float64 before any is timed; a row that is off is not timed and named as WRONG. ``pytest bench
+--benchmark-only`` has the same rows with pytest-benchmark's options.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import sys
+import time
+from datetime import UTC, datetime
+from pathlib import Path
+
+import torch
+
+if "--accuracy" in sys.argv and not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # read when the package is imported
+
+from bench import measure, report
+from bench.accuracy import main as accuracy
+from bench.results import Results
+from bench.rows import Row, all_of
+from ppo_kernels import _native
+
+
+def options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__, allow_abbrev=False)
+    size = parser.add_mutually_exclusive_group()
+    for name, text in (
+        ("small", "small shapes, 3 minutes; the default"),
+        ("quick", "the shapes of the targets without other libraries, 2 minutes"),
+        ("full", "the shapes of the targets, and more points of the scaling lines, 5 minutes"),
+        ("gpu", "the shapes of the GPU table"),
+        ("tiny", "every row of the GPU table once at a tiny shape, on any device: its times mean nothing"),
+    ):
+        size.add_argument(f"--{name}", dest="size", action="store_const", const=name, default="small", help=text)
+    size.add_argument("--accuracy", action="store_true", help="errors against float64 beside those of eager code")
+    size.add_argument("--results", type=Path, metavar="FILE", help="measure nothing; take the results of this file")
+    parser.add_argument("--only", default="", metavar="TEXT", help="rows whose name contains this")
+    parser.add_argument("--seconds", type=float, help="of timing per group (default: by size)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the results")
+    parser.add_argument("--report", type=Path, metavar="FOLDER", help="write results.json, report.md and figures")
+    parser.add_argument("--check", action="store_true", help="exit with 1 when a target is missed or not measured")
+    return parser.parse_args()
+
+
+def run(rows: list[Row], size: str, seconds: float, file: Path | None) -> dict:
+    """The results, in the form of pytest-benchmark's JSON. The file has them as far as they came."""
+    session, data = measure.Session(rows, seconds), header()
+    for group in session.groups.values():
+        for row in group:
+            outcome = session.outcome(row)
+            if outcome.samples:
+                benchmark = {"group": row.group, "name": row.name, "fullname": f"bench/bench_{row.file}.py::{row.name}"}
+                data["benchmarks"].append(
+                    benchmark | {"extra_info": outcome.facts, "stats": statistics_of(outcome.samples)}
+                )
+        data |= session.facts(size)
+        if file:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text(json.dumps(data, indent=1) + "\n")
+        print(".", end="", file=sys.stderr, flush=True)
+    print(file=sys.stderr)
+    session.measure_bandwidth()
+    return data | session.facts(size)
+
+
+def header() -> dict:
+    cpu = next((line for line in _lines(Path("/proc/cpuinfo")) if line.startswith("model name")), "")
+    machine = {"cpu": {"brand_raw": cpu.partition(": ")[2] or platform.processor()}}
+    machine |= {"python_version": platform.python_version(), "machine": platform.machine()}
+    now = datetime.now(UTC).isoformat()
+    return {"machine_info": machine | measure.machine(), "datetime": now, "version": "1", "benchmarks": []}
+
+
+def _lines(path: Path) -> list[str]:
+    return path.read_text().splitlines() if path.exists() else []
+
+
+def statistics_of(samples: list[float]) -> dict[str, float]:
+    quartiles = statistics.quantiles(samples, n=4) if len(samples) > 1 else samples * 3
+    return {
+        "min": min(samples),
+        "max": max(samples),
+        "mean": statistics.fmean(samples),
+        "stddev": statistics.stdev(samples) if len(samples) > 1 else 0.0,
+        "rounds": len(samples),
+        "median": statistics.median(samples),
+        "iqr": quartiles[2] - quartiles[0],
+    }
+
+
+def main() -> int:
+    chosen = options()
+    if chosen.accuracy:
+        return accuracy()
+    start = time.perf_counter()
+    if chosen.results:
+        data = json.loads(chosen.results.read_text())
+    elif chosen.size == "gpu" and measure.DEVICE != "cuda":
+        print("no GPU is visible to torch; --tiny runs every row without one", file=sys.stderr)
+        return 2
+    elif measure.DEVICE == "cpu" and _native.CPU_ERROR is not None:
+        print(f"the C++ ops are not there: {_native.CPU_ERROR}", file=sys.stderr)
+        return 2
+    else:
+        rows = [row for row in all_of(chosen.size) if chosen.only in row.group]
+        seconds = measure.SECONDS[chosen.size] if chosen.seconds is None else chosen.seconds
+        data = run(rows, chosen.size, seconds, chosen.json)
+    results = Results(data)
+    print(report.overview(data), "\n".join(report.facts(results)), sep="\n\n")
+    if chosen.report:
+        if not chosen.results:
+            chosen.report.mkdir(parents=True, exist_ok=True)
+            (chosen.report / "results.json").write_text(json.dumps(data, indent=1) + "\n")
+        print("Written:", *report.write(results, chosen.report), sep="\n  ")
+    table, missed = report.targets(results, chosen.only)
+    if chosen.check or results.run.get("size") in ("quick", "full"):
+        print("", table.markdown(), f"\n{report.verdict(table)}; {time.perf_counter() - start:.0f} s", sep="\n")
+    wrong = [row for row in results.untimed if row["state"] == "wrong"]
+    return 1 if wrong or (chosen.check and missed) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,18 @@
+"""moments: the first half of whiten, which is timed there."""
+
+from __future__ import annotations
+
+import torch
+
+from bench.cases import Case, tokens
+
+CASES = (
+    Case(
+        op="moments",
+        contract=True,
+        rowwise=False,
+        per_token=False,
+        output_dtype=torch.float64,
+        inputs=lambda *args: tokens(*args, "x"),
+    ),
+)

@@ -1,0 +1,152 @@
+"""policy_loss with its statistics, forward and backward; also from the logits on."""
+
+from __future__ import annotations
+
+import torch
+
+import ppo_kernels
+from bench.cases import (
+    CLIP,
+    ESTIMATORS,
+    KL_COEF,
+    MINIBATCH,
+    TOKEN_AXES,
+    Case,
+    Data,
+    Target,
+    grid,
+    mean,
+    normal,
+    packed,
+    right_padded,
+    rows,
+    tokens,
+    uniform,
+)
+from bench.cases.token_logprobs import eager as eager_logprobs
+
+
+def eager(logprobs, old_logprobs, advantages, mask, ref_logprobs=None):
+    d = (logprobs - old_logprobs).clamp(-20.0, 20.0)
+    ratio = d.exp()
+    losses = torch.max(-advantages * ratio, -advantages * ratio.clamp(1 - CLIP, 1 + CLIP))
+    x = torch.zeros_like(d) if ref_logprobs is None else (ref_logprobs - logprobs).clamp(-20.0, 20.0)
+    k3 = x.exp() - 1 - x
+    loss = mean(losses + KL_COEF * k3, mask)
+    with torch.no_grad():
+        ratio_mean = mean(ratio, mask)
+        return (
+            loss,
+            mean(-d, mask),
+            mean(0.5 * d * d, mask),
+            mean(ratio - 1 - d, mask),
+            ratio_mean,
+            mean((ratio - ratio_mean).square(), mask),
+            torch.where(mask, ratio, 0.0).max(),
+            mean((ratio > 1 + CLIP) & (advantages > 0), mask),
+            mean((ratio < 1 - CLIP) & (advantages < 0), mask),
+            torch.zeros_like(ratio_mean),
+            mean(k3, mask),
+        )
+
+
+def inputs(g, dtype, *shape, ref=False):
+    logprobs = grid(-uniform(g, *shape))
+    old_logprobs, ref_logprobs = grid(logprobs + 0.1 * normal(g, 2, *shape))
+    x = {"logprobs": logprobs, "old_logprobs": old_logprobs, "advantages": normal(g, *shape)}
+    return x | {"mask": right_padded(g, *shape)} | ({"ref_logprobs": ref_logprobs} if ref else {})
+
+
+def inputs_with_reference(*args):
+    return inputs(*args, ref=True)
+
+
+def contract_inputs(g, dtype, batch, length):
+    names = ("logprobs", "old_logprobs", "advantages", "weights", "ref_logprobs")
+    x = tokens(g, dtype, batch, length, *names) | rows(g, dtype, batch, "row_weight")
+    return x | {"normalizer": torch.tensor(17.0)}
+
+
+def inputs_from_logits(g, dtype, batch, columns, vocab):
+    """The last column predicts no token. Log-ratios are within 0.1 or of size 0.5: rounding clips none of them."""
+    logits = normal(g, batch, columns + 1, vocab).to(dtype)
+    labels = torch.randint(vocab, (batch, columns), generator=g, device=g.device)
+    logprobs = eager_logprobs(logits[:, :-1].float(), labels)
+    small, sign = 0.2 * uniform(g, batch, columns) - 0.1, normal(g, batch, columns).sign()
+    apart = torch.where(uniform(g, batch, columns) < 0.2, 0.5 * sign, small)
+    x = {"logits": logits, "labels": labels, "old_logprobs": logprobs + apart, "advantages": normal(g, batch)}
+    return x | {"mask": right_padded(g, batch, columns)}
+
+
+def from_logits(logits, labels, old_logprobs, advantages, mask, impl):
+    logprobs = ppo_kernels.token_logprobs(logits[:, :-1], labels, mask=mask, impl=impl)
+    advantages = advantages[:, None].expand_as(logprobs)
+    return ppo_kernels.policy_loss(logprobs, old_logprobs, advantages, mask, cliprange=CLIP, impl=impl)[0]
+
+
+def eager_from_logits(logits, labels, old_logprobs, advantages, mask):
+    return eager(eager_logprobs(logits[:, :-1], labels), old_logprobs, advantages[:, None], mask)[0]
+
+
+def accuracy(g):
+    for spread in (0.01, 0.5):
+        old = -torch.rand(64, 1024, generator=g) * 6
+        logp, adv = old + torch.randn(64, 1024, generator=g) * spread, torch.randn(64, 1024, generator=g)
+        mask = torch.ones(64, 1024, dtype=torch.bool)
+        yield Data({"logprobs": logp, "old_logprobs": old, "advantages": adv, "mask": mask}, ("loss", "gradient"))
+
+
+CONTRACT = Case(
+    op="policy_loss",
+    contract=True,
+    inputs=contract_inputs,
+    options={"cliprange": (0.2, 0.3), "dual_clip": 3.0, "kl_coef": 0.1, "kl_estimator": "k3"},
+    leaf="logprobs",
+    per_row=("advantages", "weights"),
+    choices={"kl_estimator": ESTIMATORS},
+    bare_options={"kl_coef": 0.0},
+)
+CASES = (
+    CONTRACT,
+    packed(CONTRACT),
+    Case(
+        op="policy_loss",
+        work="policy_loss fwd+bwd",
+        inputs=inputs,
+        options={"cliprange": CLIP},
+        leaf="logprobs",
+        eager=eager,
+        moved=lambda x: 6 * x["logprobs"].nbytes + x["mask"].nbytes,
+        shapes=MINIBATCH,
+        small_call=(8, 128),
+        axes=TOKEN_AXES,
+        threads=(64, 8192),
+        targets=(Target("eager", 10), Target("torch.compile", 1.5)),
+        accuracy=accuracy,
+    ),
+    Case(
+        op="policy_loss",
+        work="policy_loss + ref KL k3 fwd+bwd",
+        inputs=inputs_with_reference,
+        options={"cliprange": CLIP, "kl_coef": KL_COEF, "kl_estimator": "k3"},
+        leaf="logprobs",
+        eager=eager,
+        moved=lambda x: 7 * x["logprobs"].nbytes + x["mask"].nbytes,
+        shapes=MINIBATCH,
+        compiled=("quick", "full", "gpu"),
+    ),
+    Case(
+        op="policy_loss",
+        work="token_logprobs + policy_loss fwd+bwd",
+        dtype=torch.bfloat16,
+        inputs=inputs_from_logits,
+        function=from_logits,
+        leaf="logits",
+        eager=eager_from_logits,
+        moved=lambda x: 3 * x["logits"].nbytes,
+        tolerance=5e-3,
+        eager_tolerance=1e-1,  # a log-probability of -12 in bf16 is off by up to 3 %
+        shapes={"small": [(2, 16, 32000)], "full": [(4, 31, 151936)]},
+        compiled=("full",),
+    ),
+)

@@ -1,0 +1,136 @@
+"""token_logprobs: the one op that reads the logits."""
+
+from __future__ import annotations
+
+import torch
+
+from bench.cases import LOGITS_AXES, Case, Data, Target, normal, with_holes
+from tests.lib import oracle
+
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+SIZES = {"quick": (256, 151936), "small": (64, 32000), "full": (1024, 151936)}
+SIZES_BACKWARD = SIZES | {"full": (256, 151936)}
+GPU = [(8192, 128256), (8192, 151936), (8192, 151935)]
+
+
+def eager(logits, labels):
+    return torch.log_softmax(logits, -1).gather(-1, labels[..., None]).squeeze(-1)
+
+
+def eager_entropy(logits):
+    return torch.logsumexp(logits, -1) - (torch.softmax(logits, -1) * logits).sum(-1)
+
+
+def eager_with_entropy(logits, labels):
+    return eager(logits, labels), eager_entropy(logits)
+
+
+def inputs(g, dtype, rows, vocab):
+    logits = normal(g, rows, vocab).to(dtype)
+    return {"logits": logits, "labels": torch.randint(vocab, (rows,), generator=g, device=g.device)}
+
+
+def contract_inputs(g, dtype, batch, length):
+    vocab = 40 + length
+    logits = (normal(g, batch, length, vocab) * 3).to(dtype)
+    labels = torch.randint(0, vocab, (batch, length), generator=g)
+    return {"logits": logits, "labels": labels, "mask": with_holes(batch, length), "temperature": torch.tensor(0.8)}
+
+
+def contract(variant, **more):
+    return Case(
+        op="token_logprobs",
+        variant=variant,
+        contract=True,
+        vocabulary=True,
+        inputs=contract_inputs,
+        options={"entropy": {"": False, "entropy": True, "detached": "detached"}[variant]},
+        leaf="logits",
+        choices={"inplace_backward": (False, True)},
+        **more,
+    )
+
+
+def work(dtype, *, entropy=False, backward=False, **more):
+    """Eager code in bf16 rounds log p = -12 to within 3 %."""
+    low, pages = dtype == BF16, dtype.itemsize if backward else 0
+    sizes = {size: [shape] for size, shape in (SIZES_BACKWARD if backward else SIZES).items()}
+    return Case(
+        op="token_logprobs",
+        work=f"token_logprobs{' + entropy' if entropy else ''}{' fwd+bwd' if backward else ''}",
+        dtype=dtype,
+        inputs=inputs,
+        options={"entropy": entropy},
+        leaf="logits" if backward else None,
+        eager=eager_with_entropy if entropy else eager,
+        moved=lambda x: x["logits"].nbytes * (3 if backward else 1),
+        tolerance=5e-3 if backward and low else 2e-5,
+        eager_tolerance=(1e-1 if entropy else 3e-2) if low else 1e-4,
+        shapes=sizes | ({"gpu": GPU[:1] if backward else GPU, "tiny": [(8, 96), (8, 97)]} if low else {}),
+        axes=LOGITS_AXES if low else (),
+        threads=(64, 32000) if low else None,
+        # The forward keeps a few numbers per row and never a temporary of the size of the logits.
+        most_extra=lambda rows, vocab: pages * rows * vocab + 64 * rows,
+        **more,
+    )
+
+
+def logits_of(kind, vocab, g):
+    labels = torch.randint(0, vocab, (4,), generator=g)
+    z = torch.randn(4, vocab, generator=g) * {"flat": 1e-3, "peaked": 4.0, "far apart": 2.0, "p near 1": 1.0}[kind]
+    if kind == "peaked":
+        z[torch.arange(4), labels] += torch.tensor([0.0, 8.0, 16.0, 24.0])
+    if kind == "far apart":
+        z += torch.tensor([-1e4, 1e4, -100.0, 0.0])[:, None]
+    if kind == "p near 1":
+        z[torch.arange(4), labels] = torch.tensor([20.0, 25.0, 30.0, 40.0])
+    return z, labels
+
+
+def accuracy(g):
+    for dtype in (BF16, FP16, FP32):
+        for kind in ("flat", "peaked", "far apart", "p near 1"):
+            for vocab in (50257, 151936):
+                z, labels = logits_of(kind, vocab, g)
+                results = ("log p", "entropy", "gradient") if kind != "p near 1" else ("log p, p near 1",)
+                yield Data({"logits": z.to(dtype), "labels": labels}, results)
+
+
+def accurate_eager(logits, labels):
+    """float32 whatever the logits are."""
+    log_p = torch.log_softmax(logits.float(), -1)
+    return log_p.gather(-1, labels[..., None])[..., 0], -(log_p.exp() * log_p).sum(-1)
+
+
+def truth(logits, labels, **options):
+    ones = torch.ones(labels.shape)
+    return oracle.token_logprobs(logits, labels, grad_logp=ones, grad_entropy=ones)
+
+
+BACKWARD = (Target("eager", 6), Target("torch.compile", 4))
+CASES = (
+    contract(""),
+    contract("detached"),
+    contract("entropy", differentiable_outputs=2, accuracy=accuracy, accurate_eager=accurate_eager, truth=truth),
+    work(
+        BF16,
+        small_call=(8, 1000),
+        targets=(
+            *(Target("reference", 12), Target("eager", 4.5), Target("torch.compile", 2)),
+            # What refutes a target is in bench/NOTES.md: time per logit of the arithmetic alone.
+            Target("TRL", 5, reached=2.9, limit="0.13 ns per logit and core, the sums alone take 0.145"),
+        ),
+    ),
+    work(FP32, compiled=("full",)),
+    work(
+        BF16,
+        entropy=True,
+        compiled=("full", "gpu"),
+        targets=(
+            Target("eager", 15),
+            Target("TRL", 15, reached=8.5, limit="0.15 ns per logit and core, the sums alone take 0.178"),
+        ),
+    ),
+    work(BF16, backward=True, targets=BACKWARD),
+    work(FP32, backward=True, targets=BACKWARD, compiled=("quick", "full", "gpu")),
+)

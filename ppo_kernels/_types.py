@@ -1,0 +1,71 @@
+"""What the public functions, the reference and the Triton kernels share: dtypes, estimators and statistics."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+#: The KL estimators; kernels take the position.
+KL_ESTIMATORS = ("k1", "abs", "k2", "k3")
+
+
+def compute_dtype(*tensors: Tensor | None) -> torch.dtype:
+    """float64 if any of the tensors is float64, else float32."""
+    for t in tensors:  # a loop, because every call of an op passes here and a generator costs a microsecond
+        if t is not None and t.dtype == torch.float64:
+            return torch.float64
+    return torch.float32
+
+
+class PolicyStats(NamedTuple):
+    """Statistics of ``policy_loss``: 0-d tensors, unweighted means over valid tokens, 0 where there are none.
+
+    With ``d = clamp(logprobs - old_logprobs)`` and ``ratio = exp(d)``:
+    """
+
+    approx_kl_k1: Tensor  #: mean of -d
+    approx_kl_k2: Tensor  #: mean of d^2 / 2
+    approx_kl_k3: Tensor  #: mean of exp(d) - 1 - d
+    ratio_mean: Tensor
+    ratio_var: Tensor  #: population variance
+    ratio_max: Tensor
+    clipfrac_high: Tensor  #: share with A > 0 and ratio > 1 + cliprange_high
+    clipfrac_low: Tensor  #: share with A < 0 and ratio < 1 - cliprange_low
+    dual_clipfrac: Tensor  #: share whose loss the dual clip lowered
+    ref_kl: Tensor  #: mean KL estimate against ref_logprobs (0 without them)
+    clamp_frac: Tensor  #: share with |logprobs - old_logprobs| > log_ratio_clamp
+    count: Tensor  # type: ignore[assignment]  #: number of valid tokens
+
+
+class ValueStats(NamedTuple):
+    """Statistics of ``value_loss``: 0-d tensors over the valid tokens, all 0 when there are none."""
+
+    clipfrac: Tensor  #: share where the clipped term is the larger
+    error_mean: Tensor  #: mean of values - returns
+    explained_variance: Tensor  #: 1 - Var(returns - values) / Var(returns); 0 where Var(returns) is 0
+    count: Tensor  # type: ignore[assignment]  #: number of valid tokens
+
+
+class P3OStats(NamedTuple):
+    """Statistics of ``p3o_loss``: 0-d tensors, means over rows or pairs with valid tokens, 0 where there are none.
+
+    Per row, with ``d = clamp(sum of logprobs - old_logprobs)``, in nats per sequence, and ``ratio = exp(d)``:
+    """
+
+    approx_kl_k1: Tensor  #: mean of -d
+    approx_kl_k3: Tensor  #: mean of exp(d) - 1 - d
+    ref_kl: Tensor  #: mean of S, the sum of logprobs - ref_logprobs
+    ratio_mean: Tensor
+    ratio_max: Tensor
+    clamp_frac: Tensor  #: share of rows whose log-ratio lies beyond log_ratio_clamp
+
+    # Per pair:
+    weight_mean: Tensor  #: mean importance weight w
+    weight_clipfrac: Tensor  #: share of weights that weight_clip bounded
+    clipfrac: Tensor  #: share of terms whose gradient the clip stopped
+    reward_gap: Tensor  #: mean of |q|
+    margin: Tensor  #: mean of sign(r_i - r_j) (S_i - S_j): how far the policy prefers the better response, in nats
+    accuracy: Tensor  #: share where (r_i - r_j) (S_i - S_j) > 0
+    count: Tensor  # type: ignore[assignment]  #: number of pairs

@@ -1,0 +1,74 @@
+"""An op is its own files and two edits: one is added to a copy of the sources, and everything else knows of it.
+
+The op, ``soft_clip``, lies in ``template`` as its files lie in the tree, with the two edits in ``shared.patch``. A new
+op may start as a copy of it.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.lib import checkout
+
+TEMPLATE = Path(__file__).parent / "template"
+PATCH = (TEMPLATE / "shared.patch").read_text()
+FILES = [path.relative_to(TEMPLATE) for path in TEMPLATE.rglob("*") if path.is_file() and path.suffix != ".pyc"]
+OWN = sorted(path for path in FILES if path.name != "shared.patch")
+
+pytestmark = pytest.mark.skipif(not (checkout.ROOT / "csrc").is_dir(), reason="the sources are not here")
+
+
+@pytest.fixture(scope="module")
+def tree() -> Path:
+    """A copy of the sources with the op, built."""
+    copy = checkout.copy_sources(checkout.ROOT / "build" / "template", "tests")
+    for path in OWN:
+        assert not (checkout.ROOT / path).exists(), "the template's op is in the tree"
+        (copy / path).write_bytes((TEMPLATE / path).read_bytes())
+    for path, text in checkout.patched(PATCH, copy).items():
+        path.write_text(text)
+    checkout.build(copy)
+    return copy
+
+
+def run(tree: Path, *words: str) -> str:
+    env = checkout.environment(OMP_NUM_THREADS="1", TRITON_INTERPRET="1")
+    done = subprocess.run([sys.executable, "-m", *words], cwd=tree, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+    return done.stdout
+
+
+def test_each_file_is_named_by_the_op_and_two_others_are_edited():
+    assert {path.stem.removeprefix("test_") for path in OWN} == {"soft_clip"}
+    edited = set(re.findall(r"^\+\+\+ b/(.*)", PATCH, re.M))
+    assert edited == {"csrc/ops.cpp", "ppo_kernels/__init__.py"}
+
+
+def test_its_own_tests_pass(tree):
+    assert " passed" in run(tree, "pytest", "-q", "--tier", "whole", "tests/test_soft_clip.py")
+
+
+def test_the_contracts_hold_it_to_their_rules(tree):
+    names = ("test_contracts.py", "test_contracts_dispatcher.py", "test_contracts_memory.py", "test_written_values.py")
+    files = [f"tests/{name}" for name in names]
+    choice = "soft_clip or outside or beyond or every_registered"
+    printed = run(tree, "pytest", "-v", "--tier", "whole", "-k", choice, *files)
+    for name in names:
+        assert f"tests/{name}::" in printed
+    for impl in ("cpu", "triton", "torch"):
+        assert re.search(rf"test_a_row_does_not_depend.*{impl}.*soft_clip.* PASSED|soft_clip.*{impl}.* PASSED", printed)
+
+
+def test_the_accuracy_table_has_its_row(tree):
+    assert re.search(r"^\|? *`?soft_clip.*clipped", run(tree, "bench", "--accuracy"), re.M)
+
+
+def test_the_benchmarks_have_its_rows(tree):
+    listed = run(tree, "pytest", "bench", "--collect-only", "-q", "-k", "soft_clip")
+    assert re.search(r"soft_clip.*cpu", listed)
+    assert re.search(r"soft_clip.*eager", listed)
