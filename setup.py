@@ -32,9 +32,7 @@ class CMakeBuild(build_ext):
     def run(self) -> None:
         self.in_source = bool(self.inplace or getattr(self, "editable_mode", False))
         super().run()
-        if (
-            not self.in_source
-        ):  # Python reads the schemas: in a checkout from csrc/, in a wheel from ppo_kernels/ops.cpp
+        if not self.in_source:  # Python reads the schemas from csrc/ in a checkout, from ppo_kernels/ in a wheel
             shutil.copy2(ROOT / "csrc" / "ops.cpp", Path(self.build_lib) / "ppo_kernels" / "ops.cpp")
 
     def build_extensions(self) -> None:
@@ -48,6 +46,7 @@ class CMakeBuild(build_ext):
         options = {
             "CMAKE_MAKE_PROGRAM": ninja,  # pip's isolated ninja has another path each time
             "CMAKE_BUILD_TYPE": "Debug" if self.debug else "Release",
+            "PYTHON": sys.executable,
             "PYTHON_INCLUDE_DIR": sysconfig.get_path("include"),
             "PYTHON_EXT_SUFFIX": sysconfig.get_config_var("EXT_SUFFIX"),
             "PYBIND11_INCLUDE_DIR": pybind11.get_include(),

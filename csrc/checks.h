@@ -1,5 +1,6 @@
-// What every launcher needs of torch: guards, dtypes, rows of tokens. The public functions have already checked their
-// arguments with messages for people; these checks only keep a raw torch.ops call from reading out of bounds.
+// What every launcher needs of torch, for the CPU and for CUDA: checks, dtypes, rows of tokens. The public functions
+// have already checked their arguments with messages for people; these checks only keep a raw torch.ops call from
+// reading out of bounds.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -10,21 +11,34 @@
 #include <algorithm>
 #include <cstdint>
 #include <optional>
-#include <vector>
+#include <type_traits>
 
 #include "counters.h"
-
-#ifdef PPO_TARGET_CLONES
-#define PPO_CLONES __attribute__((target_clones("default", "arch=x86-64-v3", "arch=x86-64-v4")))
-#else
-#define PPO_CLONES
-#endif
+#include "math/kl.h"
+#include "math/tokens.h"
 
 namespace ppo {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using OptTensor = std::optional<Tensor>;
+
+template <class T>
+constexpr ScalarType dtype_of() {
+  if (std::is_same_v<T, double>) return ScalarType::Double;
+  return std::is_same_v<T, int64_t> ? ScalarType::Long : ScalarType::Float;
+}
+
+// Masks are bytes, true where one is not 0.
+template <class T>
+void check_dtype(const Tensor& x) {
+  const ScalarType dtype = x.scalar_type();
+  if constexpr (std::is_same_v<T, uint8_t>) {
+    STD_TORCH_CHECK(dtype == ScalarType::Bool || dtype == ScalarType::Byte, "masks are bytes");
+  } else {
+    STD_TORCH_CHECK(dtype == dtype_of<T>(), "an input has another dtype than the op computes in");
+  }
+}
 
 inline void check_same_shape(const Tensor& x, const Tensor& like) {
   STD_TORCH_CHECK(x.dim() == like.dim(), "expected ", like.dim(), " dimensions, got ", x.dim());
@@ -33,26 +47,51 @@ inline void check_same_shape(const Tensor& x, const Tensor& like) {
   }
 }
 
-inline void check_dtype(const Tensor& x, ScalarType dtype) {
-  STD_TORCH_CHECK(x.scalar_type() == dtype, "an input has another dtype than the op computes in");
-}
-
 inline void check_unit_stride(const Tensor& x) {
   const int64_t last = x.dim() - 1;
   STD_TORCH_CHECK(last < 0 || x.size(last) <= 1 || x.stride(last) == 1, "the last dimension must be contiguous");
 }
 
+// Before any loop: an exception that crosses parallel_for loses its text.
+inline void check_estimator(int64_t estimator) {
+  STD_TORCH_CHECK(estimator >= kK1 && estimator <= kK3, "unknown KL estimator ", estimator);
+}
+
+inline void check_logits(const Tensor& logits) {
+  STD_TORCH_CHECK(logits.dim() >= 1 && logits.size(logits.dim() - 1) >= 1, "expected logits [..., V]");
+  check_unit_stride(logits);
+}
+
+template <class T>
+T* data_of(const Tensor& x) {
+  return static_cast<T*>(x.data_ptr());
+}
+
+inline Tensor empty(torch::headeronly::IntHeaderOnlyArrayRef sizes, ScalarType dtype, const Tensor& like) {
+  return torch::stable::new_empty(like, sizes, dtype);
+}
+
+// The values of a tensor of the shape of `like`, null for an absent one.
+template <class T>
+const T* contiguous_data(const OptTensor& x, const Tensor& like) {
+  if (!x.has_value()) return nullptr;
+  check_dtype<T>(*x);
+  check_same_shape(*x, like);
+  STD_TORCH_CHECK(x->is_contiguous(), "expected a contiguous tensor");
+  return data_of<const T>(*x);
+}
+
 // A [B] vector, a [...] row value or a 0-d tensor, read through a plain pointer; a strided one is copied. Keeps the
 // memory alive, and is false for an absent tensor.
 template <class T>
-class Dense {
+class RowVector {
  public:
-  Dense(const OptTensor& x, int64_t count, ScalarType dtype) {
+  RowVector(const OptTensor& x, int64_t count) {
     if (!x.has_value()) return;
-    check_dtype(*x, dtype);
+    check_dtype<T>(*x);
     STD_TORCH_CHECK(x->numel() == count, "expected ", count, " elements, got ", x->numel());
     held_ = x->is_contiguous() ? *x : torch::stable::contiguous(*x);
-    data_ = static_cast<const T*>(held_->data_ptr());
+    data_ = data_of<const T>(*held_);
   }
   explicit operator bool() const { return held_.has_value(); }
   const T& operator[](int64_t i) const { return data_[i]; }
@@ -63,97 +102,49 @@ class Dense {
   const T* data_ = nullptr;
 };
 
-inline Tensor empty(torch::headeronly::IntHeaderOnlyArrayRef sizes, ScalarType dtype, const Tensor& like) {
-  return torch::stable::new_empty(like, sizes, dtype);
-}
-
-template <class T>
-constexpr ScalarType dtype_of() {
-  return std::is_same_v<T, double> ? ScalarType::Double : ScalarType::Float;
-}
-
-// Calls f with a value of the type that the op computes in.
-template <class F>
-auto dispatch_compute(const Tensor& x, F&& f) {
-  if (x.scalar_type() == ScalarType::Double) return f(double{});
-  STD_TORCH_CHECK(x.scalar_type() == ScalarType::Float, "expected float32 or float64");
-  return f(float{});
-}
-
-// The rows of a token tensor. Padded: row b is [b, 0..T). Packed: tokens cu_seqlens[b] to cu_seqlens[b + 1], forced
-// into order and into [0, N), so that no value of cu_seqlens can make two rows overlap or leave the tensor.
-class Rows {
- public:
-  Rows(const Tensor& tokens, const OptTensor& cu_seqlens) : packed_(cu_seqlens.has_value()) {
-    if (!packed_) {
-      STD_TORCH_CHECK(tokens.dim() == 2, "expected [B, T]");
-      count_ = tokens.size(0);
-      length_ = tokens.size(1);
-      return;
-    }
-    STD_TORCH_CHECK(tokens.dim() == 1 && cu_seqlens->dim() == 1, "expected [N] and cu_seqlens [B+1]");
-    check_dtype(*cu_seqlens, ScalarType::Long);
-    STD_TORCH_CHECK(cu_seqlens->numel() >= 1 && cu_seqlens->is_contiguous(), "expected contiguous cu_seqlens [B+1]");
-    count_ = cu_seqlens->numel() - 1;
-    const auto* cu = static_cast<const int64_t*>(cu_seqlens->data_ptr());
-    starts_.resize(count_ + 1);
-    int64_t reached = 0;
-    for (int64_t b = 0; b <= count_; ++b) {
-      reached = std::max(reached, std::min(cu[b], tokens.numel()));
-      starts_[b] = reached;
-    }
+// The rows of a token tensor. cu_seqlens are where the tensor has them, unchecked.
+inline TokenRows token_rows(const Tensor& tokens, const OptTensor& cu_seqlens) {
+  if (!cu_seqlens.has_value()) {
+    STD_TORCH_CHECK(tokens.dim() == 2, "expected [B, T]");
+    return {nullptr, tokens.size(0), tokens.size(1), tokens.numel(), 1.0 / static_cast<double>(tokens.size(1))};
   }
-
-  int64_t count() const { return count_; }
-  bool packed() const { return packed_; }
-  int64_t start(int64_t b) const { return packed_ ? starts_[b] : b * length_; }  // in a contiguous tensor
-  int64_t length(int64_t b) const { return packed_ ? starts_[b + 1] - starts_[b] : length_; }
-
- private:
-  bool packed_;
-  int64_t count_ = 0, length_ = 0;
-  std::vector<int64_t> starts_;
-};
-
-// A token tensor to write. Padded rows cover it; packed ones may leave tokens that no row claims, and those are 0.
-inline Tensor new_tokens(const Tensor& like, const Rows& rows) {
-  return rows.packed() ? torch::stable::new_zeros(like, like.sizes()) : torch::stable::new_empty(like, like.sizes());
+  STD_TORCH_CHECK(tokens.dim() == 1 && cu_seqlens->dim() == 1, "expected [N] and cu_seqlens [B+1]");
+  check_dtype<int64_t>(*cu_seqlens);
+  STD_TORCH_CHECK(cu_seqlens->numel() >= 1 && cu_seqlens->is_contiguous(), "expected contiguous cu_seqlens [B+1]");
+  return {data_of<const int64_t>(*cu_seqlens), cu_seqlens->numel() - 1, 0, tokens.numel(), 0.0};
 }
 
-// Where a row of a token tensor begins. A row-level [B, 1] tensor has one value for the whole row.
+// A token tensor, or where it may be so a row-level [B, 1] one.
 template <class T>
-struct TokenView {
-  const T* data = nullptr;
-  int64_t row_stride = 0;
-  bool packed = false, per_row = false;
-
-  const T* row(const Rows& rows, int64_t b) const { return data + (packed ? rows.start(b) : b * row_stride); }
-};
-
-template <class T>
-TokenView<T> token_view(const OptTensor& x, const Tensor& tokens, const Rows& rows, bool may_be_per_row = false) {
+TokenInput<T> token_input(const OptTensor& x, const Tensor& tokens, const TokenRows& rows,
+                          bool may_be_per_row = false) {
   if (!x.has_value()) return {};
-  if constexpr (std::is_same_v<T, uint8_t>) {
-    STD_TORCH_CHECK(x->scalar_type() == ScalarType::Bool || x->scalar_type() == ScalarType::Byte, "masks are bytes");
-  } else {
-    check_dtype(*x, dtype_of<T>());
-  }
-  const auto* data = static_cast<const T*>(x->data_ptr());
+  check_dtype<T>(*x);
+  const T* data = data_of<const T>(*x);
   if (may_be_per_row && x->dim() == 2 && x->size(1) == 1 && (rows.packed() || tokens.size(1) != 1)) {
-    STD_TORCH_CHECK(x->size(0) == rows.count(), "expected one value per row");
-    return {data, x->stride(0), false, true};
+    STD_TORCH_CHECK(x->size(0) == rows.count, "expected one value per row");
+    return {data, x->stride(0), TokenKind::kPerRow};
   }
   check_same_shape(*x, tokens);
   check_unit_stride(*x);
-  return {data, rows.packed() ? 0 : x->stride(0), rows.packed(), false};
+  if (rows.packed()) return {data, 0, TokenKind::kFlat};
+  const bool flat = x->stride(0) == x->size(1) || x->size(0) <= 1;
+  return {data, x->stride(0), flat ? TokenKind::kFlat : TokenKind::kStrided};
 }
 
-// Runs f(i) for every i in [0, count), on torch's threads. What f(i) does must not depend on who runs it.
+// Calls f with the estimator as a compile-time constant.
 template <class F>
-void for_each(int64_t count, int64_t grain, const F& f) {
-  torch::stable::parallel_for(0, count, std::max<int64_t>(grain, 1), [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) f(i);
-  });
+auto dispatch_estimator(int64_t estimator, F&& f) {
+  switch (estimator) {
+    case kK1:
+      return f(std::integral_constant<KlEstimator, kK1>{});
+    case kAbs:
+      return f(std::integral_constant<KlEstimator, kAbs>{});
+    case kK2:
+      return f(std::integral_constant<KlEstimator, kK2>{});
+    default:
+      return f(std::integral_constant<KlEstimator, kK3>{});
+  }
 }
 
 }  // namespace ppo

@@ -6,10 +6,6 @@
 #include <sstream>
 #include <string>
 
-#ifndef PPO_OPS  // the host tests of the CUDA kernels have a namespace of their own
-#define PPO_OPS ppo_kernels
-#endif
-
 namespace {
 
 // A schema begins at the start of a line with the name of its op and may go on over indented lines. Lines that begin
@@ -69,7 +65,7 @@ group_advantages(Tensor scores, Tensor? sorted_ids, Tensor? order, int group_siz
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY(PPO_OPS, m) {
+STABLE_TORCH_LIBRARY(ppo_kernels, m) {
   std::istringstream lines(kSchemas);
   std::string schema;
   const auto define = [&] {

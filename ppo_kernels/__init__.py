@@ -1,7 +1,7 @@
 """Fused kernels for the arithmetic of RLHF: log-probabilities, KL rewards, GAE, whitening and the clipped PPO losses.
 
 Every function takes ``impl="auto"``: a compiled kernel where one serves the tensors, the eager reference elsewhere.
-``status()`` counts which one ran; ``python -m ppo_kernels.env`` says what is here.
+``status()`` counts which one ran, and ``python -m ppo_kernels.env`` reports what is installed.
 """
 
 from __future__ import annotations

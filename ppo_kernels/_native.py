@@ -1,13 +1,12 @@
-"""Loads the compiled ops, and keeps what went wrong: "not built" is not "cannot load because ...".
+"""Loads the compiled ops, and keeps the reason where that fails: "not built" and "cannot load" need other remedies.
 
-Everything here happens once, at import. Afterwards ``CPU_ERROR`` and ``CUDA_ERROR`` say whether a library
-can be used: None, or the exception to show.
+Everything here happens once, at import. Afterwards ``CPU_ERROR`` and ``CUDA_ERROR`` are None, or the exception to
+show to whoever asks for that library.
 """
 
 from __future__ import annotations
 
 import ctypes
-import hashlib
 import importlib
 import logging
 import warnings
@@ -18,12 +17,11 @@ from types import ModuleType
 import torch
 
 from ppo_kernels._schemas import PACKAGE, SCHEMAS
+from ppo_kernels._source_hash import source_hash
 
 logger = logging.getLogger("ppo_kernels")
 
 REBUILD = "pip install --no-build-isolation -e ."
-# build_info.cmake hashes the same files in the same order.
-_SOURCE_SUFFIXES = (".cpp", ".cu", ".cuh", ".h", ".in", ".cmake")
 
 CPU_ERROR: Exception | None = None
 CUDA_ERROR: Exception | None = None
@@ -33,17 +31,6 @@ _cuda: ctypes.CDLL | None = None
 
 class NativeError(ImportError):
     """Why a compiled library cannot be used here, and what to do about it."""
-
-
-def source_hash(root: Path = PACKAGE.parent) -> str | None:
-    """The hash that a binary built from this checkout would carry; None without sources (a wheel)."""
-    if not (root / "csrc").is_dir() or not (root / "CMakeLists.txt").is_file():
-        return None
-    found = (path for path in (root / "csrc").rglob("*") if path.suffix in _SOURCE_SUFFIXES)
-    files = [path for path in found if not path.name.startswith(".")]  # an editor's own
-    names = sorted(path.relative_to(root).as_posix() for path in (*files, root / "CMakeLists.txt"))
-    listing = "".join(f"{name} {hashlib.sha256((root / name).read_bytes()).hexdigest()}\n" for name in names)
-    return hashlib.sha256(listing.encode()).hexdigest()
 
 
 def build_info() -> dict[str, str | None]:

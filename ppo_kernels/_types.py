@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-#: The KL estimators; a kernel knows each by its position.
+#: The KL estimators; kernels take the position.
 KL_ESTIMATORS = ("k1", "abs", "k2", "k3")
 
 

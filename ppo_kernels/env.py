@@ -1,4 +1,4 @@
-"""``python -m ppo_kernels.env``: versions, devices, what is built, and which implementation each op picks.
+"""``python -m ppo_kernels.env`` prints versions, devices, what is built, and which implementation each op picks.
 
 The report has to print on a broken machine too: only the standard library is imported here, and ``section``
 guards every probe.
@@ -68,17 +68,17 @@ def devices() -> Lines:
         )
 
 
-def twins() -> str:
-    ours = importlib.import_module("ppo_kernels.triton")
-    if not ours.INSTALLED:
+def triton_ops() -> str:
+    kernels = importlib.import_module("ppo_kernels.triton")
+    if not kernels.INSTALLED:
         return "none, Triton is not installed; pip install triton"
     try:
         importlib.import_module("triton")
-    except Exception as error:  # an installation that is broken is found only so
+    except Exception as error:  # only the import shows that an installation is broken
         return f"none, Triton cannot be imported: {type(error).__name__}: {error}"
-    how = "interpreted" if ours.INTERPRETED else "compiled at their first call"
-    hint = "" if ours.INTERPRETED else "; CPU tensors need TRITON_INTERPRET=1"
-    return f"{how}, for {', '.join(ours.DEVICE_TYPES)} tensors{hint}"
+    how = "interpreted" if kernels.INTERPRETED else "compiled at their first call"
+    hint = "" if kernels.INTERPRETED else "; CPU tensors need TRITON_INTERPRET=1"
+    return f"{how}, for {', '.join(kernels.DEVICE_TYPES)} tensors{hint}"
 
 
 def binaries() -> Lines:
@@ -86,7 +86,7 @@ def binaries() -> Lines:
     yield "package", native.PACKAGE
     yield "C++ ops", native.CPU_ERROR or "loaded"
     yield "CUDA ops", native.CUDA_ERROR or "loaded"
-    yield "Triton ops", twins()
+    yield "Triton ops", triton_ops()
     info = native.build_info()
     if not info:
         return
@@ -101,7 +101,7 @@ def binaries() -> Lines:
         yield name, "none" if value is None else value
 
 
-def choices() -> Lines:
+def implementations() -> Lines:
     backends = importlib.import_module("ppo_kernels.backends")
     for op in backends.OPS:
         picks = {device: backends.implementations(op, device) for device in ("cpu", "cuda")}
@@ -114,7 +114,7 @@ SECTIONS: dict[str, Callable[[], Lines]] = {
     "compilers": compilers,
     "devices": devices,
     "ppo_kernels binaries": binaries,
-    'implementations, best first (impl="auto" takes the first)': choices,
+    'implementations, best first (impl="auto" takes the first)': implementations,
 }
 
 
@@ -123,7 +123,7 @@ def section(title: str, probe: Callable[[], Lines]) -> str:
     try:
         for name, value in probe():
             lines.append(f"  {name:<20} {value}")
-    except Exception as error:  # whatever is broken, the rest of the report still helps
+    except Exception as error:  # the rest of the report still helps
         lines.append(f"  cannot tell: {type(error).__name__}: {error}")
     return "\n".join(lines)
 

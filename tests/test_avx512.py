@@ -10,7 +10,7 @@ import torch
 
 from ppo_kernels import _native, token_logprobs
 from tests.lib.helpers import bit_equal, in_fresh_process
-from tests.test_contracts_memory import fenced
+from tests.lib.memory import fenced
 
 SAME_TESTS = (
     *("test_token_logprobs.py", "test_token_logprobs_api.py", "test_written_values.py", "test_contracts_memory.py"),

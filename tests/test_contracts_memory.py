@@ -1,10 +1,5 @@
 """No op reads or writes outside its tensors: guard pages around them, rows beyond 32 bits, every base alignment."""
 
-import ctypes
-import functools
-import mmap
-from collections import Counter
-
 import pytest
 import torch
 
@@ -13,62 +8,13 @@ from tests.lib import cases
 from tests.lib.cases import NAMES, REGISTERED, run
 from tests.lib.devices import IMPLEMENTATIONS, KERNELS
 from tests.lib.helpers import bit_equal, in_fresh_process
+from tests.lib.memory import far_rows, fence_allocations, fenced, outputs_and_gradient
 
-PROT_NONE = 0
-ALLOCATIONS = {
-    torch: ("empty", "zeros", "full", "empty_like", "zeros_like"),
-    torch.Tensor: ("new_empty", "new_zeros", "new_full"),
-}
 # A detached entropy has the kernels of one that is not; bfloat16 reaches no other kernel than those of the logits.
 CALLS = tuple(name for name in NAMES if not name.endswith(":detached"))
 DTYPES = {name: (torch.float32, torch.bfloat16)[: 1 + REGISTERED[name].vocabulary] for name in CALLS}
 # Both sides of the tensors; Triton's interpreter tries one of them in `make test`.
 FRONT = [False, pytest.param(True, marks=pytest.mark.large)]
-
-
-def fenced(x: torch.Tensor, front: bool) -> torch.Tensor:
-    """A copy whose memory begins, or ends, at a page that cannot be touched: one element too far is a crash."""
-    page, size = mmap.PAGESIZE, x.numel() * x.element_size()
-    if size == 0:
-        return x
-    room = -(-size // page) * page
-    area = mmap.mmap(-1, room + 2 * page)
-    start = ctypes.addressof(ctypes.c_char.from_buffer(area))
-    protect = ctypes.CDLL(None, use_errno=True).mprotect
-    for guard in (start, start + page + room):
-        assert protect(ctypes.c_void_p(guard), ctypes.c_size_t(page), PROT_NONE) == 0
-    begin = page if front else page + room - size
-    out = torch.frombuffer(area, dtype=x.dtype, count=x.numel(), offset=begin).view(x.shape)
-    return out.copy_(x)
-
-
-def fence_allocations(front: bool) -> Counter:
-    """From now on in this process, what Python code allocates lies between guard pages too: a Triton launcher's
-    outputs and scratch. Returns the counts, so that a launcher that allocates by other means shows."""
-    count: Counter = Counter()
-
-    def wrap(function):
-        @functools.wraps(function)
-        def allocate(*args, **kwargs):
-            count[function.__name__] += 1
-            return fenced(function(*args, **kwargs), front)
-
-        return allocate
-
-    for owner, names in ALLOCATIONS.items():
-        for name in names:
-            setattr(owner, name, wrap(getattr(owner, name)))
-    return count
-
-
-def outputs_and_gradient(case, impl, tensors):
-    """As ``cases.run``, but with the differentiable tensor used where it lies, not copied."""
-    if case.leaf is None:
-        return case.call(tensors, impl)
-    leaf = tensors[case.leaf].detach().requires_grad_()
-    out = case.call(tensors | {case.leaf: leaf}, impl)
-    torch.autograd.backward([x.sum() * (1 + i) for i, x in enumerate(out) if x.requires_grad])
-    return (*(x.detach() for x in out), leaf.grad)
 
 
 def everything_between_guard_pages(impl, front):
@@ -126,43 +72,38 @@ def test_garbage_labels_and_offsets_read_nothing_outside(require_impl, impl, fro
     in_fresh_process(garbage_between_guard_pages, impl, front)
 
 
-def far_rows(x: torch.Tensor, stride: int) -> torch.Tensor:
-    """The rows of x, ``stride`` elements apart, in memory that the system provides only where it is touched."""
-    size = ((x.size(0) - 1) * stride + x[0].numel()) * x.element_size()
-    area = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0))
-    whole = torch.frombuffer(area, dtype=x.dtype, count=size // x.element_size())
-    return whole.as_strided(x.shape, (stride, *x.stride()[1:])).copy_(x)
-
-
 PADDED = tuple(name for name in CALLS if not REGISTERED[name].packed)
 
 
-def rows_beyond_32_bits(impl, stride):
+def rows_beyond_32_bits(impl, rows, stride):
     for name in PADDED:
-        case = cases.make(name, torch.float32, batch=2, length=cases.fit(name, impl, 33))
+        case = cases.make(name, torch.float32, batch=rows, length=cases.fit(name, impl, 33))
         far = {k: far_rows(x, stride) if x.dim() > 1 else x for k, x in case.tensors.items()}
         assert bit_equal(*(outputs_and_gradient(case, impl, tensors) for tensors in (far, case.tensors))), name
-    gradient_written_over_rows_beyond_32_bits(impl, stride)
+    gradient_written_over_rows_beyond_32_bits(impl, rows, stride)
 
 
-def gradient_written_over_rows_beyond_32_bits(impl, stride):
-    logits, labels = torch.randn(2, 33).bfloat16(), torch.tensor([3, 30])
+def gradient_written_over_rows_beyond_32_bits(impl, rows, stride):
+    logits, labels, upstream = torch.randn(rows, 33).bfloat16(), torch.arange(rows) * 10, torch.ones(rows)
     grads = []
     for x in (logits.clone(), far_rows(logits, stride)):
         saved = pk.backends.kernel("token_logprobs", impl)(x, labels, None, None, 0.7, -100, True)
         backward = pk.backends.kernel("token_logprobs_backward_", impl)
-        backward(x, labels, None, torch.ones(2), torch.ones(2), *saved, 0.7)
+        backward(x, labels, None, upstream, upstream, *saved, 0.7)
         grads.append(x)
     assert bit_equal(*grads)
     assert not bit_equal(grads[0], logits)
 
 
-@pytest.mark.large
-@pytest.mark.parametrize("stride", [2**31 - 40, 2**31 + 40])
+# Of three rows the last begins beyond 2^31 where the stride fits 32 bits: it is the product that overflows.
+FAR = [(3, 2**30 + 40), *(pytest.param(2, 2**31 + k, marks=pytest.mark.large) for k in (-40, 40))]
+
+
+@pytest.mark.parametrize(("rows", "stride"), FAR)
 @pytest.mark.parametrize("impl", KERNELS)
-def test_rows_further_apart_than_32_bits_count(require_impl, impl, stride):
+def test_rows_further_apart_than_32_bits_count(require_impl, impl, rows, stride):
     require_impl("gae", impl)
-    in_fresh_process(rows_beyond_32_bits, impl, stride)
+    in_fresh_process(rows_beyond_32_bits, impl, rows, stride)
 
 
 @pytest.mark.parametrize("impl", KERNELS)

@@ -17,7 +17,6 @@ from tests.lib.helpers import (
     assert_raises,
     bit_equal,
     cu,
-    far_rows,
     holey_mask,
     out_dtype,
     pack,
@@ -26,6 +25,7 @@ from tests.lib.helpers import (
     unpack,
     with_junk,
 )
+from tests.lib.memory import far_rows
 
 OP = "gae"
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -238,7 +238,7 @@ def test_the_scan_of_triton_itself(require_impl, monkeypatch):
 def test_rows_beyond_the_reach_of_32_bits(impl):
     rewards, values = make(9, 5)
     mask = holey_mask(9, 5)
-    far = gae(*(far_rows(x) for x in (rewards, values, mask)), bootstrap_value=torch.ones(9), impl=impl)
+    far = gae(*(far_rows(x, 2**28) for x in (rewards, values, mask)), bootstrap_value=torch.ones(9), impl=impl)
     assert bit_equal(far, gae(rewards, values, mask, bootstrap_value=torch.ones(9), impl=impl))
 
 

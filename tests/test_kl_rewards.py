@@ -18,7 +18,6 @@ from tests.lib.helpers import (
     assert_raises,
     bit_equal,
     cu,
-    far_rows,
     holey_mask,
     out_dtype,
     pack,
@@ -26,6 +25,7 @@ from tests.lib.helpers import (
     unpack,
     with_junk,
 )
+from tests.lib.memory import far_rows
 
 OP = "kl_rewards"
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -230,7 +230,7 @@ def test_padded_rows_and_transposed_inputs(impl, pad):
 def test_rows_beyond_the_reach_of_32_bits(impl):
     logp, ref, scores = make(9, 5)
     mask = holey_mask(9, 5)
-    far = kl_rewards(far_rows(logp), far_rows(ref), scores, far_rows(mask), impl=impl)
+    far = kl_rewards(*(far_rows(x, 2**28) for x in (logp, ref)), scores, far_rows(mask, 2**28), impl=impl)
     assert bit_equal(far, kl_rewards(logp, ref, scores, mask, impl=impl))
 
 

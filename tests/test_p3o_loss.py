@@ -157,7 +157,7 @@ def test_the_separate_gradient_written_out(impl, one, other, q, first, second):
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("shift", [64.0, -1024.0])
 def test_scores_of_a_prompt_may_be_shifted(impl, variant, shift):
-    """The law that the method is named for. On a grid that the shift does not leave, no bit may change."""
+    """The method is named for this. On a grid that the shift does not leave, no bit may change."""
     logp, old, ref, _ = make(8, 12)
     scores = (torch.randn(8) * 256).round() / 256
     moved = scores + torch.tensor([0.0, shift]).repeat_interleave(4)

@@ -12,7 +12,7 @@ from tests.lib import oracle
 from tests.lib.checks import logits_and_labels as make
 from tests.lib.devices import KERNELS
 from tests.lib.helpers import NAN, assert_close_to_oracle, assert_raises, bit_equal, in_fresh_process, strided
-from tests.test_contracts_memory import fenced
+from tests.lib.memory import fenced
 
 OP = "token_logprobs"
 

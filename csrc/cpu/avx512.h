@@ -7,7 +7,7 @@
 #include <cstdlib>
 
 #include "math/half.h"
-#include "math/online_softmax.h"
+#include "math/token_logprobs.h"
 
 #if defined(__x86_64__) && defined(__GNUC__)
 #include <immintrin.h>
@@ -96,9 +96,9 @@ PPO_TARGET_INLINE Pair exp2_factors(__m512 x) {
 
 PPO_TARGET_INLINE __m512 exponent(__m512 z, __m512 max, __m512 c) { return _mm512_mul_ps(_mm512_sub_ps(z, max), c); }
 
-// The maximum of n logits, NaN left out. With kWiden they also go to z as floats, and -inf behind them up to a
+// The maximum of n logits, NaN left out. With kToFloat they also go to z as floats, and -inf behind them up to a
 // multiple of kStep.
-template <bool kWiden, class In>
+template <bool kToFloat, class In>
 PPO_TARGET float max_block(const In* x, int64_t n, float* z) {
   const __m512 lowest = _mm512_set1_ps(-std::numeric_limits<float>::infinity());
   __m512 max[kUnroll] = {lowest, lowest, lowest, lowest};
@@ -106,13 +106,13 @@ PPO_TARGET float max_block(const In* x, int64_t n, float* z) {
   for (int64_t begin = 0; begin < n; begin += kStep) {
     const In* from = x + begin;
     if (n - begin < kStep) {
-      for (In& logit : tail) narrow(-std::numeric_limits<float>::infinity(), logit);
+      for (In& logit : tail) from_float(-std::numeric_limits<float>::infinity(), logit);
       std::copy(from, x + n, tail);
       from = tail;
     }
     for (int k = 0; k < kUnroll; ++k) {
       const __m512 value = load(from + k * kFloats);
-      if constexpr (kWiden) _mm512_storeu_ps(z + begin + k * kFloats, value);
+      if constexpr (kToFloat) _mm512_storeu_ps(z + begin + k * kFloats, value);
       max[k] = _mm512_max_ps(value, max[k]);  // the second where one is NaN
     }
   }

@@ -1,75 +1,109 @@
-// Blocks of tokens: plain arrays, short enough to stay in the L1 cache and to be summed in float32.
+// What the CPU launchers share: threads, the rows of a batch, blocks of tokens.
 //
-// The loops over them load unconditionally, choose with selects, and see no type but the one they compute in: a byte
-// mask among floats makes the compiler fall back to vectors of two. So a block's mask is widened first, to 1 or 0; the
-// selects still come before any arithmetic.
+// Blocks are plain arrays, short enough to stay in the L1 cache and to be summed in float32. The loops over them load
+// unconditionally, choose with selects, and see no type but the one they compute in: a byte mask among floats makes the
+// compiler fall back to vectors of two. So a block's mask is converted first, to 1 or 0; the selects still come before
+// any arithmetic.
 #pragma once
 
+#include <vector>
+
 #include "checks.h"
-#include "math/kl.h"
+
+#ifdef PPO_TARGET_CLONES
+#define PPO_CLONES __attribute__((target_clones("default", "arch=x86-64-v3", "arch=x86-64-v4")))
+#else
+#define PPO_CLONES
+#endif
 
 namespace ppo {
 
 constexpr int64_t kBlock = 512;  // tokens that a float32 sum covers before it goes to float64
 
+// Runs f(i) for every i in [0, count), on torch's threads. What f(i) does must not depend on who runs it.
+template <class F>
+void for_each(int64_t count, int64_t grain, const F& f) {
+  torch::stable::parallel_for(0, count, std::max<int64_t>(grain, 1), [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) f(i);
+  });
+}
+
+// How many of `count` equal parts of `total` tokens make a thread's share of at least `tokens`.
+inline int64_t grain_of(int64_t tokens, int64_t total, int64_t count) {
+  return tokens / std::max<int64_t>(total / std::max<int64_t>(count, 1), 1);
+}
+
+// Calls f with a value of the type that the op computes in.
+template <class F>
+auto dispatch_compute(const Tensor& x, F&& f) {
+  if (x.scalar_type() == ScalarType::Double) return f(double{});
+  STD_TORCH_CHECK(x.scalar_type() == ScalarType::Float, "expected float32 or float64");
+  return f(float{});
+}
+
+// Packed rows are forced into order and into [0, N], so that no value of cu_seqlens can make two rows overlap or leave
+// the tensor.
+struct Rows : TokenRows {
+  Rows(const Tensor& tokens, const OptTensor& cu_seqlens) : TokenRows(token_rows(tokens, cu_seqlens)) {
+    if (!packed()) return;
+    bounds_.resize(count + 1);
+    int64_t reached = 0;
+    for (int64_t b = 0; b <= count; ++b) {
+      reached = std::max(reached, bound(b));
+      bounds_[b] = reached;
+    }
+    cu = bounds_.data();
+  }
+  Rows(const Rows&) = delete;  // cu would point into another one
+
+ private:
+  std::vector<int64_t> bounds_;
+};
+
+// A token tensor to write. Padded rows cover it; packed ones may leave tokens that no row claims, and those are 0.
+inline Tensor new_tokens(const Tensor& like, const Rows& rows) {
+  return rows.packed() ? torch::stable::new_zeros(like, like.sizes()) : torch::stable::new_empty(like, like.sizes());
+}
+
 // A block of a token tensor as a plain array: in place, or a row-level or absent value spread over `scratch`.
 template <class T>
-const T* block_of(const TokenView<T>& view, const Rows& rows, int64_t row, int64_t begin, int64_t n, T absent,
+const T* block_of(const TokenInput<T>& x, const Rows& rows, int64_t row, int64_t begin, int64_t n, T absent,
                   T* scratch) {
-  if (view.data != nullptr && !view.per_row) return view.row(rows, row) + begin;
-  std::fill(scratch, scratch + n, view.data ? *view.row(rows, row) : absent);
+  if (x.kind != TokenKind::kAbsent && x.kind != TokenKind::kPerRow) return x.row(rows, row) + begin;
+  std::fill(scratch, scratch + n, x.data != nullptr ? x.data[row * x.row_stride] : absent);
   return scratch;
 }
 
 template <class T>
-PPO_CLONES void widen_mask(const uint8_t* mask, int64_t n, T* live) {
+PPO_CLONES void convert_mask(const uint8_t* mask, int64_t n, T* valid) {
 #pragma omp simd
-  for (int64_t i = 0; i < n; ++i) live[i] = mask[i] != 0 ? T(1) : T(0);
+  for (int64_t i = 0; i < n; ++i) valid[i] = mask[i] != 0 ? T(1) : T(0);
 }
 
 // 1 for the valid tokens of a block, else 0; `scratch` without a mask holds ones already.
 template <class T>
-const T* live_of(const TokenView<uint8_t>& mask, const Rows& rows, int64_t row, int64_t begin, int64_t n, T* scratch) {
-  if (mask.data != nullptr) widen_mask(mask.row(rows, row) + begin, n, scratch);
+const T* valid_block(const TokenInput<uint8_t>& mask, const Rows& rows, int64_t row, int64_t begin, int64_t n,
+                     T* scratch) {
+  if (mask.data != nullptr) convert_mask(mask.row(rows, row) + begin, n, scratch);
   return scratch;
 }
 
 // Returns the sum of the estimates k of a block. Without kGradient out = scale * k, with it out += scale * dk/dlogp;
 // masked tokens count as 0.
 template <KlEstimator kEstimator, bool kGradient, class T>
-PPO_CLONES double kl_block(const T* logp, const T* ref, const T* live, int64_t n, T log_clamp, T value_clamp, T scale,
+PPO_CLONES double kl_block(const T* logp, const T* ref, const T* valid, int64_t n, T log_clamp, T value_clamp, T scale,
                            T* out) {
   T sum = 0;
 #pragma omp simd reduction(+ : sum)
   for (int64_t i = 0; i < n; ++i) {
     const T l = logp[i], l_ref = ref[i], before = kGradient ? out[i] : T(0);  // never -0
-    const bool valid = live[i] != T(0);
-    const KlTerm<T> term = kl_term<kEstimator>(valid ? l : T(0), valid ? l_ref : T(0), log_clamp, value_clamp);
+    const bool is_valid = valid[i] != T(0);
+    const KlTerm<T> term = kl_term<kEstimator>(is_valid ? l : T(0), is_valid ? l_ref : T(0), log_clamp, value_clamp);
     sum += term.value;
     const T change = scale * (kGradient ? term.grad : term.value);
-    out[i] = before + (valid ? change : T(0));
+    out[i] = before + (is_valid ? change : T(0));
   }
   return static_cast<double>(sum);
-}
-
-// Before any loop: an exception that crosses parallel_for loses its text.
-inline void check_estimator(int64_t estimator) {
-  STD_TORCH_CHECK(estimator >= kK1 && estimator <= kK3, "unknown KL estimator ", estimator);
-}
-
-// Calls f with the estimator as a compile-time constant.
-template <class F>
-auto dispatch_estimator(int64_t estimator, F&& f) {
-  switch (estimator) {
-    case kK1:
-      return f(std::integral_constant<KlEstimator, kK1>{});
-    case kAbs:
-      return f(std::integral_constant<KlEstimator, kAbs>{});
-    case kK2:
-      return f(std::integral_constant<KlEstimator, kK2>{});
-    default:
-      return f(std::integral_constant<KlEstimator, kK3>{});
-  }
 }
 
 }  // namespace ppo

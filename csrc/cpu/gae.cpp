@@ -1,10 +1,11 @@
 // Generalised advantage estimation on CPU tensors: a backward walk over a few rows at a time, in float64. One row's
 // recurrence is bound by the latency of its multiply-add, so that the rows of a team run side by side, each by itself.
+#include "math/gae.h"
+
 #include <array>
 
 #include "cpu/block.h"
 #include "cpu/pages.h"
-#include "math/affine_scan.h"
 
 namespace ppo {
 namespace {
@@ -52,11 +53,11 @@ PPO_CLONES void walk(const double (*scale)[kSteps], double (*shift)[kSteps], int
 }
 
 template <class T>
-PPO_CLONES void gae_block(const T* rewards, const T* values, const T* live, int64_t n, GaeStep<double> step,
+PPO_CLONES void gae_block(const T* rewards, const T* values, const T* valid, int64_t n, GaeStep<double> step,
                           const double* ahead, T* advantages, T* returns) {
 #pragma omp simd
   for (int64_t i = 0; i < n; ++i) {
-    const double r = rewards[i], v = values[i], one = live[i];
+    const double r = rewards[i], v = values[i], one = valid[i];
     const double advantage = step.advantage(r, v, ahead[i]);
     advantages[i] = one != 0.0 ? static_cast<T>(advantage) : T(0);
     returns[i] = one != 0.0 ? static_cast<T>(advantage + v) : T(0);
@@ -74,7 +75,7 @@ void skip_tail(GaeRow<T>& row) {
 template <int64_t kRows, class T>
 void gae_team(std::array<GaeRow<T>, kTeam>& team, int64_t masked_steps) {
   double scale[kRows][kSteps], shift[kRows][kSteps], ahead[kRows];
-  T live[kRows][kSteps], ones[kSteps];
+  T valid[kRows][kSteps], ones[kSteps];
   std::fill(ones, ones + kSteps, T(1));
   const TokenRule masked = token_rule(false, masked_steps);
   for (;;) {
@@ -85,12 +86,12 @@ void gae_team(std::array<GaeRow<T>, kTeam>& team, int64_t masked_steps) {
       first = std::min(first, at);
       ahead[k] = row.ahead;
       if (row.mask != nullptr) {
-        widen_mask(row.mask + begin, n, live[k]);
+        convert_mask(row.mask + begin, n, valid[k]);
       } else {
-        std::fill(live[k], live[k] + n, T(1));
+        std::fill(valid[k], valid[k] + n, T(1));
       }
-      token_maps(row.rewards + begin, row.values + begin, masked.read ? ones : live[k], n, row.step,
-                 masked.live ? row.step.gamma * row.step.lam : 1.0, scale[k] + at, shift[k] + at);
+      token_maps(row.rewards + begin, row.values + begin, masked.read ? ones : valid[k], n, row.step,
+                 masked.transition ? row.step.gamma * row.step.lam : 1.0, scale[k] + at, shift[k] + at);
     }
     if (first == kSteps) return;
     for (int64_t k = 0; k < kRows; ++k) {  // past its own start a shorter row stands still
@@ -101,7 +102,7 @@ void gae_team(std::array<GaeRow<T>, kTeam>& team, int64_t masked_steps) {
     for (int64_t k = 0; k < kRows; ++k) {
       GaeRow<T>& row = team[k];
       const int64_t n = counts[k], begin = row.end - n;
-      gae_block(row.rewards + begin, row.values + begin, live[k], n, row.step, shift[k] + kSteps - n,
+      gae_block(row.rewards + begin, row.values + begin, valid[k], n, row.step, shift[k] + kSteps - n,
                 row.advantages + begin, row.returns + begin);
       row.ahead = ahead[k];
       row.end = begin;
@@ -117,30 +118,30 @@ std::tuple<Tensor, Tensor> gae(const Tensor& rewards, const Tensor& values, cons
   const Rows rows(rewards, cu_seqlens);
   return dispatch_compute(rewards, [&](auto zero) {
     using T = decltype(zero);
-    const auto r = token_view<T>(rewards, rewards, rows), v = token_view<T>(values, rewards, rows);
-    const auto m = token_view<uint8_t>(mask, rewards, rows);
-    const Dense<double> lams(lam_rows, rows.count(), ScalarType::Double);
-    const Dense<T> bootstraps(bootstrap_value, rows.count(), dtype_of<T>());
+    const auto r = token_input<T>(rewards, rewards, rows), v = token_input<T>(values, rewards, rows);
+    const auto m = token_input<uint8_t>(mask, rewards, rows);
+    const RowVector<double> lams(lam_rows, rows.count);
+    const RowVector<T> bootstraps(bootstrap_value, rows.count);
     Tensor advantages = on_huge_pages(new_tokens(rewards, rows));
     Tensor returns = on_huge_pages(new_tokens(rewards, rows));
-    T* adv = static_cast<T*>(advantages.data_ptr());
-    T* ret = static_cast<T*>(returns.data_ptr());
+    T* adv = data_of<T>(advantages);
+    T* ret = data_of<T>(returns);
     const auto row_of = [&](int64_t b) {
       const double lam_b = lams ? lams[b] : lam;
       const GaeStep<double> step{gamma, lam_b};
-      const int64_t length = rows.length(b);
+      const int64_t length = rows.size(b);
       const double bootstrap = bootstraps ? static_cast<double>(bootstraps[b]) : 0.0;
-      GaeRow<T> row{r.row(rows, b),      v.row(rows, b),     m.data ? m.row(rows, b) : nullptr, length, step, bootstrap,
-                    adv + rows.start(b), ret + rows.start(b)};
+      GaeRow<T> row{r.row(rows, b), v.row(rows, b), m.row(rows, b),      length,
+                    step,           bootstrap,      adv + rows.start(b), ret + rows.start(b)};
       skip_tail(row);
       return row;
     };
     // Few rows are shared out singly. A row's bits do not depend on its team.
-    const int64_t threads = torch::stable::get_num_threads(), each = rows.count() < kTeam * threads ? 1 : kTeam;
-    const int64_t team_tokens = each * rewards.numel() / std::max<int64_t>(rows.count(), 1);
-    for_each((rows.count() + each - 1) / each, 4096 / std::max<int64_t>(team_tokens, 1), [&](int64_t i) {
+    const int64_t threads = torch::stable::get_num_threads(), each = rows.count < kTeam * threads ? 1 : kTeam;
+    const int64_t team_tokens = each * rewards.numel() / std::max<int64_t>(rows.count, 1);
+    for_each((rows.count + each - 1) / each, 4096 / std::max<int64_t>(team_tokens, 1), [&](int64_t i) {
       std::array<GaeRow<T>, kTeam> team{};
-      for (int64_t k = 0; k < each && i * each + k < rows.count(); ++k) team[k] = row_of(i * each + k);
+      for (int64_t k = 0; k < each && i * each + k < rows.count; ++k) team[k] = row_of(i * each + k);
       each == 1 ? gae_team<1>(team, masked_steps) : gae_team<kTeam>(team, masked_steps);
     });
     return std::make_tuple(advantages, returns);

@@ -1,7 +1,7 @@
 // Advantages over the responses to one prompt, on CPU tensors.
 #include "math/group_advantages.h"
 
-#include "checks.h"
+#include "cpu/block.h"
 
 namespace ppo {
 namespace {
@@ -14,21 +14,21 @@ Tensor group_advantages(const Tensor& scores, const OptTensor& sorted_ids, const
   return dispatch_compute(scores, [&](auto zero) {
     using T = decltype(zero);
     const int64_t total = scores.numel();
-    const Dense<T> score(scores, total, dtype_of<T>());
-    const Dense<int64_t> ids(sorted_ids, total, ScalarType::Long), from(order, total, ScalarType::Long);
-    Tensor advantages = empty({total}, dtype_of<T>(), scores);
-    T* out = static_cast<T*>(advantages.data_ptr());
+    const RowVector<T> score(scores, total);
+    const RowVector<int64_t> ids(sorted_ids, total), from(order, total);
+    const Tensor advantages = empty({total}, dtype_of<T>(), scores);
+    T* out = data_of<T>(advantages);
     // A raw call's order may hold anything; the public function sorted it.
     const auto at = [&](int64_t i) { return from ? std::clamp<int64_t>(from[i], 0, total - 1) : i; };
     for (int64_t begin = 0, end = 0; begin < total; begin = end) {
       end = begin + 1;
       while (end < total && (ids ? ids[end] == ids[begin] : end - begin < group_size)) ++end;
-      // Differences to the first score: equal ones, whatever their size, have a deviation of exactly 0.
-      const double first = score[at(begin)], count = static_cast<double>(end - begin);
+      GroupMean group{score[at(begin)]};
+      const double count = static_cast<double>(end - begin);
       double sum = 0.0, m2 = 0.0;
-      for (int64_t i = begin; i < end; ++i) sum += score[at(i)] - first;
-      const double mean = sum / count;
-      const auto deviation = [&](int64_t i) { return score[at(i)] - first - mean; };
+      for (int64_t i = begin; i < end; ++i) sum += group.difference(score[at(i)]);
+      group.mean = sum / count;
+      const auto deviation = [&](int64_t i) { return group.deviation(score[at(i)]); };
       for (int64_t i = begin; i < end; ++i) m2 += deviation(i) * deviation(i);
       const double scale = group_scale(mode, count, m2, eps);
       for (int64_t i = begin; i < end; ++i) out[at(i)] = static_cast<T>(deviation(i) * scale);

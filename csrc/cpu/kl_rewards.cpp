@@ -1,6 +1,5 @@
 // KL-shaped rewards on CPU tensors.
-#include "cpu/block.h"
-#include "cpu/pages.h"
+#include "cpu/loss.h"
 
 namespace ppo {
 namespace {
@@ -11,26 +10,23 @@ struct KlOptions {
 
 // Writes the penalties of one row and returns the sum of the estimates.
 template <KlEstimator kEstimator, class T>
-double penalty_row(const TokenView<T>& logp, const TokenView<T>& ref, const TokenView<uint8_t>& mask, const Rows& rows,
-                   int64_t row, const KlOptions& o, T* rewards) {
-  // A block that is not full vectors is padded: a token's place in the sum must not depend on the length of its row's
-  // padding, nor on the layout.
-  constexpr int64_t kVectors = 64;
-  T live[kBlock], logp_block[kBlock], ref_block[kBlock], out_block[kBlock];
-  std::fill(live, live + kBlock, T(1));
+double penalty_row(const TokenInput<T>& logp, const TokenInput<T>& ref, const TokenInput<uint8_t>& mask,
+                   const Rows& rows, int64_t row, const KlOptions& o, T* rewards) {
+  T valid[kBlock], logp_block[kBlock], ref_block[kBlock], out_block[kBlock];
+  std::fill(valid, valid + kBlock, T(1));
   double sum = 0.0;
-  for (int64_t begin = 0; begin < rows.length(row); begin += kBlock) {
-    const int64_t n = std::min(kBlock, rows.length(row) - begin), padded = (n + kVectors - 1) / kVectors * kVectors;
+  for (int64_t begin = 0; begin < rows.size(row); begin += kBlock) {
+    const int64_t n = std::min(kBlock, rows.size(row) - begin), padded = padded_to_vectors(n);
     const T *l = logp.row(rows, row) + begin, *l_ref = ref.row(rows, row) + begin;
     T* out = rewards + begin;
-    live_of(mask, rows, row, begin, n, live);
+    valid_block(mask, rows, row, begin, n, valid);
     if (n < padded) {
       std::copy(l, l + n, logp_block);
       std::copy(l_ref, l_ref + n, ref_block);
-      for (T* x : {logp_block, ref_block, live}) std::fill(x + n, x + padded, T(0));
+      for (T* x : {logp_block, ref_block, valid}) std::fill(x + n, x + padded, T(0));
       l = logp_block, l_ref = ref_block, out = out_block;
     }
-    sum += kl_block<kEstimator, false>(l, l_ref, live, padded, static_cast<T>(o.kl_log_clamp),
+    sum += kl_block<kEstimator, false>(l, l_ref, valid, padded, static_cast<T>(o.kl_log_clamp),
                                        static_cast<T>(o.kl_clamp), static_cast<T>(-o.kl_coef), out);
     if (n < padded) std::copy(out, out + n, rewards + begin);
   }
@@ -50,27 +46,25 @@ std::tuple<Tensor, Tensor> kl_rewards(const Tensor& logprobs, const Tensor& ref_
   PPO_COUNT("kl_rewards");
   check_estimator(kl_estimator);
   const Rows rows(logprobs, cu_seqlens);
-  const Dense<double> coef(kl_coef_tensor, 1, ScalarType::Double);
+  const RowVector<double> coef(kl_coef_tensor, 1);
   const KlOptions options{coef ? coef[0] : kl_coef, score_clip, kl_log_clamp, kl_clamp};
   return dispatch_compute(logprobs, [&](auto zero) {
     using T = decltype(zero);
-    const auto logp = token_view<T>(logprobs, logprobs, rows), ref = token_view<T>(ref_logprobs, logprobs, rows);
-    const auto m = token_view<uint8_t>(mask, logprobs, rows);
-    const Dense<T> score(scores, rows.count(), dtype_of<T>());
-    const Dense<int64_t> index(score_index, rows.count(), ScalarType::Long);
+    const auto logp = token_input<T>(logprobs, logprobs, rows), ref = token_input<T>(ref_logprobs, logprobs, rows);
+    const auto m = token_input<uint8_t>(mask, logprobs, rows);
+    const RowVector<T> score(scores, rows.count);
+    const RowVector<int64_t> index(score_index, rows.count);
     Tensor rewards = on_huge_pages(new_tokens(logprobs, rows));
-    Tensor kl = empty({rows.count()}, dtype_of<T>(), logprobs);
-    T* out = static_cast<T*>(rewards.data_ptr());
-    T* sums = static_cast<T*>(kl.data_ptr());
-    const int64_t mean_length = logprobs.numel() / std::max<int64_t>(rows.count(), 1);
-    for_each(rows.count(), 8192 / std::max<int64_t>(mean_length, 1), [&](int64_t b) {
-      const uint8_t* row_mask = m.data ? m.row(rows, b) : nullptr;
-      const int64_t length = rows.length(b);
+    Tensor kl = empty({rows.count}, dtype_of<T>(), logprobs);
+    T* out = data_of<T>(rewards);
+    T* sums = data_of<T>(kl);
+    for_each(rows.count, grain_of(8192, logprobs.numel(), rows.count), [&](int64_t b) {
+      const int64_t length = rows.size(b);
       T* row = out + rows.start(b);
       sums[b] = dispatch_estimator(kl_estimator, [&](auto estimator) {
         return static_cast<T>(penalty_row<estimator()>(logp, ref, m, rows, b, options, row));
       });
-      const int64_t last = last_valid(row_mask, length);
+      const int64_t last = last_valid(m.row(rows, b), length);
       const int64_t at = last < 0 || !index ? last : index[b];
       if (at >= 0 && at < length) row[at] += clamp(score[b], static_cast<T>(score_clip));
     });

@@ -1,51 +1,54 @@
-// What policy_loss and value_loss share on the CPU: rows cut into pieces of fixed length, partial sums folded in order.
+// What the losses share on the CPU: rows cut into chunks of fixed length, partial sums folded in order, outputs.
 #pragma once
 
 #include "cpu/block.h"
 #include "cpu/pages.h"
+#include "math/loss.h"
 
 namespace ppo {
 
-constexpr int64_t kPiece = 4096;  // tokens of one row that one partial sum covers
+constexpr int64_t kChunk = 4096;  // tokens of one row that one partial sum covers
 
-struct Piece {
-  int64_t row, begin, length;
+struct Chunk {
+  int64_t row, begin, end;
 };
 
-inline std::vector<Piece> cut_rows(const Rows& rows) {
-  std::vector<Piece> pieces;
-  for (int64_t b = 0; b < rows.count(); ++b) {
-    for (int64_t t = 0; t < rows.length(b); t += kPiece) {
-      pieces.push_back({b, t, std::min(kPiece, rows.length(b) - t)});
-    }
+inline std::vector<Chunk> cut_rows(const Rows& rows) {
+  std::vector<Chunk> chunks;
+  for (int64_t b = 0; b < rows.count; ++b) {
+    const int64_t length = rows.size(b);
+    for (int64_t t = 0; t < length; t += kChunk) chunks.push_back({b, t, std::min(t + kChunk, length)});
   }
-  return pieces;
+  return chunks;
 }
 
-struct LossOutputs {
-  Tensor loss, stats, grad, inv_normalizer;
-};
-
-// loss = total / normalizer, 0 where the normalizer is 0.
-template <class T>
-LossOutputs finish_loss(double total, double count, const OptTensor& normalizer, const std::vector<double>& stats,
-                        Tensor grad, const Tensor& like) {
-  const Dense<double> given(normalizer, 1, ScalarType::Double);
-  const double scale = given ? given[0] : count;
-  const double inverse = scale == 0.0 ? 0.0 : 1.0 / scale;
-  const auto filled = [&](torch::headeronly::IntHeaderOnlyArrayRef sizes, const double* values, int64_t n) {
-    Tensor t = empty(sizes, dtype_of<T>(), like);
-    std::transform(values, values + n, static_cast<T*>(t.data_ptr()), [](double x) { return static_cast<T>(x); });
-    return t;
-  };
-  const int64_t size = static_cast<int64_t>(stats.size());
-  const double loss = scale == 0.0 ? 0.0 : total * inverse;
-  return {filled({}, &loss, 1), filled({size}, stats.data(), size), std::move(grad), filled({}, &inverse, 1)};
+// Calls f(begin, n) for every block of a chunk.
+template <class F>
+void for_blocks(const Chunk& chunk, const F& f) {
+  for (int64_t begin = chunk.begin; begin < chunk.end; begin += kBlock) f(begin, std::min(kBlock, chunk.end - begin));
 }
+
+// A block that is not full vectors is padded: a token's place in a sum must not depend on the padding of its row.
+inline int64_t padded_to_vectors(int64_t n) { return (n + 63) / 64 * 64; }
+
+using LossOutputs = std::tuple<Tensor, Tensor, Tensor, Tensor>;  // loss, stats, grad, inv_normalizer
 
 // The gradient of a token tensor; empty unless asked for.
 inline Tensor new_gradient(const Tensor& tokens, const Rows& rows, bool wanted) {
   return wanted ? on_huge_pages(new_tokens(tokens, rows)) : torch::stable::new_empty(tokens, {0});
+}
+
+// `count` takes the place of a normalizer that is not given.
+template <class T>
+LossOutputs finish_loss(double total, double count, const OptTensor& normalizer, Tensor stats, Tensor grad) {
+  const RowVector<double> given(normalizer, 1);
+  const NormalizedLoss result = normalize_loss(total, given ? given[0] : count);
+  const auto scalar = [&](double value) {
+    Tensor x = empty({}, dtype_of<T>(), stats);
+    *data_of<T>(x) = static_cast<T>(value);
+    return x;
+  };
+  return {scalar(result.loss), std::move(stats), std::move(grad), scalar(result.inv_normalizer)};
 }
 
 }  // namespace ppo

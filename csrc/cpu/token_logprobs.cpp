@@ -1,11 +1,12 @@
 // Token log-probabilities and entropy on CPU tensors: one pass over the logits, in blocks that stay in the L1 cache.
+#include "math/token_logprobs.h"
+
 #include <array>
 
-#include "checks.h"
 #include "cpu/avx512.h"
+#include "cpu/block.h"
 #include "cpu/pages.h"
 #include "math/half.h"
-#include "math/online_softmax.h"
 
 namespace ppo {
 namespace {
@@ -20,8 +21,8 @@ using Scratch = std::array<T, kLogitBlock>;
 constexpr int64_t kLanes = 256;
 constexpr int64_t kWide = 64;  // lanes that stay in registers
 
-// The maximum of a block, in as many lanes as stay in registers. With kWiden its logits also go to z as T.
-template <bool kWiden, class In, class T>
+// The maximum of a block, in as many lanes as stay in registers. With kToFloat its logits also go to z as T.
+template <bool kToFloat, class In, class T>
 PPO_CLONES T portable_max_block(const In* x, int64_t n, T* z) {
   T lanes[kWide], max = -std::numeric_limits<T>::infinity();
   std::fill(lanes, lanes + kWide, max);
@@ -29,14 +30,14 @@ PPO_CLONES T portable_max_block(const In* x, int64_t n, T* z) {
   for (int64_t begin = 0; begin < whole; begin += kWide) {
 #pragma omp simd
     for (int64_t i = 0; i < kWide; ++i) {
-      const T value = widen(x[begin + i]);
-      if constexpr (kWiden) z[begin + i] = value;
+      const T value = to_float(x[begin + i]);
+      if constexpr (kToFloat) z[begin + i] = value;
       lanes[i] = value > lanes[i] ? value : lanes[i];
     }
   }
   for (int64_t i = whole; i < n; ++i) {
-    const T value = widen(x[i]);
-    if constexpr (kWiden) z[i] = value;
+    const T value = to_float(x[i]);
+    if constexpr (kToFloat) z[i] = value;
     max = value > max ? value : max;
   }
 #pragma omp simd reduction(max : max)
@@ -44,12 +45,12 @@ PPO_CLONES T portable_max_block(const In* x, int64_t n, T* z) {
   return max;
 }
 
-template <bool kWiden, class In, class T>
+template <bool kToFloat, class In, class T>
 T max_block(const In* x, int64_t n, T* z) {
   if constexpr (std::is_same_v<T, float>) {
-    if (avx512::here()) return avx512::max_block<kWiden>(x, n, z);
+    if (avx512::here()) return avx512::max_block<kToFloat>(x, n, z);
   }
-  return portable_max_block<kWiden>(x, n, z);
+  return portable_max_block<kToFloat>(x, n, z);
 }
 
 template <class T>
@@ -125,8 +126,8 @@ template <bool kEntropy, class In, class T>
 PPO_CLONES void portable_gradient_block(const In* in, int64_t n, T max, T c, T a, T b, T k, In* out) {
 #pragma omp simd
   for (int64_t i = 0; i < n; ++i) {
-    const T z = widen(in[i]);
-    narrow(kEntropy ? logit_gradient(z, max, c, a, b, k) : logp_gradient(z, max, c, a), out[i]);
+    const T z = to_float(in[i]);
+    from_float(kEntropy ? logit_gradient(z, max, c, a, b, k) : logp_gradient(z, max, c, a), out[i]);
   }
 }
 
@@ -180,11 +181,6 @@ auto dispatch_logits(const Tensor& logits, F&& f) {
   return f(double{}, double{});
 }
 
-void check_logits(const Tensor& logits) {
-  STD_TORCH_CHECK(logits.dim() >= 1 && logits.size(logits.dim() - 1) >= 1, "expected logits [..., V]");
-  check_unit_stride(logits);
-}
-
 int64_t row_grain(int64_t vocab) { return std::max<int64_t>(1, 16384 / vocab); }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> token_logprobs(const Tensor& logits, const Tensor& labels,
@@ -197,18 +193,17 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> token_logprobs(const Tensor& logits, 
   return dispatch_logits(logits, [&](auto in_zero, auto zero) {
     using In = decltype(in_zero);
     using T = decltype(zero);
-    const Dense<int64_t> label(labels, rows, ScalarType::Long);
-    const Dense<double> tau(temperature_rows, rows, ScalarType::Double);
-    STD_TORCH_CHECK(!mask.has_value() || mask->element_size() == 1, "masks are bytes");
-    const Dense<uint8_t> valid(mask, rows, mask.has_value() ? mask->scalar_type() : ScalarType::Byte);
+    const RowVector<int64_t> label(labels, rows);
+    const RowVector<double> tau(temperature_rows, rows);
+    const RowVector<uint8_t> valid(mask, rows);
     const auto row_value = [&] { return empty(labels.sizes(), dtype_of<T>(), logits); };
     Tensor logp_out = row_value(), max_out = row_value(), sum_out = row_value();
     Tensor entropy_out = entropy ? row_value() : empty({0}, dtype_of<T>(), logits);
-    auto* logp = static_cast<T*>(logp_out.data_ptr());
-    auto* row_max = static_cast<T*>(max_out.data_ptr());
-    auto* log_sum = static_cast<T*>(sum_out.data_ptr());
-    auto* h = static_cast<T*>(entropy_out.data_ptr());
-    const auto* data = static_cast<const In*>(logits.data_ptr());
+    auto* logp = data_of<T>(logp_out);
+    auto* row_max = data_of<T>(max_out);
+    auto* log_sum = data_of<T>(sum_out);
+    auto* h = data_of<T>(entropy_out);
+    const auto* data = data_of<const In>(logits);
     for_each(rows, row_grain(vocab), [&](int64_t i) {
       SoftmaxRow row{0.0, 0.0, 0.0, kNotRead};
       if (label[i] != ignore_index && (!valid || valid[i] != 0)) {
@@ -229,12 +224,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> token_logprobs(const Tensor& logits, 
   });
 }
 
-struct Upstream {
+struct GradOutput {
   double logp, entropy;
 };
 
 template <class In, class T>
-void backward_row(const In* in, int64_t vocab, int64_t label, Upstream g, double tau, double logp, double h,
+void backward_row(const In* in, int64_t vocab, int64_t label, GradOutput g, double tau, double logp, double h,
                   double row_max, double log_sum, In* out) {
   if (log_sum == kNotRead || (g.logp == 0.0 && g.entropy == 0.0)) {
     std::fill(out, out + vocab, In{});
@@ -246,7 +241,7 @@ void backward_row(const In* in, int64_t vocab, int64_t label, Upstream g, double
     block(in + begin, std::min(kLogitBlock, vocab - begin), static_cast<T>(row_max), static_cast<T>(kLog2E / tau),
           static_cast<T>(row.a), static_cast<T>(row.b), static_cast<T>(row.k), out + begin);
   }
-  if (label >= 0 && label < vocab) narrow(static_cast<T>(row.target), out[label]);  // else the row is NaN already
+  if (label >= 0 && label < vocab) from_float(static_cast<T>(row.target), out[label]);  // else the row is NaN already
 }
 
 void backward_into(const Tensor& logits, const Tensor& labels, const OptTensor& temperature_rows,
@@ -259,16 +254,16 @@ void backward_into(const Tensor& logits, const Tensor& labels, const OptTensor& 
   dispatch_logits(logits, [&](auto in_zero, auto zero) {
     using In = decltype(in_zero);
     using T = decltype(zero);
-    const auto row_data = [&](const OptTensor& x) { return Dense<T>(x, rows, dtype_of<T>()); };
-    const Dense<int64_t> label(labels, rows, ScalarType::Long);
-    const Dense<double> tau(temperature_rows, rows, ScalarType::Double);
-    const Dense<T> g_logp = row_data(grad_logprobs), g_h = row_data(grad_entropy);
-    const Dense<T> logp = row_data(logprobs), max = row_data(row_max), sum = row_data(log_sum);
-    const Dense<T> h = row_data(grad_entropy.has_value() ? OptTensor(entropy) : std::nullopt);
-    const auto* data = static_cast<const In*>(logits.data_ptr());
-    auto* gradient = static_cast<In*>(out.data_ptr());
+    const auto row_data = [&](const OptTensor& x) { return RowVector<T>(x, rows); };
+    const RowVector<int64_t> label(labels, rows);
+    const RowVector<double> tau(temperature_rows, rows);
+    const RowVector<T> g_logp = row_data(grad_logprobs), g_h = row_data(grad_entropy);
+    const RowVector<T> logp = row_data(logprobs), max = row_data(row_max), sum = row_data(log_sum);
+    const RowVector<T> h = row_data(grad_entropy.has_value() ? OptTensor(entropy) : std::nullopt);
+    const auto* data = data_of<const In>(logits);
+    auto* gradient = data_of<In>(out);
     for_each(rows, row_grain(vocab), [&](int64_t i) {
-      const Upstream g{g_logp ? static_cast<double>(g_logp[i]) : 0.0, g_h ? static_cast<double>(g_h[i]) : 0.0};
+      const GradOutput g{g_logp ? static_cast<double>(g_logp[i]) : 0.0, g_h ? static_cast<double>(g_h[i]) : 0.0};
       backward_row<In, T>(data + offsets(i), vocab, label[i], g, tau ? tau[i] : temperature, logp[i], h ? h[i] : T(0),
                           max[i], sum[i], gradient + out_offsets(i));
     });

@@ -1,9 +1,8 @@
 // Moments and whitening on CPU tensors: two passes over blocks in the L1 cache, merged in order.
-#include <cmath>
+#include "math/whiten.h"
 
 #include "cpu/block.h"
 #include "cpu/pages.h"
-#include "math/moments.h"
 
 namespace ppo {
 namespace {
@@ -11,12 +10,12 @@ namespace {
 constexpr int64_t kChunk = 16384;  // elements that one partial result covers
 
 template <class T>
-PPO_CLONES Moments block_moments(const T* x, const T* live, int64_t n) {
+PPO_CLONES Moments block_moments(const T* x, const T* valid, int64_t n) {
   T count = 0;
   double sum = 0.0, m2 = 0.0;
 #pragma omp simd reduction(+ : count, sum)
   for (int64_t i = 0; i < n; ++i) {
-    const T value = x[i], one = live[i], kept = one != T(0) ? value : T(0);
+    const T value = x[i], one = valid[i], kept = one != T(0) ? value : T(0);
     count += one;
     sum += static_cast<double>(kept);
   }
@@ -24,44 +23,34 @@ PPO_CLONES Moments block_moments(const T* x, const T* live, int64_t n) {
   const double mean = sum / static_cast<double>(count);
 #pragma omp simd reduction(+ : m2)
   for (int64_t i = 0; i < n; ++i) {
-    const double value = x[i], one = live[i], d = one != 0.0 ? value - mean : 0.0;
+    const double value = x[i], one = valid[i], d = one != 0.0 ? value - mean : 0.0;
     m2 += d * d;
   }
   return {static_cast<double>(count), mean, m2};
 }
 
 template <class T>
-PPO_CLONES void whiten_block(const T* x, const T* live, int64_t n, double mean, double scale, double shift, T* y) {
+PPO_CLONES void whiten_block(const T* x, const T* valid, int64_t n, double mean, double scale, double shift, T* y) {
 #pragma omp simd
   for (int64_t i = 0; i < n; ++i) {
-    const T value = x[i], one = live[i];
+    const T value = x[i], one = valid[i];
     const T white = static_cast<T>((static_cast<double>(value) - mean) * scale + shift);
     y[i] = one != T(0) ? white : T(0);
   }
 }
 
-const uint8_t* mask_data(const Tensor& x, const OptTensor& mask) {
-  STD_TORCH_CHECK(x.is_contiguous(), "expected a contiguous tensor");
-  if (!mask.has_value()) return nullptr;
-  STD_TORCH_CHECK(mask->scalar_type() == ScalarType::Bool || mask->scalar_type() == ScalarType::Byte,
-                  "masks are bytes");
-  STD_TORCH_CHECK(mask->is_contiguous(), "expected a contiguous mask");
-  check_same_shape(*mask, x);
-  return static_cast<const uint8_t*>(mask->data_ptr());
-}
-
-// Calls f(chunk, x, live, begin, n) for every block of every chunk, with `live` 1 where the mask is set and 0
+// Calls f(chunk, x, valid, begin, n) for every block of every chunk, with `valid` 1 where the mask is set and 0
 // elsewhere.
 template <class T, class F>
 void for_each_block(const T* x, const uint8_t* mask, int64_t total, const F& f) {
   for_each((total + kChunk - 1) / kChunk, 1, [&](int64_t chunk) {
-    T live[kBlock];
-    std::fill(live, live + kBlock, T(1));
+    T valid[kBlock];
+    std::fill(valid, valid + kBlock, T(1));
     const int64_t end = std::min(total, (chunk + 1) * kChunk);
     for (int64_t begin = chunk * kChunk; begin < end; begin += kBlock) {
       const int64_t n = std::min(kBlock, end - begin);
-      if (mask != nullptr) widen_mask(mask + begin, n, live);
-      f(chunk, x + begin, live, begin, n);
+      if (mask != nullptr) convert_mask(mask + begin, n, valid);
+      f(chunk, x + begin, valid, begin, n);
     }
   });
 }
@@ -69,9 +58,9 @@ void for_each_block(const T* x, const uint8_t* mask, int64_t total, const F& f) 
 template <class T>
 Moments all_moments(const Tensor& x, const uint8_t* mask) {
   std::vector<Moments> parts((x.numel() + kChunk - 1) / kChunk);
-  for_each_block(static_cast<const T*>(x.data_ptr()), mask, x.numel(),
-                 [&](int64_t chunk, const T* block, const T* live, int64_t, int64_t n) {
-                   parts[chunk].merge(block_moments(block, live, n));
+  for_each_block(contiguous_data<T>(x, x), mask, x.numel(),
+                 [&](int64_t chunk, const T* block, const T* valid, int64_t, int64_t n) {
+                   parts[chunk].merge(block_moments(block, valid, n));
                  });
   Moments total;
   for (const Moments& part : parts) total.merge(part);
@@ -81,10 +70,10 @@ Moments all_moments(const Tensor& x, const uint8_t* mask) {
 std::tuple<Tensor, Tensor, Tensor> moments(const Tensor& x, const OptTensor& mask) {
   PPO_COUNT("moments");
   const Moments found =
-      dispatch_compute(x, [&](auto zero) { return all_moments<decltype(zero)>(x, mask_data(x, mask)); });
+      dispatch_compute(x, [&](auto zero) { return all_moments<decltype(zero)>(x, contiguous_data<uint8_t>(mask, x)); });
   const auto scalar = [&](double value) {
     Tensor t = empty({}, ScalarType::Double, x);
-    *static_cast<double*>(t.data_ptr()) = value;
+    *data_of<double>(t) = value;
     return t;
   };
   return {scalar(found.count), scalar(found.mean), scalar(found.m2)};
@@ -95,22 +84,21 @@ Tensor whiten(const Tensor& x, const OptTensor& mask, const OptTensor& count, co
   PPO_COUNT("whiten");
   return dispatch_compute(x, [&](auto zero) {
     using T = decltype(zero);
-    const uint8_t* m = mask_data(x, mask);
+    const uint8_t* m = contiguous_data<uint8_t>(mask, x);
     Moments stats;
     if (count.has_value()) {
       STD_TORCH_CHECK(mean.has_value() && m2.has_value(), "count, mean and m2 come together");
-      const auto scalar = [](const OptTensor& t) { return Dense<double>(t, 1, ScalarType::Double)[0]; };
+      const auto scalar = [](const OptTensor& t) { return RowVector<double>(t, 1)[0]; };
       stats = {scalar(count), scalar(mean), scalar(m2)};
     } else {
       stats = all_moments<T>(x, m);
     }
-    const double spread = stats.variance(unbiased) + eps;
-    const double scale = spread == 0.0 ? 0.0 : 1.0 / std::sqrt(spread);
+    const double scale = whiten_scale(stats, unbiased, eps);
     Tensor y = on_huge_pages(empty(x.sizes(), dtype_of<T>(), x));
-    auto* out = static_cast<T*>(y.data_ptr());
-    for_each_block(static_cast<const T*>(x.data_ptr()), m, x.numel(),
-                   [&](int64_t, const T* block, const T* live, int64_t begin, int64_t n) {
-                     whiten_block(block, live, n, stats.mean, scale, shift_mean ? 0.0 : stats.mean, out + begin);
+    auto* out = data_of<T>(y);
+    for_each_block(contiguous_data<T>(x, x), m, x.numel(),
+                   [&](int64_t, const T* block, const T* valid, int64_t begin, int64_t n) {
+                     whiten_block(block, valid, n, stats.mean, scale, shift_mean ? 0.0 : stats.mean, out + begin);
                    });
     return y;
   });

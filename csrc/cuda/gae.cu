@@ -13,22 +13,24 @@ std::tuple<Tensor, Tensor> gae(const Tensor& rewards, const Tensor& values, cons
   const Tensor advantages = empty(rewards.sizes(), ScalarType::Float, rewards);
   const Tensor returns = empty(rewards.sizes(), ScalarType::Float, rewards);
   const RowWork work(launch, rewards, cu_seqlens, {advantages, returns});
+  const RowVector<double> lams(lam_rows, work.rows.count);
+  const RowVector<float> bootstraps(bootstrap_value, work.rows.count);
   const GaeInputs in{
       work.rows,
       token_input<float>(rewards, rewards, work.rows),
       token_input<float>(values, rewards, work.rows),
       token_input<uint8_t>(mask, rewards, work.rows),
-      data_or_null<double>(lam_rows, work.rows.rows, ScalarType::Double),
-      data_or_null<float>(bootstrap_value, work.rows.rows, ScalarType::Float),
+      lams.data(),
+      bootstraps.data(),
       gamma,
       lam,
       masked_steps,
       vector_aligned(rewards) && vector_aligned(values) && vector_aligned(advantages) && vector_aligned(returns),
-      static_cast<float*>(advantages.data_ptr()),
-      static_cast<float*>(returns.data_ptr())};
+      data_of<float>(advantages),
+      data_of<float>(returns)};
   const bool linked = work.kind == RowWork::kSegments;
   const Tensor maps = empty({linked ? 2 * work.segments : 0}, ScalarType::Double, rewards);
-  const GaeLinks links{work.tickets, work.flags, static_cast<AffineMap*>(maps.data_ptr())};
+  const GaeLinks links{work.tickets, work.flags, data_of<AffineMap>(maps)};
   switch (work.kind) {
     case RowWork::kShortTeams:
       launch(gae_teams_kernel<kShortTeam>, work.blocks, kRowThreads, in);
@@ -49,4 +51,4 @@ std::tuple<Tensor, Tensor> gae(const Tensor& rewards, const Tensor& values, cons
 }  // namespace
 }  // namespace ppo
 
-PPO_CUDA_OPS(m) { m.impl("gae", TORCH_BOX(&ppo::gae)); }
+STABLE_TORCH_LIBRARY_IMPL(ppo_kernels, CUDA, m) { m.impl("gae", TORCH_BOX(&ppo::gae)); }

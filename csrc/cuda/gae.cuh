@@ -6,7 +6,7 @@
 #pragma once
 
 #include "cuda/rows.cuh"
-#include "math/affine_scan.h"
+#include "math/gae.h"
 
 namespace ppo {
 
@@ -86,7 +86,7 @@ struct GaeTile {
 #pragma unroll
     for (int k = 0; k < kRun; ++k) {
       const TokenRule rule = token_rule((valid >> k & 1u) != 0, row.masked_steps);
-      if (rule.live && (until_last >> k & 1u) != 0) live |= 1u << k;
+      if (rule.transition && (until_last >> k & 1u) != 0) live |= 1u << k;
       if (!rule.read) rewards[k] = values[k] = 0.0f;
     }
     return reached || votes != 0;

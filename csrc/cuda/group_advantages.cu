@@ -12,14 +12,9 @@ Tensor group_advantages(const Tensor& scores, const OptTensor& sorted_ids, const
   const Launcher launch(scores);
   const int64_t total = scores.numel();
   const Tensor advantages = empty({total}, ScalarType::Float, scores);
-  const GroupInputs in{data_or_null<float>(scores, total, ScalarType::Float),
-                       data_or_null<int64_t>(sorted_ids, total, ScalarType::Long),
-                       data_or_null<int64_t>(order, total, ScalarType::Long),
-                       total,
-                       group_size,
-                       mode,
-                       eps,
-                       static_cast<float*>(advantages.data_ptr())};
+  const RowVector<float> score(scores, total);
+  const RowVector<int64_t> ids(sorted_ids, total), from(order, total);
+  const GroupInputs in{score.data(), ids.data(), from.data(), total, group_size, mode, eps, data_of<float>(advantages)};
   constexpr int64_t kPerBlock = kGroupThreads / kWarp;
   launch(group_advantages_kernel, (total + kPerBlock - 1) / kPerBlock, kGroupThreads, in);
   return advantages;
@@ -28,4 +23,4 @@ Tensor group_advantages(const Tensor& scores, const OptTensor& sorted_ids, const
 }  // namespace
 }  // namespace ppo
 
-PPO_CUDA_OPS(m) { m.impl("group_advantages", TORCH_BOX(&ppo::group_advantages)); }
+STABLE_TORCH_LIBRARY_IMPL(ppo_kernels, CUDA, m) { m.impl("group_advantages", TORCH_BOX(&ppo::group_advantages)); }

@@ -52,13 +52,12 @@ __device__ void for_group(const GroupInputs& in, int64_t begin, const F& f) {
 static __global__ void __launch_bounds__(kGroupThreads) group_advantages_kernel(GroupInputs in) {
   const int64_t begin = blockIdx.x * int64_t{kGroupThreads / kWarp} + threadIdx.x / kWarp;
   if (begin >= in.total || !in.begins(begin)) return;
-  // Differences to the first score: equal ones, whatever their size, have a deviation of exactly 0.
-  const double first = in.scores[in.at(begin)];
+  GroupMean group{in.scores[in.at(begin)]};
   double sum = 0.0, count = 0.0, m2 = 0.0;
-  for_group(in, begin, [&](int64_t i) { sum += in.scores[in.at(i)] - first, count += 1.0; });
+  for_group(in, begin, [&](int64_t i) { sum += group.difference(in.scores[in.at(i)]), count += 1.0; });
   sum = warp_sum(sum), count = warp_sum(count);
-  const double mean = sum / count;
-  const auto deviation = [&](int64_t i) { return in.scores[in.at(i)] - first - mean; };
+  group.mean = sum / count;
+  const auto deviation = [&](int64_t i) { return group.deviation(in.scores[in.at(i)]); };
   if (in.mode == kGrpo) {
     for_group(in, begin, [&](int64_t i) { m2 += deviation(i) * deviation(i); });
     m2 = warp_sum(m2);

@@ -23,47 +23,36 @@ std::tuple<Tensor, Tensor> kl_rewards(const Tensor& logprobs, const Tensor& ref_
                                       const OptTensor& kl_coef_tensor, double kl_coef, int64_t kl_estimator,
                                       double score_clip, double kl_log_clamp, double kl_clamp) {
   PPO_COUNT("kl_rewards");
+  check_estimator(kl_estimator);
   const Launcher launch(logprobs);
   const Tensor rewards = empty(logprobs.sizes(), ScalarType::Float, logprobs);
   const RowWork work(launch, logprobs, cu_seqlens, {rewards});
-  const Tensor kl = empty({work.rows.rows}, ScalarType::Float, logprobs);
+  const Tensor kl = empty({work.rows.count}, ScalarType::Float, logprobs);
+  const RowVector<float> score(scores, work.rows.count);
+  const RowVector<int64_t> index(score_index, work.rows.count);
+  const RowVector<double> coef(kl_coef_tensor, 1);
   const KlRewardsInputs in{work.rows,
                            token_input<float>(logprobs, logprobs, work.rows),
                            token_input<float>(ref_logprobs, logprobs, work.rows),
                            token_input<uint8_t>(mask, logprobs, work.rows),
-                           data_or_null<float>(scores, work.rows.rows, ScalarType::Float),
-                           data_or_null<int64_t>(score_index, work.rows.rows, ScalarType::Long),
-                           data_or_null<double>(kl_coef_tensor, 1, ScalarType::Double),
+                           score.data(),
+                           index.data(),
+                           coef.data(),
                            static_cast<float>(kl_coef),
                            static_cast<float>(score_clip),
                            static_cast<float>(kl_log_clamp),
                            static_cast<float>(kl_clamp),
                            vector_aligned(logprobs) && vector_aligned(ref_logprobs) && vector_aligned(rewards),
-                           static_cast<float*>(rewards.data_ptr()),
-                           static_cast<float*>(kl.data_ptr())};
+                           data_of<float>(rewards),
+                           data_of<float>(kl)};
   const bool linked = work.kind == RowWork::kSegments;
   const Tensor parts = empty({linked ? 2 * work.segments : 0}, ScalarType::Double, logprobs);
-  const KlLinks links{work.tickets, static_cast<KlPart*>(parts.data_ptr())};
-  switch (kl_estimator) {
-    case kK1:
-      launch_kl<kK1>(launch, work, in, links);
-      break;
-    case kAbs:
-      launch_kl<kAbs>(launch, work, in, links);
-      break;
-    case kK2:
-      launch_kl<kK2>(launch, work, in, links);
-      break;
-    case kK3:
-      launch_kl<kK3>(launch, work, in, links);
-      break;
-    default:
-      STD_TORCH_CHECK(false, "unknown KL estimator ", kl_estimator);
-  }
+  const KlLinks links{work.tickets, data_of<KlPart>(parts)};
+  dispatch_estimator(kl_estimator, [&](auto estimator) { launch_kl<estimator()>(launch, work, in, links); });
   return std::make_tuple(rewards, kl);
 }
 
 }  // namespace
 }  // namespace ppo
 
-PPO_CUDA_OPS(m) { m.impl("kl_rewards", TORCH_BOX(&ppo::kl_rewards)); }
+STABLE_TORCH_LIBRARY_IMPL(ppo_kernels, CUDA, m) { m.impl("kl_rewards", TORCH_BOX(&ppo::kl_rewards)); }

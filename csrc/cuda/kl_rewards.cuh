@@ -125,7 +125,7 @@ __global__ void __launch_bounds__(kRowThreads) kl_teams_kernel(KlRewardsInputs i
   __shared__ float stages[kStage];
   float* stage = team_stage<kLanes>(stages);
   const int64_t b = team_row<kLanes>();
-  const bool writes = b < in.rows.rows && threadIdx.x % kLanes == 0;
+  const bool writes = b < in.rows.count && threadIdx.x % kLanes == 0;
   const KlRow row(in, b);
   const int64_t tiles = team_tiles<kLanes>(row.span.length);
   KlPart all{0.0, -1};

@@ -1,14 +1,15 @@
-// What policy_loss and value_loss share on the device: blocks of tokens, and how the last block ends a launch.
+// What the losses share on the device: blocks of tokens, and how the last block ends a launch.
 #pragma once
 
 #include "cuda/reduce.cuh"
 #include "cuda/tokens.cuh"
+#include "math/loss.h"
 
 namespace ppo {
 
 constexpr int kLossThreads = 256;
-constexpr int kLossGroups = 2;  // groups of tokens that a thread keeps in registers
-constexpr int64_t kLossTokens = int64_t{kLossThreads} * kLossGroups * kTokens;  // per block, whatever the batch
+constexpr int kLossVectors = 2;  // vectors of tokens that a thread keeps in registers
+constexpr int64_t kLossTokens = int64_t{kLossThreads} * kLossVectors * kTokens;  // per block, whatever the batch
 
 struct LossOutputs {
   float *loss, *stats, *grad, *inv_normalizer;  // grad is null unless asked for
@@ -17,12 +18,15 @@ struct LossOutputs {
   unsigned* ticket;
 };
 
-// loss = total / normalizer, 0 where the normalizer is 0.
 __device__ inline void finish_loss(const LossOutputs& out, double total, double count) {
-  const double scale = out.normalizer != nullptr ? *out.normalizer : count;
-  const double inverse = scale == 0.0 ? 0.0 : 1.0 / scale;
-  *out.loss = static_cast<float>(scale == 0.0 ? 0.0 : total * inverse);
-  *out.inv_normalizer = static_cast<float>(inverse);
+  const NormalizedLoss result = normalize_loss(total, out.normalizer != nullptr ? *out.normalizer : count);
+  *out.loss = static_cast<float>(result.loss);
+  *out.inv_normalizer = static_cast<float>(result.inv_normalizer);
+}
+
+// Where the partials number i of all blocks begin.
+__device__ inline double* partials_of(const LossOutputs& out, int i, unsigned blocks) {
+  return out.partials + i * static_cast<int64_t>(blocks);
 }
 
 // The moments of the blocks' partials, folded by one block: each thread takes blocks in order, then a fixed tree.
@@ -40,16 +44,20 @@ __device__ inline double fold_sum(const double* parts, unsigned blocks) {
   return sum;
 }
 
+__device__ inline double fold_max(const double* parts, unsigned blocks, double least) {
+  for (unsigned b = threadIdx.x; b < blocks; b += kLossThreads) least = max_or_nan(least, __ldcg(parts + b));
+  return least;
+}
+
 // The largest value of a block, NaN if one is NaN, in every thread.
 __device__ inline float block_max_or_nan(float x) {
   __shared__ float parts[kLossThreads / kWarp];
-  const auto larger = [](float a, float b) { return a != a ? a : (b != b ? b : (a > b ? a : b)); };
 #pragma unroll
-  for (int lanes = kWarp / 2; lanes >= 1; lanes /= 2) x = larger(x, __shfl_xor_sync(kAllLanes, x, lanes));
+  for (int lanes = kWarp / 2; lanes >= 1; lanes /= 2) x = max_or_nan(x, __shfl_xor_sync(kAllLanes, x, lanes));
   __syncthreads();
   if (threadIdx.x % kWarp == 0) parts[threadIdx.x / kWarp] = x;
   __syncthreads();
-  for (int w = 0; w < kLossThreads / kWarp; ++w) x = larger(x, parts[w]);
+  for (int w = 0; w < kLossThreads / kWarp; ++w) x = max_or_nan(x, parts[w]);
   return x;
 }
 

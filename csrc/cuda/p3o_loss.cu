@@ -1,49 +1,47 @@
-#include "cuda/loss_launch.cuh"
 #include "cuda/p3o_loss.cuh"
 #include "cuda/rows_launch.cuh"
 
 namespace ppo {
 namespace {
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> p3o_loss(const Tensor& logprobs, const Tensor& old_logprobs,
-                                                    const Tensor& ref_logprobs, const Tensor& scores,
-                                                    const OptTensor& mask, const OptTensor& normalizer,
-                                                    const OptTensor& cu_seqlens, const OptTensor& kl_coef_tensor,
-                                                    int64_t variant, int64_t group_size, double kl_coef,
-                                                    double cliprange, double weight_clip, double log_ratio_clamp,
-                                                    bool grad) {
+LossResult p3o_loss(const Tensor& logprobs, const Tensor& old_logprobs, const Tensor& ref_logprobs,
+                    const Tensor& scores, const OptTensor& mask, const OptTensor& normalizer,
+                    const OptTensor& cu_seqlens, const OptTensor& kl_coef_tensor, int64_t variant, int64_t group_size,
+                    double kl_coef, double cliprange, double weight_clip, double log_ratio_clamp, bool grad) {
   PPO_COUNT("p3o_loss");
-  check_dtype(logprobs, ScalarType::Float);
+  check_dtype<float>(logprobs);
   const Launcher launch(logprobs);
-  const int64_t rows = token_rows(logprobs, cu_seqlens).rows;
+  const int64_t rows = token_rows(logprobs, cu_seqlens).count;
   STD_TORCH_CHECK(group_size >= 1 && rows % group_size == 0, "expected rows in groups of ", group_size);
   const int64_t blocks = std::max<int64_t>(1, rows / group_size);  // one even for no group: it writes the zeros
-  const LossTensors out(launch, logprobs, blocks, kP3OPartials, kP3OStats, grad);
+  const LossTensors out(launch, logprobs, blocks, kP3OPartials, kP3OStats, normalizer, grad);
   const RowWork work =
       grad ? RowWork(launch, logprobs, cu_seqlens, {out.grad}) : RowWork(launch, logprobs, cu_seqlens, {});
   const auto scratch = [&](int64_t bytes) { return empty({rows * bytes / 8}, ScalarType::Double, logprobs); };
   const Tensor parts = scratch(sizeof(P3OParts)), responses = scratch(sizeof(Response)),
                slopes = empty({rows}, ScalarType::Float, logprobs);
   const auto input = [&](const Tensor& x) { return token_input<float>(x, logprobs, work.rows); };
+  const RowVector<float> score(scores, rows);
+  const RowVector<double> coef(kl_coef_tensor, 1);
   const P3OInputs in{work.rows,
                      input(logprobs),
                      input(old_logprobs),
                      input(ref_logprobs),
                      token_input<uint8_t>(mask, logprobs, work.rows),
-                     data_or_null<float>(scores, rows, ScalarType::Float),
+                     score.data(),
                      pair_options(variant, kl_coef, cliprange, weight_clip, log_ratio_clamp),
-                     data_or_null<double>(kl_coef_tensor, 1, ScalarType::Double),
+                     coef.data(),
                      group_size,
                      vector_aligned(logprobs) && vector_aligned(old_logprobs) && vector_aligned(ref_logprobs) &&
                          vector_aligned(out.grad),
-                     static_cast<P3OParts*>(parts.data_ptr()),
-                     static_cast<Response*>(responses.data_ptr()),
-                     static_cast<float*>(slopes.data_ptr())};
-  launch(p3o_loss_kernel, blocks, kRowThreads, in, out.outputs(normalizer));
-  return std::make_tuple(out.loss, out.stats, out.grad, out.inv_normalizer);
+                     data_of<P3OParts>(parts),
+                     data_of<Response>(responses),
+                     data_of<float>(slopes)};
+  launch(p3o_loss_kernel, blocks, kRowThreads, in, out.outputs());
+  return out.result();
 }
 
 }  // namespace
 }  // namespace ppo
 
-PPO_CUDA_OPS(m) { m.impl("p3o_loss", TORCH_BOX(&ppo::p3o_loss)); }
+STABLE_TORCH_LIBRARY_IMPL(ppo_kernels, CUDA, m) { m.impl("p3o_loss", TORCH_BOX(&ppo::p3o_loss)); }

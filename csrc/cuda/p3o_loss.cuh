@@ -4,17 +4,17 @@
 
 #include "cuda/loss.cuh"
 #include "cuda/rows.cuh"
-#include "math/pairwise.h"
+#include "math/p3o_loss.h"
 
 namespace ppo {
 
 static_assert(kRowThreads == kLossThreads);
-constexpr int kP3OSums = 16;                 // kPairSums, padded
-constexpr int kP3OPartials = kPairSums + 1;  // and the largest ratio
+constexpr int kP3OSumsPadded = 16;
+constexpr int kP3OPartials = kP3OSums + 1;  // and the largest ratio
 
 // Of one row: what each tile number modulo kTiles adds up to, whichever warp took it.
 struct P3OParts {
-  double shift[kTiles], margin[kTiles], count[kTiles];
+  double log_ratio[kTiles], ref_log_ratio[kTiles], count[kTiles];
 };
 
 struct P3OInputs {
@@ -75,16 +75,20 @@ __device__ inline void sum_row(const P3OInputs& in, int64_t b, int slot, float* 
   const double sum = warp_sums(sums);  // number l / 8 in lane l
   const int lane = threadIdx.x % kWarp;
   P3OParts& parts = in.parts[b];
-  if (lane == 0) parts.shift[slot] = sum;
-  if (lane == 8) parts.margin[slot] = sum;
+  if (lane == 0) parts.log_ratio[slot] = sum;
+  if (lane == 8) parts.ref_log_ratio[slot] = sum;
   if (lane == 16) parts.count[slot] = sum;
 }
 
 __device__ inline Response fold_row(const P3OInputs& in, int64_t b, const PairOptions& options) {
   const P3OParts& parts = in.parts[b];
-  double shift = 0.0, margin = 0.0, count = 0.0;
-  for (int i = 0; i < kTiles; ++i) shift += parts.shift[i], margin += parts.margin[i], count += parts.count[i];
-  return response(count > 0.0, in.scores[b], margin, shift, options);
+  double log_ratio = 0.0, ref_log_ratio = 0.0, count = 0.0;
+  for (int i = 0; i < kTiles; ++i) {
+    log_ratio += parts.log_ratio[i];
+    ref_log_ratio += parts.ref_log_ratio[i];
+    count += parts.count[i];
+  }
+  return response(count > 0.0, in.scores[b], ref_log_ratio, log_ratio, options);
 }
 
 __device__ inline void spread_row(const P3OInputs& in, int64_t b, int slot, float* stage, float* grad) {
@@ -104,15 +108,12 @@ __device__ inline void spread_row(const P3OInputs& in, int64_t b, int slot, floa
 
 // The last block's work: the partials of all blocks become the loss and its statistics.
 __device__ inline void finish_p3o_loss(const LossOutputs& out, unsigned blocks) {
-  double totals[kP3OSums] = {};
+  double totals[kP3OSumsPadded] = {};
 #pragma unroll
-  for (int i = 0; i < kPairSums; ++i) totals[i] = fold_sum(out.partials + i * static_cast<int64_t>(blocks), blocks);
-  double ratio_max = 0.0;
-  for (unsigned b = threadIdx.x; b < blocks; b += kLossThreads) {
-    ratio_max = larger_ratio(ratio_max, __ldcg(out.partials + kPairSums * static_cast<int64_t>(blocks) + b));
-  }
-  ratio_max = block_max_or_nan(static_cast<float>(ratio_max));
-  const double* sums = block_sums<kP3OSums, kLossThreads>(totals);
+  for (int i = 0; i < kP3OSums; ++i) totals[i] = fold_sum(partials_of(out, i, blocks), blocks);
+  const double largest = fold_max(partials_of(out, kP3OSums, blocks), blocks, 0.0);
+  const double ratio_max = block_max_or_nan(static_cast<float>(largest));
+  const double* sums = block_sums<kP3OSumsPadded, kLossThreads>(totals);
   if (threadIdx.x != 0) return;
   finish_loss(out, sums[kPairLoss], 0.5 * sums[kPairs]);
   p3o_stats(sums, ratio_max, out.stats);
@@ -124,27 +125,27 @@ static __global__ void __launch_bounds__(kRowThreads) p3o_loss_kernel(P3OInputs 
   PairOptions options = in.options;
   if (in.kl_coef != nullptr) options.kl_coef = *in.kl_coef;
   const int64_t first = blockIdx.x * in.group_size;
-  const int64_t size = first < in.rows.rows ? in.group_size : 0;
+  const int64_t size = first < in.rows.count ? in.group_size : 0;
   for (int64_t k = 0; k < size; ++k) sum_row(in, first + k, tile_slot(k), stage);
   __syncthreads();
   for (int64_t k = threadIdx.x; k < size; k += kRowThreads) in.responses[first + k] = fold_row(in, first + k, options);
   __syncthreads();
-  double sums[kP3OSums] = {};
+  double sums[kP3OSumsPadded] = {};
   double ratio_max = 0.0;
   for (int64_t k = threadIdx.x; k < size; k += kRowThreads) {
     const Response* group = in.responses + first;
     in.slopes[first + k] = static_cast<float>(response_terms(group, size, k, options, sums));
-    if (group[k].alive) ratio_max = larger_ratio(ratio_max, group[k].ratio);
+    if (group[k].has_tokens) ratio_max = max_or_nan(ratio_max, group[k].ratio);
   }
   __syncthreads();
   if (out.grad != nullptr) {
     for (int64_t k = 0; k < size; ++k) spread_row(in, first + k, tile_slot(k), stage, out.grad);
   }
   const double largest = block_max_or_nan(static_cast<float>(ratio_max));
-  const double* block = block_sums<kP3OSums, kRowThreads>(sums);
-  double* partial = out.partials + blockIdx.x;
-  if (threadIdx.x < kPairSums) partial[threadIdx.x * static_cast<int64_t>(gridDim.x)] = block[threadIdx.x];
-  if (threadIdx.x == 0) partial[kPairSums * static_cast<int64_t>(gridDim.x)] = largest;
+  const double* block = block_sums<kP3OSumsPadded, kRowThreads>(sums);
+  const auto partial = [&](int i) { return partials_of(out, i, gridDim.x) + blockIdx.x; };
+  if (threadIdx.x < kP3OSums) *partial(threadIdx.x) = block[threadIdx.x];
+  if (threadIdx.x == 0) *partial(kP3OSums) = largest;
   if (is_last_block(out.ticket, gridDim.x)) finish_p3o_loss(out, gridDim.x);
 }
 

@@ -16,45 +16,34 @@ struct PolicyInputs {
   bool needs_row;
 };
 
-// What a block sums, in this order; then the moments of ratio - 1 and its maximum.
-enum PolicySum {
-  kSumLoss,
-  kSumD,
-  kSumD2,
-  kSumK3,
-  kSumRefKl,
-  kSumHigh,
-  kSumLow,
-  kSumDual,
-  kSumClamped,
-  kSumCount,
-  kSumExcess,
-  kPolicySums
-};
-constexpr int kPolicySumsPadded = 16;
+// A block's sums are those of PolicySum and two more, padded to a power of two for block_sums().
+enum PolicyBlockSum { kBlockCount = kPolicySums, kBlockExcess, kBlockSums, kBlockSumsPadded = 16 };
+// Its partials: those of PolicySum, then the moments and the maximum of ratio - 1.
 enum PolicyPartial {
-  kExcessMean = kSumExcess,
-  kExcessM2,
-  kRatioMax,
+  kPartialCount = kPolicySums,
+  kPartialExcessMean,
+  kPartialExcessM2,
+  kPartialRatioMax,
   kPolicyPartials
-};  // after the sums before kSumExcess
+};
 
-// One group of tokens: its sums, gradients, and the excesses of its valid tokens over a ratio of 1.
+// A vector of tokens: its sums, gradients, and the excesses of its valid tokens over a ratio of 1.
 template <bool kHasRef, KlEstimator kEstimator>
-__device__ void policy_group(const PolicyInputs& in, const TokenGroup& group, float kl_coef, float (&sums)[kPolicySums],
-                             float (&excess)[kTokens], bool (&valid)[kTokens], float (&grad)[kTokens]) {
+__device__ void policy_tokens(const PolicyInputs& in, const TokenVector& tokens, float kl_coef,
+                              float (&sums)[kBlockSums], float (&excess)[kTokens], bool (&valid)[kTokens],
+                              float (&grad)[kTokens]) {
   float logp[kTokens], old[kTokens], advantage[kTokens], weight[kTokens], row_weight[kTokens], ref[kTokens];
   uint8_t mask[kTokens];
-  load_tokens(in.logprobs, group, 0.0f, logp);
-  load_tokens(in.old_logprobs, group, 0.0f, old);
-  load_tokens(in.advantages, group, 0.0f, advantage);
-  load_tokens(in.mask, group, uint8_t{1}, mask);
-  load_tokens(in.weights, group, 1.0f, weight);
-  load_tokens(in.row_weight, group, 1.0f, row_weight);
-  if constexpr (kHasRef) load_tokens(in.ref_logprobs, group, 0.0f, ref);
+  load_tokens(in.logprobs, tokens, 0.0f, logp);
+  load_tokens(in.old_logprobs, tokens, 0.0f, old);
+  load_tokens(in.advantages, tokens, 0.0f, advantage);
+  load_tokens(in.mask, tokens, uint8_t{1}, mask);
+  load_tokens(in.weights, tokens, 1.0f, weight);
+  load_tokens(in.row_weight, tokens, 1.0f, row_weight);
+  if constexpr (kHasRef) load_tokens(in.ref_logprobs, tokens, 0.0f, ref);
 #pragma unroll
   for (int k = 0; k < kTokens; ++k) {
-    valid[k] = group.claimed[k] && mask[k] != 0;
+    valid[k] = tokens.claimed[k] && mask[k] != 0;
     grad[k] = excess[k] = 0.0f;
     if (!valid[k]) continue;
     const PolicyTerm<float> term = policy_term(logp[k], old[k], advantage[k], weight[k], in.options);
@@ -68,79 +57,60 @@ __device__ void policy_group(const PolicyInputs& in, const TokenGroup& group, fl
     sums[kSumLoss] += loss * row_weight[k];
     grad[k] = slope * row_weight[k];
     excess[k] = term.ratio_minus_1;
-    sums[kSumD] += term.d;
-    sums[kSumD2] += term.d * term.d;
+    sums[kSumLogRatio] += term.log_ratio;
+    sums[kSumSquaredLogRatio] += term.log_ratio * term.log_ratio;
     sums[kSumK3] += term.k3;
-    sums[kSumHigh] += term.high;
-    sums[kSumLow] += term.low;
-    sums[kSumDual] += term.dual;
+    sums[kSumClippedHigh] += term.clipped_high;
+    sums[kSumClippedLow] += term.clipped_low;
+    sums[kSumDualClipped] += term.dual_clipped;
     sums[kSumClamped] += term.clamped;
-    sums[kSumCount] += 1.0f;
-    sums[kSumExcess] += term.ratio_minus_1;
+    sums[kBlockCount] += 1.0f;
+    sums[kBlockExcess] += term.ratio_minus_1;
   }
 }
 
 // The last block's work: the partials of all blocks become the loss and its statistics.
 __device__ inline void finish_policy_loss(const LossOutputs& out, unsigned blocks) {
-  const auto part = [&](int i) { return out.partials + i * static_cast<int64_t>(blocks); };
-  double totals[kPolicySumsPadded] = {};
+  const auto part = [&](int i) { return partials_of(out, i, blocks); };
+  double totals[kBlockSumsPadded] = {};
 #pragma unroll
-  for (int i = 0; i < kSumCount; ++i) totals[i] = fold_sum(part(i), blocks);
-  float ratio_max = 0.0f;
-  for (unsigned b = threadIdx.x; b < blocks; b += kLossThreads) {
-    const float x = static_cast<float>(__ldcg(part(kRatioMax) + b));
-    ratio_max = x != x ? x : (x > ratio_max ? x : ratio_max);
-  }
-  ratio_max = block_max_or_nan(ratio_max);
-  const Moments excess = fold_moments(part(kSumCount), part(kExcessMean), part(kExcessM2), blocks);
-  const double* sums = block_sums<kPolicySumsPadded, kLossThreads>(totals);
+  for (int i = 0; i < kPolicySums; ++i) totals[i] = fold_sum(part(i), blocks);
+  const float ratio_max = block_max_or_nan(static_cast<float>(fold_max(part(kPartialRatioMax), blocks, 0.0)));
+  const Moments excess = fold_moments(part(kPartialCount), part(kPartialExcessMean), part(kPartialExcessM2), blocks);
+  const double* sums = block_sums<kBlockSumsPadded, kLossThreads>(totals);
   if (threadIdx.x != 0) return;
-  const double n = excess.count;
-  finish_loss(out, sums[kSumLoss], n);
-  const double inverse = n > 0.0 ? 1.0 / n : 0.0;
-  const auto put = [&](int i, double x) { out.stats[i] = static_cast<float>(n > 0.0 ? x : 0.0); };
-  put(0, -sums[kSumD] * inverse);
-  put(1, 0.5 * sums[kSumD2] * inverse);
-  put(2, sums[kSumK3] * inverse);
-  put(3, 1.0 + excess.mean);
-  put(4, excess.m2 * inverse);
-  put(5, ratio_max);
-  put(6, sums[kSumHigh] * inverse);
-  put(7, sums[kSumLow] * inverse);
-  put(8, sums[kSumDual] * inverse);
-  put(9, sums[kSumRefKl] * inverse);
-  put(10, sums[kSumClamped] * inverse);
-  out.stats[11] = static_cast<float>(n);
+  finish_loss(out, sums[kSumLoss], excess.count);
+  policy_stats(sums, excess, ratio_max, out.stats);
 }
 
 template <bool kHasRef, KlEstimator kEstimator>
 __global__ void __launch_bounds__(kLossThreads, 2) policy_loss_kernel(PolicyInputs in, LossOutputs out) {
   const float kl_coef = in.kl_coef_tensor != nullptr ? static_cast<float>(*in.kl_coef_tensor) : in.kl_coef;
-  float excess[kLossGroups][kTokens], sums[kPolicySums] = {};
-  bool valid[kLossGroups][kTokens];
+  float excess[kLossVectors][kTokens], sums[kBlockSums] = {};
+  bool valid[kLossVectors][kTokens];
   float ratio_max = -1.0f;
 #pragma unroll
-  for (int g = 0; g < kLossGroups; ++g) {
+  for (int g = 0; g < kLossVectors; ++g) {
     const int64_t first = blockIdx.x * kLossTokens + (int64_t{g} * kLossThreads + threadIdx.x) * kTokens;
-    const TokenGroup group(in.rows, first, in.needs_row);
+    const TokenVector tokens(in.rows, first, in.needs_row);
     float grad[kTokens];
-    policy_group<kHasRef, kEstimator>(in, group, kl_coef, sums, excess[g], valid[g], grad);
-    if (out.grad != nullptr) store_tokens(out.grad, group, in.rows.total, grad);
+    policy_tokens<kHasRef, kEstimator>(in, tokens, kl_coef, sums, excess[g], valid[g], grad);
+    if (out.grad != nullptr) store_tokens(out.grad, tokens, in.rows.total, grad);
 #pragma unroll
     for (int k = 0; k < kTokens; ++k) {
-      if (valid[g][k] && !(excess[g][k] <= ratio_max)) ratio_max = ratio_max != ratio_max ? ratio_max : excess[g][k];
+      if (valid[g][k]) ratio_max = max_or_nan(ratio_max, excess[g][k]);
     }
   }
-  double wide[kPolicySumsPadded] = {};
+  double wide[kBlockSumsPadded] = {};
 #pragma unroll
-  for (int i = 0; i < kPolicySums; ++i) wide[i] = sums[i];
+  for (int i = 0; i < kBlockSums; ++i) wide[i] = sums[i];
   ratio_max = block_max_or_nan(ratio_max) + 1.0f;
-  const double* block = block_sums<kPolicySumsPadded, kLossThreads>(wide);
-  const double mine = threadIdx.x < kSumExcess ? block[threadIdx.x] : 0.0, count = block[kSumCount];
-  const double mean = count > 0.0 ? block[kSumExcess] / count : 0.0;
+  const double* block = block_sums<kBlockSumsPadded, kLossThreads>(wide);
+  const double mine = threadIdx.x <= kBlockCount ? block[threadIdx.x] : 0.0, count = block[kBlockCount];
+  const double mean = mean_of(block[kBlockExcess], count);
   double squares[1] = {};
 #pragma unroll
-  for (int g = 0; g < kLossGroups; ++g) {
+  for (int g = 0; g < kLossVectors; ++g) {
 #pragma unroll
     for (int k = 0; k < kTokens; ++k) {
       const double deviation = valid[g][k] ? excess[g][k] - mean : 0.0;
@@ -149,12 +119,12 @@ __global__ void __launch_bounds__(kLossThreads, 2) policy_loss_kernel(PolicyInpu
   }
   const double m2 = block_sums<1, kLossThreads>(squares)[0];
   const unsigned blocks = gridDim.x;
-  double* partial = out.partials + blockIdx.x;
-  if (threadIdx.x < kSumExcess) partial[threadIdx.x * static_cast<int64_t>(blocks)] = mine;
+  const auto partial = [&](int i) { return partials_of(out, i, blocks) + blockIdx.x; };
+  if (threadIdx.x <= kBlockCount) *partial(threadIdx.x) = mine;
   if (threadIdx.x == 0) {
-    partial[kExcessMean * static_cast<int64_t>(blocks)] = mean;
-    partial[kExcessM2 * static_cast<int64_t>(blocks)] = m2;
-    partial[kRatioMax * static_cast<int64_t>(blocks)] = ratio_max;
+    *partial(kPartialExcessMean) = mean;
+    *partial(kPartialExcessM2) = m2;
+    *partial(kPartialRatioMax) = ratio_max;
   }
   if (is_last_block(out.ticket, blocks)) finish_policy_loss(out, blocks);
 }

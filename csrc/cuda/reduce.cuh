@@ -3,7 +3,7 @@
 
 #include <cuda_runtime.h>
 
-#include "math/macros.h"
+#include "cuda/relaxed.cuh"
 #include "math/moments.h"
 
 namespace ppo {
@@ -97,25 +97,6 @@ __device__ bool block_any(bool mine) {
 #pragma unroll
   for (int w = 0; w < kWarps; ++w) any |= parts[w];
   return any;
-}
-
-// Relaxed accesses of a word that other blocks read or write.
-__device__ inline unsigned load_relaxed(const unsigned* p) {
-#ifdef PPO_HOST_CUDA
-  return host_cuda::load(p);
-#else
-  unsigned x;
-  asm volatile("ld.relaxed.gpu.global.u32 %0, [%1];" : "=r"(x) : "l"(p) : "memory");
-  return x;
-#endif
-}
-
-__device__ inline void store_relaxed(unsigned* p, unsigned x) {
-#ifdef PPO_HOST_CUDA
-  host_cuda::store(p, x);
-#else
-  asm volatile("st.relaxed.gpu.global.u32 [%0], %1;" : : "l"(p), "r"(x) : "memory");
-#endif
 }
 
 // What a thread wrote before publish() is seen, through __ldcg, by a thread whose await() of the same flag returned.

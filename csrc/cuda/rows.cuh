@@ -24,12 +24,12 @@ struct RowSpan {
   int64_t row, start, length;
 
   __device__ RowSpan(const TokenRows& rows, int64_t b)
-      : row(b < rows.rows ? b : 0),
-        start(b < rows.rows ? rows.start(b) : 0),
-        length(b < rows.rows ? rows.size(b) : 0) {}
+      : row(b < rows.count ? b : 0),
+        start(b < rows.count ? rows.start(b) : 0),
+        length(b < rows.count ? rows.size(b) : 0) {}
   // Whether vectors of 4 floats may be used, given that they may at the start of the tensors and of padded rows.
   __device__ bool aligned(const TokenRows& rows, bool tensors) const {
-    return tensors && (rows.cu == nullptr || start % 4 == 0);
+    return tensors && (!rows.packed() || start % 4 == 0);
   }
 };
 
@@ -55,14 +55,14 @@ struct RowSegment {
   __device__ static int64_t first_of(const TokenRows& rows, int64_t b) { return rows.start(b) / kSegment + b; }
 
   __device__ RowSegment(const TokenRows& rows, int64_t number) {
-    if (rows.cu == nullptr) {
+    if (!rows.packed()) {
       count = static_cast<unsigned>((rows.length + kSegment - 1) / kSegment);
       row = number / count;
       first = row * count;
       return;
     }
     // The last row with first <= number, by 32 probes at a time.
-    int64_t low = 0, high = rows.rows;
+    int64_t low = 0, high = rows.count;
     if (first_of(rows, 0) > number) return;
     while (high - low > 1) {
       const int64_t step = (high - low + kWarp - 1) / kWarp,
@@ -199,12 +199,12 @@ static __global__ void __launch_bounds__(kRowThreads) prepare_packed_kernel(Toke
   const auto larger = [](int64_t a, int64_t b) { return a > b ? a : b; };
   for (int64_t i = threadIdx.x; i < out.n_counters; i += kRowThreads) out.counters[i] = 0;
   int64_t reached = 0;
-  for (int64_t base = 0; base <= raw.rows; base += kRowThreads * kEach) {
+  for (int64_t base = 0; base <= raw.count; base += kRowThreads * kEach) {
     const int64_t b = base + threadIdx.x * kEach;
     int64_t bound[kEach], highest = 0;
 #pragma unroll
     for (int k = 0; k < kEach; ++k) {
-      bound[k] = highest = larger(highest, b + k <= raw.rows ? raw.bound(b + k) : 0);
+      bound[k] = highest = larger(highest, b + k <= raw.count ? raw.bound(b + k) : 0);
     }
 #pragma unroll
     for (int step = 1; step < kWarp; step *= 2) {
@@ -219,7 +219,7 @@ static __global__ void __launch_bounds__(kRowThreads) prepare_packed_kernel(Toke
     for (int w = 0; w < warp; ++w) before = larger(before, warps[w]);
 #pragma unroll
     for (int k = 0; k < kEach; ++k) {
-      if (b + k <= raw.rows) out.bounds[b + k] = larger(before, bound[k]);
+      if (b + k <= raw.count) out.bounds[b + k] = larger(before, bound[k]);
     }
     for (int w = 0; w < kTiles; ++w) reached = larger(reached, warps[w]);
   }

@@ -21,26 +21,26 @@ class RowWork {
   RowWork(const Launcher& launch, const Tensor& tokens, const OptTensor& cu_seqlens,
           std::initializer_list<Tensor> outputs)
       : rows(token_rows(tokens, cu_seqlens)), bounds_(tokens), counters_(tokens) {
-    const bool packed = rows.cu != nullptr;
+    const bool packed = rows.packed();
     // A packed batch's longest row is on the device; its mean length is here.
-    const int64_t typical = packed ? rows.total / std::max<int64_t>(rows.rows, 1) : rows.length;
+    const int64_t typical = packed ? rows.total / std::max<int64_t>(rows.count, 1) : rows.length;
     const int64_t per_row = std::max<int64_t>(1, (rows.length + kSegment - 1) / kSegment);
-    segments = packed ? rows.total / kSegment + rows.rows : rows.rows * per_row;
+    segments = packed ? rows.total / kSegment + rows.count : rows.count * per_row;
     const int64_t per_block = typical <= kShortTeam * kRun && !packed ? kRowThreads / kShortTeam : kTiles;
     if (typical <= kTile) {
       kind = per_block == kTiles ? kWarps : kShortTeams;
-      blocks = (rows.rows + per_block - 1) / per_block;
+      blocks = (rows.count + per_block - 1) / per_block;
     } else {
       kind = packed || per_row > 1 ? kSegments : kOneSegment;
       blocks = segments;
     }
-    const int64_t n_counters = kind == kSegments ? rows.rows + segments : 0;
+    const int64_t n_counters = kind == kSegments ? rows.count + segments : 0;
     if (packed) {
       prepare_packed(launch, n_counters, outputs);
     } else if (n_counters > 0) {
       counters_ = launch.tickets(n_counters, tokens);
     }
-    if (n_counters > 0) tickets = static_cast<unsigned*>(counters_.data_ptr()), flags = tickets + rows.rows;
+    if (n_counters > 0) tickets = data_of<unsigned>(counters_), flags = tickets + rows.count;
   }
 
   TokenRows rows;
@@ -52,14 +52,12 @@ class RowWork {
  private:
   void prepare_packed(const Launcher& launch, int64_t n_counters, std::initializer_list<Tensor> outputs) {
     const Tensor like = bounds_;
-    bounds_ = empty({rows.rows + 1}, ScalarType::Long, like);
+    bounds_ = empty({rows.count + 1}, ScalarType::Long, like);
     counters_ = empty({n_counters}, ScalarType::Int, like);
-    const auto floats = [&](size_t i) {
-      return i < outputs.size() ? static_cast<float*>(outputs.begin()[i].data_ptr()) : nullptr;
-    };
-    auto* bounds = static_cast<int64_t*>(bounds_.data_ptr());
+    const auto floats = [&](size_t i) { return i < outputs.size() ? data_of<float>(outputs.begin()[i]) : nullptr; };
+    auto* bounds = data_of<int64_t>(bounds_);
     launch(prepare_packed_kernel, 1, kRowThreads, rows,
-           PackedOutputs{bounds, static_cast<unsigned*>(counters_.data_ptr()), n_counters, floats(0), floats(1)});
+           PackedOutputs{bounds, data_of<unsigned>(counters_), n_counters, floats(0), floats(1)});
     rows.cu = bounds;
   }
 

@@ -1,5 +1,5 @@
 #include "cuda/launch.cuh"
-#include "cuda/token_logprobs_backward.cuh"
+#include "cuda/token_logprobs.cuh"
 
 namespace ppo {
 namespace {
@@ -17,11 +17,6 @@ void dispatch_logits(const Tensor& logits, F&& f) {
       STD_TORCH_CHECK(logits.scalar_type() == ScalarType::Float, "expected bfloat16, float16 or float32 logits");
   }
   return f(float{});
-}
-
-void check_logits(const Tensor& logits) {
-  STD_TORCH_CHECK(logits.dim() >= 1 && logits.size(logits.dim() - 1) >= 1, "expected logits [..., V]");
-  check_unit_stride(logits);
 }
 
 int64_t row_count(const Tensor& logits) {
@@ -51,12 +46,6 @@ LogitRows logit_rows(const Tensor& logits) {
   return rows;
 }
 
-const uint8_t* mask_data(const OptTensor& mask, int64_t rows) {
-  if (!mask.has_value()) return nullptr;
-  STD_TORCH_CHECK(mask->element_size() == 1, "masks are bytes");
-  return data_or_null<uint8_t>(mask, rows, mask->scalar_type());
-}
-
 std::tuple<Tensor, Tensor, Tensor, Tensor> token_logprobs(const Tensor& logits, const Tensor& labels,
                                                           const OptTensor& mask, const OptTensor& temperature_rows,
                                                           double temperature, int64_t ignore_index, bool entropy) {
@@ -64,11 +53,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> token_logprobs(const Tensor& logits, 
   check_logits(logits);
   const Launcher launch(logits);
   const int64_t rows = row_count(logits), vocab = logits.size(logits.dim() - 1);
-  const auto* label = data_or_null<int64_t>(labels, rows, ScalarType::Long);
+  const RowVector<int64_t> label(labels, rows);
+  const RowVector<uint8_t> valid(mask, rows);
+  const RowVector<double> tau(temperature_rows, rows);
   const auto row_value = [&] { return empty(labels.sizes(), ScalarType::Float, logits); };
   const Tensor logp = row_value(), row_max = row_value(), log_sum = row_value();
   const Tensor h = entropy ? row_value() : empty({0}, ScalarType::Float, logits);
-  const auto floats = [](const Tensor& t) { return static_cast<float*>(t.data_ptr()); };
   dispatch_logits(logits, [&](auto zero) {
     using T = decltype(zero);
     const int64_t chunks = (vocab + kChunkLogits<T> - 1) / kChunkLogits<T>;
@@ -77,19 +67,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> token_logprobs(const Tensor& logits, 
     const Tensor parts = empty({rows * chunks * 4}, ScalarType::Float, logits);
     OptTensor tickets;  // only where several blocks share a row
     if (blocks > 1 && rows > 0) tickets = launch.tickets(rows, logits);
-    const LogprobInputs<T> in{static_cast<const T*>(logits.data_ptr()),
+    const LogprobInputs<T> in{data_of<const T>(logits),
                               logit_rows(logits),
-                              label,
-                              mask_data(mask, rows),
-                              data_or_null<double>(temperature_rows, rows, ScalarType::Double),
+                              label.data(),
+                              valid.data(),
+                              tau.data(),
                               temperature,
                               ignore_index};
-    const LogprobOutputs out{floats(logp),
-                             entropy ? floats(h) : nullptr,
-                             floats(row_max),
-                             floats(log_sum),
-                             static_cast<ChunkPart*>(parts.data_ptr()),
-                             tickets ? static_cast<unsigned*>(tickets->data_ptr()) : nullptr,
+    const LogprobOutputs out{data_of<float>(logp),         entropy ? data_of<float>(h) : nullptr,
+                             data_of<float>(row_max),      data_of<float>(log_sum),
+                             data_of<ChunkPart>(parts),    tickets ? data_of<unsigned>(*tickets) : nullptr,
                              static_cast<unsigned>(blocks)};
     launch(entropy ? token_logprobs_kernel<T, true> : token_logprobs_kernel<T, false>, rows * blocks, kLogitThreads, in,
            out);
@@ -104,24 +91,27 @@ void backward_into(const Tensor& logits, const Tensor& labels, const OptTensor& 
   check_logits(logits);
   const Launcher launch(logits);
   const int64_t rows = row_count(logits), vocab = logits.size(logits.dim() - 1);
-  const auto row_data = [&](const OptTensor& x) { return data_or_null<float>(x, rows, ScalarType::Float); };
+  const RowVector<int64_t> label(labels, rows);
+  const RowVector<double> tau(temperature_rows, rows);
+  const RowVector<float> g_logp(grad_logprobs, rows), g_h(grad_entropy, rows), logp(logprobs, rows),
+      h(grad_entropy.has_value() ? OptTensor(entropy) : std::nullopt, rows), max(row_max, rows), sum(log_sum, rows);
   dispatch_logits(logits, [&](auto zero) {
     using T = decltype(zero);
     // One tile more than the vocabulary fills may be needed, since a row's first vector can begin before it.
     const int64_t tiles = (vocab + kPerVector<T> - 1 + kGradientLogits<T> - 1) / kGradientLogits<T>;
-    const GradientInputs<T> in{static_cast<const T*>(logits.data_ptr()),
-                               static_cast<T*>(out.data_ptr()),
+    const GradientInputs<T> in{data_of<const T>(logits),
+                               data_of<T>(out),
                                logit_rows(logits),
                                logit_rows(out),
-                               data_or_null<int64_t>(labels, rows, ScalarType::Long),
-                               data_or_null<double>(temperature_rows, rows, ScalarType::Double),
+                               label.data(),
+                               tau.data(),
                                temperature,
-                               row_data(grad_logprobs),
-                               row_data(grad_entropy),
-                               row_data(logprobs),
-                               grad_entropy.has_value() ? row_data(entropy) : nullptr,
-                               row_data(row_max),
-                               row_data(log_sum),
+                               g_logp.data(),
+                               g_h.data(),
+                               logp.data(),
+                               h.data(),
+                               max.data(),
+                               sum.data(),
                                static_cast<unsigned>(tiles)};
     launch(token_logprobs_backward_kernel<T>, rows * tiles, kGradientThreads, in);
   });
@@ -149,7 +139,7 @@ void token_logprobs_backward_(const Tensor& logits, const Tensor& labels, const 
 }  // namespace
 }  // namespace ppo
 
-PPO_CUDA_OPS(m) {
+STABLE_TORCH_LIBRARY_IMPL(ppo_kernels, CUDA, m) {
   m.impl("token_logprobs", TORCH_BOX(&ppo::token_logprobs));
   m.impl("token_logprobs_backward", TORCH_BOX(&ppo::token_logprobs_backward));
   m.impl("token_logprobs_backward_", TORCH_BOX(&ppo::token_logprobs_backward_));

@@ -1,4 +1,4 @@
-// Token log-probabilities and entropy on the device: one pass over the logits.
+// Token log-probabilities and entropy on the device: one pass over the logits, and one for their gradient.
 //
 // A row is cut into chunks of 8 KB, whatever the batch and wherever the row lies in memory. One warp takes a chunk and
 // leaves its softmax statistics; the block that is the last to work on a row merges those of its chunks, in order.
@@ -8,9 +8,9 @@
 // one sum per column modulo 32 vectors, and only at the end of the chunk are those sums added, in the columns' order.
 #pragma once
 
+#include "cuda/logits.cuh"
 #include "cuda/reduce.cuh"
-#include "cuda/vector.cuh"
-#include "math/online_softmax.h"
+#include "math/token_logprobs.h"
 
 namespace ppo {
 
@@ -24,26 +24,6 @@ template <class T>
 constexpr int kTileLogits = kTileVectors * kWarp * kPerVector<T>;
 template <class T>
 constexpr int kChunkLogits = kChunkTiles * kTileLogits<T>;
-
-// Rows of a [..., V] tensor; neighbouring leading dimensions are one where their strides allow it.
-constexpr int kLeadingDims = 4;
-
-struct LogitRows {
-  int64_t vocab = 0;
-  int64_t size[kLeadingDims] = {1, 1, 1, 1}, stride[kLeadingDims] = {};  // the last one runs fastest
-  int dims = 1;
-
-  PPO_INLINE int64_t offset(int64_t row) const {
-    int64_t at = 0;
-#pragma unroll
-    for (int d = kLeadingDims - 1; d > 0; --d) {  // constant indices: they keep the arrays out of local memory
-      if (d >= dims) continue;
-      at += row % size[d] * stride[d];
-      row /= size[d];
-    }
-    return at + row * stride[0];
-  }
-};
 
 struct alignas(16) ChunkPart {
   float max, sum, weighted, unused;  // a SoftmaxPart
@@ -77,7 +57,7 @@ class LaneSums {
 #pragma unroll
     for (int i = 0; i < kTileVectors * kWords; ++i) {
       float z[kPerWord<T>];
-      widen_word<T>(v[i / kWords].word[i % kWords], z);
+      word_to_floats<T>(v[i / kWords].word[i % kWords], z);
 #pragma unroll
       for (int k = 0; k < kPerWord<T>; ++k) add(z[k], i % kWords * kPerWord<T> + k);
     }
@@ -322,7 +302,103 @@ __global__ void __launch_bounds__(kLogitThreads, kLogitBlocks)
   }
   if (threadIdx.x >= kWarp) return;
   const SoftmaxPart others = merge_chunks(parts, chunks, c);
-  if (threadIdx.x == 0) out.write(i, finish_row(others, static_cast<double>(widen(row[label])), c));
+  if (threadIdx.x == 0) out.write(i, finish_row(others, static_cast<double>(to_float(row[label])), c));
+}
+
+// The backward: one read of the logits and one write of the gradient.
+constexpr int kGradientThreads = 256;
+constexpr int kGradientVectors = 4;  // per thread
+
+template <class T>
+constexpr int kGradientLogits = kGradientThreads * kGradientVectors * kPerVector<T>;
+
+template <class T>
+struct GradientInputs {
+  const T* logits;
+  T* gradient;
+  LogitRows rows, gradient_rows;
+  const int64_t* labels;
+  const double* temperature_rows;
+  double temperature;
+  const float *grad_logprobs, *grad_entropy;  // null: 0
+  const float *logprobs, *entropy, *row_max, *log_sum;
+  unsigned tiles_per_row;
+};
+
+struct GradientRow {
+  float max, c, a, b, k, target;
+  bool zero;
+};
+
+template <class T>
+__device__ GradientRow gradient_row(const GradientInputs<T>& in, int64_t i) {
+  const double g_logp = in.grad_logprobs != nullptr ? in.grad_logprobs[i] : 0.0;
+  const double g_entropy = in.grad_entropy != nullptr ? in.grad_entropy[i] : 0.0;
+  const double log_sum = in.log_sum[i];
+  if (log_sum == kNotRead || (g_logp == 0.0 && g_entropy == 0.0)) return {0, 0, 0, 0, 0, 0, true};
+  const double tau = in.temperature_rows != nullptr ? in.temperature_rows[i] : in.temperature;
+  const double h = in.grad_entropy != nullptr ? in.entropy[i] : 0.0;
+  const SoftmaxGradient row(g_logp, g_entropy, tau, in.logprobs[i], h, log_sum);
+  const auto to_single = [](double x) { return static_cast<float>(x); };
+  return {in.row_max[i],
+          to_single(kLog2E / tau),
+          to_single(row.a),
+          to_single(row.b),
+          to_single(row.k),
+          to_single(row.target),
+          false};
+}
+
+// One block is one tile of a row: the same vectors of 16-byte stores as the row has in memory, and its ends.
+template <class T>
+__global__ void __launch_bounds__(kGradientThreads) token_logprobs_backward_kernel(GradientInputs<T> in) {
+  __shared__ GradientRow shared;
+  const int64_t i = blockIdx.x / in.tiles_per_row, vocab = in.rows.vocab;
+  if (threadIdx.x == 0) shared = gradient_row(in, i);
+  const T* row = in.logits + in.rows.offset(i);
+  T* out = in.gradient + in.gradient_rows.offset(i);
+  const int64_t label = in.labels[i];
+  const int head = elements_past_boundary(out);
+  const bool together = elements_past_boundary(row) == head;  // aligned stores meet aligned loads
+  const int64_t first = int64_t{blockIdx.x % in.tiles_per_row} * kGradientLogits<T> - head +
+                        static_cast<int>(threadIdx.x) * kPerVector<T>;
+  constexpr int kStep = kGradientThreads * kPerVector<T>;
+  __syncthreads();
+  const GradientRow g = shared;
+  Vector v[kGradientVectors] = {};
+  if (!g.zero) {
+#pragma unroll
+    for (int j = 0; j < kGradientVectors; ++j) {
+      const int64_t column = first + j * kStep;
+      v[j] = together && has_vector<T>(column, vocab) ? load_streaming(row + column)
+                                                      : gather_vector(row, column, vocab, T{});
+    }
+#pragma unroll
+    for (int j = 0; j < kGradientVectors; ++j) {
+#pragma unroll
+      for (int w = 0; w < kWords; ++w) {
+        float z[kPerWord<T>];
+        word_to_floats<T>(v[j].word[w], z);
+#pragma unroll
+        for (int k = 0; k < kPerWord<T>; ++k) z[k] = logit_gradient(z[k], g.max, g.c, g.a, g.b, g.k);
+        v[j].word[w] = floats_to_word<T>(z);
+      }
+    }
+  }
+#pragma unroll
+  for (int j = 0; j < kGradientVectors; ++j) {
+    const int64_t column = first + j * kStep;
+    if (!g.zero && label >= column && label < column + kPerVector<T>) {
+      T target;
+      from_float(g.target, target);
+      set_element(v[j], static_cast<int>(label - column), target);
+    }
+    if (has_vector<T>(column, vocab)) {
+      store_streaming(out + column, v[j]);
+    } else {
+      scatter_vector(out, column, vocab, v[j]);
+    }
+  }
 }
 
 }  // namespace ppo

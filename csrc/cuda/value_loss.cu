@@ -1,33 +1,33 @@
-#include "cuda/loss_launch.cuh"
+#include "cuda/launch.cuh"
 #include "cuda/value_loss.cuh"
 
 namespace ppo {
 namespace {
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> value_loss(const Tensor& values, const Tensor& old_values,
-                                                      const Tensor& returns, const OptTensor& mask,
-                                                      const OptTensor& row_weight, const OptTensor& normalizer,
-                                                      const OptTensor& cu_seqlens, double cliprange_value, bool grad) {
+LossResult value_loss(const Tensor& values, const Tensor& old_values, const Tensor& returns, const OptTensor& mask,
+                      const OptTensor& row_weight, const OptTensor& normalizer, const OptTensor& cu_seqlens,
+                      double cliprange_value, bool grad) {
   PPO_COUNT("value_loss");
   const Launcher launch(values);
   const TokenRows rows = token_rows(values, cu_seqlens);
+  const RowVector<float> row_weights(row_weight, rows.count);
   ValueInputs in{rows,
                  token_input<float>(values, values, rows),
                  token_input<float>(old_values, values, rows),
                  token_input<float>(returns, values, rows),
-                 row_input(row_weight, rows),
+                 per_row(row_weights.data()),
                  token_input<uint8_t>(mask, values, rows),
                  static_cast<float>(cliprange_value),
                  false};
   in.needs_row = in.values.needs_row() || in.old_values.needs_row() || in.returns.needs_row() ||
                  in.row_weight.needs_row() || in.mask.needs_row();
   const int64_t blocks = loss_blocks(values.numel());
-  const LossTensors out(launch, values, blocks, kValuePartials, 4, grad);
-  launch(value_loss_kernel, blocks, kLossThreads, in, out.outputs(normalizer));
-  return std::make_tuple(out.loss, out.stats, out.grad, out.inv_normalizer);
+  const LossTensors out(launch, values, blocks, kValuePartials, kValueStats, normalizer, grad);
+  launch(value_loss_kernel, blocks, kLossThreads, in, out.outputs());
+  return out.result();
 }
 
 }  // namespace
 }  // namespace ppo
 
-PPO_CUDA_OPS(m) { m.impl("value_loss", TORCH_BOX(&ppo::value_loss)); }
+STABLE_TORCH_LIBRARY_IMPL(ppo_kernels, CUDA, m) { m.impl("value_loss", TORCH_BOX(&ppo::value_loss)); }

@@ -14,27 +14,37 @@ struct ValueInputs {
   bool needs_row;
 };
 
-constexpr int kValuePartials = 7;
+enum ValueSum { kSumLoss, kSumClipped, kSumCount, kSumError, kSumTarget, kValueSumsPadded = 8 };
+enum ValuePartial {
+  kPartialLoss,
+  kPartialClipped,
+  kPartialCount,
+  kPartialErrorMean,
+  kPartialErrorM2,
+  kPartialTargetMean,
+  kPartialTargetM2,
+  kValuePartials
+};
 
 static __global__ void __launch_bounds__(kLossThreads) value_loss_kernel(ValueInputs in, LossOutputs out) {
-  float errors[kLossGroups][kTokens], targets[kLossGroups][kTokens];
-  bool valid[kLossGroups][kTokens];
-  double sums[8] = {};  // loss, clipped, count, errors, targets
+  float errors[kLossVectors][kTokens], targets[kLossVectors][kTokens];
+  bool valid[kLossVectors][kTokens];
+  double sums[kValueSumsPadded] = {};
 #pragma unroll
-  for (int g = 0; g < kLossGroups; ++g) {
+  for (int g = 0; g < kLossVectors; ++g) {
     const int64_t first = blockIdx.x * kLossTokens + (int64_t{g} * kLossThreads + threadIdx.x) * kTokens;
-    const TokenGroup group(in.rows, first, in.needs_row);
+    const TokenVector tokens(in.rows, first, in.needs_row);
     float value[kTokens], old[kTokens], target[kTokens], weight[kTokens], grad[kTokens];
     uint8_t mask[kTokens];
-    load_tokens(in.values, group, 0.0f, value);
-    load_tokens(in.old_values, group, 0.0f, old);
-    load_tokens(in.returns, group, 0.0f, target);
-    load_tokens(in.row_weight, group, 1.0f, weight);
-    load_tokens(in.mask, group, uint8_t{1}, mask);
+    load_tokens(in.values, tokens, 0.0f, value);
+    load_tokens(in.old_values, tokens, 0.0f, old);
+    load_tokens(in.returns, tokens, 0.0f, target);
+    load_tokens(in.row_weight, tokens, 1.0f, weight);
+    load_tokens(in.mask, tokens, uint8_t{1}, mask);
     float loss = 0.0f;
 #pragma unroll
     for (int k = 0; k < kTokens; ++k) {
-      valid[g][k] = group.claimed[k] && mask[k] != 0;
+      valid[g][k] = tokens.claimed[k] && mask[k] != 0;
       errors[g][k] = valid[g][k] ? value[k] - target[k] : 0.0f;
       targets[g][k] = valid[g][k] ? target[k] : 0.0f;
       grad[k] = 0.0f;
@@ -42,20 +52,20 @@ static __global__ void __launch_bounds__(kLossThreads) value_loss_kernel(ValueIn
       const ValueTerm<float> term = value_term(value[k], old[k], target[k], in.clip);
       loss += term.loss * weight[k];
       grad[k] = term.grad * weight[k];
-      sums[1] += term.clipped;
-      sums[2] += 1.0;
-      sums[3] += errors[g][k];
-      sums[4] += targets[g][k];
+      sums[kSumClipped] += term.clipped;
+      sums[kSumCount] += 1.0;
+      sums[kSumError] += errors[g][k];
+      sums[kSumTarget] += targets[g][k];
     }
-    sums[0] += loss;
-    if (out.grad != nullptr) store_tokens(out.grad, group, in.rows.total, grad);
+    sums[kSumLoss] += loss;
+    if (out.grad != nullptr) store_tokens(out.grad, tokens, in.rows.total, grad);
   }
-  const double* block = block_sums<8, kLossThreads>(sums);
-  const double loss = block[0], clipped = block[1], count = block[2];
-  const double error_mean = count > 0.0 ? block[3] / count : 0.0, target_mean = count > 0.0 ? block[4] / count : 0.0;
+  const double* block = block_sums<kValueSumsPadded, kLossThreads>(sums);
+  const double loss = block[kSumLoss], clipped = block[kSumClipped], count = block[kSumCount];
+  const double error_mean = mean_of(block[kSumError], count), target_mean = mean_of(block[kSumTarget], count);
   double squares[2] = {};
 #pragma unroll
-  for (int g = 0; g < kLossGroups; ++g) {
+  for (int g = 0; g < kLossVectors; ++g) {
 #pragma unroll
     for (int k = 0; k < kTokens; ++k) {
       if (!valid[g][k]) continue;
@@ -68,22 +78,18 @@ static __global__ void __launch_bounds__(kLossThreads) value_loss_kernel(ValueIn
   const unsigned blocks = gridDim.x;
   if (threadIdx.x == 0) {
     const double part[kValuePartials] = {loss, clipped, count, error_mean, m2[0], target_mean, m2[1]};
-    for (int i = 0; i < kValuePartials; ++i) out.partials[i * static_cast<int64_t>(blocks) + blockIdx.x] = part[i];
+    for (int i = 0; i < kValuePartials; ++i) partials_of(out, i, blocks)[blockIdx.x] = part[i];
   }
   if (!is_last_block(out.ticket, blocks)) return;
 
-  const auto part = [&](int i) { return out.partials + i * static_cast<int64_t>(blocks); };
-  double totals[2] = {fold_sum(part(0), blocks), fold_sum(part(1), blocks)};
+  const auto part = [&](int i) { return partials_of(out, i, blocks); };
+  double totals[2] = {fold_sum(part(kPartialLoss), blocks), fold_sum(part(kPartialClipped), blocks)};
   const double* total = block_sums<2, kLossThreads>(totals);
-  const Moments error = fold_moments(part(2), part(3), part(4), blocks);
-  const Moments target = fold_moments(part(2), part(5), part(6), blocks);
+  const Moments error = fold_moments(part(kPartialCount), part(kPartialErrorMean), part(kPartialErrorM2), blocks);
+  const Moments target = fold_moments(part(kPartialCount), part(kPartialTargetMean), part(kPartialTargetM2), blocks);
   if (threadIdx.x != 0) return;
-  const double n = error.count;
-  finish_loss(out, total[0], n);
-  out.stats[0] = static_cast<float>(n > 0.0 ? total[1] / n : 0.0);
-  out.stats[1] = static_cast<float>(error.mean);
-  out.stats[2] = static_cast<float>(n > 0.0 && target.m2 > 0.0 ? 1.0 - error.m2 / target.m2 : 0.0);
-  out.stats[3] = static_cast<float>(n);
+  finish_loss(out, total[0], error.count);
+  value_stats(total[1], error, target, out.stats);
 }
 
 }  // namespace ppo

@@ -5,19 +5,12 @@ namespace ppo {
 namespace {
 
 WhitenInputs whiten_inputs(const Tensor& x, const OptTensor& mask) {
-  check_dtype(x, ScalarType::Float);
-  STD_TORCH_CHECK(x.is_contiguous(), "expected a contiguous tensor");
-  const auto flat = [](const void* data) { return data != nullptr ? TokenKind::kFlat : TokenKind::kAbsent; };
-  const uint8_t* valid = nullptr;
-  if (mask.has_value()) {
-    STD_TORCH_CHECK(mask->scalar_type() == ScalarType::Bool || mask->scalar_type() == ScalarType::Byte,
-                    "masks are bytes");
-    STD_TORCH_CHECK(mask->is_contiguous(), "expected a contiguous mask");
-    check_same_shape(*mask, x);
-    valid = static_cast<const uint8_t*>(mask->data_ptr());
-  }
-  const auto* data = static_cast<const float*>(x.data_ptr());
-  return {{nullptr, 1, x.numel(), x.numel(), 0.0}, {data, 0, flat(data)}, {valid, 0, flat(valid)}};
+  const auto flat = [](auto* data) -> TokenInput<std::remove_const_t<std::remove_pointer_t<decltype(data)>>> {
+    return {data, 0, data != nullptr ? TokenKind::kFlat : TokenKind::kAbsent};
+  };
+  return {{nullptr, 1, x.numel(), x.numel(), 0.0},
+          flat(contiguous_data<float>(x, x)),
+          flat(contiguous_data<uint8_t>(mask, x))};
 }
 
 int64_t whiten_blocks(const Tensor& x) { return std::clamp<int64_t>(whiten_chunks(x.numel()), 1, kWhitenBlocks); }
@@ -26,13 +19,12 @@ std::tuple<Tensor, Tensor, Tensor> moments(const Tensor& x, const OptTensor& mas
   PPO_COUNT("moments");
   const Launcher launch(x);
   const int64_t blocks = whiten_blocks(x);
-  const auto doubles = [](const Tensor& t) { return static_cast<double*>(t.data_ptr()); };
   const Tensor count = empty({}, ScalarType::Double, x), mean = empty({}, ScalarType::Double, x),
                m2 = empty({}, ScalarType::Double, x), partials = empty({3 * blocks}, ScalarType::Double, x);
   const Tensor ticket = launch.tickets(1, x);
   launch(moments_kernel, blocks, kWhitenThreads, whiten_inputs(x, mask),
-         MomentOutputs{doubles(partials), doubles(count), doubles(mean), doubles(m2),
-                       static_cast<unsigned*>(ticket.data_ptr())});
+         MomentOutputs{data_of<double>(partials), data_of<double>(count), data_of<double>(mean), data_of<double>(m2),
+                       data_of<unsigned>(ticket)});
   return std::make_tuple(count, mean, m2);
 }
 
@@ -45,25 +37,24 @@ Tensor whiten(const Tensor& x, const OptTensor& mask, const OptTensor& count, co
   const int64_t blocks = whiten_blocks(x);
   const Tensor y = empty(x.sizes(), ScalarType::Float, x);
   const Tensor partials = empty({count.has_value() ? 0 : 3 * blocks}, ScalarType::Double, x);
+  const RowVector<double> given[] = {{count, 1}, {mean, 1}, {m2, 1}};
   MomentSources from{};
   if (count.has_value()) {
     STD_TORCH_CHECK(mean.has_value() && m2.has_value(), "count, mean and m2 come together");
-    const auto scalar = [](const OptTensor& t) { return data_or_null<double>(t, 1, ScalarType::Double); };
-    from = {scalar(count), scalar(mean), scalar(m2), 1};
+    from = {given[0].data(), given[1].data(), given[2].data(), 1};
   } else {
-    auto* parts = static_cast<double*>(partials.data_ptr());
+    auto* parts = data_of<double>(partials);
     launch(moments_kernel, blocks, kWhitenThreads, in, MomentOutputs{parts, nullptr, nullptr, nullptr, nullptr});
     from = {parts, parts + blocks, parts + 2 * blocks, static_cast<unsigned>(blocks)};
   }
-  launch(whiten_kernel, blocks, kWhitenThreads, in, from, WhitenOptions{shift_mean, unbiased, eps},
-         static_cast<float*>(y.data_ptr()));
+  launch(whiten_kernel, blocks, kWhitenThreads, in, from, WhitenOptions{shift_mean, unbiased, eps}, data_of<float>(y));
   return y;
 }
 
 }  // namespace
 }  // namespace ppo
 
-PPO_CUDA_OPS(m) {
+STABLE_TORCH_LIBRARY_IMPL(ppo_kernels, CUDA, m) {
   m.impl("moments", TORCH_BOX(&ppo::moments));
   m.impl("whiten", TORCH_BOX(&ppo::whiten));
 }

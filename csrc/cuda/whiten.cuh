@@ -5,13 +5,13 @@
 #pragma once
 
 #include "cuda/loss.cuh"
-#include "math/moments.h"
+#include "math/whiten.h"
 
 namespace ppo {
 
 constexpr int kWhitenThreads = kLossThreads;
-constexpr int kWhitenGroups = 4;
-constexpr int64_t kWhitenChunk = int64_t{kWhitenThreads} * kWhitenGroups * kTokens;
+constexpr int kWhitenVectors = 4;
+constexpr int64_t kWhitenChunk = int64_t{kWhitenThreads} * kWhitenVectors * kTokens;
 constexpr int64_t kWhitenBlocks = 1024;  // at most: every block that applies the moments reads those of all blocks
 
 struct WhitenInputs {
@@ -33,16 +33,16 @@ struct MomentOutputs {
 
 // A chunk in a block's registers.
 struct WhitenChunk {
-  float x[kWhitenGroups][kTokens];
-  bool valid[kWhitenGroups][kTokens];
+  float x[kWhitenVectors][kTokens];
+  bool valid[kWhitenVectors][kTokens];
 
-  __device__ static TokenGroup group(const WhitenInputs& in, int64_t chunk, int g) {
+  __device__ static TokenVector tokens_of(const WhitenInputs& in, int64_t chunk, int g) {
     return {in.rows, chunk * kWhitenChunk + (int64_t{g} * kWhitenThreads + threadIdx.x) * kTokens, false};
   }
   __device__ WhitenChunk(const WhitenInputs& in, int64_t chunk) {
 #pragma unroll
-    for (int g = 0; g < kWhitenGroups; ++g) {
-      const TokenGroup tokens = group(in, chunk, g);
+    for (int g = 0; g < kWhitenVectors; ++g) {
+      const TokenVector tokens = tokens_of(in, chunk, g);
       uint8_t mask[kTokens];
       load_tokens(in.x, tokens, 0.0f, x[g]);
       load_tokens(in.mask, tokens, uint8_t{1}, mask);
@@ -55,7 +55,7 @@ struct WhitenChunk {
 __device__ inline Moments chunk_moments(const WhitenChunk& chunk) {
   double sums[2] = {}, squares[1] = {};
 #pragma unroll
-  for (int g = 0; g < kWhitenGroups; ++g) {
+  for (int g = 0; g < kWhitenVectors; ++g) {
 #pragma unroll
     for (int k = 0; k < kTokens; ++k) {
       sums[0] += chunk.valid[g][k] ? 1.0 : 0.0;
@@ -63,9 +63,9 @@ __device__ inline Moments chunk_moments(const WhitenChunk& chunk) {
     }
   }
   const double* block = block_sums<2, kWhitenThreads>(sums);
-  const double count = block[0], mean = count > 0.0 ? block[1] / count : 0.0;
+  const double count = block[0], mean = mean_of(block[1], count);
 #pragma unroll
-  for (int g = 0; g < kWhitenGroups; ++g) {
+  for (int g = 0; g < kWhitenVectors; ++g) {
 #pragma unroll
     for (int k = 0; k < kTokens; ++k) {
       const double d = chunk.valid[g][k] ? static_cast<double>(chunk.x[g][k]) - mean : 0.0;
@@ -106,10 +106,9 @@ struct WhitenMap {
 };
 
 __device__ inline WhitenMap whiten_map(const Moments& m, const WhitenOptions& o) {
-  const double spread = m.variance(o.unbiased) + o.eps;
   const auto mean = static_cast<float>(m.mean);
   return {mean, static_cast<float>(m.mean - static_cast<double>(mean)),
-          static_cast<float>(spread == 0.0 ? 0.0 : 1.0 / sqrt(spread)), o.shift_mean ? 0.0f : mean};
+          static_cast<float>(whiten_scale(m, o.unbiased, o.eps)), o.shift_mean ? 0.0f : mean};
 }
 
 static __global__ void __launch_bounds__(kWhitenThreads)
@@ -123,11 +122,11 @@ static __global__ void __launch_bounds__(kWhitenThreads)
       __syncthreads();
     }
 #pragma unroll
-    for (int g = 0; g < kWhitenGroups; ++g) {
+    for (int g = 0; g < kWhitenVectors; ++g) {
       float out[kTokens];
 #pragma unroll
       for (int k = 0; k < kTokens; ++k) out[k] = chunk.valid[g][k] ? map(chunk.x[g][k]) : 0.0f;
-      store_tokens(y, WhitenChunk::group(in, i, g), in.rows.total, out);
+      store_tokens(y, WhitenChunk::tokens_of(in, i, g), in.rows.total, out);
     }
   }
 }

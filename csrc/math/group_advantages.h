@@ -1,4 +1,4 @@
-// Advantages over the other responses to a prompt: what a deviation from the group's mean is multiplied by.
+// Advantages over the other responses to a prompt: deviations from the group's mean, and what they are multiplied by.
 #pragma once
 
 #include <cmath>
@@ -9,6 +9,15 @@
 namespace ppo {
 
 enum GroupBaseline : int64_t { kRloo = 0, kGrpo = 1, kDrGrpo = 2 };
+
+// Scores are taken as differences to the group's first one: equal scores, whatever their size, deviate by exactly 0.
+struct GroupMean {
+  double first;
+  double mean = 0.0;  // of the differences
+
+  PPO_INLINE double difference(double score) const { return score - first; }
+  PPO_INLINE double deviation(double score) const { return score - first - mean; }
+};
 
 // m2: sum of the squared deviations of the group's `count` scores from their mean.
 PPO_INLINE double group_scale(int64_t mode, double count, double m2, double eps) {

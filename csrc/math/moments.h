@@ -19,4 +19,6 @@ struct Moments {
   PPO_INLINE double variance(bool unbiased) const { return count > 1.0 ? m2 / (unbiased ? count - 1.0 : count) : 0.0; }
 };
 
+PPO_INLINE double mean_of(double sum, double count) { return count > 0.0 ? sum / count : 0.0; }
+
 }  // namespace ppo

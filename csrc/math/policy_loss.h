@@ -2,6 +2,8 @@
 #pragma once
 
 #include "kl.h"
+#include "loss.h"
+#include "moments.h"
 
 namespace ppo {
 
@@ -15,16 +17,16 @@ struct PolicyOptions {
 template <class T>
 struct PolicyTerm {
   T loss, grad;  // grad = d loss / d logp
-  T d, ratio_minus_1, k3;
-  T high, low, dual, clamped;  // 1 or 0
+  T log_ratio, ratio_minus_1, k3;
+  T clipped_high, clipped_low, dual_clipped, clamped;  // 1 or 0
 };
 
 // Ties as autograd has them: max and min give each side half, clamp passes the gradient at its bounds.
 template <class T>
 PPO_INLINE PolicyTerm<T> policy_term(T logp, T old, T adv, T weight, const PolicyOptions<T>& o) {
   const T raw = logp - old;
-  const T d = clamp(raw, o.log_ratio_clamp);
-  const T ratio = exp_fast(d);
+  const T log_ratio = clamp(raw, o.log_ratio_clamp);
+  const T ratio = exp_fast(log_ratio);
   const T clipped = ratio < o.low ? o.low : (ratio > o.high ? o.high : ratio);
   const T plain_loss = -adv * ratio, clipped_loss = -adv * clipped;
   const T from_plain = plain_loss > clipped_loss ? T(1) : (plain_loss == clipped_loss ? T(0.5) : T(0));
@@ -40,17 +42,70 @@ PPO_INLINE PolicyTerm<T> policy_term(T logp, T old, T adv, T weight, const Polic
 
   const T slope = -adv * ratio * share * weight;
   const T beyond = raw < -o.log_ratio_clamp ? T(1) : (raw > o.log_ratio_clamp ? T(1) : T(0));
-  const T k3 = expm1_minus(d, ratio);
+  const T k3 = expm1_minus(log_ratio, ratio);
   const T high = ratio > o.high ? T(1) : T(0), low = ratio < o.low ? T(1) : T(0);
   return {loss * weight,
           clamp_gradient(raw, o.log_ratio_clamp, slope),
-          d,
-          d > T(-0.5) && d < T(0.5) ? k3 + d : ratio - T(1),
+          log_ratio,
+          log_ratio > T(-0.5) && log_ratio < T(0.5) ? k3 + log_ratio : ratio - T(1),
           k3,
           adv > T(0) ? high : T(0),
           adv < T(0) ? low : T(0),
           dual,
           beyond};
+}
+
+// What is summed over valid tokens.
+enum PolicySum {
+  kSumLoss,
+  kSumLogRatio,
+  kSumSquaredLogRatio,
+  kSumK3,
+  kSumRefKl,
+  kSumClippedHigh,
+  kSumClippedLow,
+  kSumDualClipped,
+  kSumClamped,
+  kPolicySums
+};
+
+// PolicyStats, in its order.
+enum PolicyStat {
+  kApproxKlK1,
+  kApproxKlK2,
+  kApproxKlK3,
+  kRatioMean,
+  kRatioVar,
+  kRatioMax,
+  kClipfracHigh,
+  kClipfracLow,
+  kDualClipfrac,
+  kRefKl,
+  kClampFrac,
+  kTokenCount,
+  kPolicyStats
+};
+
+// `excess` are the moments of ratio - 1 over the valid tokens.
+template <class T>
+PPO_INLINE void policy_stats(const double* sums, const Moments& excess, double ratio_max, T* stats) {
+  const MeanOver mean(excess.count);
+  double all[kPolicyStats] = {};
+  if (excess.count > 0.0) {
+    all[kApproxKlK1] = mean(-sums[kSumLogRatio]);
+    all[kApproxKlK2] = mean(0.5 * sums[kSumSquaredLogRatio]);
+    all[kApproxKlK3] = mean(sums[kSumK3]);
+    all[kRatioMean] = 1.0 + excess.mean;
+    all[kRatioVar] = mean(excess.m2);
+    all[kRatioMax] = ratio_max;
+    all[kClipfracHigh] = mean(sums[kSumClippedHigh]);
+    all[kClipfracLow] = mean(sums[kSumClippedLow]);
+    all[kDualClipfrac] = mean(sums[kSumDualClipped]);
+    all[kRefKl] = mean(sums[kSumRefKl]);
+    all[kClampFrac] = mean(sums[kSumClamped]);
+    all[kTokenCount] = excess.count;
+  }
+  for (int i = 0; i < kPolicyStats; ++i) stats[i] = static_cast<T>(all[i]);
 }
 
 }  // namespace ppo

@@ -3,7 +3,7 @@
 
 #include <limits>
 
-#include "macros.h"
+#include "moments.h"
 
 namespace ppo {
 
@@ -26,6 +26,19 @@ PPO_INLINE ValueTerm<T> value_term(T value, T old, T target, T clip) {
   const T inside = value >= low ? (value <= high ? T(1) : T(0)) : T(0);
   return {T(0.5) * (plain > clipped ? plain : clipped),
           from_plain * error + (T(1) - from_plain) * inside * bounded_error, clipped > plain ? T(1) : T(0)};
+}
+
+// ValueStats, in its order.
+enum ValueStat { kValueClipfrac, kErrorMean, kExplainedVariance, kValueCount, kValueStats };
+
+// `clipped` counts clipped tokens; `error` are the moments of value - return, `target` those of the returns.
+template <class T>
+PPO_INLINE void value_stats(double clipped, const Moments& error, const Moments& target, T* stats) {
+  const double n = error.count;
+  stats[kValueClipfrac] = static_cast<T>(n > 0.0 ? clipped / n : 0.0);
+  stats[kErrorMean] = static_cast<T>(error.mean);
+  stats[kExplainedVariance] = static_cast<T>(n > 0.0 && target.m2 > 0.0 ? 1.0 - error.m2 / target.m2 : 0.0);
+  stats[kValueCount] = static_cast<T>(n);
 }
 
 }  // namespace ppo

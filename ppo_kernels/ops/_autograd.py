@@ -11,7 +11,7 @@ from ppo_kernels.backends import Op
 def refuse_double_backward(op: str) -> None:
     """Raise if a backward is itself recorded: second-order terms would be silently dropped.
 
-    While a graph is traced, grad mode says nothing of the backward; a compiled backward refuses by itself.
+    While a graph is traced, grad mode does not tell; a compiled backward refuses by itself.
     """
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
         raise RuntimeError(f"{op}: differentiating twice is not supported; call backward without create_graph=True")
@@ -30,7 +30,7 @@ class _FirstOrderOnly(torch.autograd.Function):
 
 
 def first_order_only(op: str, x: Tensor) -> Tensor:
-    """``x`` for the reference, which autograd could differentiate twice; a switch of ``impl`` changes no contract."""
+    """``x`` for the reference: autograd could differentiate it twice, but a switch of ``impl`` changes no contract."""
     return _FirstOrderOnly.apply(op, x) if x.requires_grad else x
 
 
@@ -41,7 +41,7 @@ def fused_loss(op: Op, impl: str, x: Tensor, arguments: tuple[object, ...]) -> t
 
 
 class _ScaledGradient(torch.autograd.Function):
-    """A scalar loss whose kernel already wrote d(loss * normalizer)/dx: backward only scales it, on the device."""
+    """A scalar loss. Its kernel already wrote d(loss * normalizer)/dx, which the backward scales, on the device."""
 
     @staticmethod
     def forward(ctx, op, impl, x, arguments):

@@ -1,4 +1,4 @@
-"""The checks that the public functions share. What is wrong is said with what was given and what is allowed."""
+"""The checks that the public functions share. A message says what was given and what is allowed."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def check_device(op: str, name: str, x: Tensor, device: torch.device) -> None:
 
 
 def check_choice(op: str, name: str, value: object, allowed: Sequence[str]) -> int:
-    """The position of ``value`` in ``allowed``: the code by which a kernel knows it."""
+    """The position of ``value`` in ``allowed``, which is what kernels take."""
     if value not in allowed:
         raise ValueError(f"{op}: {name} must be one of {tuple(allowed)}, got {value!r}")
     return allowed.index(value)

@@ -21,7 +21,7 @@ def _triton_kernel():
 
 
 _GAE = register("gae", fake=_fake, triton_kernel=_triton_kernel, reference=reference.gae)
-#: What a masked token does; a kernel knows each way by its position.
+#: What a masked token does; kernels take the position.
 MASKED_STEPS = ("skip", "zero", "keep")
 
 
@@ -90,23 +90,11 @@ def gae(
     impl = _GAE.choose(impl, rewards.device.type, tokens.dtype)
     if impl == "torch":
         return _GAE.reference(
-            rewards,
-            values,
-            mask,
-            gamma=gamma,
-            lam=lam,
-            masked_steps=masked_steps,
-            bootstrap_value=bootstrap_value,
+            rewards, values, mask,
+            gamma=gamma, lam=lam, masked_steps=masked_steps, bootstrap_value=bootstrap_value,
             cu_seqlens=tokens.cu_seqlens,
-        )
+        )  # fmt: skip
+    lam_number = 0.0 if lam_rows is not None else lam
     return _GAE.kernel(impl)(
-        rewards,
-        values,
-        mask,
-        lam_rows,
-        bootstrap_value,
-        tokens.cu_seqlens,
-        gamma,
-        0.0 if lam_rows is not None else lam,
-        code,
+        rewards, values, mask, lam_rows, bootstrap_value, tokens.cu_seqlens, gamma, lam_number, code
     )

@@ -35,7 +35,7 @@ def _triton_kernel():
 _GROUP_ADVANTAGES = register(
     "group_advantages", fake=like_first, triton_kernel=_triton_kernel, reference=reference.group_advantages
 )
-#: The baselines of a group; a kernel knows each by its position.
+#: The baselines that kernels compute; they take the position.
 BASELINES = ("rloo", "grpo", "dr_grpo")
 MODES = (*BASELINES, "reinforce++_baseline")
 
@@ -69,8 +69,8 @@ def group_advantages(
 
     Args:
         scores: ``[B]``, floating: one per response; with "rloo" usually after the KL penalty of the sequence.
-        group_ids: ``[B]`` int32 or int64, equal for the responses to one prompt: any numbers, in any order, as often
-            as one likes. Sorted on the device, without a synchronisation.
+        group_ids: ``[B]`` int32 or int64, equal for the responses to one prompt; any numbers, in any order. They are
+            sorted on the device, without a synchronisation.
         group_size: instead of ``group_ids``: K responses per prompt, in rows iK to iK + K - 1. Needs no sorting.
         mode: one of the above.
         eps: >= 0; None means 1e-4, added to the standard deviation ("grpo"), or 1e-8, added to the variance
@@ -132,6 +132,6 @@ def _over_groups(scores: Tensor, group_ids: Tensor | None, group_size: int, mode
         return _GROUP_ADVANTAGES.reference(scores, group_ids, mode=mode, eps=eps)
     sorted_ids = order = None
     if group_ids is not None:
-        sorted_ids, order = torch.sort(group_ids.to(torch.int64), stable=True)  # as they stand, a group's scores add up
+        sorted_ids, order = torch.sort(group_ids.to(torch.int64), stable=True)  # a group keeps the order of its scores
     code = BASELINES.index(mode)
     return _GROUP_ADVANTAGES.kernel(impl)(scores, sorted_ids, order, group_size, code, eps)

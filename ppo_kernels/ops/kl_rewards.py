@@ -104,18 +104,10 @@ def kl_rewards(
     impl = _KL_REWARDS.choose(impl, logprobs.device.type, tokens.dtype)
     if impl == "torch":
         return _KL_REWARDS.reference(
-            logprobs,
-            ref_logprobs,
-            scores,
-            mask,
-            kl_coef=kl_coef,
-            kl_estimator=kl_estimator,
-            score_clip=score_clip,
-            kl_log_clamp=kl_log_clamp,
-            kl_clamp=kl_clamp,
-            score_index=score_index,
-            cu_seqlens=tokens.cu_seqlens,
-        )
+            logprobs, ref_logprobs, scores, mask,
+            kl_coef=kl_coef, kl_estimator=kl_estimator, score_clip=score_clip, kl_log_clamp=kl_log_clamp,
+            kl_clamp=kl_clamp, score_index=score_index, cu_seqlens=tokens.cu_seqlens,
+        )  # fmt: skip
     return _KL_REWARDS.kernel(impl)(
         logprobs, ref_logprobs, scores, mask, score_index, tokens.cu_seqlens, coef_tensor, coef, code, *bounds
     )

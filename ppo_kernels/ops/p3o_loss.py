@@ -21,7 +21,7 @@ def _triton_kernel():
 _P3O_LOSS = register(
     "p3o_loss", fake=_fakes.loss(P3OStats._fields), triton_kernel=_triton_kernel, reference=reference.p3o_loss
 )
-#: The two losses of the paper; a kernel knows each by its position.
+#: The two losses of the paper; kernels take the position.
 VARIANTS = ("separate", "joint")
 
 
@@ -119,20 +119,10 @@ def p3o_loss(
     impl = _P3O_LOSS.choose(impl, logprobs.device.type, tokens.dtype)
     if impl == "torch":
         return _P3O_LOSS.reference(
-            first_order_only(op, logprobs),
-            old_logprobs,
-            ref_logprobs,
-            scores,
-            mask,
-            variant=variant,
-            group_size=group_size,
-            kl_coef=kl_coef,
-            cliprange=cliprange,
-            weight_clip=weight_clip,
-            log_ratio_clamp=log_ratio_clamp,
-            normalizer=normalizer,
-            cu_seqlens=tokens.cu_seqlens,
-        )
+            first_order_only(op, logprobs), old_logprobs, ref_logprobs, scores, mask,
+            variant=variant, group_size=group_size, kl_coef=kl_coef, cliprange=cliprange, weight_clip=weight_clip,
+            log_ratio_clamp=log_ratio_clamp, normalizer=normalizer, cu_seqlens=tokens.cu_seqlens,
+        )  # fmt: skip
     inputs = (old_logprobs, ref_logprobs, scores, mask, normalizer, tokens.cu_seqlens, coef_tensor)
     options = (code, group_size, coef, cliprange, weight_clip, log_bound)
     loss, stats = fused_loss(_P3O_LOSS, impl, logprobs, (*inputs, *options))

@@ -79,8 +79,8 @@ def policy_loss(
 
     Returns:
         ``(loss, stats)``: a 0-d tensor, float32 (float64 if an input is), and :class:`PolicyStats`.
-        Where the gradient of the loss that comes from above is inf or NaN (a loss scaled beyond its dtype), every entry
-        of the kernels' gradient says so, masked ones too: 0 times inf is NaN. ``impl="torch"`` keeps those 0.
+        If the incoming gradient of the loss is inf or NaN (a loss scaled beyond its dtype), every entry of the kernels'
+        gradient is NaN or inf, masked ones too, since 0 times inf is NaN. ``impl="torch"`` keeps those 0.
 
     Raises:
         TypeError: a dtype that is not listed. ValueError: shapes, devices, options or ``impl`` that do not fit.
@@ -126,23 +126,11 @@ def policy_loss(
     impl = _POLICY_LOSS.choose(impl, logprobs.device.type, tokens.dtype)
     if impl == "torch":
         return _POLICY_LOSS.reference(
-            first_order_only(op, logprobs),
-            old_logprobs,
-            advantages,
-            mask,
-            cliprange=(low, high),
-            dual_clip=dual_clip,
-            log_ratio_clamp=log_ratio_clamp,
-            weights=weights,
-            ref_logprobs=ref_logprobs,
-            kl_coef=kl_coef,
-            kl_estimator=kl_estimator,
-            kl_log_clamp=kl_log_clamp,
-            kl_clamp=kl_clamp,
-            row_weight=row_weight,
-            normalizer=normalizer,
-            cu_seqlens=tokens.cu_seqlens,
-        )
+            first_order_only(op, logprobs), old_logprobs, advantages, mask,
+            cliprange=(low, high), dual_clip=dual_clip, log_ratio_clamp=log_ratio_clamp, weights=weights,
+            ref_logprobs=ref_logprobs, kl_coef=kl_coef, kl_estimator=kl_estimator, kl_log_clamp=kl_log_clamp,
+            kl_clamp=kl_clamp, row_weight=row_weight, normalizer=normalizer, cu_seqlens=tokens.cu_seqlens,
+        )  # fmt: skip
     rows = (row_weight, normalizer, tokens.cu_seqlens, coef_tensor)
     options = (low, high, float("inf") if dual_clip is None else dual_clip, log_bound, coef, code, *kl_bounds)
     loss, stats = fused_loss(

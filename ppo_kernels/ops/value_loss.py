@@ -55,8 +55,8 @@ def value_loss(
 
     Returns:
         ``(loss, stats)``: a 0-d tensor, float32 (float64 if an input is), and :class:`ValueStats`.
-        Where the gradient of the loss that comes from above is inf or NaN (a loss scaled beyond its dtype), every entry
-        of the kernels' gradient says so, masked ones too: 0 times inf is NaN. ``impl="torch"`` keeps those 0.
+        If the incoming gradient of the loss is inf or NaN (a loss scaled beyond its dtype), every entry of the kernels'
+        gradient is NaN or inf, masked ones too, since 0 times inf is NaN. ``impl="torch"`` keeps those 0.
 
     Raises:
         TypeError: a dtype that is not listed. ValueError: shapes, devices, options or ``impl`` that do not fit.

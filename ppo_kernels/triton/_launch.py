@@ -1,7 +1,7 @@
-"""What the launchers share: the one place that launches, and inputs in the form that kernels take.
+"""What the launchers share: the call that launches a kernel, and inputs in the form that kernels take.
 
-The public functions have already checked their arguments with messages for people; these checks only keep a raw
-torch.ops call from reading out of bounds.
+The public functions have already checked their arguments, with messages that explain; the checks here only keep a
+direct call of a registered op from reading out of bounds.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ def launch(
     fp_fusion: bool = False,
     **constexprs: object,
 ) -> None:
-    """Run ``programs`` programs along the first grid axis, the one without the 65535 limit.
+    """Run ``programs`` programs along the first grid axis, the only one whose size may exceed 65535.
 
-    ``fp_fusion`` lets the compiler contract ``a * b + c``. It is said at every launch because Triton's default moves
-    from version to version, and off by default so that a formula gives the same bits wherever it is inlined.
+    ``fp_fusion`` lets the compiler contract ``a * b + c``. Every launch sets it, because Triton's default changes from
+    version to version. It is off by default, so that a formula gives the same bits wherever it is inlined.
     """
     if programs > 0:
         kernel[(programs,)](*args, **constexprs, num_warps=num_warps, enable_fp_fusion=fp_fusion)
@@ -70,7 +70,7 @@ def require_like(x: Tensor, tokens: Tensor) -> None:
 
 
 def mask_bytes(mask: Tensor | None, tokens: Tensor) -> Tensor | None:
-    """The mask with one byte per token, whatever its strides."""
+    """The mask as bytes."""
     if mask is None:
         return None
     require(mask.dtype in (torch.bool, torch.uint8), "masks are bytes")
@@ -79,8 +79,8 @@ def mask_bytes(mask: Tensor | None, tokens: Tensor) -> Tensor | None:
     return mask.view(torch.uint8)
 
 
-def dense(x: Tensor | None, count: int, dtype: torch.dtype, tokens: Tensor) -> Tensor | None:
-    """A [B] vector or a 0-d tensor that a kernel reads through a plain pointer."""
+def as_vector(x: Tensor | None, count: int, dtype: torch.dtype, tokens: Tensor) -> Tensor | None:
+    """A tensor of ``count`` elements, contiguous: kernels read it through a pointer alone."""
     if x is None:
         return None
     require(x.dtype == dtype and x.device == tokens.device, "an input has another dtype or device")
@@ -94,11 +94,11 @@ def row_stride(x: Tensor | None) -> int:
 
 
 def new_tokens(tokens: Tensor, rows: Rows) -> Tensor:
-    """A token tensor to write. Padded rows cover it; packed ones may leave tokens that no row claims: those are 0."""
+    """A token tensor to write. Padded rows cover it; packed ones may leave tokens without a row, which are 0."""
     make = torch.empty if rows.starts is None else torch.zeros
     return make(tokens.shape, dtype=tokens.dtype, device=tokens.device)
 
 
 def block_for(length: int, most: int, least: int) -> int:
-    """The power of two that covers ``length``, within limits: few variants, and short rows leave few lanes idle."""
+    """The least power of two that covers ``length``, within limits, so that variants and idle lanes are few."""
     return min(most, max(least, triton.next_power_of_2(length)))

@@ -1,7 +1,7 @@
-"""What policy_loss and value_loss share: flat chunks of tokens, the rows they belong to, partial sums folded in order.
+"""What the losses share: chunks of tokens, the rows that own them, and partial sums.
 
-A launch over chunks writes the gradient and, per chunk, one line of float64 sums; a second launch, of one program,
-folds the lines in a fixed order into the loss and its statistics.
+The first launch has one program per chunk, which writes the gradient and a line of partial sums in float64. The
+second launch, of one program, adds the lines in a fixed order and writes the loss and its statistics.
 """
 
 from __future__ import annotations
@@ -14,24 +14,24 @@ import triton.language as tl
 from torch import Tensor
 
 from ppo_kernels.triton import INTERPRETED
-from ppo_kernels.triton._launch import Rows, dense, launch, require
+from ppo_kernels.triton._launch import Rows, as_vector, launch, require
 
-#: Lines of sums that the one program of the fold reads at a time: with 8 warps, 16 or 32 numbers a lane.
+#: Lines that the second launch reads at a time: with 8 warps, 16 or 32 numbers a lane.
 FOLD = 512
 
 
 def chunk_for(tokens: int) -> tuple[int, int]:
-    """Tokens per program, and its warps: one, so that the sums need no barrier, unless that makes the fold long.
+    """Tokens per program, and its warps. One warp needs no barrier for its sums; more keep the number of lines small.
 
-    8 tokens a lane are two 16-byte loads of each input; 16 take up to 255 registers. In the interpreter a program
-    costs the same whatever its size.
+    8 tokens a lane are two 16-byte loads of each input; 16 would take up to 255 registers. In the interpreter a
+    program costs the same whatever its size.
     """
     return (256, 1) if tokens <= 2**18 and not INTERPRETED else (2048, 8)
 
 
 def row_arguments(rows: Rows, like: Tensor, row_weight: Tensor | None) -> tuple[object, ...]:
-    """What kernels know of rows: weights, bounds, N, T, B."""
-    row_weight = dense(row_weight, rows.batch, like.dtype, like)
+    """The arguments by which a kernel finds rows: weights, bounds, N, T, B."""
+    row_weight = as_vector(row_weight, rows.batch, like.dtype, like)
     return row_weight, rows.starts, like.numel(), rows.length, rows.batch
 
 
@@ -62,12 +62,12 @@ def new_outputs(like: Tensor, stats: int, grad: bool) -> Outputs:
 
 
 def new_parts(like: Tensor, chunk: int, columns: int) -> Tensor:
-    """One line of sums per chunk."""
+    """One line of partial sums per chunk."""
     return torch.empty(triton.cdiv(like.numel(), chunk), columns, dtype=torch.float64, device=like.device)
 
 
 def launch_fold(kernel: triton.JITFunction, parts: Tensor, normalizer: Tensor | None, out: Outputs) -> None:
-    normalizer = dense(normalizer, 1, torch.float64, out.loss)
+    normalizer = as_vector(normalizer, 1, torch.float64, out.loss)
     launch(kernel, 1, parts, normalizer, out.loss, out.stats, out.inv_normalizer, parts.size(0), FOLD=FOLD, num_warps=8)
 
 
@@ -103,7 +103,7 @@ def locate(first, N, T, bounds_ptr, B, NEEDS_ROWS: tl.constexpr, CHUNK: tl.const
 
 @triton.jit
 def load_tokens(ptr, n, row, column, stride, inside, whole, PER_ROW: tl.constexpr, FLAT: tl.constexpr):
-    """Values of a token tensor, or of a row-level one. A mask that ends anywhere would forbid 16-byte loads."""
+    """Values of a token or a row tensor. A mask would prevent 16-byte loads, so a whole chunk has none."""
     if PER_ROW:
         x = tl.load(ptr + row * stride, mask=inside, other=0)
     elif FLAT:
@@ -126,7 +126,7 @@ def store_tokens(ptr, n, x, inside, whole):
 
 @triton.jit
 def fold_sums(parts_ptr, P, q, USED: tl.constexpr, FOLD: tl.constexpr, Q: tl.constexpr):
-    """Sum and maximum of each column of the lines ``[P, Q]``, as ``[Q]``; nobody wrote the columns from USED on."""
+    """Sum and maximum of each column of the lines ``[P, Q]``, as ``[Q]``. Columns from USED on were not written."""
     sums = tl.zeros([FOLD, Q], tl.float64)
     peak = tl.zeros([FOLD, Q], tl.float64)
     for begin in range(0, P, FOLD):

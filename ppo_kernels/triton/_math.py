@@ -1,4 +1,4 @@
-"""The formulas of the Triton kernels: the twin of csrc/math, for float32 and (in the interpreter) float64."""
+"""The formulas of csrc/math in Triton, for float32 and (in the interpreter) float64."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ INF = tl.constexpr(float("inf"))
 
 @triton.jit
 def exp(x):
-    """e^x to a few units in the last place. Triton's own rounds x * log2(e) first: an error of |x| units."""
+    """e^x to a few units in the last place. Triton's exp rounds x * log2(e) first, an error of |x| units."""
     if x.dtype == tl.float64:
         return tl.exp(x)
     n = tl.floor(x * LOG2E + 0.5)
@@ -25,7 +25,7 @@ def exp(x):
 
 @triton.jit
 def expm1_minus(x, exp_x):
-    """e^x - 1 - x without cancellation: 1 % of k3 is lost at x = 1e-3 when the three terms are added in float32."""
+    """e^x - 1 - x without cancellation: adding the three terms in float32 loses 1 % of k3 at x = 1e-3."""
     TERMS: tl.constexpr = 16 if x.dtype == tl.float64 else 7
     p = x * 0.0 + 1.0
     for i in tl.static_range(TERMS - 1):
@@ -43,7 +43,7 @@ def log1p(x):
 
 @triton.jit
 def clamp(x, bound):
-    """x within +-bound. NaN stays NaN, an infinite bound does nothing."""
+    """Clamp x to +-bound. NaN stays NaN, an infinite bound does nothing."""
     bound = tl.full(x.shape, bound, x.dtype)  # tl.where would round a Python number to float32
     return tl.where(x < -bound, -bound, tl.where(x > bound, bound, x))
 
@@ -99,7 +99,7 @@ def load_valid(mask, t, inside):
 
 @triton.jit
 def last_valid(mask, length, BLOCK: tl.constexpr):
-    """A row's last valid token, -1 if it has none: a walk from the end that stops at the first block with one."""
+    """A row's last valid token, -1 if it has none. The search starts at the end and stops when it finds one."""
     if mask is None:
         return length - 1
     else:

@@ -4,8 +4,8 @@ A token maps g, what the later tokens contribute to it, to what it contributes t
 
     A_t = r_t - V_t + g,    R_t = A_t + V_t,    g' = gamma lam A_t + gamma V_t
 
-and a token that is no transition leaves g as it is. So a stretch of tokens is one affine map (a, b), for every way to
-treat masked tokens inside a row, and g is gamma * bootstrap_value after the last valid one. The maps are float64:
+and a token that is no transition leaves g as it is. A stretch of tokens is therefore one affine map (a, b), whatever
+masked_steps says, and g is gamma * bootstrap_value after the last valid token. The maps are float64:
 rounding gamma * lam to float32 alone costs 1e-5 where it is close to 1.
 """
 
@@ -18,8 +18,8 @@ from torch import Tensor
 
 from ppo_kernels.triton import INTERPRETED
 from ppo_kernels.triton._launch import (
+    as_vector,
     block_for,
-    dense,
     launch,
     mask_bytes,
     new_tokens,
@@ -88,25 +88,11 @@ def _entering(a, b, entering, LANES: tl.constexpr, DOUBLING: tl.constexpr):
 
 @triton.jit
 def _gae_rows(
-    rewards,
-    values,
-    mask,
-    lam_rows,
-    bootstrap_value,
-    starts,
-    advantages,
-    returns,
-    rewards_stride,
-    values_stride,
-    mask_stride,
-    outputs_stride,
-    length,
-    gamma: tl.float64,
-    lam: tl.float64,
-    MASKED_STEPS: tl.constexpr,
-    LANES: tl.constexpr,
-    DOUBLING: tl.constexpr,
-):
+    rewards, values, mask, lam_rows, bootstrap_value, starts, advantages, returns,
+    rewards_stride, values_stride, mask_stride, outputs_stride, length,
+    gamma: tl.float64, lam: tl.float64,
+    MASKED_STEPS: tl.constexpr, LANES: tl.constexpr, DOUBLING: tl.constexpr,
+):  # fmt: skip
     BLOCK: tl.constexpr = 4 * LANES
     row = tl.program_id(0).to(tl.int64)
     first, length = row_span(starts, length, row)
@@ -171,26 +157,11 @@ def gae(
     # rows would let the neighbours of a row change its rounding.
     lanes = block_for(rows.length, most=2048, least=128) // 4 if rows.starts is None else 256
     launch(
-        _gae_rows,
-        rows.batch,
-        rewards,
-        values,
-        mask,
-        dense(lam_rows, rows.batch, torch.float64, rewards),
-        dense(bootstrap_value, rows.batch, rewards.dtype, rewards),
-        rows.starts,
-        advantages,
-        returns,
-        row_stride(rewards),
-        row_stride(values),
-        row_stride(mask),
-        row_stride(advantages),
-        rows.length,
-        gamma,
-        lam,
-        MASKED_STEPS=masked_steps,
-        LANES=lanes,
-        DOUBLING=DOUBLING,
-        num_warps=lanes // 32,
-    )
+        _gae_rows, rows.batch,
+        rewards, values, mask, as_vector(lam_rows, rows.batch, torch.float64, rewards),
+        as_vector(bootstrap_value, rows.batch, rewards.dtype, rewards), rows.starts, advantages, returns,
+        row_stride(rewards), row_stride(values), row_stride(mask), row_stride(advantages), rows.length,
+        gamma, lam,
+        MASKED_STEPS=masked_steps, LANES=lanes, DOUBLING=DOUBLING, num_warps=lanes // 32,
+    )  # fmt: skip
     return advantages, returns

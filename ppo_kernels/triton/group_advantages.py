@@ -1,7 +1,7 @@
-"""Advantages over the responses to one prompt: a program per place in the sorted order.
+"""Advantages over the responses to one prompt: one program per place in the sorted order.
 
-The program of the place at which a group begins takes the whole group, the others end at once: nobody has to know how
-many groups there are.
+The program at the start of a group computes the whole group and the others end at once, so that the host need not know
+how many groups there are.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ppo_kernels.triton._launch import dense, launch, require
+from ppo_kernels.triton._launch import as_vector, launch, require
 
 
 @triton.jit
@@ -93,17 +93,11 @@ def group_advantages(
     total = scores.numel()
     advantages = torch.empty(total, dtype=scores.dtype, device=scores.device)
     launch(
-        _group_advantages,
-        total,
-        scores.contiguous(),
-        dense(sorted_ids, total, torch.int64, scores),
-        dense(order, total, torch.int64, scores),
-        advantages,
-        total,
-        group_size,
+        _group_advantages, total,
+        scores.contiguous(), as_vector(sorted_ids, total, torch.int64, scores),
+        as_vector(order, total, torch.int64, scores), advantages,
+        total, group_size,
         eps,
-        MODE=mode,
-        BLOCK=64,
-        num_warps=1,
-    )
+        MODE=mode, BLOCK=64, num_warps=1,
+    )  # fmt: skip
     return advantages

@@ -8,8 +8,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ppo_kernels.triton._launch import (
+    as_vector,
     block_for,
-    dense,
     launch,
     mask_bytes,
     new_tokens,
@@ -23,27 +23,11 @@ from ppo_kernels.triton._math import clamp, kl_term, last_valid, load_valid, row
 
 @triton.jit
 def _kl_rewards_rows(
-    logprobs,
-    ref_logprobs,
-    scores,
-    mask,
-    score_index,
-    starts,
-    kl_coef_tensor,
-    rewards,
-    kl,
-    logprobs_stride,
-    ref_stride,
-    mask_stride,
-    rewards_stride,
-    length,
-    kl_coef,
-    score_clip,
-    kl_log_clamp,
-    kl_clamp,
-    ESTIMATOR: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+    logprobs, ref_logprobs, scores, mask, score_index, starts, kl_coef_tensor, rewards, kl,
+    logprobs_stride, ref_stride, mask_stride, rewards_stride, length,
+    kl_coef, score_clip, kl_log_clamp, kl_clamp,
+    ESTIMATOR: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     first, length = row_span(starts, length, row)
     logprobs += first * logprobs_stride
@@ -93,31 +77,15 @@ def kl_rewards(
     rewards = new_tokens(logprobs, rows)
     kl = torch.empty(rows.batch, dtype=logprobs.dtype, device=logprobs.device)
     # Packed lengths are not known here, and a block that followed their mean would let the neighbours of a row change
-    # the order of its sum.
+    # the order of its sum. Four elements per thread are 16-byte loads.
     block = block_for(rows.length, most=1024, least=128) if rows.starts is None else 512
     launch(
-        _kl_rewards_rows,
-        rows.batch,
-        logprobs,
-        ref_logprobs,
-        dense(scores, rows.batch, logprobs.dtype, logprobs),
-        mask,
-        dense(score_index, rows.batch, torch.int64, logprobs),
-        rows.starts,
-        dense(kl_coef_tensor, 1, torch.float64, logprobs),
-        rewards,
-        kl,
-        row_stride(logprobs),
-        row_stride(ref_logprobs),
-        row_stride(mask),
-        row_stride(rewards),
-        rows.length,
-        kl_coef,
-        score_clip,
-        kl_log_clamp,
-        kl_clamp,
-        ESTIMATOR=kl_estimator,
-        BLOCK=block,
-        num_warps=block // 128,  # four elements per thread: 16-byte loads,
-    )
+        _kl_rewards_rows, rows.batch,
+        logprobs, ref_logprobs, as_vector(scores, rows.batch, logprobs.dtype, logprobs), mask,
+        as_vector(score_index, rows.batch, torch.int64, logprobs), rows.starts,
+        as_vector(kl_coef_tensor, 1, torch.float64, logprobs), rewards, kl,
+        row_stride(logprobs), row_stride(ref_logprobs), row_stride(mask), row_stride(rewards), rows.length,
+        kl_coef, score_clip, kl_log_clamp, kl_clamp,
+        ESTIMATOR=kl_estimator, BLOCK=block, num_warps=block // 128,
+    )  # fmt: skip
     return rewards, kl

@@ -1,6 +1,6 @@
 """The pairwise policy loss: sums over rows, then every row against the others of its group, then the loss.
 
-Three launches, because the second one reads what programs of the first one wrote. What is not one per token is
+These are three launches, because each reads what all programs of the one before wrote. What is not one per token is
 float64, as in csrc/math/pairwise.h, but for options given as numbers: a launch on a GPU takes them as float32.
 """
 
@@ -14,8 +14,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ppo_kernels.triton._launch import (
+    as_vector,
     block_for,
-    dense,
     launch,
     mask_bytes,
     new_tokens,
@@ -27,7 +27,7 @@ from ppo_kernels.triton._launch import (
 from ppo_kernels.triton._loss import Outputs, finish, fold_sums, launch_fold, new_outputs, pick
 from ppo_kernels.triton._math import clamp, clamp_gradient, exp, expm1_minus, load_valid, row_span
 
-# Columns of a row's line of sums: the statistics in their order, of rows and then of ordered pairs; and three more.
+# Columns of a row's line of partial sums: P3OStats in its order, of rows and then of ordered pairs; and two more.
 K1, K3, REF, RATIO, RATIO_MAX, BEYOND = (tl.constexpr(i) for i in range(6))
 WEIGHT, BOUNDED, CLIPPED, GAP, MARGIN, AGREES, PAIRS = (tl.constexpr(i) for i in range(6, 13))
 ROWS, LOSS, COLUMNS = tl.constexpr(13), tl.constexpr(14), tl.constexpr(16)
@@ -36,19 +36,10 @@ PAIRS_BLOCK, PAIRS_WARPS = 512, 4  # not by the row's length: it decides the ord
 
 @triton.jit
 def _row_sums(
-    logprobs,
-    old_logprobs,
-    ref_logprobs,
-    mask,
-    starts,
-    sums,
-    logprobs_stride,
-    old_stride,
-    ref_stride,
-    mask_stride,
-    length,
+    logprobs, old_logprobs, ref_logprobs, mask, starts, sums,
+    logprobs_stride, old_stride, ref_stride, mask_stride, length,
     BLOCK: tl.constexpr,
-):
+):  # fmt: skip
     """Per row the sums of logp - old and of logp - ref, and the number of valid tokens."""
     row = tl.program_id(0).to(tl.int64)
     first, length = row_span(starts, length, row)
@@ -82,26 +73,13 @@ def _add(line, column: tl.constexpr, live, x):
 
 @triton.jit
 def _pairs(
-    sums,
-    scores,
-    mask,
-    starts,
-    kl_coef_tensor,
+    sums, scores, mask, starts, kl_coef_tensor,
     parts,
     grad,
-    mask_stride,
-    grad_stride,
-    length,
-    group_size,
-    kl_coef,
-    low,
-    high,
-    log_weight_bound,
-    log_ratio_clamp,
-    JOINT: tl.constexpr,
-    MEMBERS: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+    mask_stride, grad_stride, length,
+    group_size, kl_coef, low, high, log_weight_bound, log_ratio_clamp,
+    JOINT: tl.constexpr, MEMBERS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     """The half of each pair that is this row's, its sums, and its gradient, one number for all of its tokens."""
     row = tl.program_id(0).to(tl.int64)
     if kl_coef_tensor is not None:
@@ -207,43 +185,21 @@ def p3o_loss(
     # Packed lengths are not known here, and a row's sum must not follow its neighbours' lengths.
     block = block_for(rows.length, most=1024, least=128) if rows.starts is None else 512
     launch(
-        _row_sums,
-        rows.batch,
-        logprobs,
-        old_logprobs,
-        ref_logprobs,
-        mask,
-        rows.starts,
-        sums,
-        *(row_stride(x) for x in (logprobs, old_logprobs, ref_logprobs, mask)),
-        rows.length,
-        BLOCK=block,
-        num_warps=block // 128,
-    )
+        _row_sums, rows.batch,
+        logprobs, old_logprobs, ref_logprobs, mask, rows.starts, sums,
+        *(row_stride(x) for x in (logprobs, old_logprobs, ref_logprobs, mask)), rows.length,
+        BLOCK=block, num_warps=block // 128,
+    )  # fmt: skip
     middle = 0.0 if variant == 1 else 1.0
     launch(
-        _pairs,
-        rows.batch,
-        sums,
-        dense(scores, rows.batch, logprobs.dtype, logprobs),
-        mask,
-        rows.starts,
-        dense(kl_coef_tensor, 1, torch.float64, logprobs),
+        _pairs, rows.batch,
+        sums, as_vector(scores, rows.batch, logprobs.dtype, logprobs), mask, rows.starts,
+        as_vector(kl_coef_tensor, 1, torch.float64, logprobs),
         parts,
         gradient if grad else None,
-        row_stride(mask),
-        row_stride(gradient),
-        rows.length,
-        group_size,
-        kl_coef,
-        middle - cliprange,
-        middle + cliprange,
-        math.log(weight_clip),
-        log_ratio_clamp,
-        JOINT=variant == 1,
-        MEMBERS=triton.next_power_of_2(group_size),
-        BLOCK=PAIRS_BLOCK,
-        num_warps=PAIRS_WARPS,
-    )
+        row_stride(mask), row_stride(gradient), rows.length, group_size,
+        kl_coef, middle - cliprange, middle + cliprange, math.log(weight_clip), log_ratio_clamp,
+        JOINT=variant == 1, MEMBERS=triton.next_power_of_2(group_size), BLOCK=PAIRS_BLOCK, num_warps=PAIRS_WARPS,
+    )  # fmt: skip
     launch_fold(_fold, parts, normalizer, out)
     return Outputs(out.loss, out.stats, gradient, out.inv_normalizer)

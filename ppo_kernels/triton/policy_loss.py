@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ppo_kernels.triton._launch import dense, launch, mask_bytes, require, require_like, row_stride, token_rows
+from ppo_kernels.triton._launch import as_vector, launch, mask_bytes, require, require_like, row_stride, token_rows
 from ppo_kernels.triton._loss import (
     chunk_for,
     finish,
@@ -28,9 +28,10 @@ from ppo_kernels.triton._math import INF, clamp, clamp_gradient, exp, expm1_minu
 
 # One binary for every size and stride.
 INTEGERS = ("N", "T", "B", *(f"{name}_stride" for name in ("logp", "old", "adv", "mask", "weights", "ref")))
-# Columns of a line of sums: those of the statistics, in their order, then the loss.
-RATIO_MEAN, RATIO_VAR, RATIO_MAX, REF_KL = tl.constexpr(3), tl.constexpr(4), tl.constexpr(5), tl.constexpr(9)
-COUNT, LOSS, COLUMNS = tl.constexpr(11), tl.constexpr(12), tl.constexpr(16)
+# Columns of a line of partial sums: the statistics in the order of PolicyStats, then the loss.
+K1, K2, K3, RATIO_MEAN, RATIO_VAR, RATIO_MAX = (tl.constexpr(i) for i in range(6))
+ABOVE, BELOW, DUAL, REF_KL, CLAMPED, COUNT = (tl.constexpr(i) for i in range(6, 12))
+LOSS, COLUMNS = tl.constexpr(12), tl.constexpr(16)
 
 
 @triton.jit
@@ -65,39 +66,13 @@ def policy_term(logp, old, adv, weight, low, high, dual_clip, log_ratio_clamp):
 
 @triton.jit(do_not_specialize=INTEGERS)
 def policy_chunks(
-    logp_ptr,
-    old_ptr,
-    adv_ptr,
-    mask_ptr,
-    weights_ptr,
-    ref_ptr,
-    kl_coef_ptr,
-    grad_ptr,
-    parts_ptr,
-    row_weight_ptr,
+    logp_ptr, old_ptr, adv_ptr, mask_ptr, weights_ptr, ref_ptr, kl_coef_ptr, grad_ptr, parts_ptr, row_weight_ptr,
     bounds_ptr,
-    N,
-    T,
-    B,
-    logp_stride,
-    old_stride,
-    adv_stride,
-    mask_stride,
-    weights_stride,
-    ref_stride,
-    low,
-    high,
-    dual_clip,
-    log_ratio_clamp,
-    kl_coef,
-    kl_log_clamp,
-    kl_clamp,
-    FLAT: tl.constexpr,
-    ADV_PER_ROW: tl.constexpr,
-    WEIGHTS_PER_ROW: tl.constexpr,
-    ESTIMATOR: tl.constexpr,
+    N, T, B, logp_stride, old_stride, adv_stride, mask_stride, weights_stride, ref_stride,
+    low, high, dual_clip, log_ratio_clamp, kl_coef, kl_log_clamp, kl_clamp,
+    FLAT: tl.constexpr, ADV_PER_ROW: tl.constexpr, WEIGHTS_PER_ROW: tl.constexpr, ESTIMATOR: tl.constexpr,
     CHUNK: tl.constexpr,
-):
+):  # fmt: skip
     NEEDS_ROWS: tl.constexpr = not FLAT or ADV_PER_ROW or WEIGHTS_PER_ROW or row_weight_ptr is not None
     chunk = tl.program_id(0).to(tl.int64)
     first = chunk * CHUNK
@@ -142,17 +117,17 @@ def policy_chunks(
     count = tl.sum(valid.to(logp.dtype), 0)
     total = tl.sum(excess, 0)
     step = tl.where(valid, excess - total / tl.where(count == 0.0, 1.0, count), 0.0)
-    tl.store(line + 0, tl.sum(-d, 0))
-    tl.store(line + 1, tl.sum(0.5 * d * d, 0))
-    tl.store(line + 2, tl.sum(k3, 0))
+    tl.store(line + K1, tl.sum(-d, 0))
+    tl.store(line + K2, tl.sum(0.5 * d * d, 0))
+    tl.store(line + K3, tl.sum(k3, 0))
     tl.store(line + RATIO_MEAN, total)
     tl.store(line + RATIO_VAR, tl.sum(step * step, 0))
     # A maximum may drop a NaN, a sum does not.
     tl.store(line + RATIO_MAX, tl.where(total == total, tl.max(tl.where(valid, ratio, 0.0), 0), total))
-    tl.store(line + 6, tl.sum(above.to(logp.dtype), 0))
-    tl.store(line + 7, tl.sum(below.to(logp.dtype), 0))
-    tl.store(line + 8, tl.sum(dual.to(logp.dtype), 0))
-    tl.store(line + 10, tl.sum(clamped.to(logp.dtype), 0))
+    tl.store(line + ABOVE, tl.sum(above.to(logp.dtype), 0))
+    tl.store(line + BELOW, tl.sum(below.to(logp.dtype), 0))
+    tl.store(line + DUAL, tl.sum(dual.to(logp.dtype), 0))
+    tl.store(line + CLAMPED, tl.sum(clamped.to(logp.dtype), 0))
     tl.store(line + COUNT, count)
     tl.store(line + LOSS, tl.sum(loss, 0))
 
@@ -204,34 +179,17 @@ def policy_loss(
     require(0 <= kl_estimator <= 3, f"unknown KL estimator {kl_estimator}")
     chunk, num_warps = chunk_for(logprobs.numel())
     parts = new_parts(logprobs, chunk, COLUMNS.value)
-    out = new_outputs(logprobs, 12, grad)
+    out = new_outputs(logprobs, COUNT.value + 1, grad)
     launch(
-        policy_chunks,
-        parts.size(0),
-        logprobs,
-        old_logprobs,
-        advantages,
-        mask,
-        weights,
-        ref_logprobs,
-        dense(kl_coef_tensor, 1, torch.float64, logprobs),
-        out.grad if grad else None,
+        policy_chunks, parts.size(0),
+        logprobs, old_logprobs, advantages, mask, weights, ref_logprobs,
+        as_vector(kl_coef_tensor, 1, torch.float64, logprobs), out.grad if grad else None,
         parts,
         *row_arguments(rows, logprobs, row_weight),
         *(row_stride(x) for x in (logprobs, old_logprobs, advantages, mask, weights, ref_logprobs)),
-        1.0 - cliprange_low,
-        1.0 + cliprange_high,
-        dual_clip,
-        log_ratio_clamp,
-        kl_coef,
-        kl_log_clamp,
-        kl_clamp,
-        FLAT=is_flat(logprobs, mask, *token_level),
-        ADV_PER_ROW=adv_per_row,
-        WEIGHTS_PER_ROW=weights_per_row,
-        ESTIMATOR=kl_estimator if ref_logprobs is not None else 0,
-        CHUNK=chunk,
-        num_warps=num_warps,
-    )
+        1.0 - cliprange_low, 1.0 + cliprange_high, dual_clip, log_ratio_clamp, kl_coef, kl_log_clamp, kl_clamp,
+        FLAT=is_flat(logprobs, mask, *token_level), ADV_PER_ROW=adv_per_row, WEIGHTS_PER_ROW=weights_per_row,
+        ESTIMATOR=kl_estimator if ref_logprobs is not None else 0, CHUNK=chunk, num_warps=num_warps,
+    )  # fmt: skip
     launch_fold(policy_fold, parts, normalizer, out)
     return out

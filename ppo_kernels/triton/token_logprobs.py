@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ppo_kernels._types import compute_dtype
 from ppo_kernels.triton import INTERPRETED
-from ppo_kernels.triton._launch import dense, launch, mask_bytes, require, require_unit_stride
+from ppo_kernels.triton._launch import as_vector, launch, mask_bytes, require, require_unit_stride
 from ppo_kernels.triton._math import INF, LN2, LOG2E, exp, expm1_minus, log1p
 
 NOT_READ = tl.constexpr(-1.0)  # log_sum of a row that is masked or ignored: no softmax has a negative one
@@ -339,9 +339,9 @@ def token_logprobs(
     h = logits.new_empty(labels.shape if entropy else 0, dtype=dtype)
     warps, shape = _shape(vocab, logits.dtype)
     row_data = (
-        dense(labels, rows, torch.int64, logits),
-        dense(mask_bytes(mask, labels), rows, torch.uint8, logits),
-        dense(temperature_rows, rows, torch.float64, logits),
+        as_vector(labels, rows, torch.int64, logits),
+        as_vector(mask_bytes(mask, labels), rows, torch.uint8, logits),
+        as_vector(temperature_rows, rows, torch.float64, logits),
     )
     outputs = (logprobs, h if entropy else None, row_max, log_sum)
     sizes = (*layout, vocab, ignore_index, temperature)
@@ -391,9 +391,9 @@ def _write_gradient(
     tiles = triton.cdiv(vocab + shape["K"] - 1, _TILE)
     h = None if grad_entropy is None else entropy
     row_data = (
-        dense(labels, rows, torch.int64, logits),
-        dense(temperature_rows, rows, torch.float64, logits),
-        *(dense(x, rows, dtype, logits) for x in (grad_logprobs, grad_entropy, logprobs, h, row_max, log_sum)),
+        as_vector(labels, rows, torch.int64, logits),
+        as_vector(temperature_rows, rows, torch.float64, logits),
+        *(as_vector(x, rows, dtype, logits) for x in (grad_logprobs, grad_entropy, logprobs, h, row_max, log_sum)),
     )
     sizes = (*layout[:2], *to_strides, inner, vocab, tiles, temperature)
     launch(_backward, rows * tiles, logits, to, *row_data, *sizes, num_warps=warps, fp_fusion=True, TILE=_TILE, **shape)

@@ -26,7 +26,7 @@ from ppo_kernels.triton._math import INF
 
 # One binary for every size and stride.
 INTEGERS = ("N", "T", "B", *(f"{name}_stride" for name in ("values", "old", "returns", "mask")))
-# Columns of a line of sums.
+# Columns of a line of partial sums; the statistics are the first four.
 CLIPPED, ERROR, ERROR_M2, COUNT = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2), tl.constexpr(3)
 TARGET, TARGET_M2, LOSS, COLUMNS = tl.constexpr(4), tl.constexpr(5), tl.constexpr(6), tl.constexpr(8)
 
@@ -48,25 +48,11 @@ def value_term(value, old, target, clip):
 
 @triton.jit(do_not_specialize=INTEGERS)
 def value_chunks(
-    values_ptr,
-    old_ptr,
-    returns_ptr,
-    mask_ptr,
-    grad_ptr,
-    parts_ptr,
-    row_weight_ptr,
-    bounds_ptr,
-    N,
-    T,
-    B,
-    values_stride,
-    old_stride,
-    returns_stride,
-    mask_stride,
+    values_ptr, old_ptr, returns_ptr, mask_ptr, grad_ptr, parts_ptr, row_weight_ptr, bounds_ptr,
+    N, T, B, values_stride, old_stride, returns_stride, mask_stride,
     clip,
-    FLAT: tl.constexpr,
-    CHUNK: tl.constexpr,
-):
+    FLAT: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
     chunk = tl.program_id(0).to(tl.int64)
     first = chunk * CHUNK
     whole = first + CHUNK <= N
@@ -135,22 +121,15 @@ def value_loss(
     mask = mask_bytes(mask, values)
     chunk, num_warps = chunk_for(values.numel())
     parts = new_parts(values, chunk, COLUMNS.value)
-    out = new_outputs(values, 4, grad)
+    out = new_outputs(values, COUNT.value + 1, grad)
     launch(
-        value_chunks,
-        parts.size(0),
-        values,
-        old_values,
-        returns,
-        mask,
-        out.grad if grad else None,
+        value_chunks, parts.size(0),
+        values, old_values, returns, mask, out.grad if grad else None,
         parts,
         *row_arguments(rows, values, row_weight),
         *(row_stride(x) for x in (values, old_values, returns, mask)),
         cliprange_value,
-        FLAT=is_flat(values, old_values, returns, mask),
-        CHUNK=chunk,
-        num_warps=num_warps,
-    )
+        FLAT=is_flat(values, old_values, returns, mask), CHUNK=chunk, num_warps=num_warps,
+    )  # fmt: skip
     launch_fold(value_fold, parts, normalizer, out)
     return out

@@ -1,4 +1,4 @@
-"""Moments and whitening: partial moments of fixed parts, folded in one fixed order by every program that needs them."""
+"""Moments and whitening: every program that needs the moments merges those of the parts, in one fixed order."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ppo_kernels.triton._launch import block_for, dense, launch, mask_bytes, require
+from ppo_kernels.triton._launch import as_vector, block_for, launch, mask_bytes, require
 from ppo_kernels.triton._math import load_valid
 
 #: Elements per step of a program, four per thread for 16-byte loads.
@@ -69,21 +69,11 @@ def _fold_moments(counts, means, m2s, parts, count, mean, m2, FOLD: tl.constexpr
 
 @triton.jit
 def _apply(
-    x,
-    mask,
-    counts,
-    means,
-    m2s,
-    y,
-    total,
-    parts,
+    x, mask, counts, means, m2s, y,
+    total, parts,
     eps: tl.float64,
-    SHIFT_MEAN: tl.constexpr,
-    UNBIASED: tl.constexpr,
-    FOLD: tl.constexpr,
-    BLOCK: tl.constexpr,
-    STEPS: tl.constexpr,
-):
+    SHIFT_MEAN: tl.constexpr, UNBIASED: tl.constexpr, FOLD: tl.constexpr, BLOCK: tl.constexpr, STEPS: tl.constexpr,
+):  # fmt: skip
     count, mean, m2 = _fold(counts, means, m2s, parts, FOLD)
     freedom = count - 1.0 if UNBIASED else count
     spread = m2 / tl.maximum(freedom, 1.0) + eps  # m2 is 0 if count <= 1
@@ -145,25 +135,16 @@ def whiten(
     given = [s for s in (count, mean, m2) if s is not None]
     require(len(given) in (0, 3), "count, mean and m2 come together")
     for s in given:
-        dense(s, 1, torch.float64, x)
+        as_vector(s, 1, torch.float64, x)
     partial = given or _partial_moments(x, mask)
     parts = partial[0].numel()
     y = torch.empty_like(x)
     launch(
-        _apply,
-        triton.cdiv(x.numel(), STEPS * BLOCK),
-        x,
-        mask,
-        *partial,
-        y,
-        x.numel(),
-        parts,
+        _apply, triton.cdiv(x.numel(), STEPS * BLOCK),
+        x, mask, *partial, y,
+        x.numel(), parts,
         eps,
-        SHIFT_MEAN=shift_mean,
-        UNBIASED=unbiased,
-        FOLD=_fold_size(parts),
-        BLOCK=BLOCK,
-        STEPS=STEPS,
+        SHIFT_MEAN=shift_mean, UNBIASED=unbiased, FOLD=_fold_size(parts), BLOCK=BLOCK, STEPS=STEPS,
         num_warps=BLOCK // 128,
-    )
+    )  # fmt: skip
     return y

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import functools
 import math
-import mmap
-import tempfile
 
 import numpy as np
 import pytest
@@ -81,15 +79,6 @@ def strided(x: torch.Tensor, pad: int = 3, offset: int = 1) -> torch.Tensor:
     wide = torch.full((x.numel() // x.shape[-1] * (x.shape[-1] + pad) + offset,), NAN, dtype=x.dtype)
     view = wide[offset:].view(*x.shape[:-1], x.shape[-1] + pad)[..., : x.shape[-1]]
     return view.copy_(x)
-
-
-def far_rows(x: torch.Tensor, stride: int = 2**28) -> torch.Tensor:
-    """The same values in rows so far apart that the last of nine begins at 2^31: a sparse file holds little of it."""
-    size = x.element_size() * (stride * (x.shape[0] - 1) + x.shape[1])
-    with tempfile.TemporaryFile() as file:
-        file.truncate(size)
-        wide = torch.frombuffer(mmap.mmap(file.fileno(), size), dtype=x.dtype)
-    return wide.as_strided(x.shape, (stride, 1)).copy_(x)
 
 
 def pack(x: torch.Tensor, lengths: list[int]) -> torch.Tensor:

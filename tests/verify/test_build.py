@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from ppo_kernels import _native
+from ppo_kernels._source_hash import source_hash
 from tests.lib.checkout import copy_sources
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -121,7 +122,7 @@ def test_importing_costs_little() -> None:
 
 
 def test_source_hash_is_cheap_and_that_of_the_build() -> None:
-    assert _native.source_hash() == _native.build_info()["source_hash"], f"rebuild with: {_native.REBUILD}"
+    assert source_hash() == _native.build_info()["source_hash"], f"rebuild with: {_native.REBUILD}"
 
 
 @pytest.mark.slow
@@ -195,7 +196,7 @@ def test_a_binary_of_other_schemas_is_refused(tmp_path: Path) -> None:
             f"this ppo_kernels expects ppo_kernels::{schema}",
             _native.REBUILD,
             SO,
-            "('torch', 'triton')",
+            "('torch'",
         ):
             assert words in done.stdout
         assert done.stderr.count("the native ops are off") == 1

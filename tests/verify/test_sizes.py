@@ -84,7 +84,7 @@ def test_gae_of_long_rows(require_impl, impl, length, masked_steps, gamma, lam):
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 @pytest.mark.parametrize("length", [*range(1, 34), 63, 64, 65, 127, 128, 129, 255, 256, 257])
 def test_padded_gae_at_short_lengths(require_impl, impl, length):
-    """The padded twin of the packed lengths above, where a row ends at the end of its memory."""
+    """The packed lengths above, padded: a row ends at the end of its memory."""
     impl = require_impl("gae", impl)
     rewards, values, mask = torch.rand(4, length), torch.randn(4, length), holey_mask(4, length)
     for masked_steps in MASKED_STEPS:

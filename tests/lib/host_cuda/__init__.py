@@ -18,10 +18,9 @@ import torch
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[2]
-INCLUDES = (ROOT / "csrc", HERE / "include")
+INCLUDES = (HERE / "include", ROOT / "csrc")  # what is in both is taken from the first
 BUILT = ROOT / "build" / "host_cuda"
-NAMESPACE = "ppo_kernels_host_cuda"
-DEFINES = ("PPO_HOST_CUDA", f"PPO_OPS={NAMESPACE}", "TORCH_TARGET_VERSION=0x020b000000000000")
+NAMESPACE = "ppo_kernels_host_cuda"  # as include/torch/csrc/stable/library.h makes it
 
 
 def _sources() -> list[Path]:
@@ -54,7 +53,7 @@ def build() -> Path:
     compiler = os.environ.get("CXX", "c++")
     extra = shlex.split(os.environ.get("HOST_CUDA_FLAGS", ""))
     torch_root = Path(torch.__file__).parent
-    flags = ["-std=c++20", "-O1", "-g", "-fPIC", "-fvisibility=hidden", *(f"-D{define}" for define in DEFINES)]
+    flags = ["-std=c++20", "-O1", "-g", "-fPIC", "-fvisibility=hidden", "-DTORCH_TARGET_VERSION=0x020b000000000000"]
     flags += [*(f"-I{folder}" for folder in INCLUDES), "-isystem", str(torch_root / "include")]
     flags += ["-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", *extra]
     BUILT.mkdir(parents=True, exist_ok=True)

@@ -11,7 +11,7 @@ enum MaskedSteps : int64_t { kSkip = 0, kZero = 1, kKeep = 2 };
 
 // What a token at or before the last valid one is: a transition or not, and whether its inputs are read.
 struct TokenRule {
-  bool live;
+  bool transition;
   bool read;
 };
 

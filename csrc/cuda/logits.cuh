@@ -1,4 +1,5 @@
-// 16-byte vectors of logits: streaming loads and stores, the values packed in their words, vectors at a row's ends.
+// Logits in memory: the rows of a [..., V] tensor and their 16-byte vectors, loaded and stored as a stream, the values
+// packed in their words, vectors at a row's ends.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -10,6 +11,26 @@
 #include "math/half.h"
 
 namespace ppo {
+
+// Rows of a [..., V] tensor; neighbouring leading dimensions are one where their strides allow it.
+constexpr int kLeadingDims = 4;
+
+struct LogitRows {
+  int64_t vocab = 0;
+  int64_t size[kLeadingDims] = {1, 1, 1, 1}, stride[kLeadingDims] = {};  // the last one runs fastest
+  int dims = 1;
+
+  PPO_INLINE int64_t offset(int64_t row) const {
+    int64_t at = 0;
+#pragma unroll
+    for (int d = kLeadingDims - 1; d > 0; --d) {  // constant indices: they keep the arrays out of local memory
+      if (d >= dims) continue;
+      at += row % size[d] * stride[d];
+      row /= size[d];
+    }
+    return at + row * stride[0];
+  }
+};
 
 constexpr int kWords = 4;
 
@@ -58,18 +79,18 @@ PPO_INLINE T element_of(uint32_t bits) {
 template <class T>
 PPO_INLINE T minus_infinity() {
   T x;
-  narrow(-std::numeric_limits<float>::infinity(), x);
+  from_float(-std::numeric_limits<float>::infinity(), x);
   return x;
 }
 
 template <class T>
-PPO_INLINE void widen_word(uint32_t word, float (&z)[kPerWord<T>]) {
-  z[0] = widen(element_of<T>(word));
-  if constexpr (kPerWord<T> == 2) z[1] = widen(element_of<T>(word >> 16));
+PPO_INLINE void word_to_floats(uint32_t word, float (&z)[kPerWord<T>]) {
+  z[0] = to_float(element_of<T>(word));
+  if constexpr (kPerWord<T> == 2) z[1] = to_float(element_of<T>(word >> 16));
 }
 
 template <class T>
-PPO_INLINE uint32_t narrow_word(const float (&z)[kPerWord<T>]) {
+PPO_INLINE uint32_t floats_to_word(const float (&z)[kPerWord<T>]) {
 #ifdef __CUDA_ARCH__
   uint32_t word;
   if constexpr (std::is_same_v<T, BFloat16>) {
@@ -81,12 +102,12 @@ PPO_INLINE uint32_t narrow_word(const float (&z)[kPerWord<T>]) {
   }
 #endif
   T x;
-  narrow(z[0], x);
+  from_float(z[0], x);
   if constexpr (kPerWord<T> == 1) {
     return element_bits(x);
   } else {
     T y;
-    narrow(z[1], y);
+    from_float(z[1], y);
     return element_bits(x) | element_bits(y) << 16;
   }
 }
@@ -105,17 +126,17 @@ PPO_INLINE uint32_t max_word(uint32_t a, uint32_t b) {
   }
 #endif
   float x[kPerWord<T>], y[kPerWord<T>];
-  widen_word<T>(a, x);
-  widen_word<T>(b, y);
+  word_to_floats<T>(a, x);
+  word_to_floats<T>(b, y);
 #pragma unroll
   for (int i = 0; i < kPerWord<T>; ++i) x[i] = fmaxf(x[i], y[i]);
-  return narrow_word<T>(x);
+  return floats_to_word<T>(x);
 }
 
 template <class T>
 PPO_INLINE float max_of_word(uint32_t word) {
   float z[kPerWord<T>];
-  widen_word<T>(word, z);
+  word_to_floats<T>(word, z);
   return kPerWord<T> == 2 ? fmaxf(z[0], z[kPerWord<T> - 1]) : z[0];
 }
 
