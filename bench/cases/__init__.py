@@ -108,6 +108,7 @@ class Case:
     contract: bool = False
     rowwise: bool = True  # what a row becomes depends on no other row
     per_token: bool = True  # there is an output for each token, which the mask clears
+    dense: bool = False  # the registered op takes contiguous tensors alone, not rows that lie apart
     packed: bool = False  # the inputs are packed sequences: ``pack`` of the padded ones
     vocabulary: bool = False  # the last dimension of the input is V
     output_dtype: torch.dtype | None = None  # else float32, and float64 where an input is that

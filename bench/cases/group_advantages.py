@@ -40,6 +40,7 @@ CASES = (
         op="group_advantages",
         contract=True,
         rowwise=False,
+        dense=True,
         per_token=False,
         inputs=lambda g, dtype, batch, length: rows(g, dtype, batch, "scores") | {"group_ids": torch.arange(batch) % 2},
         options={"mode": "grpo"},
