@@ -36,9 +36,9 @@ PARTS = {
     "factorial": f"pytest tests -n 2 --dist loadfile --tier rest -k 'not triton and not cuda' {OPS}",
     "triton": f"pytest tests -n 2 --dist loadfile --tier rest -k triton {OPS}",
     "mutants": "tests.verify.mutants.run",
-    "trainer": "pytest tests/trainer",
-    "faults": "tests.trainer.faults",
-    "learn": "pytest tests/trainer/test_learn.py -m learn",
+    "trainer": "pytest tests/verify/trainer -n 2 --dist loadfile",
+    "faults": "tests.verify.trainer.faults",
+    "learn": "pytest tests/verify/trainer/test_learn.py -m learn",
 }
 GROUPS = {"gpu_checks": ("host_cuda", "sanitize_cuda", "aot")}  # the kernels of a GPU, without one
 
