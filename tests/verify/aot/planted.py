@@ -31,12 +31,6 @@ def _broken(x, out, stride, BLOCK: tl.constexpr):
     tl.store(out + tl.arange(0, BLOCK), tl.load(x + tl.arange(0, 3)))
 
 
-def _calls():
-    yield torch.empty(4, 128), torch.empty(4, 128)
-
-
-narrow_offset = good = crowded = does_not_compile = bare = _calls
-
 ARCHITECTURES = (90,)
 LAUNCHERS = {
     "good": lambda x, out: launch(_copy_far, 4, x, out, 128, num_warps=4, BLOCK=128),
@@ -45,3 +39,7 @@ LAUNCHERS = {
     "does_not_compile": lambda x, out: launch(_broken, 4, x, out, 128, num_warps=4, BLOCK=128),
     "bare": lambda x, out: _copy_far[(4,)](x, out, 128, num_warps=2, BLOCK=128),
 }
+
+
+def all_of():
+    return {name: [(torch.empty(4, 128), torch.empty(4, 128))] for name in LAUNCHERS}
