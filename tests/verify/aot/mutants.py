@@ -1,4 +1,4 @@
-"""Launchers with the faults that the gate exists for, to see that it reports each."""
+"""Launchers with the faults that compiling ahead of time has to find: each must be reported."""
 
 import torch
 import triton
