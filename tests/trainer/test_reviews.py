@@ -1,4 +1,4 @@
-"""The reviews task: where its data comes from, and the gates of the demonstration."""
+"""The reviews task: where its data comes from, and what the demonstration has to reach."""
 
 import hashlib
 import subprocess
