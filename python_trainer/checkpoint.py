@@ -80,7 +80,8 @@ def save(
     if distributed.is_main():
         for old in _steps(folder)[: -config.save_total_limit]:
             if _number(old) != step:
-                atomic.discard(old)
+                with contextlib.suppress(OSError):  # it goes with the next save
+                    atomic.discard(old)
 
 
 def load(

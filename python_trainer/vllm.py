@@ -22,8 +22,7 @@ from vllm.v1.worker.gpu.sample.logits_processor import LogitsProcessor as Logits
 
 from . import distributed
 from .config import UserError
-from .engines import Policy
-from .generation import Generate, only_drawn, weights_of
+from .deepspeed_engine import Generate, Policy, only_drawn, weights_of
 
 # vLLM has two model runners with one interface each for logits processors; without Triton there is the first alone.
 RUNNER = os.environ.setdefault("VLLM_USE_V2_MODEL_RUNNER", str(int(HAS_TRITON)))

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from python_trainer import atomic, checkpoint
+from python_trainer import atomic
 from python_trainer.config import UserError
 from tests.lib.trainer import metric_rows
 
@@ -109,7 +109,7 @@ def hostile(folder: Path) -> str:
         manifest = json.loads(whole)
         manifest["files"][str(place.relative_to(newest(output)))] = {
             "bytes": place.stat().st_size,
-            "sha256": checkpoint._sha256(place),
+            "sha256": atomic._sha256(place),
         }
         (newest(output) / atomic.MANIFEST).write_text(json.dumps(manifest))
         ended = run(folder / "outputs", train(output, resume_from_checkpoint="latest", total_steps=2))[0]

@@ -88,14 +88,14 @@ def die() -> None:
 
 
 def at_each_step(function: Callable[[], None]) -> None:
-    plain = Trainer.step
+    plain = Trainer.train_step
 
     def step(self: Trainer) -> dict[str, float]:
         reached[0] = self.done
         function()
         return plain(self)
 
-    Trainer.step = step
+    Trainer.train_step = step
 
 
 def same(left: Path, right: Path) -> None:
