@@ -19,7 +19,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from bench.cases import DEVICE
 from bench.peers import AbsentError
-from bench.rows import Row, Setup, describe, forward, tolerance
+from bench.rows import Row, Setup, call_of, describe, tolerance
 from ppo_kernels import _native
 
 Call = Callable[[], object]
@@ -106,13 +106,16 @@ def measure(rows: list[Row], seconds: float) -> dict[Row, Outcome]:
     outcomes = {row: Outcome() for row in rows}
     copies: dict[Setup, list[Setup]] = {}
     exact: dict[Setup, list[torch.Tensor]] = {}
+    halves: dict[Row, list[Call]] = {}  # up to the outputs, without the gradient
     timed: dict[Row, Timed] = {}
     for row in rows:
         setup, outcome = row.setup, outcomes[row]
         try:
             if setup not in exact:
                 copies[setup], exact[setup] = _copies(setup), setup.exact()
-            ready = [_whole(copy, forward(copy, row.provider)) for copy in copies[setup]]
+            call = call_of(setup, row.provider)
+            halves[row] = [call(copy.inputs) for copy in copies[setup]]
+            ready = [_whole(copy, half) for copy, half in zip(copies[setup], halves[row], strict=True)]
             _check(row, ready, exact[setup], outcome)
             timed[row] = Timed(ready, row.threads)
         except AbsentError as reason:
@@ -126,7 +129,7 @@ def measure(rows: list[Row], seconds: float) -> dict[Row, Outcome]:
         outcomes[row].samples = one.samples
         outcomes[row].facts |= _speed(row, one)
         if DEVICE == "cuda":
-            outcomes[row].facts |= _parts(row, one, copies[row.setup])
+            outcomes[row].facts |= _parts(row, one, halves[row], copies[row.setup])
     for many in copies.values():
         for setup in many:
             setup.release()
@@ -166,7 +169,7 @@ def _speed(row: Row, one: Timed) -> dict[str, object]:
     }
 
 
-def _parts(row: Row, one: Timed, copies: list[Setup]) -> dict[str, float]:
+def _parts(row: Row, one: Timed, halves: list[Call], copies: list[Setup]) -> dict[str, float]:
     """On a GPU also: the call as the host sees it, on one memory within the L2 cache, and a gradient's two halves."""
 
     def median(calls: list[Call], repeats: int) -> float:
@@ -184,7 +187,6 @@ def _parts(row: Row, one: Timed, copies: list[Setup]) -> dict[str, float]:
         "l2_warm_seconds": median(one.calls[:1], len(one.calls)),
     }
     if leaf := row.setup.case.leaf:
-        halves = [forward(copy, row.provider) for copy in copies]
         graphs = [(_first(half()).sum(), copy.inputs[leaf]) for half, copy in zip(halves[:2], copies, strict=False)]
         backward = [lambda y=y, x=x: torch.autograd.grad(y, x, retain_graph=True) for y, x in graphs]
         facts |= {"forward_seconds": median(halves, len(halves)), "backward_seconds": median(backward, len(backward))}

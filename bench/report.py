@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from pathlib import Path
 from typing import Any
 
@@ -76,10 +77,13 @@ def markdown(results: Results, figures: dict[str, Path]) -> str:
 
 
 def write(results: Results, folder: Path) -> list[Path]:
-    from bench import plots
-
+    """The report; its figures where matplotlib is installed."""
     folder.mkdir(parents=True, exist_ok=True)
-    figures = plots.draw(results, folder)
+    figures = {}
+    if importlib.util.find_spec("matplotlib"):
+        from bench import plots
+
+        figures = plots.draw(results, folder)
     (folder / "report.md").write_text(markdown(results, figures))
     return [folder / "report.md", *figures.values()]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from importlib.metadata import PackageNotFoundError, version
 
 import torch
@@ -166,25 +166,25 @@ def all_of(size: str) -> list[Row]:
     return works(size) + scaling(size) + small_calls(size)
 
 
-def forward(setup: Setup, provider: str) -> Callable[[], object]:
-    """The call of a provider up to its outputs, or AbsentError."""
-    case, inputs, run = setup.case, setup.inputs, setup.case.run
+def call_of(setup: Setup, provider: str) -> Callable[[Inputs], Callable[[], object]]:
+    """From inputs to the call of a provider up to its outputs; or AbsentError."""
+    case, run = setup.case, setup.case.run
     if provider in OURS:
         _require(case.op, provider)
-        return lambda: run(provider, **inputs)
+        return lambda inputs: partial(run, provider, **inputs)
     if provider == BARE:
         _require(case.op, best(setup))
-        return lambda: case.bare(**inputs)
+        return lambda inputs: partial(case.bare, **inputs)
     if provider == REFERENCE:
-        return lambda: run("torch", **inputs)
+        return lambda inputs: partial(run, "torch", **inputs)
     if provider == EAGER:
-        return lambda: case.eager(**inputs)
+        return lambda inputs: partial(case.eager, **inputs)
     if provider == COMPILE:
         if case.time_loop:
             raise AbsentError("the loop over time would be unrolled into one graph of T steps")
-        compiled = torch.compile(lambda **tensors: run("torch", **tensors), dynamic=False)
-        return lambda: compiled(**inputs)
-    return peers.call(provider, case.work, inputs)
+        compiled = torch.compile(lambda **inputs: run("torch", **inputs), dynamic=False)
+        return lambda inputs: partial(compiled, **inputs)
+    return lambda inputs: peers.call(provider, case.work, inputs)
 
 
 def _require(op: str, impl: str) -> None:

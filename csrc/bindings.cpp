@@ -38,6 +38,5 @@ PYBIND11_MODULE(_C, m) {
   m.def("build_info", &build_info, "Compiler, flags, versions and source hash of this binary.");
   m.def("cpu_capability", &cpu_capability, "Instruction set level in use: x86-64-v4, x86-64-v3 or default.");
   m.def("avx512_loops", &ppo::avx512::here, "Whether token_logprobs runs its loops for AVX-512.");
-  m.def("call_counts", &ppo::call_counts, "Calls of each registered CPU op since load or reset.");
-  m.def("reset_call_counts", &ppo::reset_call_counts);
+  m.def("call_counts", &ppo::call_counts, "Calls of each registered CPU op since the start.");
 }

@@ -22,11 +22,6 @@ inline std::map<std::string, int64_t> call_counts() {
   return {counters.begin(), counters.end()};
 }
 
-inline void reset_call_counts() {
-  const std::lock_guard<std::mutex> lock(counters_mutex);
-  for (auto& [op, calls] : counters) calls.store(0, std::memory_order_relaxed);
-}
-
 }  // namespace ppo
 
 // First statement of a registered op: PPO_COUNT("gae"). The name is looked up once per call site.

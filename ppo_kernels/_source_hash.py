@@ -5,10 +5,11 @@ from __future__ import annotations
 import hashlib
 from pathlib import Path
 
+_ROOT = Path(__file__).resolve().parents[1]
 _SUFFIXES = (".cpp", ".cu", ".cuh", ".h", ".py")
 
 
-def source_hash(root: Path = Path(__file__).resolve().parents[1]) -> str | None:
+def source_hash(root: Path = _ROOT) -> str | None:
     """The hash that a binary built from this checkout carries; None without sources (a wheel)."""
     if not (root / "csrc").is_dir() or not (root / "CMakeLists.txt").is_file():
         return None

@@ -118,8 +118,7 @@ _traced_library = torch.library.Library("ppo_kernels_traced", "DEF")
 
 def _register_traced(name: str, schema: str, floats: tuple[int, ...], fake: Callable, kernel: Callable) -> Callable:
     """The op with its float arguments as one tensor, which takes the place of the first."""
-    head, _, rest = schema.partition("(")
-    inside, _, returns = rest.partition(") ->")
+    inside, _, returns = schema.partition("(")[2].partition(") ->")
     arguments = [x for i, x in enumerate(inside.split(", ")) if i not in floats]
     arguments.insert(floats[0], "Tensor numbers")
     _traced_library.define(f"{name}({', '.join(arguments)}) ->{returns}")
@@ -147,7 +146,7 @@ def _out_of_inference(x: Any) -> Any:
     return x.clone() if isinstance(x, torch.Tensor) and x.is_inference() else x
 
 
-def _vmap_by_calls(kernel: Callable) -> Callable:
+def _vmap_by_calls(kernel: Any) -> Callable:
     """A rule for ``torch.func.vmap``: one call per element of the batch."""
 
     def rule(info: Any, in_dims: Sequence[int | None], *args: Any) -> tuple[Any, Any]:
@@ -181,7 +180,10 @@ def register(name: str, *, fake: Callable, triton_kernel: Callable, reference: C
         kernels["triton"] = triton.register(SCHEMAS[name], fake, triton_kernel)
     if "!" not in SCHEMAS[name]:  # writes to no argument
         for kernel in set(kernels.values()):
-            torch.library.register_vmap(kernel, _vmap_by_calls(kernel))
+            torch.library.register_vmap(
+                kernel,  # type: ignore[arg-type]
+                _vmap_by_calls(kernel),
+            )
 
     arguments = SCHEMAS[name].partition("(")[2].partition(") ->")[0].split(", ")
     floats = tuple(i for i, argument in enumerate(arguments) if argument.startswith("float "))

@@ -2,11 +2,33 @@
 
 import argparse
 import errno
+import functools
+import json
 import sys
+import time
 from collections.abc import Sequence
+from pathlib import Path
 
-from .config import CONFIGS, UserError
-from .settings import COMMANDS
+from rich.console import Console
+from rich.table import Table
+
+from . import distributed, files
+from .config import CONFIGS, EvalConfig, FrontierConfig, PPOConfig, RewardConfig, RunConfig, SftConfig, UserError
+from .data import Task, encode_prompts, load_task
+from .deepspeed_engine import Policy, frozen, init_distributed
+from .evaluate import Evaluation, choose_generator, evaluate, evaluation_prompts
+from .frontier import frontier
+from .models import context_of, load_policy, load_tokenizer, stage_model
+from .ppo import Trainer
+from .rewards import load_reward_fn
+from .rollout import score_tokens
+from .settings import COMMANDS, load, save
+from .sft import reward, sft
+
+DEMO_CONFIG = "reviews_cpu.yaml"
+LEAST_GOLD_GAIN = 0.2
+MOST_KL = 12.0
+SHOWN = 6
 
 HELP = f"""{__doc__}
 
@@ -29,7 +51,7 @@ def main(arguments: Sequence[str]) -> int:
         return 0 if rest else 2
     command, *rest = rest
     try:
-        return _run(command, rest)
+        return _parsed(command, rest)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -46,18 +68,154 @@ def _underscored(argument: str) -> str:
     return "--" + name[2:].replace("-", "_") + equals + value if name.startswith("--") else argument
 
 
-def _run(command: str, rest: list[str]) -> int:
+def _parsed(command: str, rest: list[str]) -> int:
     if command not in (*COMMANDS, "demo"):
         raise UserError(f"unknown command {command!r}; choose from {', '.join(COMMANDS)}, demo")
-    from . import pipeline
-
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     parser.add_argument("--config")
     try:
         given, rest = parser.parse_known_args(rest)
     except argparse.ArgumentError as error:
         raise UserError(str(error)) from error
-    return pipeline.run(command, given.config, rest)
+    return run(command, given.config, rest)
+
+
+def run(command: str, path: str | None, overrides: Sequence[str]) -> int:
+    try:
+        run_command(command, path, overrides)
+    except distributed.Stopped as stop:
+        _say(str(stop))
+    except RuntimeError as error:
+        if (loss := distributed.loss_of_a_rank(error)) is None:
+            raise
+        raise UserError(loss) from error
+    distributed.stop()
+    return 0
+
+
+def run_command(command: str, path: str | None, overrides: Sequence[str]) -> None:
+    if command == "sft":
+        _say(_figures("sft", sft(load("sft", path, overrides, SftConfig))))
+    elif command == "reward":
+        _say(_figures("reward", reward(load("reward", path, overrides, RewardConfig))))
+    elif command == "train":
+        trainer = Trainer(load("train", path, overrides, PPOConfig))
+        _report(trainer.task, *trainer.train())
+    elif command == "eval":
+        config = load("eval", path, overrides, EvalConfig)
+        _report(load_task(config), *compare(config))
+    elif command == "frontier":
+        study = load("frontier", path, overrides, FrontierConfig)
+        _prepare(study, path)
+        _say(f"frontier: {frontier(study, lambda config: Trainer(config).train())}")
+    else:
+        demo(path or DEMO_CONFIG, overrides)
+
+
+def compare(config: EvalConfig) -> tuple[Evaluation, Evaluation]:
+    """The reference and a trained policy on the same prompts with the same noise; the figures are kept."""
+    init_distributed(config.seed, config.ddp_timeout)
+    trained = stage_model(config, "train", config.model_path)
+    if trained is None:
+        raise UserError("no policy to evaluate: give model_path, or run the train command first")
+    generator = choose_generator(config)
+    task = load_task(config)
+    heldout = task.prompts()[1]
+    evaluation_prompts(heldout, config)  # before the models load
+    tokenizer = load_tokenizer(trained)
+    source = stage_model(config, "sft", config.sft_model_path)
+    models = [frozen(load_policy(path, config, tokenizer), config) for path in (source, trained)]
+    reference, policy = (Policy(model, config.temperature, config.ops_impl) for model in models)
+    reward_fn = load_reward_fn(config, task, tokenizer) if task.verifiable or config.reward_function else None
+    prompts = encode_prompts(
+        heldout,
+        tokenizer,
+        response_length=config.response_length,
+        context=context_of(policy.module),
+    )
+    before, after = (
+        evaluate(p, reference, prompts, task, tokenizer, generator, reward_fn, config) for p in (reference, policy)
+    )
+    for result, of in ((before, reference), (after, policy)):
+        scored, by_reference = (functools.partial(score_tokens, each) for each in (of, reference))
+        result.metrics |= task.exact(scored, by_reference, config.kl_coef)
+    if distributed.is_main():
+        folder = Path(config.output_dir) / "eval"
+        save(config, folder)
+        figures = {"reference": before.metrics, "policy": after.metrics}
+        files.write(folder / "metrics.json", json.dumps(figures, indent=2) + "\n")
+    return before, after
+
+
+def _prepare(study: FrontierConfig, path: str | None) -> None:
+    """A task with texts and pairs gets its first policy and reward model, unless they are there."""
+    if study.model_config is None or load_task(study).verifiable or study.reward_function is not None:
+        return
+    names = ("task", "data_path", "model_config", "output_dir", "seed", "disable_tqdm")
+    shared = [f"--{name}={value}" for name in names if (value := getattr(study, name)) is not None]
+    for stage, given in (("sft", study.sft_model_path), ("reward", study.reward_model_path)):
+        if stage_model(study, stage, given) is None:
+            run_command(stage, path, shared)
+
+
+def demo(path: str, overrides: Sequence[str]) -> None:
+    """sft, reward and PPO on real reviews; fails unless an independent score rises."""
+    overrides = ["--overwrite_output_dir=True", *overrides]
+    shared = load("demo", path, overrides, RunConfig)  # only what all stages share can be set for all of them
+    if load_task(shared).gold([]) is None:
+        raise UserError(f"the demonstration needs a task with an independent judge; task {shared.task} has none")
+    settings = (
+        load("sft", path, overrides, SftConfig),
+        load("reward", path, overrides, RewardConfig),
+        load("train", path, overrides, PPOConfig),
+    )
+    started = time.perf_counter()
+    _say(_figures("sft", sft(settings[0])) + f"  ({time.perf_counter() - started:.0f} s so far)")
+    _say(_figures("reward", reward(settings[1])) + f"  ({time.perf_counter() - started:.0f} s so far)")
+    trainer = Trainer(settings[2])
+    before, after = trainer.train()
+    _report(trainer.task, before, after)
+    _say(f"curves: {trainer.folder / 'curves.png'}   time: {time.perf_counter() - started:.0f} s")
+    refuse_failure(before, after)
+
+
+def refuse_failure(before: Evaluation, after: Evaluation) -> None:
+    gain = after.metrics["eval/gold"] - before.metrics["eval/gold"]
+    kl = after.metrics["eval/kl"]
+    if not (gain >= LEAST_GOLD_GAIN and kl <= MOST_KL):  # NaN fails too
+        raise UserError(
+            f"the demonstration failed: the gold score rose by {gain:.3f} (at least {LEAST_GOLD_GAIN} expected), "
+            f"the KL is {kl:.1f} (at most {MOST_KL})"
+        )
+
+
+def _report(task: Task, before: Evaluation, after: Evaluation) -> None:
+    if not distributed.is_main():
+        return
+    table = Table(title=f"completions of {'held-out ' if task.holds_out else ''}prompts", show_lines=True)
+    for name in ("prompt", "before", "after"):
+        table.add_column(name)
+    for prompt, *completions in list(zip(before.prompts, before.completions, after.completions, strict=True))[:SHOWN]:
+        table.add_row(prompt, *(text if gold is None else f"{text} ({gold:+.2f})" for text, gold in completions))
+    Console().print(table, markup=False)
+    for name in sorted(after.metrics):
+        if name.endswith("_se"):
+            continue
+        error = after.metrics.get(f"{name}_se")
+        if error is None:
+            print(f"{name:22} {before.metrics[name]:8.3f} -> {after.metrics[name]:8.3f}")
+        else:
+            old = f"{before.metrics[name]:8.3f} ± {before.metrics[f'{name}_se']:.3f}"
+            print(f"{name:22} {old} -> {after.metrics[name]:8.3f} ± {error:.3f}")
+
+
+def _figures(stage: str, figures: dict[str, float]) -> str:
+    return f"{stage}: " + "  ".join(f"{name} {value:.4g}" for name, value in figures.items())
+
+
+def _say(text: str) -> None:
+    if distributed.is_main():
+        print(text, flush=True)
 
 
 if __name__ == "__main__":

@@ -1,20 +1,20 @@
 """What can be set: one dataclass per command. Field names are those TRL and transformers users know."""
 
+import importlib.util
 import json
 import math
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from transformers import CONFIG_MAPPING
 from transformers.hf_argparser import HfArg
 
-from . import reports
-
 CONFIGS = Path(__file__).parent / "configs"
+REPORTS = ("tensorboard", "wandb")
 
 
 Test = Callable[[float], bool]
@@ -82,7 +82,7 @@ class RunConfig:
     bf16: bool = HfArg(default=False, help="Train in bfloat16 with float32 optimizer state.")
     fp16: bool = HfArg(default=False, help="Train in float16 with a dynamic loss scale; CUDA only.")
     preset: Literal["ds_chat", "instruct_gpt", "trl", "p3o"] | None = HfArg(
-        default=None, help="Settings of a known recipe (presets.py); the file and the command line stand above them."
+        default=None, help="Settings of a known recipe (presets/); the file and the command line stand above them."
     )
     deepspeed: str = HfArg(default="ds_zero0.json", help="DeepSpeed configuration: a path, or a name in configs/.")
     disable_tqdm: bool = HfArg(default=False, help="No progress bar; the lines of text stay.")
@@ -93,7 +93,7 @@ class RunConfig:
             value = getattr(self, name, None)
             if value is not None and not test(value):
                 raise ValueError(f"{name} must be {allowed}, not {value}")
-        reports.wanted(getattr(self, "report_to", "none"))
+        report_packages(getattr(self, "report_to", "none"))
         if self.model_config is not None:
             architecture = _json("model_config", self.model_config)
             self.model_config = json.dumps(architecture)  # one spelling, so that two runs can be compared
@@ -216,7 +216,7 @@ class PPOConfig(SamplingConfig, OptimizerConfig):
     """The reinforcement-learning stage."""
 
     algorithm: Literal["ppo", "p3o", "rloo", "grpo", "dr_grpo", "reinforce++", "reinforce++_baseline", "online_dpo"] = (
-        HfArg(default="ppo", help="Which file of algorithms/ gives advantages and loss.")
+        HfArg(default="ppo", help="What gives advantages and loss (algorithms.py).")
     )
     num_generations: int | None = HfArg(
         default=None, help="Responses per prompt. Default: the algorithm's own (1, 2 for pairs, 4 for groups)."
@@ -308,6 +308,47 @@ class PPOConfig(SamplingConfig, OptimizerConfig):
                 f"kl_horizon {self.kl_horizon} must be above a fifth of batch_size {self.batch_size}: "
                 "kl_coef could come to 0 or below in one step"
             )
+
+
+@dataclass
+class FrontierConfig(PPOConfig):
+    """Training runs: each of algorithms at each of kl_coefs; their settings are those of train."""
+
+    algorithms: str = HfArg(
+        default="ppo,p3o,rloo,online_dpo", help="What to compare, separated by commas; online_dpo has soft labels here."
+    )
+    kl_coefs: str = HfArg(default="0.05,0.1,0.2", help="Values of kl_coef, separated by commas.")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.runs()
+
+    def runs(self) -> list[tuple[str, float]]:
+        known = get_args(PPOConfig.__dataclass_fields__["algorithm"].type)
+        names = [name.strip() for name in self.algorithms.split(",")]
+        for name in names:
+            if name not in known:
+                raise ValueError(f"algorithms: {name!r} is none of {', '.join(known)}")
+        try:
+            coefs = [float(coef) for coef in self.kl_coefs.split(",")]
+        except ValueError as error:
+            raise ValueError(f"kl_coefs must be numbers separated by commas, not {self.kl_coefs!r}") from error
+        return [(name, coef) for name in names for coef in coefs]
+
+
+def installed_reports() -> list[str]:
+    return [name for name in REPORTS if importlib.util.find_spec(name) is not None]
+
+
+def report_packages(report_to: str) -> list[str]:
+    """The packages that `report_to` names: `none`, one of them, or `all` that are installed."""
+    if report_to == "none":
+        return []
+    if report_to == "all":
+        return installed_reports()
+    if report_to not in installed_reports():
+        raise ValueError(f"report_to {report_to}: the package is not installed; pip install {report_to}")
+    return [report_to]
 
 
 def resolve(path: str) -> Path:

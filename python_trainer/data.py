@@ -1,21 +1,19 @@
 """What a task provides, tokenisation, and tasks made of JSON-lines files."""
 
+import importlib
 import json
 import math
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
 from .config import RunConfig, UserError
-from .launch import seed_of
-
-if TYPE_CHECKING:
-    from .engines import Policy
-    from .rollout import Rollout
+from .distributed import seed_of
 
 T = TypeVar("T")
 
@@ -24,6 +22,49 @@ class Pair(NamedTuple):
     chosen: str
     rejected: str
     margin: float = 0.0  # by how much the chosen text should score higher
+
+
+@dataclass
+class Rollout:
+    """B prompts of padded width P and their responses of width T."""
+
+    sequences: torch.Tensor  # [B, P + T] ids: prompt padded on the left, response on the right
+    attention_mask: torch.Tensor  # [B, P + T] bool
+    mask: torch.Tensor  # [B, T] bool: the sampled tokens, the end token among them
+
+    @classmethod
+    def of(cls, prompts: torch.Tensor, prompt_mask: torch.Tensor, responses: torch.Tensor, eos: int) -> "Rollout":
+        """Lengths come from the first end token, never from comparing with the pad id."""
+        ended = (responses == eos).cumsum(dim=1)
+        mask = (ended - (responses == eos).long()) == 0
+        sequences = torch.cat([prompts, responses], dim=1)
+        return cls(sequences, torch.cat([prompt_mask, mask], dim=1), mask)
+
+    def __len__(self) -> int:
+        return len(self.sequences)
+
+    def __getitem__(self, rows: torch.Tensor | slice) -> "Rollout":
+        return Rollout(self.sequences[rows], self.attention_mask[rows], self.mask[rows])
+
+    @property
+    def prompt_width(self) -> int:
+        return self.sequences.shape[1] - self.mask.shape[1]
+
+    @property
+    def responses(self) -> torch.Tensor:
+        return self.sequences[:, self.prompt_width :]
+
+    @property
+    def position_ids(self) -> torch.Tensor:
+        """Positions count from the first real token: a padded prompt is scored as the bare one would be."""
+        return (self.attention_mask.cumsum(dim=1) - 1).clamp(min=0)
+
+    def ended(self, eos: int) -> torch.Tensor:
+        """[B] bool: responses that came to their end token."""
+        return ((self.responses == eos) & self.mask).any(dim=1)
+
+
+Scorer = Callable[[Rollout], torch.Tensor]  # [B, T] log-probabilities of the sampled tokens; masked ones are 0
 
 
 class Task:
@@ -50,19 +91,19 @@ class Task:
         """What a reward function is told about each prompt beside its text."""
         return {}
 
-    def score(self, rollout: "Rollout") -> torch.Tensor:
+    def score(self, rollout: Rollout) -> torch.Tensor:
         """[B] the reward of a verifiable task."""
         raise NotImplementedError
 
     def gold(self, texts: Sequence[str]) -> list[float] | None:
-        """An independent judge, used in evaluation only; None where there is none."""
+        """An independent score, used in evaluation only; None where there is none."""
         return None
 
-    def exact(self, policy: "Policy", reference: "Policy", kl_coef: float) -> dict[str, float]:
+    def exact(self, policy: Scorer, reference: Scorer, kl_coef: float) -> dict[str, float]:
         """Figures known by enumeration, where the task is small enough."""
         return {}
 
-    def best(self, reference: "Policy", kl_coefs: Sequence[float]) -> list[tuple[float, float, float]]:
+    def best(self, reference: Scorer, kl_coefs: Sequence[float]) -> list[tuple[float, float, float]]:
         """(kl_coef, KL, reward) of the best policy for each weight of the penalty, where the task can enumerate it."""
         return []
 
@@ -137,14 +178,9 @@ def _number(value: Any, path: Path) -> float:
 
 
 def load_task(config: RunConfig) -> Task:
-    if config.task == "reviews":
-        from .tasks.reviews import Reviews
-
-        return Reviews(config.data_path)
-    if config.task == "exact":
-        from .tasks.exact import Exact
-
-        return Exact(config)
+    """The task of that name: a file of tasks/, or the files of `data_path`."""
+    if config.task != "files":
+        return importlib.import_module(f".tasks.{config.task}", __package__).make(config)
     if config.data_path is None:
         raise UserError("task files needs data_path, the folder of texts.jsonl, pairs.jsonl and prompts.jsonl")
     return Files(config.data_path)
@@ -174,6 +210,14 @@ def encode_texts(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, max_l
         raise UserError("the text set is empty")
     ids = [tokenizer(text, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id] for text in texts]
     return [row[:max_length] for row in ids]
+
+
+def left_pad(prompts: Sequence[Sequence[int]], pad: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Ids [B, P] and their mask, from true lengths."""
+    width = max(len(row) for row in prompts)
+    ids = torch.tensor([[*[pad] * (width - len(row)), *row] for row in prompts])
+    lengths = torch.tensor([len(row) for row in prompts])
+    return ids, torch.arange(width)[None, :] >= width - lengths[:, None]
 
 
 def pad_right(rows: Sequence[Sequence[int]], pad: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -6,48 +6,24 @@ says little, since every algorithm can buy reward with KL.
 
 import csv
 import dataclasses
-from collections.abc import Sequence
-from dataclasses import dataclass
+import functools
+import io
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import yaml
-from transformers.hf_argparser import HfArg
 
-from . import launch, metrics
-from .algorithms import ALGORITHMS, load_algorithm
+from . import distributed, files
+from .algorithms import ALGORITHMS, KlControl, load_algorithm
 from .checkpoint import FREE_TO_CHANGE
-from .config import PPOConfig, UserError
+from .config import FrontierConfig, PPOConfig, UserError
 from .data import load_task
-from .engines import Policy, frozen
-from .kl_control import KlControl
-from .models import stage_model
-from .roles import starting_point
-
-
-@dataclass
-class FrontierConfig(PPOConfig):
-    """Training runs: each of algorithms at each of kl_coefs; their settings are those of train."""
-
-    algorithms: str = HfArg(
-        default="ppo,p3o,rloo,online_dpo", help="What to compare, separated by commas; online_dpo has soft labels here."
-    )
-    kl_coefs: str = HfArg(default="0.05,0.1,0.2", help="Values of kl_coef, separated by commas.")
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.runs()
-
-    def runs(self) -> list[tuple[str, float]]:
-        names = [name.strip() for name in self.algorithms.split(",")]
-        for name in names:
-            if name not in ALGORITHMS:
-                raise ValueError(f"algorithms: {name!r} is none of {', '.join(ALGORITHMS)}")
-        try:
-            coefs = [float(coef) for coef in self.kl_coefs.split(",")]
-        except ValueError as error:
-            raise ValueError(f"kl_coefs must be numbers separated by commas, not {self.kl_coefs!r}") from error
-        return [(name, coef) for name in names for coef in coefs]
+from .deepspeed_engine import Policy, frozen, init_distributed
+from .logging import read
+from .models import stage_model, starting_point
+from .rollout import score_tokens
+from .settings import make_folder
 
 
 class Point(NamedTuple):
@@ -56,13 +32,11 @@ class Point(NamedTuple):
     step: int
     kl: float  # nats per response
     reward: float
-    gold: float | None  # an independent judge, where there is one
+    gold: float | None  # an independent score, where there is one
 
 
-def frontier(config: FrontierConfig) -> Path:
-    """Run what has not been run yet; returns the picture, beside which lies frontier.csv."""
-    from .loop import Trainer
-
+def frontier(config: FrontierConfig, train: Callable[[PPOConfig], object]) -> Path:
+    """Run with `train` what has not been run yet; returns the picture, beside which lies frontier.csv."""
     folder = Path(config.output_dir) / "frontier"
     places = {(name, coef): folder / f"{name}-{coef:g}" for name, coef in config.runs()}
     wanted = {run: _run_config(config, *run, place) for run, place in places.items()}
@@ -71,10 +45,10 @@ def frontier(config: FrontierConfig) -> Path:
     for settings in wanted.values():
         load_algorithm(settings, KlControl(settings))
     for run in missing:
-        Trainer(wanted[run]).train()
+        train(wanted[run])
     points = [point for run, place in places.items() for point in _points(place / "train", *run)]
     points += _optimum(config)
-    if launch.is_main():
+    if distributed.is_main():
         _write(folder / "frontier.csv", points)
         draw(folder / "frontier.csv", folder / "frontier.png")
     return folder / "frontier.png"
@@ -110,7 +84,7 @@ def _is_done(place: Path, wanted: PPOConfig) -> bool:
 def _points(run: Path, algorithm: str, coef: float) -> list[Point]:
     """The evaluations of a run: enumerated where the task can do that, sampled on held-out prompts elsewhere."""
     found = []
-    for row in metrics.read(run / "metrics.jsonl"):
+    for row in read(run / "metrics.jsonl"):
         if "exact/kl" in row:
             found.append(Point(algorithm, coef, row["step"], row["exact/kl"], row["exact/reward"], None))
         elif "eval/kl" in row:
@@ -120,11 +94,11 @@ def _points(run: Path, algorithm: str, coef: float) -> list[Point]:
 
 def _optimum(config: FrontierConfig) -> list[Point]:
     """The best there is at every KL, where the task knows it."""
-    launch.start(config.seed, config.ddp_timeout)
+    init_distributed(config.seed, config.ddp_timeout)
     task = load_task(config)
     policy, _ = starting_point(config, task)
     reference = Policy(frozen(policy, config), config.temperature, config.ops_impl)
-    best = task.best(reference, _spread([coef for _, coef in config.runs()]))
+    best = task.best(functools.partial(score_tokens, reference), _spread([coef for _, coef in config.runs()]))
     return [Point("optimum", coef, 0, kl, reward, None) for coef, kl, reward in best]
 
 
@@ -135,11 +109,12 @@ def _spread(coefs: Sequence[float]) -> list[float]:
 
 
 def _write(path: Path, points: Sequence[Point]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(Point._fields)
-        writer.writerows([field if not isinstance(field, float) else f"{field:.6g}" for field in p] for p in points)
+    make_folder(path.parent)
+    table = io.StringIO()
+    writer = csv.writer(table, lineterminator="\n")
+    writer.writerow(Point._fields)
+    writer.writerows([field if not isinstance(field, float) else f"{field:.6g}" for field in p] for p in points)
+    files.write(path, table.getvalue())
 
 
 def draw(table: Path, picture: Path) -> None:
@@ -173,5 +148,7 @@ def draw(table: Path, picture: Path) -> None:
         axis.set_ylabel({"reward": "mean reward", "gold": "mean gold score, which nothing was trained on"}[panel])
         axis.grid(alpha=0.3)
         axis.legend()
-    figure.savefig(picture, dpi=120)
+    content = io.BytesIO()
+    figure.savefig(content, dpi=120)
+    files.write(picture, content.getvalue())
     pyplot.close(figure)

@@ -1,7 +1,10 @@
-"""Models: loading, random weights, heads, tokenizers; any causal language model of transformers."""
+"""Actor, reference, critic and reward model: loading, value head, LoRA, moving average."""
 
+import contextlib
 import json
 import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +20,18 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from .checkpoint import MANIFEST, verify
-from .config import RunConfig, UserError
+from . import distributed, zero_state
+from .atomic import MANIFEST, verify
+from .config import OptimizerConfig, PPOConfig, RunConfig, UserError
+from .data import Task
+from .deepspeed_engine import (
+    Policy,
+    Trainable,
+    checkpoint_activations,
+    frozen,
+    gathered_params,
+    merged_weights,
+)
 
 PADDED = " (four lines in the README, under Trainer, save a model with one)"
 
@@ -36,14 +49,65 @@ class ScalarModel(torch.nn.Module):
         hidden = self.model.base_model(**inputs, use_cache=False).last_hidden_state
         return self.model.score(hidden).squeeze(-1).float()
 
+    def activation_checkpointing_enable(self, **options: Any) -> None:
+        checkpoint_activations(self.model)
+
     @classmethod
     def on(cls, policy: PreTrainedModel, *, zero_head: bool) -> "ScalarModel":
         """The policy's body under a new head; a zero head makes a critic's first guess 0 everywhere."""
         config = AutoConfig.for_model(**policy.config.to_dict() | {"num_labels": 1})
-        model = AutoModelForSequenceClassification.from_config(config)
+        model = AutoModelForSequenceClassification.from_config(config, trust_remote_code=False)
         model.base_model.load_state_dict(policy.base_model.state_dict())
         torch.nn.init.normal_(model.score.weight, std=0.0 if zero_head else (config.hidden_size + 1) ** -0.5)
         return cls(without_dropout(model))
+
+
+@dataclass
+class Models:
+    """The models of a run."""
+
+    actor: Policy
+    reference: Policy
+    critic: Trainable | None
+
+    @property
+    def trained(self) -> dict[str, Trainable]:
+        assert isinstance(self.actor.model, Trainable)
+        return {"actor": self.actor.model} | ({"critic": self.critic} if self.critic else {})
+
+
+def build_models(
+    config: PPOConfig,
+    policy: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    needs_critic: bool,
+    reward_model_path: Path | None,
+) -> Models:
+    """All models of a run; the reference is a copy of the policy before its first update."""
+    per_step = config.num_ppo_epochs * config.num_mini_batches
+    reference: Any = load_policy(stage_model(config, "sft", config.sft_model_path), config, tokenizer)
+    reference.load_state_dict(policy.state_dict())
+    reference = frozen(reference, config)  # split at once, where models are: the next one needs the host's memory
+    critic = None
+    if needs_critic:
+        rate = config.learning_rate if config.critic_learning_rate is None else config.critic_learning_rate
+        body = adapted(_critic(config, policy, reward_model_path), config, config.critic_lora_r)
+        critic = Trainable(body, config, rate, config.total_steps * per_step)
+    updates = (config.total_steps - config.critic_warmup_steps) * per_step
+    actor = Trainable(adapted(policy, config, config.lora_r), config, config.learning_rate, max(updates, 1))
+    return Models(
+        Policy(actor, config.temperature, config.ops_impl),
+        Policy(reference, config.temperature, config.ops_impl),
+        critic,
+    )
+
+
+def starting_point(config: PPOConfig, task: Task) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The policy before training, and its tokenizer."""
+    start = stage_model(config, "sft", config.sft_model_path)
+    tokenizer = checked(task.tokenizer()) if start is None else load_tokenizer(start)
+    return load_policy(start, config, tokenizer), tokenizer
 
 
 def load_policy(path: str | Path | None, config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
@@ -58,7 +122,7 @@ def load_policy(path: str | Path | None, config: RunConfig, tokenizer: PreTraine
             "pad_token_id": tokenizer.pad_token_id,
         } | json.loads(config.model_config)
         torch.manual_seed(config.seed)
-        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**architecture))
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**architecture), trust_remote_code=False)
     else:
         raise UserError("no model to start from: give a path or model_config")
     model.generation_config = GenerationConfig(pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id)
@@ -124,11 +188,103 @@ def context_of(model: PreTrainedModel) -> int:
     return getattr(model.config, "max_position_embeddings", None) or sys.maxsize
 
 
+def adapted(model: Any, config: OptimizerConfig, rank: int | None) -> Any:
+    """The model with frozen weights and trained adapters inside it; a score head stays trained. rank None: as it is."""
+    if rank is None:
+        return model
+    try:
+        from peft import LoraConfig, inject_adapter_in_model
+    except ImportError as error:
+        raise UserError("LoRA needs peft: pip install peft") from error
+    targets = config.lora_target_modules.split(",") if config.lora_target_modules else None
+    body = model.model if isinstance(model, ScalarModel) else model
+    if targets is None:
+        targets = _usual_targets(body)
+    settings = LoraConfig(r=rank, lora_alpha=config.lora_alpha, lora_dropout=0.0, target_modules=targets)
+    try:
+        inject_adapter_in_model(settings, body)
+    except ValueError as error:
+        raise UserError(f"lora_target_modules: {error}") from error
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("lora_" in name or name.endswith("score.weight"))
+    return model
+
+
+def save_model(model: torch.nn.Module | Trainable, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """In the transformers format; called on every rank."""
+    module: Any = model.module if isinstance(model, Trainable) else model
+    with gathered_params(module.parameters()):
+        if distributed.is_main():
+            body = module.model if isinstance(module, ScalarModel) else module
+            body.save_pretrained(folder, state_dict=merged_weights(body))
+            tokenizer.save_pretrained(folder)
+            for path in folder.glob("*.safetensors"):  # closed to all but their owner, unlike the others
+                path.chmod((folder / "config.json").stat().st_mode)
+
+
+class MovingAverage:
+    """In float32, of what this rank holds of each trained parameter; the others do not move."""
+
+    def __init__(self, module: torch.nn.Module, decay: float) -> None:
+        self.decay = decay
+        self.average = {name: held.detach().float().clone() for name, held in _trained_shards(module)}
+
+    @torch.no_grad()
+    def update(self, module: torch.nn.Module) -> None:
+        for name, held in _trained_shards(module):
+            self.average[name].lerp_(held.float(), 1 - self.decay)
+
+    @contextlib.contextmanager
+    def in_place_of(self, module: torch.nn.Module) -> Iterator[None]:
+        """Inside, the module has the averaged weights."""
+        own = {name: held.detach().clone() for name, held in _trained_shards(module)}
+        try:
+            self._write(module, self.average)
+            yield
+        finally:
+            self._write(module, own)
+
+    @torch.no_grad()
+    def _write(self, module: torch.nn.Module, weights: dict[str, torch.Tensor]) -> None:
+        for name, held in _trained_shards(module):
+            held.copy_(weights[name])
+
+    def slices(self, module: torch.nn.Module) -> list[zero_state.Slice]:
+        """To be saved, or filled."""
+        return [zero_state.laid_out(name, weight, self.average[name]) for name, weight in _trained(module)]
+
+
+def _critic(config: PPOConfig, policy: PreTrainedModel, reward_model_path: Path | None) -> ScalarModel:
+    if config.value_model_path is not None:
+        return load_scalar(config.value_model_path, "value_model_path")
+    if config.value_model_init == "reward":
+        assert reward_model_path is not None
+        return load_scalar(reward_model_path, "reward_model_path")
+    return ScalarModel.on(policy, zero_head=True)
+
+
 def _from_pretrained(kind: Any, path: str | Path, **extra: Any) -> Any:
     if kind is not AutoTokenizer:
         extra["dtype"] = torch.float32
     try:
-        return kind.from_pretrained(str(path), **extra)
+        return kind.from_pretrained(str(path), trust_remote_code=False, **extra)
     except (OSError, ValueError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0]
         raise UserError(f"cannot load a model from {path}: {reason}") from error
+
+
+def _usual_targets(model: Any) -> list[str]:
+    from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as KNOWN
+
+    kind = model.config.model_type
+    if kind not in KNOWN:
+        raise UserError(f"give lora_target_modules: peft knows none for {kind}")
+    return list(KNOWN[kind])
+
+
+def _trained(module: torch.nn.Module) -> list[tuple[str, Any]]:
+    return [(name, weight) for name, weight in module.named_parameters() if weight.requires_grad]
+
+
+def _trained_shards(module: torch.nn.Module) -> list[tuple[str, Any]]:
+    return [(name, distributed.local_shard(weight)) for name, weight in _trained(module)]

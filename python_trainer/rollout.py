@@ -1,66 +1,54 @@
-"""Prompts in, sampled responses out.
+"""Prompts in, sampled and scored responses out.
 
 The noise of sampling is drawn for the global batch and each rank uses its rows of it, so the responses depend
 neither on the number of ranks nor on what a resumed run has drawn before.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, fields
+from typing import Any, Protocol
 
 import torch
-from transformers import PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForCausalLM,
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    PreTrainedTokenizerBase,
+)
 
-from . import launch
-from .engines import Policy
-from .generation import Generator
+from ppo_kernels import kl_rewards, moments, token_logprobs
+
+from . import distributed
+from .data import Rollout, left_pad
+from .deepspeed_engine import Generate, Policy, only_drawn, weights_of
+
+RewardFn = Callable[[Rollout], torch.Tensor]  # [B] the score of each response
 
 
 @dataclass
-class Rollout:
-    """B prompts of padded width P and their responses of width T."""
+class Experience:
+    """Rows of the global batch, the same on every rank."""
 
-    sequences: torch.Tensor  # [B, P + T] ids: prompt padded on the left, response on the right
-    attention_mask: torch.Tensor  # [B, P + T] bool
-    mask: torch.Tensor  # [B, T] bool: the sampled tokens, the end token among them
+    sequences: torch.Tensor
+    attention_mask: torch.Tensor
+    mask: torch.Tensor
+    logprobs: torch.Tensor
+    ref_logprobs: torch.Tensor
+    values: torch.Tensor
+    raw_scores: torch.Tensor  # as a person reads them
+    scores: torch.Tensor  # scaled and clipped, as the algorithm learns from them
+    kl: torch.Tensor
+    advantages: torch.Tensor
+    returns: torch.Tensor
 
-    @classmethod
-    def of(cls, prompts: torch.Tensor, prompt_mask: torch.Tensor, responses: torch.Tensor, eos: int) -> "Rollout":
-        """Lengths come from the first end token, never from comparing with the pad id."""
-        ended = (responses == eos).cumsum(dim=1)
-        mask = (ended - (responses == eos).long()) == 0
-        sequences = torch.cat([prompts, responses], dim=1)
-        return cls(sequences, torch.cat([prompt_mask, mask], dim=1), mask)
-
-    def __len__(self) -> int:
-        return len(self.sequences)
-
-    def __getitem__(self, rows: torch.Tensor | slice) -> "Rollout":
-        return Rollout(self.sequences[rows], self.attention_mask[rows], self.mask[rows])
+    def __getitem__(self, rows: torch.Tensor) -> "Experience":
+        return Experience(*(getattr(self, field.name)[rows] for field in fields(self)))
 
     @property
-    def prompt_width(self) -> int:
-        return self.sequences.shape[1] - self.mask.shape[1]
-
-    @property
-    def responses(self) -> torch.Tensor:
-        return self.sequences[:, self.prompt_width :]
-
-    @property
-    def position_ids(self) -> torch.Tensor:
-        """Positions count from the first real token: a padded prompt is scored as the bare one would be."""
-        return (self.attention_mask.cumsum(dim=1) - 1).clamp(min=0)
-
-    def ended(self, eos: int) -> torch.Tensor:
-        """[B] bool: responses that came to their end token."""
-        return ((self.responses == eos) & self.mask).any(dim=1)
-
-
-def left_pad(prompts: Sequence[Sequence[int]], pad: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Ids [B, P] and their mask, from true lengths."""
-    width = max(len(row) for row in prompts)
-    ids = torch.tensor([[*[pad] * (width - len(row)), *row] for row in prompts])
-    lengths = torch.tensor([len(row) for row in prompts])
-    return ids, torch.arange(width)[None, :] >= width - lengths[:, None]
+    def rollout(self) -> Rollout:
+        return Rollout(self.sequences, self.attention_mask, self.mask)
 
 
 @torch.no_grad()
@@ -68,7 +56,7 @@ def sample(
     policy: Policy,
     prompts: Sequence[Sequence[int]],
     tokenizer: PreTrainedTokenizerBase,
-    generator: Generator,
+    generator: "Generator",
     *,
     response_length: int,
     seed: int,
@@ -78,7 +66,7 @@ def sample(
     noise = torch.Generator().manual_seed(seed)
     uniforms = torch.rand(len(prompts), response_length, generator=noise, dtype=torch.float64)
     mine = shard(len(prompts))
-    ids, attention, uniforms = (x[mine].to(launch.device()) for x in (ids, attention, uniforms))
+    ids, attention, uniforms = (x[mine].to(distributed.device()) for x in (ids, attention, uniforms))
     with generator.serving(policy, tokenizer) as generate:
         responses = generate(ids, attention, uniforms)
     return Rollout.of(ids, attention, responses, tokenizer.eos_token_id)
@@ -86,5 +74,204 @@ def sample(
 
 def shard(rows: int) -> slice:
     """This rank's rows of a global batch."""
-    size = rows // launch.world_size()
-    return slice(launch.rank() * size, (launch.rank() + 1) * size)
+    size = rows // distributed.world_size()
+    return slice(distributed.rank() * size, (distributed.rank() + 1) * size)
+
+
+class Generator(Protocol):
+    """Serves a policy as it is now. Log-probabilities are not its business: the trainer computes them itself."""
+
+    def serving(
+        self, policy: Policy, tokenizer: PreTrainedTokenizerBase
+    ) -> contextlib.AbstractContextManager[Generate]:
+        """Inside, the function draws responses; what lies after an end token means nothing."""
+        ...
+
+
+class HfGenerator:
+    """transformers' `generate`, `rows` prompts at a time."""
+
+    def __init__(self, rows: int) -> None:
+        self.rows = rows
+
+    @contextlib.contextmanager
+    def serving(self, policy: Policy, tokenizer: PreTrainedTokenizerBase) -> Iterator[Generate]:
+        pad, eos = tokenizer.pad_token_id, tokenizer.eos_token_id
+
+        def generate(ids: torch.Tensor, attention: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:
+            parts = zip(ids.split(self.rows), attention.split(self.rows), uniforms.split(self.rows), strict=True)
+            return torch.cat([generate_part(*part) for part in parts])
+
+        def generate_part(ids: torch.Tensor, attention: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:
+            length = uniforms.shape[1]
+            sequences = module.generate(
+                ids,
+                attention_mask=attention.long(),
+                # Not greedy: InverseCdf draws the token. do_sample=True would also apply the top-k and top-p of the
+                # model's own generation settings, which scoring does not know of.
+                generation_config=GenerationConfig(
+                    max_new_tokens=length, do_sample=False, pad_token_id=pad, eos_token_id=eos
+                ),
+                logits_processor=LogitsProcessorList([InverseCdf(uniforms, ids.shape[1], policy.temperature)]),
+            )
+            responses = sequences[:, ids.shape[1] :]
+            missing = length - responses.shape[1]  # generate stops early once every row has ended
+            return torch.nn.functional.pad(responses, (0, missing), value=pad)
+
+        with _unpartitioned(policy) as module:
+            training = module.training
+            module.eval()  # gradient checkpointing would forbid the cache
+            try:
+                yield generate
+            finally:
+                module.train(training)
+
+
+class InverseCdf(LogitsProcessor):
+    """Samples from softmax(logits / temperature) with a given uniform number per row and token.
+
+    It leaves the drawn token as the only possible one, so `generate` has nothing left to decide.
+    """
+
+    def __init__(self, uniforms: torch.Tensor, prompt_width: int, temperature: float) -> None:
+        self.uniforms = uniforms
+        self.prompt_width = prompt_width
+        self.temperature = temperature
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        step = input_ids.shape[1] - self.prompt_width
+        return only_drawn(scores, self.uniforms[:, step : step + 1], self.temperature)
+
+
+def score_tokens(policy: Policy, rollout: Rollout) -> torch.Tensor:
+    """[B, T] log-probabilities of the sampled tokens at the sampling temperature."""
+    logprobs = token_logprobs(
+        _response_logits(policy, rollout),
+        rollout.responses,
+        temperature=policy.temperature,
+        mask=rollout.mask,
+        impl=policy.impl,
+    )
+    assert isinstance(logprobs, torch.Tensor)
+    return logprobs
+
+
+def score_tokens_and_entropy(
+    policy: Policy, rollout: Rollout, *, differentiable: bool = False
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same, with the entropy of each token's distribution: as a metric, or with its gradient."""
+    logprobs, entropy = token_logprobs(
+        _response_logits(policy, rollout),
+        rollout.responses,
+        temperature=policy.temperature,
+        mask=rollout.mask,
+        entropy=True if differentiable else "detached",
+        impl=policy.impl,
+    )
+    return logprobs, entropy
+
+
+def score_values(critic: Any, rollout: Rollout) -> torch.Tensor:
+    """[B, T] the critic's value before each response token."""
+    return critic(**model_inputs(rollout))[:, rollout.prompt_width - 1 : -1]
+
+
+def score_responses(reward_model: Any, rollout: Rollout) -> torch.Tensor:
+    """[B] the reward model's number at the last token of prompt and response."""
+    scores = reward_model(**model_inputs(rollout))
+    last = rollout.prompt_width + rollout.mask.sum(dim=1, keepdim=True) - 1
+    return scores.gather(1, last).squeeze(1)
+
+
+def model_inputs(rollout: Rollout) -> dict[str, torch.Tensor]:
+    return {
+        "input_ids": rollout.sequences,
+        "attention_mask": rollout.attention_mask.long(),
+        "position_ids": rollout.position_ids,
+    }
+
+
+@torch.no_grad()
+def by_rows(function: Callable[[Rollout], torch.Tensor], rollout: Rollout, rows: int) -> torch.Tensor:
+    """`function` over a few rows at a time, for memory."""
+    return torch.cat([function(rollout[i : i + rows]) for i in range(0, len(rollout), rows)])
+
+
+def gathered(local: Experience) -> Experience:
+    """The experience of all ranks: small next to logits, and every rank can then cut the same minibatches."""
+    return Experience(*(distributed.gather_rows(getattr(local, field.name)) for field in fields(local)))
+
+
+def minibatches(rows: int, group_size: int, count: int, seed: int) -> Iterator[torch.Tensor]:
+    """Row numbers of each minibatch, in an order of the seed's; responses to one prompt stay together."""
+    order = torch.randperm(rows // group_size, generator=torch.Generator().manual_seed(seed))
+    for groups in order.chunk(count):
+        yield (groups[:, None] * group_size + torch.arange(group_size)).flatten()
+
+
+def summary(experience: Experience, eos: int, kl_coef: float, impl: str) -> dict[str, float]:
+    """What a rollout was like, over the global batch."""
+    mask, scores = experience.mask, experience.raw_scores.double()
+    log_ratio = experience.logprobs - experience.ref_logprobs
+    k3 = kl_rewards(
+        experience.logprobs,
+        experience.ref_logprobs,
+        experience.scores,
+        mask,
+        kl_estimator="k3",
+        impl=impl,
+    )[1]
+    penalty = -kl_coef * experience.kl.double().mean()
+    ended = experience.rollout.ended(eos).double()
+    figures = {
+        "objective/kl": (log_ratio.double() * mask).sum(dim=1).mean(),
+        "objective/kl_k3": k3.double().mean(),
+        "objective/entropy": -(experience.logprobs.double() * mask).sum(dim=1).mean(),
+        "objective/scores": scores.mean(),
+        "objective/scores_std": scores.std(),
+        "objective/non_score_reward": penalty,
+        "objective/rlhf_reward": scores.mean() + penalty,
+        "val/response_length": mask.sum(dim=1).double().mean(),
+        "val/num_eos_tokens": ended.sum(),
+        "val/eos_rate": ended.mean(),
+    }
+    if experience.returns.any():  # there is a critic
+        error = moments(experience.returns - experience.values, mask, impl=impl)[2]
+        spread = moments(experience.returns, mask, impl=impl)[2]
+        figures["val/explained_variance"] = 1 - error / spread.clamp(min=1e-12)
+    return {name: figure.item() for name, figure in figures.items()}
+
+
+def _response_logits(policy: Policy, rollout: Rollout) -> torch.Tensor:
+    """Row t predicts response token t: the last prompt position is in, the last response position out."""
+    width = rollout.mask.shape[1]
+    logits = policy.model(**model_inputs(rollout), use_cache=False, logits_to_keep=width + 1).logits
+    return logits[:, :-1]
+
+
+@contextlib.contextmanager
+def _unpartitioned(policy: Policy) -> Iterator[Any]:
+    """At ZeRO stage 3 a plain copy with the weights of now: else every token would gather every layer.
+
+    The weights are gathered one by one and let go at the end: updates need their room.
+    """
+    module: Any = policy.module
+    if not any(hasattr(parameter, "ds_id") for parameter in module.parameters()):
+        yield module
+        return
+    if policy.copy is None:
+        with distributed.device():
+            policy.copy = AutoModelForCausalLM.from_config(
+                module.config, dtype=module.dtype, trust_remote_code=False
+            ).requires_grad_(False)
+        policy.copy.generation_config = module.generation_config
+        for mine, its in zip(policy.copy.buffers(), module.buffers(), strict=True):
+            mine.data = its
+    try:
+        copies = dict(policy.copy.named_parameters())
+        for name, weight in weights_of(module):
+            copies[name].data = weight.to(copies[name].dtype, copy=True)
+        yield policy.copy
+    finally:
+        for parameter in policy.copy.parameters():
+            parameter.data = parameter.data.new_empty(0)

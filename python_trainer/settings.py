@@ -7,6 +7,7 @@ other key holds for all of them.
 import dataclasses
 import difflib
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
@@ -14,9 +15,10 @@ from typing import Any, NoReturn, TypeVar
 import yaml
 from transformers import HfArgumentParser
 
-from .config import EvalConfig, PPOConfig, RewardConfig, RunConfig, SftConfig, UserError, resolve
-from .frontier import FrontierConfig
-from .presets import PRESETS
+from . import files
+from .config import EvalConfig, FrontierConfig, PPOConfig, RewardConfig, RunConfig, SftConfig, UserError, resolve
+
+PRESETS = Path(__file__).parent / "presets"
 
 COMMANDS: dict[str, type[RunConfig]] = {
     "sft": SftConfig,
@@ -56,7 +58,7 @@ def load(command: str, path: str | None, overrides: Sequence[str], kind: type[C]
     _refuse_unknown([*own, *(a[2:].split("=")[0] for a in overrides if a.startswith("--"))], known | {"help"}, path)
     config = _parse(command, kind, from_file | own, overrides)
     if config.preset is not None:
-        from_file = PRESETS[config.preset].get("train" if command == "frontier" else command, {}) | from_file
+        from_file = load_preset(config.preset).get("train" if command == "frontier" else command, {}) | from_file
         config = _parse(command, kind, from_file | own, overrides)
     trained = Path(config.output_dir) / "train" / "config.yaml"
     if command != "eval" or not trained.is_file():
@@ -71,8 +73,23 @@ def load(command: str, path: str | None, overrides: Sequence[str], kind: type[C]
 
 def save(config: RunConfig, folder: Path) -> None:
     """Write the settings beside the results they gave."""
+    make_folder(folder)
+    files.write(folder / "config.yaml", yaml.safe_dump(dataclasses.asdict(config), sort_keys=False))
+
+
+def make_folder(folder: Path) -> None:
+    """A folder to write results in, which is no link."""
+    if os.path.lexists(folder) and not files.is_folder(folder):
+        raise UserError(
+            f"{folder} is {files.kind(folder)}, through which nothing is written: set output_dir to where the results "
+            "should go, or move it away"
+        )
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.yaml").write_text(yaml.safe_dump(dataclasses.asdict(config), sort_keys=False))
+
+
+def load_preset(name: str) -> dict[str, dict[str, Any]]:
+    """The settings of a known recipe, by command."""
+    return yaml.safe_load((PRESETS / f"{name}.yaml").read_text())
 
 
 def _parse(command: str, kind: type[C], settings: dict[str, Any], overrides: Sequence[str]) -> C:

@@ -40,16 +40,55 @@ def test_the_portable_loops_pass_the_same_tests():
     assert " passed" in done.stdout
 
 
+def results_of_both_passes(path):
+    """Saves what the loops make of logits of every vocabulary and dtype."""
+    torch.set_num_threads(1)
+    ops, found = torch.ops.ppo_kernels, {}
+    for dtype in DTYPES:
+        for vocab in VOCABULARIES:
+            g = torch.Generator().manual_seed(vocab)
+            logits, labels = (torch.randn(8, vocab, generator=g) * 4).to(dtype), torch.randint(vocab, (8,), generator=g)
+            grads = torch.randn(2, 8, generator=g)
+            *sums, row_max, log_sum = ops.token_logprobs(logits, labels, None, None, 0.7, -100, True)
+            # The backward of both is given the same row statistics, so that its loop alone can differ.
+            exact = [x.float() for x in ops.token_logprobs(logits.double(), labels, None, None, 0.7, -100, True)]
+            gradients = [
+                ops.token_logprobs_backward(logits, labels, None, grads[0], grad_entropy, *exact, 0.7)
+                for grad_entropy in (None, grads[1])
+            ]
+            found[dtype, vocab] = [*sums, log_sum], [row_max, *gradients]
+    torch.save(found, path)
+
+
+@pytest.mark.skipif(not _native.avx512_loops(), reason="this CPU has no AVX-512")
+def test_the_portable_loops_agree(tmp_path):
+    run = "import sys; from tests import test_avx512; test_avx512.results_of_both_passes(sys.argv[1])"
+    found = []
+    for wish in ("1", "0"):
+        path = tmp_path / f"{wish}.pt"
+        env = os.environ | {"PPO_KERNELS_AVX512": wish}
+        subprocess.run([sys.executable, "-c", run, str(path)], cwd=Path(__file__).parents[1], env=env, check=True)
+        found.append(torch.load(path, weights_only=True))
+    for case, (sums, exact) in found[0].items():
+        portable_sums, portable_exact = found[1][case]
+        assert bit_equal(tuple(exact), tuple(portable_exact)), case
+        for ours, portable in zip(sums, portable_sums, strict=True):
+            torch.testing.assert_close(
+                ours, portable, rtol=4e-7, atol=4e-7, msg=lambda text, case=case: f"{case}: {text}"
+            )
+
+
 def whole_blocks_between_guard_pages(front):
     torch.set_num_threads(1)
-    ops, upstream = torch.ops.ppo_kernels, torch.ones(3)
+    ops, grad_output = torch.ops.ppo_kernels, torch.ones(3)
 
     def results(logits, labels):
         out = ops.token_logprobs(logits, labels, None, None, 1.0, -100, True)
         gradients = [
-            ops.token_logprobs_backward(logits, labels, None, upstream, more, *out, 1.0) for more in (None, upstream)
+            ops.token_logprobs_backward(logits, labels, None, grad_output, more, *out, 1.0)
+            for more in (None, grad_output)
         ]
-        ops.token_logprobs_backward_(logits, labels, None, upstream, None, *out, 1.0)
+        ops.token_logprobs_backward_(logits, labels, None, grad_output, None, *out, 1.0)
         return (*out, *gradients, logits)
 
     for dtype in DTYPES:
@@ -68,12 +107,12 @@ def test_whole_blocks_stay_within_guard_pages(front):
 
 @pytest.mark.parametrize("bits", [0x7FFFFFFF, 0x7F800001, -1], ids=lambda bits: f"cpu-{bits:x}")
 @pytest.mark.parametrize("which", [0, 1], ids=["logp", "entropy"])
-def test_every_upstream_nan_stays_one(require_impl, bits, which):
+def test_every_nan_gradient_of_the_output_stays_one(require_impl, bits, which):
     """Also those whose low bits would carry into the sign when they are rounded to bfloat16."""
     impl = require_impl("token_logprobs", "cpu")
-    upstream = torch.tensor([0, bits], dtype=torch.int32).view(torch.float32)
+    grad_output = torch.tensor([0, bits], dtype=torch.int32).view(torch.float32)
     logits = torch.randn(2, 500, dtype=torch.bfloat16, requires_grad=True)
     out = token_logprobs(logits, torch.tensor([1, 2]), entropy=True, impl=impl)
-    (grad,) = torch.autograd.grad(out[which], logits, upstream)
+    (grad,) = torch.autograd.grad(out[which], logits, grad_output)
     assert grad[1].isnan().all()
     assert not grad[0].any()

@@ -88,6 +88,10 @@ ROLLOUT = {"quick": [(256, 8192)], "small": [(64, 2048)], "full": [(256, 8192)],
 MINIBATCH = {"quick": [(512, 2048)], "small": [(64, 2048)], "full": [(512, 2048)], "gpu": GPU, "tiny": TINY}
 
 
+#: Short and long rows, of sizes that 16 divides and that it does not.
+REACH = tuple((torch.float32, shape, {}) for shape in ((4, 64), (3, 7), (2, 8192), (5, 3001)))
+
+
 @dataclass(frozen=True, kw_only=True)
 class Case:
     """One op, or a chain of ops, with one choice of inputs and options."""
@@ -104,11 +108,13 @@ class Case:
     contract: bool = False
     rowwise: bool = True  # what a row becomes depends on no other row
     per_token: bool = True  # there is an output for each token, which the mask clears
+    dense: bool = False  # the registered op takes contiguous tensors alone, not rows that lie apart
     packed: bool = False  # the inputs are packed sequences: ``pack`` of the padded ones
     vocabulary: bool = False  # the last dimension of the input is V
     output_dtype: torch.dtype | None = None  # else float32, and float64 where an input is that
     differentiable_outputs: int = 1
     gradcheck: bool = True  # the gradient is that of the loss: nothing in it is constant by definition
+    reach: tuple[tuple[torch.dtype, Shape, Mapping], ...] = REACH  # dtype, shape, options: what reaches every kernel
     per_row: tuple[str, ...] = ()  # inputs that may have one number per row in place of one per token
     choices: Mapping[str, tuple] = field(default_factory=dict)  # options that choose another kernel, and their values
     bare_options: Mapping[str, object] = field(default_factory=dict)  # of the call without optional inputs

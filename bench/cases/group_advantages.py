@@ -6,6 +6,8 @@ import torch
 
 from bench.cases import Case, Data, normal, rows
 
+MODES = ("rloo", "reinforce++_baseline", "grpo")
+
 
 def eager(scores, group_ids):
     """A loop over prompts, as most trainers have it."""
@@ -38,10 +40,12 @@ CASES = (
         op="group_advantages",
         contract=True,
         rowwise=False,
+        dense=True,
         per_token=False,
         inputs=lambda g, dtype, batch, length: rows(g, dtype, batch, "scores") | {"group_ids": torch.arange(batch) % 2},
         options={"mode": "grpo"},
-        choices={"mode": ("rloo", "reinforce++_baseline", "grpo")},
+        reach=tuple((torch.float32, (count, 1), {"mode": mode}) for count in (64, 37) for mode in MODES),
+        choices={"mode": MODES},
         bare_options={"group_size": 1},
     ),
     Case(

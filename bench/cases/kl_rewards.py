@@ -85,7 +85,7 @@ CONTRACT = Case(
     contract=True,
     inputs=contract_inputs,
     options={"kl_estimator": "k3", "kl_log_clamp": 20.0, "kl_clamp": 10.0},
-    choices={"kl_estimator": ESTIMATORS},
+    choices={"kl_estimator": ESTIMATORS, "kl_coef": (torch.tensor(0.1), 0.1)},
     bare_options={"score_clip": None, "kl_log_clamp": None, "kl_clamp": None},
 )
 CASES = (

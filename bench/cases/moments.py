@@ -11,6 +11,7 @@ CASES = (
         op="moments",
         contract=True,
         rowwise=False,
+        dense=True,
         per_token=False,
         output_dtype=torch.float64,
         inputs=lambda *args: tokens(*args, "x"),

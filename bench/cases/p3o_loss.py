@@ -8,6 +8,9 @@ import torch
 
 from bench.cases import GPU, MINIBATCH, Case, Data, normal, packed, right_padded, rows, tokens, uniform
 
+# [B, T] and the size of a group: every number of members that a program takes.
+GROUPS = (((4, 64), 4), ((6, 7), 3), ((2, 8192), 2), ((6, 3001), 6), ((64, 512), 16), ((64, 512), 64))
+
 
 def eager(logprobs, old_logprobs, ref_logprobs, scores, mask, group_size):
     """Joint clipping, all pairs of each group."""
@@ -66,6 +69,7 @@ JOINT = Case(
     inputs=contract_inputs,
     options={"variant": "joint", "cliprange": 2.0},
     leaf="logprobs",
+    reach=tuple((torch.float32, shape, {"group_size": size}) for shape, size in GROUPS),
     gradcheck=False,  # q and the weights are constants of the loss
     bare_options={"log_ratio_clamp": None},
 )

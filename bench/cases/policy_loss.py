@@ -103,7 +103,7 @@ CONTRACT = Case(
     options={"cliprange": (0.2, 0.3), "dual_clip": 3.0, "kl_coef": 0.1, "kl_estimator": "k3"},
     leaf="logprobs",
     per_row=("advantages", "weights"),
-    choices={"kl_estimator": ESTIMATORS},
+    choices={"kl_estimator": ESTIMATORS, "kl_coef": (torch.tensor(0.1), 0.1)},
     bare_options={"kl_coef": 0.0},
 )
 CASES = (

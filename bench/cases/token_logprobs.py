@@ -10,6 +10,11 @@ from tests.lib import oracle
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 SIZES = {"quick": (256, 151936), "small": (64, 32000), "full": (1024, 151936)}
 SIZES_BACKWARD = SIZES | {"full": (256, 151936)}
+# Every block size, with rows that begin at 16-byte boundaries and with rows that do not.
+VOCABULARIES = (
+    *((BF16, vocab) for vocab in (300, 5000, 32000, 50257, 151936)),
+    *((FP16, 151935), (FP32, 32001), (FP32, 128256)),
+)
 GPU = [(8192, 128256), (8192, 151936), (8192, 151935)]
 
 
@@ -30,8 +35,8 @@ def inputs(g, dtype, rows, vocab):
     return {"logits": logits, "labels": torch.randint(vocab, (rows,), generator=g, device=g.device)}
 
 
-def contract_inputs(g, dtype, batch, length):
-    vocab = 40 + length
+def contract_inputs(g, dtype, batch, length, vocab=None):
+    vocab = vocab or 40 + length
     logits = (normal(g, batch, length, vocab) * 3).to(dtype)
     labels = torch.randint(0, vocab, (batch, length), generator=g)
     return {"logits": logits, "labels": labels, "mask": with_holes(batch, length), "temperature": torch.tensor(0.8)}
@@ -46,6 +51,7 @@ def contract(variant, **more):
         inputs=contract_inputs,
         options={"entropy": {"": False, "entropy": True, "detached": "detached"}[variant]},
         leaf="logits",
+        reach=tuple((dtype, (2, 3, vocab), {}) for dtype, vocab in VOCABULARIES),
         choices={"inplace_backward": (False, True)},
         **more,
     )
@@ -97,9 +103,10 @@ def accuracy(g):
 
 
 def accurate_eager(logits, labels):
-    """float32 whatever the logits are."""
+    """float32 whatever the logits are, each result by a function of its own."""
     log_p = torch.log_softmax(logits.float(), -1)
-    return log_p.gather(-1, labels[..., None])[..., 0], -(log_p.exp() * log_p).sum(-1)
+    again = torch.log_softmax(logits.float(), -1)
+    return log_p.gather(-1, labels[..., None])[..., 0], -(again.exp() * again).sum(-1)
 
 
 def truth(logits, labels, **options):

@@ -37,6 +37,7 @@ CASES = (
         op="whiten",
         contract=True,
         rowwise=False,
+        dense=True,
         inputs=lambda *args: tokens(*args, "x"),
         bare_options={"shift_mean": False, "unbiased": False},
         in_a_group=in_a_group,

@@ -1,6 +1,7 @@
 // The loops over logits of a row in AVX-512 intrinsics. gcc 12 vectorises the portable ones too, but clamps through
-// masks where one maximum does, and has no instruction for float16: these take 13 to 63 % less time
-// (bench/NOTES.md), by the same formulas.
+// masks where one maximum does, and has no instruction for float16: these take 13 to 63 % less time, by the same
+// formulas. The rows of bench/bench_token_logprobs.py on the CPU pay for them (bench/NOTES.md has both times), and
+// tests/test_avx512.py binds them to the portable loops: maxima and gradients by every bit, sums by 4e-7.
 #pragma once
 
 #include <algorithm>

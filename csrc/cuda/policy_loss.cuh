@@ -119,7 +119,7 @@ __global__ void __launch_bounds__(kLossThreads, 2) policy_loss_kernel(PolicyInpu
   }
   const double m2 = block_sums<1, kLossThreads>(squares)[0];
   const unsigned blocks = gridDim.x;
-  const auto partial = [&](int i) { return partials_of(out, i, blocks) + blockIdx.x; };
+  const auto partial = [&](int i) { return out.partials + blockIdx.x + i * static_cast<int64_t>(blocks); };
   if (threadIdx.x <= kBlockCount) *partial(threadIdx.x) = mine;
   if (threadIdx.x == 0) {
     *partial(kPartialExcessMean) = mean;

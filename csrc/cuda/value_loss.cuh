@@ -78,7 +78,7 @@ static __global__ void __launch_bounds__(kLossThreads) value_loss_kernel(ValueIn
   const unsigned blocks = gridDim.x;
   if (threadIdx.x == 0) {
     const double part[kValuePartials] = {loss, clipped, count, error_mean, m2[0], target_mean, m2[1]};
-    for (int i = 0; i < kValuePartials; ++i) partials_of(out, i, blocks)[blockIdx.x] = part[i];
+    for (int i = 0; i < kValuePartials; ++i) out.partials[i * static_cast<int64_t>(blocks) + blockIdx.x] = part[i];
   }
   if (!is_last_block(out.ticket, blocks)) return;
 

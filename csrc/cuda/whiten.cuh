@@ -106,9 +106,10 @@ struct WhitenMap {
 };
 
 __device__ inline WhitenMap whiten_map(const Moments& m, const WhitenOptions& o) {
+  const double scale = whiten_scale(m, o.unbiased, o.eps);
   const auto mean = static_cast<float>(m.mean);
-  return {mean, static_cast<float>(m.mean - static_cast<double>(mean)),
-          static_cast<float>(whiten_scale(m, o.unbiased, o.eps)), o.shift_mean ? 0.0f : mean};
+  return {mean, static_cast<float>(m.mean - static_cast<double>(mean)), static_cast<float>(scale),
+          o.shift_mean ? 0.0f : mean};
 }
 
 static __global__ void __launch_bounds__(kWhitenThreads)

@@ -37,7 +37,7 @@ class MeanOver {
 // The larger of two numbers, NaN if one of them is.
 template <class T>
 PPO_INLINE T max_or_nan(T a, T b) {
-  return a != a ? a : (b != b || b > a ? b : a);
+  return !(b <= a) && a == a ? b : a;
 }
 
 }  // namespace ppo

@@ -44,6 +44,20 @@ PPO_INLINE SoftmaxPart merge(const SoftmaxPart& a, const SoftmaxPart& b, double 
   return {max, x.sum + y.sum, x.weighted + y.weighted};
 }
 
+// 2^(z scale - offset) is what float32 sums add up: for a maximum m close to 2^((z - m) c), 1 at m itself.
+struct SoftmaxBase {
+  float max, scale, offset;
+
+  PPO_INLINE SoftmaxBase(float m, float c) : max(m), scale(c), offset(m * c) {
+    if (std::fabs(offset) < 0x1p30f) return;
+    // Here neighbouring floats are 64 apart once they are multiplied by c, so that only logits equal to the maximum
+    // count, and a power of two in place of c keeps their exponent exactly 0 and all of this finite.
+    const uint32_t exponent = bits_as<uint32_t>(m) >> 23 & 0xffu;
+    scale = bits_as<float>((exponent < 60 ? 254 : 314 - exponent) << 23);
+    offset = m * scale;
+  }
+};
+
 struct SoftmaxRow {
   double logp;
   double entropy;

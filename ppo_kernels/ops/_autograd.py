@@ -121,8 +121,8 @@ def traced_input(op: str, x: Tensor, *, vmap: bool) -> Tensor:
 def fused_loss(op: Op, impl: str, x: Tensor, arguments: tuple[object, ...]) -> tuple[Tensor, tuple[Tensor, ...]]:
     """Loss and statistics of a kernel that takes ``x``, the arguments and whether to write the gradient."""
     if torch.compiler.is_compiling():
-        kernel, (x, *arguments) = op.traceable(impl, (traced_input(op.name, x, vmap=True), *arguments))
-        loss, stats = _TracedLoss.apply(kernel, x, tuple(arguments))
+        kernel, (x, *rest) = op.traceable(impl, (traced_input(op.name, x, vmap=True), *arguments))
+        loss, stats = _TracedLoss.apply(kernel, x, tuple(rest))
     elif transformed():
         loss, stats, _, _ = _TransformedLoss.apply(op, impl, x, *arguments)
     else:

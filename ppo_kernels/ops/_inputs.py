@@ -84,7 +84,7 @@ def check_number(
     """
     value = _as_number(op, name, value)
     if isinstance(value, Tensor):
-        return value  # type: ignore[return-value]
+        return value
     if not (value > above and value >= least and value <= most and -math.inf < value < math.inf):
         limits = [f"> {above}"] * (above > -math.inf) + [f">= {least}"] * (least > -math.inf)
         limits += [f"<= {most}"] * (most < math.inf)
@@ -99,7 +99,7 @@ def _as_number(op: str, name: str, value: object) -> float | Tensor:
         return value  # type: ignore[return-value]
     if isinstance(value, numbers.Real) and not isinstance(value, bool):
         return float(value)
-    if getattr(value, "shape", None) == () and getattr(value, "dtype", None) != bool:  # a NumPy array of one number
+    if getattr(value, "shape", None) == () and value.dtype != "bool":  # type: ignore[attr-defined]  # a NumPy array of one number
         return float(value)  # type: ignore[arg-type]
     raise TypeError(f"{op}: {name} must be a number or one element, got {type(value).__name__}")
 

@@ -99,7 +99,8 @@ def gae(
     if impl == "torch":
         return _GAE.reference(
             rewards, values, mask,
-            gamma=gamma, lam=lam if lam_rows is None else lam_rows, masked_steps=masked_steps, bootstrap_value=bootstrap_value,
+            gamma=gamma, lam=lam if lam_rows is None else lam_rows, masked_steps=masked_steps,
+            bootstrap_value=bootstrap_value,
             cu_seqlens=tokens.cu_seqlens,
         )  # fmt: skip
     lam_number = 0.0 if lam_rows is not None else lam

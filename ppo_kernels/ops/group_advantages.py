@@ -68,7 +68,7 @@ def group_advantages(
     the raw score through in "rloo", and divides it by 1 + eps in "grpo".) A NaN score shows in its whole group.
 
     Args:
-        scores: ``[B]``, floating or integer: one per response; with "rloo" usually after the KL penalty of the sequence.
+        scores: ``[B]``, floating or integer; with "rloo" usually after the KL penalty of the sequence.
         group_ids: ``[B]`` int32 or int64, equal for the responses to one prompt; any numbers, in any order. They are
             sorted on the device, without a synchronisation.
         group_size: instead of ``group_ids``: K responses per prompt, in rows iK to iK + K - 1. Needs no sorting.

@@ -69,7 +69,8 @@ def p3o_loss(
         variant: "joint" or "separate".
         group_size: K >= 2 responses per prompt, in rows iK to iK + K - 1; K (K - 1) / 2 pairs each.
         kl_coef: weight of the sequence KL in q, a number or a one-element tensor.
-        cliprange: half-width of the clip, >= 0, or None or inf (off); of a ratio ("separate") or of a difference in nats ("joint").
+        cliprange: half-width of the clip, >= 0, or None or inf (off); of a ratio ("separate") or of a difference in
+            nats ("joint").
         weight_clip: bound c of the importance weights, >= 1, or None or inf (off).
         log_ratio_clamp: bound of D before exp ("separate", statistics), or None or inf (off).
         normalizer: what the sum is divided by, a number or a one-element tensor such as a count over all ranks.
@@ -121,7 +122,8 @@ def p3o_loss(
         return _P3O_LOSS.reference(
             first_order_only(op, logprobs), old_logprobs, ref_logprobs, scores, mask,
             variant=variant, group_size=group_size, kl_coef=coef if coef_tensor is None else coef_tensor,
-            cliprange=clip, weight_clip=weight_bound, log_ratio_clamp=log_bound, normalizer=normalizer, cu_seqlens=tokens.cu_seqlens,
+            cliprange=clip, weight_clip=weight_bound, log_ratio_clamp=log_bound, normalizer=normalizer,
+            cu_seqlens=tokens.cu_seqlens,
         )  # fmt: skip
     inputs = (old_logprobs, ref_logprobs, scores, mask, normalizer, tokens.cu_seqlens, coef_tensor)
     options = (code, group_size, coef, clip, weight_bound, log_bound)

@@ -128,7 +128,8 @@ def policy_loss(
             first_order_only(op, logprobs), old_logprobs, advantages, mask,
             cliprange=(low, high), dual_clip=dual_bound, log_ratio_clamp=log_bound, weights=weights,
             ref_logprobs=ref_logprobs, kl_coef=coef if coef_tensor is None else coef_tensor, kl_estimator=kl_estimator,
-            kl_log_clamp=kl_bounds[0], kl_clamp=kl_bounds[1], row_weight=row_weight, normalizer=normalizer, cu_seqlens=tokens.cu_seqlens,
+            kl_log_clamp=kl_bounds[0], kl_clamp=kl_bounds[1], row_weight=row_weight, normalizer=normalizer,
+            cu_seqlens=tokens.cu_seqlens,
         )  # fmt: skip
     rows = (row_weight, normalizer, tokens.cu_seqlens, coef_tensor)
     options = (low, high, dual_bound, log_bound, coef, code, *kl_bounds)

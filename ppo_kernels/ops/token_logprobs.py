@@ -62,9 +62,12 @@ _BACKWARD_INPLACE = register(
 )
 
 
+def _contiguous(grads):
+    return [None if g is None else g.contiguous() for g in grads]
+
+
 def _gradient(impl, logits, labels, temperature_rows, grads, rest, temperature):
-    grads = [None if g is None else g.contiguous() for g in grads]
-    return _BACKWARD.kernel(impl)(logits, labels, temperature_rows, *grads, *rest, temperature)
+    return _BACKWARD.kernel(impl)(logits, labels, temperature_rows, *_contiguous(grads), *rest, temperature)
 
 
 class _TracedLogprobs(torch.autograd.Function):
@@ -131,8 +134,8 @@ class _EagerLogprobs(torch.autograd.Function):
         chunk = ctx.chunk or Chunk(logits)
         chunk.begin()
         grad = chunk.logits
-        grads = [None if g is None else g.contiguous() for g in grads]
-        _BACKWARD_INPLACE.kernel(ctx.impl)(grad, labels, temperature_rows, *grads, *rest, ctx.temperature)
+        upstream = _contiguous(grads)
+        _BACKWARD_INPLACE.kernel(ctx.impl)(grad, labels, temperature_rows, *upstream, *rest, ctx.temperature)
         chunk.end()
         return None, grad, *none
 

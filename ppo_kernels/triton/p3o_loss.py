@@ -1,7 +1,7 @@
 """The pairwise policy loss: sums over rows, then every row against the others of its group, then the loss.
 
 These are three launches, because each reads what all programs of the one before wrote. What is not one per token is
-float64, as in csrc/math/pairwise.h, but for options given as numbers: a launch on a GPU takes them as float32.
+float64, as in csrc/math/p3o_loss.h, but for options given as numbers: a launch on a GPU takes them as float32.
 """
 
 from __future__ import annotations

@@ -12,12 +12,9 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from .. import launch
+from .. import distributed
 from ..config import RunConfig, UserError
-from ..data import Task
-from ..engines import Policy
-from ..experience import score_tokens
-from ..rollout import Rollout, left_pad
+from ..data import Rollout, Scorer, Task, left_pad
 
 RESPONSE_LENGTH = 5
 PAD, EOS, *CONTENT = "<pad>", "<eos>", "a", "b", "c", "d", "e"
@@ -72,7 +69,7 @@ class Exact(Task):
         return scores + self.shift * number
 
     @torch.no_grad()
-    def exact(self, policy: Policy, reference: Policy, kl_coef: float) -> dict[str, float]:
+    def exact(self, policy: Scorer, reference: Scorer, kl_coef: float) -> dict[str, float]:
         totals = torch.zeros(4, dtype=torch.float64)
         for prompt in PROMPTS:
             rollout = self._all_responses(prompt)
@@ -100,7 +97,7 @@ class Exact(Task):
         }
 
     @torch.no_grad()
-    def best(self, reference: Policy, kl_coefs: Sequence[float]) -> list[tuple[float, float, float]]:
+    def best(self, reference: Scorer, kl_coefs: Sequence[float]) -> list[tuple[float, float, float]]:
         """The policy proportional to π_ref · exp(r / kl_coef), prompt by prompt."""
         totals = torch.zeros(len(kl_coefs), 2, dtype=torch.float64)
         for prompt in PROMPTS:
@@ -121,12 +118,16 @@ class Exact(Task):
         ] + [list(content) for content in itertools.product(others, repeat=RESPONSE_LENGTH)]
         ids, attention = left_pad([self._tokenizer(prompt)["input_ids"]], self._tokenizer.pad_token_id)
         padded = torch.tensor([row + [0] * (RESPONSE_LENGTH - len(row)) for row in responses])
-        device, count = launch.device(), len(padded)
+        device, count = distributed.device(), len(padded)
         return Rollout.of(
             ids.expand(count, -1).to(device), attention.expand(count, -1).to(device), padded.to(device), eos
         )
 
 
-def _sequence_logprobs(policy: Policy, rollout: Rollout) -> torch.Tensor:
-    parts = [score_tokens(policy, rollout[rows]).sum(dim=1) for rows in torch.arange(len(rollout)).split(2048)]
+def make(config: RunConfig) -> Task:
+    return Exact(config)
+
+
+def _sequence_logprobs(policy: Scorer, rollout: Rollout) -> torch.Tensor:
+    parts = [policy(rollout[rows]).sum(dim=1) for rows in torch.arange(len(rollout)).split(2048)]
     return torch.cat(parts).double().cpu()

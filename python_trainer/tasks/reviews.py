@@ -20,8 +20,8 @@ from pathlib import Path
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from .. import launch
-from ..config import UserError
+from .. import distributed
+from ..config import RunConfig, UserError
 from ..data import Pair, Task
 
 PACKAGE = "vaderSentiment==3.3.2"
@@ -40,7 +40,7 @@ WORD = re.compile(r"[a-z0-9][a-z0-9']*|[.,!?;:]")
 
 
 class Reviews(Task):
-    """Continue the first words of a review; people's ratings are the preference, VADER the judge."""
+    """Continue the first words of a review; people's ratings are the preference, VADER gives the gold score."""
 
     def __init__(self, data_path: str | None = None) -> None:
         rated = read_ratings(Path(data_path) if data_path else fetch_ratings())
@@ -74,8 +74,12 @@ class Reviews(Task):
     def gold(self, texts: Sequence[str]) -> list[float]:
         from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 
-        judge = SentimentIntensityAnalyzer()
-        return [judge.polarity_scores(text)["compound"] for text in texts]
+        analyzer = SentimentIntensityAnalyzer()
+        return [analyzer.polarity_scores(text)["compound"] for text in texts]
+
+
+def make(config: RunConfig) -> Task:
+    return Reviews(config.data_path)
 
 
 def read_ratings(path: Path) -> list[Rated]:
@@ -104,7 +108,7 @@ def read_ratings(path: Path) -> list[Rated]:
 
 def fetch_ratings() -> Path:
     """The ratings file in the cache, fetched if it is not there."""
-    cache = launch.cache_folder()
+    cache = distributed.cache_folder()
     path = cache / RATINGS
     if path.exists():
         return path
@@ -119,10 +123,10 @@ def fetch_ratings() -> Path:
 def _download(scratch: Path, wanted: Path) -> None:
     requirement = scratch / "requirements.txt"
     requirement.write_text(f"{PACKAGE} --hash=sha256:{PACKAGE_SHA256}\n")
-    options = ["--quiet", "--no-deps", "--no-binary", "vaderSentiment", "--require-hashes"]
+    options = ["--quiet", "--no-input", "--no-deps", "--no-binary", "vaderSentiment", "--require-hashes"]
     extra = shlex.split(os.environ.get("PIP_ARGS", ""))
     command = [sys.executable, "-m", "pip", "download", *options, "-d", str(scratch), "-r", str(requirement)]
-    result = subprocess.run([*command, *extra], capture_output=True, text=True)  # noqa: S603
+    result = subprocess.run([*command, *extra], stdin=subprocess.DEVNULL, capture_output=True, text=True)  # noqa: S603
     if result.returncode:
         reason = (result.stderr.strip().splitlines() or ["pip gave no reason"])[-1]
         raise UserError(

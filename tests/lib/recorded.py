@@ -42,8 +42,8 @@ def bare_inputs(case: Case, inputs: Inputs) -> Inputs:
     return {name: x for name, x in inputs.items() if name in needed}
 
 
-def calls(case: Case, inputs: Inputs, impl: str, **options: object) -> Calls:
-    """The registered ops that one call, and the backward of all its outputs, arrive at."""
+def calls(case: Case, inputs: Inputs, impl: str, first: int = 0, **options: object) -> Calls:
+    """The registered ops that one call, and the backward of its outputs from ``first`` on, arrive at."""
     inputs = {name: x.detach() for name, x in inputs.items()}
     if case.leaf:
         leaf = inputs[case.leaf].requires_grad_()
@@ -52,22 +52,34 @@ def calls(case: Case, inputs: Inputs, impl: str, **options: object) -> Calls:
     with _Record() as record:
         outputs = flat(case.run(impl, **inputs, **options))
         if case.leaf:
-            torch.autograd.backward([x.sum() for x in outputs if x.requires_grad])
+            torch.autograd.backward([x.sum() for x in outputs[first:] if x.requires_grad])
     if case.in_a_group:
         record.calls.append((case.op, case.in_a_group(**inputs)))
     return record.calls
 
 
-def full_and_bare(case: Case, inputs: Inputs, impl: str, **options: object) -> Iterator[tuple[str, tuple]]:
-    """The calls with every optional input, and with none: differentiated and, where it makes a difference, not."""
-    yield from calls(case, inputs, impl, **options)
+def full(case: Case, inputs: Inputs, impl: str, **options: object) -> Iterator[tuple[str, tuple]]:
+    """The calls with every optional input."""
+    for given in _per_token_and_per_row(case, inputs):
+        yield from calls(case, given, impl, **options)
+
+
+def bare(case: Case, inputs: Inputs, impl: str, **options: object) -> Iterator[tuple[str, tuple]]:
+    """The calls without any. What has its gradient from the forward is not differentiated, and the others also in
+    their last output alone."""
+    options |= case.bare_options
+    if not hasattr(torch.ops.ppo_kernels, f"{case.op}_backward"):
+        case = replace(case, leaf=None)
+    for given in _per_token_and_per_row(case, bare_inputs(case, inputs)):
+        yield from calls(case, given, impl, **options)
+        if case.differentiable > 1:
+            yield from calls(case, given, impl, first=1, **options)
+
+
+def _per_token_and_per_row(case: Case, inputs: Inputs) -> Iterator[Inputs]:
+    yield inputs
     if case.per_row:
-        yield from calls(case, {k: _rows(x, inputs) if k in case.per_row else x for k, x in inputs.items()}, impl)
-    bare = bare_inputs(case, inputs)
-    yield from calls(case, bare, impl, **options | case.bare_options)
-    if case.leaf:
-        with torch.no_grad():
-            yield from calls(replace(case, leaf=None), bare, impl, **options | case.bare_options)
+        yield {name: _rows(x, inputs) if name in case.per_row else x for name, x in inputs.items()}
 
 
 def _rows(x: torch.Tensor, inputs: Inputs) -> torch.Tensor:
@@ -81,7 +93,7 @@ def samples(dtype: torch.dtype, impl: str) -> Mapping[str, list[tuple]]:
     for case in (case for case in CASES if case.contract):
         inputs = case.inputs(torch.Generator().manual_seed(0), dtype, 2, 3 if case.vocabulary else 7)
         for options in ({}, *({name: values[-1]} for name, values in case.choices.items())):
-            for op, args in full_and_bare(case, inputs, impl, **options):
+            for op, args in (*full(case, inputs, impl, **options), *bare(case, inputs, impl, **options)):
                 found.setdefault(op, {})[_kind(args)] = args
     return {op: list(kinds.values()) for op, kinds in found.items()}
 

@@ -24,9 +24,9 @@ def rolled_out(tiny):
         with torch.no_grad():
             for parameter in trainer.reference.module.parameters():
                 parameter.add_(0.1 * torch.randn_like(parameter))
-            if trainer.roles.critic is not None:
-                torch.nn.init.normal_(trainer.roles.critic.module.model.score.weight)
-        return trainer, trainer.rollout()
+            if trainer.critic is not None:
+                torch.nn.init.normal_(trainer.critic.module.model.score.weight)
+        return trainer, trainer.collect_experience()
 
     return make
 
@@ -78,7 +78,7 @@ def gae_loops(rewards, values, lam):
 def test_values_stand_before_their_tokens(rolled_out):
     """The value at t has read the prompt and the tokens before t, no more: a longer reading changes none."""
     trainer, experience = rolled_out("ppo")
-    rollout, critic = experience.rollout, trainer.roles.critic
+    rollout, critic = experience.rollout, trainer.critic
     with torch.no_grad():
         everywhere = critic(
             input_ids=rollout.sequences,
@@ -285,11 +285,11 @@ def test_groups_stay_together(tiny, name):
     """Whatever the micro-batch, a group is inside one, and the step and its statistics are the same."""
     settings = {"algorithm": name, "num_mini_batches": 2, "num_ppo_epochs": 2, "num_generations": 4}
     one, other = tiny(**settings), tiny(**settings, per_device_train_batch_size=4)
-    first, second = one.step(), other.step()
+    first, second = one.train_step(), other.train_step()
     for figure in first.keys() - {"time/rollout", "time/update"}:
         assert first[figure] == pytest.approx(second[figure], rel=1e-3, abs=1e-7), figure
     torch.testing.assert_close(weights(one), weights(other), atol=1e-6, rtol=0)
-    experience = one.rollout()
+    experience = one.collect_experience()
     width = experience.rollout.prompt_width
     prompts = experience.sequences[:, :width].view(-1, 4, width)
     assert prompts.eq(prompts[:, :1]).all()

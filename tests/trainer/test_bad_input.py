@@ -7,14 +7,12 @@ import pytest
 import torch
 from transformers import AutoModelForSequenceClassification
 
-from python_trainer import launch
+from python_trainer import distributed
 from python_trainer.config import RewardConfig, UserError
 from python_trainer.data import Files
-from python_trainer.engines import save_model
-from python_trainer.models import checked, load_policy, load_scalar, load_tokenizer
-from python_trainer.supervised import reward
-
-from .conftest import ROOT, TINY, as_options, command
+from python_trainer.models import checked, load_policy, load_scalar, load_tokenizer, save_model
+from python_trainer.sft import reward
+from tests.lib.trainer import ROOT, TINY, as_options, command
 
 
 def write(folder, name, rows):
@@ -56,7 +54,7 @@ def test_bad_prompts(tiny, model, tmp_path, prompts, message):
 def test_fewer_held_out_prompts_than_ranks(tiny, tmp_path, monkeypatch):
     """Said before any model is read: there is none at this path."""
     write(tmp_path, "prompts.jsonl", [{"prompt": "a"}, {"prompt": "b"}])
-    monkeypatch.setattr(launch, "world_size", lambda: 2)
+    monkeypatch.setattr(distributed, "world_size", lambda: 2)
     with pytest.raises(UserError, match="1 held-out prompts.*eval_prompts 500.*2 ranks.*prompts.jsonl"):
         tiny(**files(tmp_path), sft_model_path="nowhere")
 
@@ -134,10 +132,10 @@ def test_the_readme_gives_a_model_its_pad_token(tiny, tmp_path, monkeypatch):
 
 def test_nan_reward_stops_before_the_weights(tiny):
     trainer = tiny()
-    trainer.judge = lambda rollout: torch.full((len(rollout),), float("nan"))
+    trainer.reward_fn = lambda rollout: torch.full((len(rollout),), float("nan"))
     before = [p.clone() for p in trainer.actor.module.parameters()]
     with pytest.raises(UserError, match="score of 16 of 16 responses is not finite"):
-        trainer.step()
+        trainer.train_step()
     assert all(torch.equal(a, b) for a, b in zip(before, trainer.actor.module.parameters(), strict=True))
 
 

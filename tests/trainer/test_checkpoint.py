@@ -13,11 +13,11 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from python_trainer import checkpoint, metrics, state
+from python_trainer import atomic, checkpoint, zero_state
 from python_trainer.config import PPOConfig, UserError
-from python_trainer.loop import Trainer
-
-from .conftest import TINY, metric_rows
+from python_trainer.logging import read
+from python_trainer.ppo import Trainer
+from tests.lib.trainer import TINY, metric_rows
 
 FOUR = {"total_steps": 4, "num_ppo_epochs": 2, "num_mini_batches": 2, "save_steps": 2}
 
@@ -113,8 +113,10 @@ def test_a_checkpoint_of_another_version_is_named_as_such(finished, tiny, writte
 
 def commit(folder: Path) -> None:
     """A manifest that fits."""
-    (folder / checkpoint.MANIFEST).unlink()
-    checkpoint._commit(shutil.copytree(folder, folder.parent / ".tmp-again"), folder)
+    with atomic.atomic_dir(folder) as place:
+        for path in folder.iterdir():
+            if path.name != atomic.MANIFEST:
+                shutil.copy(path, place)
 
 
 def test_a_checkpoint_of_another_model_is_refused(finished, tiny, tmp_path):
@@ -122,8 +124,8 @@ def test_a_checkpoint_of_another_model_is_refused(finished, tiny, tmp_path):
     source = finished / "train" / "checkpoints" / "step-000004"
     trainer = tiny(**FOUR | other, output_dir=str(tmp_path / "other"))
     saved = checkpoint._content(source)["models"]["actor"]
-    with pytest.raises(UserError, match=r"step-000004 is of another actor: .* was \[.*16.*\] and is \[.*8.*\]"):
-        state.restore(trainer.trained["actor"], source, "actor", saved)
+    with pytest.raises(UserError, match=r"step-000004 is of another actor: .*bias was \[48\] and is \[24\]"):
+        zero_state.restore(trainer.trained["actor"], source, "actor", saved)
 
 
 def test_free_settings_exist():
@@ -143,11 +145,11 @@ def test_a_second_run_in_the_same_folder_stops(finished, tiny):
 
 
 def test_a_crash_between_the_renames_loses_nothing(finished):
-    model, retired = finished / "train" / "model", finished / "train" / ".tmp-old-model"
-    model.rename(retired)
-    (finished / "train" / ".tmp-model").mkdir()
-    with checkpoint.claimed(finished / "train", overwrite=False, done=4):
-        checkpoint.verify(model)
+    model, work = finished / "train" / "model", finished / "train" / ".tmp-model-01234567"
+    atomic.begin(work)
+    model.rename(work / atomic.OLD)
+    with checkpoint.lock_run_dir(finished / "train", overwrite=False, done=4):
+        atomic.verify(model)
     assert not list((finished / "train").glob(".tmp-*"))
 
 
@@ -160,7 +162,7 @@ def test_a_torn_last_line_of_the_record_is_dropped(finished, tiny, torn):
     assert metric_rows(finished) == whole
     path.write_text("{torn\n" + path.read_text())
     with pytest.raises(UserError, match="line 1 is not JSON"):
-        metrics.read(path)
+        read(path)
 
 
 def test_a_damaged_model_is_refused(finished, tiny, tmp_path):
@@ -183,7 +185,7 @@ def test_a_damaged_model_is_refused(finished, tiny, tmp_path):
 def test_a_manifest_that_lists_nothing_is_refused(tmp_path, files):
     (tmp_path / "manifest.json").write_text(json.dumps({"files": files}))
     with pytest.raises(UserError, match="is damaged"):
-        checkpoint.verify(tmp_path)
+        atomic.verify(tmp_path)
 
 
 def test_a_failed_save_leaves_the_last_checkpoint(finished, tiny, monkeypatch):
@@ -193,7 +195,7 @@ def test_a_failed_save_leaves_the_last_checkpoint(finished, tiny, monkeypatch):
     def fail(*_, **__):
         raise ValueError("not today")
 
-    monkeypatch.setattr(state, "save", fail)
+    monkeypatch.setattr(zero_state, "save", fail)
     with pytest.raises(ValueError, match="not today"):  # the disk is not accused of what it has not done
         save(trainer, 6)
     monkeypatch.undo()
@@ -203,7 +205,7 @@ def test_a_failed_save_leaves_the_last_checkpoint(finished, tiny, monkeypatch):
 
 def test_the_room_that_is_asked_for_is_what_the_tensors_take(tiny, monkeypatch):
     trainer = tiny(ema_decay=0.9)
-    trainer.step()
+    trainer.train_step()
     save(trainer, 1)
     files = (trainer.folder / "checkpoints" / "step-000001").glob("*.safetensors")
     taken = sum(tensor.nbytes for file in files for tensor in load_file(file).values())

@@ -5,7 +5,7 @@ import json
 import pytest
 import yaml
 
-from python_trainer import pipeline
+from python_trainer import __main__ as command_line
 from python_trainer.__main__ import main
 from python_trainer.config import CONFIGS, EvalConfig, PPOConfig, SftConfig, UserError
 from python_trainer.settings import COMMANDS, load, save
@@ -106,7 +106,7 @@ def test_evaluation_against_another_reference_is_refused(run, option):
 @pytest.mark.parametrize("options", [["--config=a.yaml"], ["--config", "a.yaml"]])
 def test_spellings_of_options(monkeypatch, options):
     seen = []
-    monkeypatch.setattr(pipeline, "run", lambda *arguments: seen.append(arguments) or 0)
+    monkeypatch.setattr(command_line, "run", lambda *arguments: seen.append(arguments) or 0)
     assert main(["--local_rank=0", "train", "--output-dir=a-b", *options, "--kl-coef", "-0.5"]) == 0
     assert seen == [("train", "a.yaml", ["--output_dir=a-b", "--kl_coef", "-0.5"])]
 

@@ -5,10 +5,9 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from python_trainer.config import PPOConfig
-from python_trainer.engines import Policy, frozen
+from python_trainer.deepspeed_engine import Policy, frozen
 from python_trainer.models import without_dropout
-
-from .conftest import TINY
+from tests.lib.trainer import TINY
 
 OPT = {"word_embed_proj_dim": 16, "ffn_dim": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "layerdrop": 0.5}
 BLOOM = {"n_layer": 2, "n_head": 2, "hidden_dropout": 0.5, "attention_dropout": 0.5}

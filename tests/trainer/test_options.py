@@ -4,17 +4,15 @@ import json
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
+from python_trainer.algorithms import KlControl
 from python_trainer.config import PPOConfig, RewardConfig, UserError
-from python_trainer.engines import step_together
-from python_trainer.kl_control import KlControl
-from python_trainer.presets import PRESETS
-from python_trainer.pretraining import text_logprobs
-from python_trainer.scores import ScoreShaping
-from python_trainer.settings import load
+from python_trainer.deepspeed_engine import step_together
+from python_trainer.rewards import ScoreShaping
+from python_trainer.settings import PRESETS, load, load_preset
+from python_trainer.sft import text_logprobs
+from tests.lib.trainer import TINY
 
-from .conftest import TINY
 from .test_step import weights
 
 
@@ -29,11 +27,11 @@ def test_adaptive_kl_follows_the_formula(tiny):
         control.update(kl, episodes=100)
         assert control.coef == pytest.approx(before * factor)
     trainer = tiny(kl_target=6.0, kl_horizon=16, kl_coef=0.1)
-    first, second = trainer.step(), trainer.step()
+    first, second = trainer.train_step(), trainer.train_step()
     assert first["objective/kl_coef"] == 0.1
     assert second["objective/kl_coef"] == pytest.approx(0.08)  # no KL at all in the first rollout
     steady = tiny(kl_coef=0.1)
-    assert [steady.step()["objective/kl_coef"] for _ in range(2)] == [0.1, 0.1]
+    assert [steady.train_step()["objective/kl_coef"] for _ in range(2)] == [0.1, 0.1]
 
 
 def shaping(**settings):
@@ -79,7 +77,7 @@ def test_missing_end():
 
 def test_whitened_rewards_have_unit_variance(tiny):
     trainer = tiny(whiten_rewards=True, whiten_advantages=False, lam=1.0)
-    experience = trainer.rollout()  # on the reference, whose KL is 0, with a critic that says 0
+    experience = trainer.collect_experience()  # on the reference, whose KL is 0, with a critic that says 0
     lengths = experience.mask.sum(dim=1).tolist()
     rewards = [[0.0] * (n - 1) + [score] for n, score in zip(lengths, experience.scores.tolist(), strict=True)]
     flat = torch.tensor([x for row in rewards for x in row], dtype=torch.float64)
@@ -89,21 +87,13 @@ def test_whitened_rewards_have_unit_variance(tiny):
     assert (scaled - flat).abs().max() > 0.1
 
 
-def test_entropy_bonus_keeps_the_policy_wide(tiny):
-    rows = {}
-    for bonus in (0.0, 0.5):
-        trainer = tiny(entropy_coef=bonus, learning_rate=1e-2, num_ppo_epochs=4, total_steps=5)
-        rows[bonus] = [trainer.step() for _ in range(5)][-1]
-    assert rows[0.5]["policy/entropy_avg"] > rows[0.0]["policy/entropy_avg"] + 0.05
-
-
 def test_critic_warm_up_trains_the_critic_alone(tiny):
     trainer = tiny(critic_warmup_steps=1)
     policy, critic = of(trainer, "actor"), of(trainer, "critic")
-    trainer.step()
+    trainer.train_step()
     assert of(trainer, "actor").equal(policy)
     assert not of(trainer, "critic").equal(critic)
-    trainer.step()
+    trainer.train_step()
     assert not of(trainer, "actor").equal(policy)
 
 
@@ -111,7 +101,7 @@ def test_target_kl_ends_the_passes(tiny):
     updates = {}
     for target in (1e-6, None):
         trainer = tiny(target_kl=target, num_ppo_epochs=4)
-        trainer.step()
+        trainer.train_step()
         updates[target] = trainer.trained["actor"].engine.global_steps
     assert updates == {1e-6: 2, None: 4}  # the second pass is the first to see a changed policy
 
@@ -120,7 +110,7 @@ def test_value_loss_weight(tiny):
     still, moving = tiny(vf_coef=0.0), tiny(vf_coef=1.0)
     before = of(still, "critic")
     for trainer in (still, moving):
-        trainer.step()
+        trainer.train_step()
     assert of(still, "critic").equal(before)
     assert not of(moving, "critic").equal(before)
 
@@ -128,32 +118,15 @@ def test_value_loss_weight(tiny):
 TEXTS = ["a b c d e", "a b c d", "a b c d e", "b c d e"] * 4
 
 
-def test_pretraining_mix_keeps_texts_likely(tiny, monkeypatch):
-    from python_trainer.tasks.exact import Exact
-
-    monkeypatch.setattr(Exact, "texts", lambda _: (TEXTS, []), raising=False)
-    found, first = {}, {}
-    for coef in (0.0, 1.0):
-        trainer = tiny(ptx_coef=coef, learning_rate=1e-2, num_ppo_epochs=4)
-        rows = [trainer.tokenizer(text)["input_ids"] for text in TEXTS[:4]]
-        first[coef] = trainer.step()
-        trainer.step(), trainer.step()
-        with torch.no_grad():
-            found[coef] = text_logprobs(trainer.trained["actor"], rows, 0, "auto").sum().item()
-    assert found[1.0] > found[0.0] + 1
-    assert 1 < first[1.0]["loss/ptx_avg"] < 3  # about log 7
-    assert "loss/ptx_avg" not in first[0.0]
-
-
 def test_pretraining_gradient_is_ptx_coef_times_the_mean_loss(tiny, monkeypatch):
     from python_trainer.tasks.exact import Exact
 
     monkeypatch.setattr(Exact, "texts", lambda _: (TEXTS, []), raising=False)
     trainer = tiny(ptx_coef=27.8, per_device_train_batch_size=4)
-    trainer.updates.ptx.backward(trainer.actor, 0, 16)
+    trainer.ptx.backward(trainer.actor, 0, 16)
     gradient = torch.cat([p.grad.flatten() for p in trainer.actor.module.parameters()])
     same = trainer.reference.module.requires_grad_()
-    rows = trainer.updates.ptx.rows  # 16 texts: one pass over all of them
+    rows = trainer.ptx.rows  # 16 texts: one pass over all of them
     loss = -text_logprobs(same, rows, 0, "torch").sum() / sum(len(row) - 1 for row in rows)
     expected = torch.autograd.grad(27.8 * loss, list(same.parameters()))
     torch.testing.assert_close(gradient, torch.cat([g.flatten() for g in expected]), atol=1e-5, rtol=1e-4)
@@ -163,7 +136,7 @@ def test_moving_average(tiny, tmp_path):
     trainer = tiny(ema_decay=0.9, save_steps=2, total_steps=2)
     expected = of(trainer, "actor")
     for _ in range(2):  # one update each
-        trainer.step()
+        trainer.train_step()
         expected = 0.9 * expected + 0.1 * of(trainer, "actor")
     average = torch.cat([x.flatten().double() for x in trainer.ema.average.values()])
     torch.testing.assert_close(average, expected, atol=1e-6, rtol=1e-5)
@@ -173,32 +146,11 @@ def test_moving_average(tiny, tmp_path):
     assert of(trainer, "actor").equal(own)
 
 
-@pytest.mark.parametrize("stage", [0, 3])
-def test_moving_average_is_saved_and_resumed(tiny, tmp_path, stage):
-    settings = {
-        "deepspeed": f"ds_zero{stage}.json",
-        "ema_decay": 0.9,
-        "save_steps": 1,
-        "kl_target": 1.0,
-        "score_scaling": "none",
-    }
-    tiny(**settings, total_steps=2).train()
-    saved = load_file(tmp_path / "run" / "train" / "ema" / "model.safetensors")
-    final = load_file(tmp_path / "run" / "train" / "model" / "model.safetensors")
-    assert any(not saved[name].equal(final[name]) for name in saved)
-    first = str(tmp_path / "run" / "train" / "checkpoints" / "step-000001")
-    resumed = tiny(**settings, total_steps=2, resume_from_checkpoint=first)
-    assert resumed.kl.coef != resumed.config.kl_coef
-    resumed.train()
-    again = load_file(tmp_path / "run" / "train" / "ema" / "model.safetensors")
-    assert all(saved[name].equal(again[name]) for name in saved)
-
-
 def test_gradient_checkpointing_computes_layers_twice_and_the_same_step(tiny):
     calls, after = {}, {}
     for flag in (False, True):
         trainer = tiny(gradient_checkpointing=flag)
-        experience = trainer.rollout()
+        experience = trainer.collect_experience()
         count = []
         bodies = (trainer.actor.module, trainer.trained["critic"].module.model)
         for body in bodies:
@@ -237,10 +189,10 @@ def test_fp16_is_refused_without_cuda():
         PPOConfig(fp16=True)
 
 
-@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("name", sorted(path.stem for path in PRESETS.glob("*.yaml")))
 def test_presets(name):
     config = load("train", None, [f"--preset={name}"], PPOConfig)
-    assert {key: getattr(config, key) for key in PRESETS[name]["train"]} == PRESETS[name]["train"]
+    assert {key: getattr(config, key) for key in load_preset(name)["train"]} == load_preset(name)["train"]
     assert load("train", None, [f"--preset={name}", "--kl_coef=0.7"], PPOConfig).kl_coef == 0.7
 
 

@@ -8,10 +8,9 @@ import types
 
 import pytest
 
-from python_trainer import reports
+from python_trainer import config as settings_of
 from python_trainer.config import PPOConfig
-
-from .conftest import ROOT, TINY, metric_rows
+from tests.lib.trainer import ROOT, TINY, metric_rows
 
 PACKAGE = ROOT / "python_trainer"
 GLOSSARY = set(re.findall(r"`([a-z]+/[a-z_0-9]+)`", (PACKAGE / "METRICS.md").read_text()))
@@ -76,7 +75,7 @@ def test_wandb(tiny, tmp_path, monkeypatch):
 
 
 def test_a_missing_package_is_named(tiny, monkeypatch):
-    monkeypatch.setattr(reports, "installed", list)
+    monkeypatch.setattr(settings_of, "installed_reports", list)
     with pytest.raises(ValueError, match="report_to tensorboard: the package is not installed"):
         tiny(report_to="tensorboard")
-    assert reports.wanted("all") == []
+    assert settings_of.report_packages("all") == []

@@ -7,10 +7,9 @@ import pytest
 import torch
 
 from python_trainer.config import RewardConfig, UserError
-from python_trainer.data import Files, Pair
+from python_trainer.data import Files, Pair, Rollout, left_pad
 from python_trainer.rewards import FunctionReward, exact_match
-from python_trainer.rollout import Rollout, left_pad
-from python_trainer.supervised import _pair_loss
+from python_trainer.sft import _pair_loss
 
 REWARD = """
 def most_wanted(prompts, completions, wanted, **_):
@@ -74,29 +73,6 @@ def test_fields_must_be_the_same_in_all_rows(folder):
     (folder / "prompts.jsonl").write_text('{"prompt": "a", "wanted": "b"}\n{"prompt": "a", "wanted": "c"}\n')
     with pytest.raises(UserError, match="stands there twice"):
         Files(str(folder)).columns()
-
-
-def test_from_prompts_and_a_function_to_a_trained_model(tiny, folder):
-    """What a newcomer does: his prompts, his function, a model of his, no reward model."""
-    from python_trainer.engines import save_model
-
-    first = tiny()
-    save_model(first.actor.model, first.tokenizer, folder / "model")
-    trainer = tiny(
-        task="files",
-        data_path=str(folder),
-        sft_model_path=str(folder / "model"),
-        reward_function=f"{folder}/mine.py:most_wanted",
-        algorithm="rloo",
-        output_dir=str(folder / "mine"),
-        batch_size=64,
-        per_device_train_batch_size=64,
-        learning_rate=1e-2,
-        total_steps=12,
-        kl_coef=0.02,
-    )
-    scores = [trainer.step()["objective/scores"] for _ in range(12)]
-    assert scores[-1] > scores[0] + 0.5
 
 
 class Judge:

@@ -5,15 +5,13 @@ import json
 import pytest
 import torch
 
-from python_trainer import launch
+from python_trainer import distributed
 from python_trainer.config import PPOConfig
-from python_trainer.engines import Trainable
-from python_trainer.experience import score_responses, score_tokens
-from python_trainer.generation import InverseCdf
-from python_trainer.metrics import Log, plot
-from python_trainer.rollout import Rollout, left_pad
-
-from .conftest import TINY
+from python_trainer.data import Rollout, left_pad
+from python_trainer.deepspeed_engine import Trainable
+from python_trainer.logging import Log, plot
+from python_trainer.rollout import InverseCdf, score_responses, score_tokens
+from tests.lib.trainer import TINY
 
 
 def weights(trainer) -> torch.Tensor:
@@ -22,7 +20,7 @@ def weights(trainer) -> torch.Tensor:
 
 def test_first_update_is_on_policy(tiny):
     """One epoch in one minibatch: every ratio of the step is that of the sampling policy."""
-    row = tiny().step()
+    row = tiny().train_step()
     assert row["val/ratio"] == pytest.approx(1, abs=1e-6)
     assert row["val/ratio_var"] == pytest.approx(0, abs=1e-10)
     assert row["policy/clipfrac_avg"] == 0
@@ -33,7 +31,7 @@ def test_first_update_is_on_policy(tiny):
 
 def test_a_policy_that_changed_before_its_first_update_is_noticed(tiny):
     trainer = tiny()
-    experience = trainer.rollout()
+    experience = trainer.collect_experience()
     with torch.no_grad():
         next(trainer.actor.module.parameters()).mul_(1.1)
     with pytest.raises(RuntimeError, match="log-ratio is off"):
@@ -41,9 +39,9 @@ def test_a_policy_that_changed_before_its_first_update_is_noticed(tiny):
 
 
 def test_rounding_off_the_cpu_is_no_reason_to_stop(tiny, monkeypatch, capsys):
-    updates = tiny().updates
-    monkeypatch.setattr(launch, "device", lambda: torch.device("cuda"))
-    updates._check_ratio(2e-5, 0)
+    trainer = tiny()
+    monkeypatch.setattr(distributed, "device", lambda: torch.device("cuda"))
+    trainer._check_ratio(2e-5)
     assert "warning: before the first update of step 1 the log-ratio is off by 2e-05" in capsys.readouterr().out
 
 
@@ -51,7 +49,7 @@ def test_rounding_off_the_cpu_is_no_reason_to_stop(tiny, monkeypatch, capsys):
 def test_step_does_not_depend_on_the_micro_batch(tiny, micro):
     one, other = tiny(num_mini_batches=2), tiny(num_mini_batches=2, per_device_train_batch_size=micro)
     for _ in range(2):
-        rows = one.step(), other.step()
+        rows = one.train_step(), other.train_step()
         assert rows[0]["val/ratio_var"] > 1e-6
         assert rows[0]["val/ratio_var"] == pytest.approx(rows[1]["val/ratio_var"], rel=1e-3)
     torch.testing.assert_close(weights(one), weights(other), atol=1e-6, rtol=0)
@@ -60,7 +58,7 @@ def test_step_does_not_depend_on_the_micro_batch(tiny, micro):
 def test_same_step_with_reference_ops_and_with_the_chosen_ones(tiny):
     plain, fused = tiny(ops_impl="torch"), tiny(ops_impl="auto")
     for _ in range(3):
-        rows = plain.step(), fused.step()
+        rows = plain.train_step(), fused.train_step()
         for name in ("loss/policy_avg", "loss/value_avg", "objective/kl", "policy/entropy_avg"):
             assert rows[0][name] == pytest.approx(rows[1][name], abs=2e-6), name
     torch.testing.assert_close(weights(plain), weights(fused), atol=2e-6, rtol=0)
@@ -101,7 +99,7 @@ def test_sampling_follows_the_softmax():
 def test_samples_are_those_of_the_scored_distribution(tiny):
     """Mean log-probability of samples equals minus the entropy, at a temperature that is not 1."""
     trainer = tiny(batch_size=2048, temperature=0.7, per_device_train_batch_size=2048)
-    row = trainer.step()
+    row = trainer.train_step()
     tokens = 2048 * row["val/response_length"]
     assert row["objective/entropy"] * 2048 / tokens == pytest.approx(row["policy/entropy_avg"], abs=0.03)
 
@@ -109,7 +107,7 @@ def test_samples_are_those_of_the_scored_distribution(tiny):
 def test_missing_end_is_penalised(tiny):
     lenient, trainer = tiny(), tiny()
     trainer.config.missing_eos_penalty = 1.0  # the task, which knows the optimum without it, would refuse it
-    plain, strict = lenient.rollout(), trainer.rollout()
+    plain, strict = lenient.collect_experience(), trainer.collect_experience()
     ended = plain.rollout.ended(1)
     assert ended.any()
     assert not ended.all()
@@ -138,14 +136,14 @@ def test_the_gradient_norm_is_clipped(tiny):
     for limit in (1.0, 1e-8):
         trainer = tiny(max_grad_norm=limit)
         before = weights(trainer)
-        trainer.step()
+        trainer.train_step()
         lengths.append((weights(trainer) - before).norm())
     assert 0 < lengths[1] < lengths[0] / 100
 
 
 @pytest.mark.parametrize("limit", [0.0, 0.01])
 def test_every_stage_logs_the_gradient_norm_before_clipping(tiny, limit):
-    rows = [tiny(deepspeed=f"ds_zero{stage}.json", max_grad_norm=limit).step() for stage in range(4)]
+    rows = [tiny(deepspeed=f"ds_zero{stage}.json", max_grad_norm=limit).train_step() for stage in range(4)]
     for name in ("actor/grad_norm", "critic/grad_norm"):
         norms = [row[name] for row in rows]
         assert norms[0] > 0.01
@@ -154,7 +152,7 @@ def test_every_stage_logs_the_gradient_norm_before_clipping(tiny, limit):
 
 def test_the_logged_rate_is_the_one_used(tiny):
     trainer = tiny(total_steps=4, num_mini_batches=2)
-    assert [trainer.step()["lr"] for _ in range(3)] == pytest.approx([1e-3, 7.5e-4, 5e-4])
+    assert [trainer.train_step()["lr"] for _ in range(3)] == pytest.approx([1e-3, 7.5e-4, 5e-4])
 
 
 def test_the_record_holds_no_nan(tmp_path):

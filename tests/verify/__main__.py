@@ -16,28 +16,31 @@ from tests.lib.checkout import ROOT, environment
 
 LOGS = ROOT / "build" / "verify"
 OPS = "--ignore tests/verify --ignore tests/trainer --ignore tests/test_bench.py"
+WITH_CUDA = "tests --ignore tests/trainer --ignore tests/test_bench.py " + " ".join(
+    f"--ignore tests/verify/{name}"
+    for name in ("aot", "mutants", "trainer", "test_build.py", "test_gpu.py", "test_gpu_run.py", "test_template.py")
+)
 PARTS = {
-    # Less than five minutes each
     "patches": "pytest tests/verify/mutants",
-    "metamorphic": "pytest tests/verify/test_metamorphic.py",
     "build": "pytest tests/verify/test_build.py",
+    "template": "pytest tests/verify/test_template.py",
+    "metamorphic": "pytest tests/verify/test_metamorphic.py tests/verify/test_triton_losses.py",
     "aot": "pytest tests/verify/aot -rs",
-    "accuracy": "bench --accuracy",
-    "gpu_run": "pytest tests/verify/test_gpu_run.py tests/verify/test_gpu.py",
-    # The kernels of a GPU without one
-    "host_cuda": f"PPO_KERNELS_HOST_CUDA=1 pytest tests -n 2 --dist loadfile --tier whole -k cuda {OPS}",
+    "host_cuda": f"PPO_KERNELS_HOST_CUDA=1 pytest {WITH_CUDA} -n 2 --dist loadfile --tier whole -k cuda",
     "sanitize_cuda": "tests.verify.sanitize.run --together cuda_address cuda_thread",
-    # Longer
     "sanitize": "tests.verify.sanitize.run address thread",
+    "gpu_run": "pytest tests/verify/test_gpu_run.py tests/verify/test_gpu.py",
+    "accuracy": "bench --accuracy",
+    "sizes": "pytest tests/verify/test_sizes.py -n 2",
+    "properties": "pytest tests/verify -n 2 --dist loadfile -k properties --ignore tests/verify/trainer",
     "factorial": f"pytest tests -n 2 --dist loadfile --tier rest -k 'not triton and not cuda' {OPS}",
     "triton": f"pytest tests -n 2 --dist loadfile --tier rest -k triton {OPS}",
-    "properties": "pytest tests/verify -n 2 --dist loadfile -k properties",
-    "sizes": "pytest tests/verify/test_sizes.py -n 2",
     "mutants": "tests.verify.mutants.run",
-    "faults": "tests.trainer.faults",
-    "learn": "pytest tests/trainer/test_learn.py -m learn",
+    "trainer": "pytest tests/verify/trainer -n 2 --dist loadfile",
+    "faults": "tests.verify.trainer.faults",
+    "learn": "pytest tests/verify/trainer/test_learn.py -m learn",
 }
-GROUPS = {"gpu_checks": ("host_cuda", "sanitize_cuda", "aot")}
+GROUPS = {"gpu_checks": ("host_cuda", "sanitize_cuda", "aot")}  # the kernels of a GPU, without one
 
 
 def command(part: str) -> tuple[list[str], dict[str, str]]:

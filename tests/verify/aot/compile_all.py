@@ -65,16 +65,20 @@ def launchers(package):
     return {op: next((getattr(f, op) for f in files if hasattr(f, op)), None) for op in sorted(ops)}
 
 
+def _fullness(args):
+    return args[0].dim(), sum(torch.is_tensor(x) or x is True for x in args)
+
+
 def record(calls):
     recorder = Recorder()
     JITFunction.run = lambda kernel, *args, **kwargs: recorder(kernel, *args, **kwargs)
     targets = getattr(calls, "LAUNCHERS", None) or launchers("ppo_kernels.triton")
     for op, launcher in targets.items():
         assert launcher is not None, f"{op}: no launcher in ppo_kernels/triton"
-        many = list(getattr(calls, op)())
+        many = calls.all_of()[op]
         for args in many:
             launcher(*args)
-        if hasattr(calls, "far") and (args := calls.far(op, many[0])):
+        if hasattr(calls, "far") and (args := calls.far(op, max(many, key=_fullness))):
             launcher(*args)
     return recorder.variants
 

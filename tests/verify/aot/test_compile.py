@@ -78,15 +78,15 @@ def test_gradients_are_read_and_written_in_16_byte_vectors(reports):
         assert not any(n["crossings"] for n in report["loops"])
 
 
-def test_the_gate_reports_each_planted_fault():
+def test_each_mutant_is_reported():
     problems = collections.defaultdict(str)
-    for report in compile_all("tests.verify.aot.planted"):
+    for report in compile_all("tests.verify.aot.mutants"):
         problems[report["kernel"], report["options"]["num_warps"]] += " ".join(report["problems"])
-    assert problems["planted._copy_far", 4] == ""
-    assert "32-bit offset" in problems["planted._copy", 4]
-    assert "spills" in problems["planted._crowded", 1]
-    assert "does not compile" in problems["planted._broken", 4]
-    assert "without _launch.launch" in problems["planted._copy_far", 2]
+    assert problems["mutants._copy_far", 4] == ""
+    assert "32-bit offset" in problems["mutants._copy", 4]
+    assert "spills" in problems["mutants._crowded", 1]
+    assert "does not compile" in problems["mutants._broken", 4]
+    assert "without _launch.launch" in problems["mutants._copy_far", 2]
 
 
 def test_no_nan_is_lost_in_a_maximum(reports):

@@ -2,7 +2,7 @@
 
 "address" looks for accesses outside of memory and, in the same binary, for undefined behaviour; "thread" for races:
 both in the C++ ops. "cuda_address" and "cuda_thread" do so in the CUDA kernels, compiled for the host.
-Afterwards the patches of this folder are planted one by one, and each must be reported: a silent sanitizer is no news.
+Afterwards the mutants of this folder are made one by one, and each must be reported: a silent sanitizer proves nothing.
 """
 
 from __future__ import annotations
@@ -111,7 +111,7 @@ def excerpt(output: str) -> str:
     return output[found.start() :][:3000] if found else output[-3000:]
 
 
-def noticed(patch: Path, copy: Path, env: dict[str, str]) -> bool:
+def reported(patch: Path, copy: Path, env: dict[str, str]) -> bool:
     text = patch.read_text()
     fields = checkout.header(text)
     kind, tests = KINDS[fields["Sanitizer"]], fields["Tests"].split()
@@ -123,7 +123,7 @@ def noticed(patch: Path, copy: Path, env: dict[str, str]) -> bool:
             build(kind, copy)
         code, output = run_tests(copy, env, tests, kind.choice)
     found = code != 0 and fields["Report"] in output
-    print(f"planted {patch.stem}: {'reported' if found else 'NOT reported'}", flush=True)
+    print(f"mutant {patch.stem}: {'reported' if found else 'NOT reported'}", flush=True)
     if not found:
         print(excerpt(output))
     return found
@@ -138,7 +138,7 @@ def check(name: str) -> bool:
     clean = code == 0 and not REPORT.search(output)
     print(f"{name}: {output.strip().splitlines()[-1] if clean else excerpt(output)}", flush=True)
     patches = [path for path in sorted(HERE.glob("*.patch")) if f"\nSanitizer: {name}\n" in path.read_text()]
-    proven = [noticed(path, copy, env) for path in patches] if clean else []
+    proven = [reported(path, copy, env) for path in patches] if clean else []
     good = clean and bool(proven) and all(proven)
     print(f"{name}: {'no report' if good else 'FAILED'} ({time.monotonic() - begin:.0f} s)", flush=True)
     return good

@@ -1,0 +1,316 @@
+"""The one place that touches DeepSpeed: its start, models that are trained, models that are frozen."""
+
+import contextlib
+import hashlib
+import json
+import logging
+import math
+import os
+import random
+import sys
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import transformers
+from transformers import PreTrainedModel, get_scheduler
+
+from . import distributed, files
+from .config import OptimizerConfig, RunConfig, UserError, resolve
+
+# (prompts [B, P] padded on the left, their mask [B, P], uniform numbers [B, T]) -> tokens [B, T]
+Generate = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+def init_distributed(seed: int, timeout_s: int) -> None:
+    """Join the process group, seed the generators and keep the libraries' chatter off the terminal."""
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", module="deepspeed|torch")
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    else:
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    _find_build_tools()
+    with distributed.quiet():
+        import deepspeed
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    if dist.is_initialized():
+        return
+    backend = "nccl" if torch.cuda.is_available() else "gloo"
+    if "RANK" not in os.environ:
+        # Without a launcher DeepSpeed would look for MPI. A store inside the process also needs no port.
+        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    if not torch.cuda.is_available():
+        _compile_cpu_communication()
+    with distributed.quiet():
+        deepspeed.init_distributed(dist_backend=backend, timeout=timedelta(seconds=timeout_s))
+
+
+class Policy:
+    """A language model with the one temperature at which it is both sampled and scored."""
+
+    def __init__(self, model: "PreTrainedModel | Trainable", temperature: float, impl: str) -> None:
+        self.model = model
+        self.temperature = temperature
+        self.impl = impl
+        self.copy: PreTrainedModel | None = None  # what generates where the model itself is partitioned
+
+    @property
+    def module(self) -> PreTrainedModel:
+        return getattr(self.model, "module", self.model)  # inside an engine, trained or frozen
+
+
+class Trainable:
+    """A DeepSpeed engine whose gradients add up plainly until `step`, which is never a non-finite one."""
+
+    def __init__(self, model: torch.nn.Module, config: OptimizerConfig, learning_rate: float, updates: int) -> None:
+        import deepspeed
+
+        if config.gradient_checkpointing:
+            checkpoint_activations(model)
+        model.train()  # where checkpointing happens; dropout there is none
+        weights = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        self.healthy = torch.ones((), dtype=torch.bool, device=distributed.device())
+        for parameter in weights:
+            parameter.register_hook(self._watch)
+        optimizer = torch.optim.AdamW(
+            weights,
+            lr=learning_rate,
+            betas=(config.adam_beta1, config.adam_beta2),
+            eps=config.adam_epsilon,
+            weight_decay=config.weight_decay,
+        )
+        optimizer.register_step_pre_hook(self._drop_non_finite)
+        self._norm: torch.Tensor | None = None
+        self._dropped, self._vetoed = False, True  # DeepSpeed in half precision starts with an update by zero gradients
+        schedule = get_scheduler(config.lr_scheduler_type, optimizer, config.warmup_steps, updates)
+        with distributed.quiet():
+            self.engine = deepspeed.initialize(
+                model=model, optimizer=optimizer, lr_scheduler=schedule, config=deepspeed_config(config)
+            )[0]
+        if isinstance(self.engine.optimizer, torch.optim.Optimizer):  # there it keeps no norm
+            self.engine.clip_fp32_gradients = self._clip
+        self.skipped = 0
+        self.gradient_norm = 0.0  # before clipping, of the last step
+        self._fp16 = config.fp16
+
+    def __call__(self, **inputs: Any) -> Any:
+        return self.engine(**inputs)
+
+    @property
+    def module(self) -> Any:
+        return self.engine.module
+
+    @property
+    def learning_rate(self) -> float:
+        return self.engine.get_lr()[0]
+
+    def backward(self, loss: torch.Tensor) -> None:
+        self.engine.backward(loss * self._loss_scale(), scale_wrt_gas=False)
+
+    def step(self, allowed: bool = True) -> None:
+        """`allowed` False: the gradients go, the weights and the optimizer's moments stay."""
+        self._dropped, self._vetoed, self._norm = False, not allowed, None
+        scale = self._loss_scale()
+        self.engine.step()
+        self.healthy.fill_(True)
+        if isinstance(self.engine.optimizer, torch.optim.Optimizer):
+            self.gradient_norm = float(self._norm or 0.0)
+        else:  # None if it is switched off
+            norm = self.engine.get_global_grad_norm()
+            self.gradient_norm = float("nan") if norm is None else float(norm) / scale
+        if self._dropped or not self.engine.was_step_applied():
+            self.skipped += 1
+        elif self._fp16:
+            self.skipped = 0  # overflows are how a dynamic loss scale finds its size; many in a row are not
+
+    def _loss_scale(self) -> float:
+        """In half precision at ZeRO 0 DeepSpeed divides the gradients by its scale, and multiplies no loss by it."""
+        from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
+
+        optimizer = self.engine.optimizer
+        return float(optimizer.loss_scale_config.cur_scale) if isinstance(optimizer, FP16_UnfusedOptimizer) else 1.0
+
+    def _watch(self, gradient: torch.Tensor) -> None:
+        self.healthy &= gradient.isfinite().all()
+
+    def _clip(self) -> None:
+        self._norm = torch.nn.utils.clip_grad_norm_(self.module.parameters(), self.engine.gradient_clipping())
+
+    def _drop_non_finite(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        """DeepSpeed checks gradients in some modes only; here, after reduction, one rule holds for all."""
+        grads = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        finite = torch.ones((), device=distributed.device())
+        if grads:
+            norm = torch.nn.utils.get_total_norm(grads)
+            self._norm = norm if self._norm is None else self._norm
+            finite = (norm.isfinite() & self._norm.isfinite()).to(finite)
+        if distributed.world_size() > 1:
+            dist.all_reduce(finite, dist.ReduceOp.MIN)
+        if self._vetoed or not finite or not self._norm_of_deepspeed_is_finite():
+            self._dropped = True
+            for group in optimizer.param_groups:
+                for parameter in group["params"]:
+                    parameter.grad = None  # AdamW leaves a parameter without gradient, and its moments, alone
+
+    def _norm_of_deepspeed_is_finite(self) -> bool:
+        """Before clipping, where an optimizer of DeepSpeed computes it, the same on all ranks.
+
+        It clips by a norm that is not finite too, and nothing is left of the gradients then.
+        """
+        norm = getattr(getattr(self, "engine", None) and self.engine.optimizer, "_global_grad_norm", None)
+        return norm is None or 0 <= float(norm) < math.inf
+
+    @torch.no_grad()
+    def refuse_non_finite_weights(self, name: str) -> None:
+        """No gradient need be at fault: an update can also divide by 0, or leave the range of a half precision."""
+        finite = all(bool(distributed.local_shard(weight).isfinite().all()) for weight in self.module.parameters())
+        if not all(distributed.gather_objects(finite)):
+            raise UserError(
+                f"weights of the {name} are not finite after the last update, and nothing of it is saved: lower "
+                "learning_rate, raise adam_epsilon, or start from the checkpoint before"
+            )
+
+
+def checkpoint_activations(model: Any) -> None:
+    if hasattr(model, "activation_checkpointing_enable"):
+        model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+    else:  # the name of older transformers
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+
+
+def step_together(models: Sequence[Trainable]) -> None:
+    """A step of every model, or, if a gradient of any of them on any rank was not finite, of none."""
+    healthy = torch.stack([model.healthy for model in models]).all().float()
+    if distributed.world_size() > 1:
+        dist.all_reduce(healthy, dist.ReduceOp.MIN)
+    for model in models:
+        model.step(allowed=bool(healthy))
+
+
+def deepspeed_config(config: OptimizerConfig) -> dict[str, Any]:
+    """The shipped or the user's file, plus what the loop's arithmetic depends on."""
+    return json.loads(resolve(config.deepspeed).read_text()) | {
+        "train_micro_batch_size_per_gpu": config.per_device_train_batch_size,
+        "gradient_accumulation_steps": 1,
+        "managed_gradient_accumulation": False,
+        "gradient_clipping": config.max_grad_norm,
+        "bf16": {"enabled": config.bf16},
+        "fp16": {"enabled": config.fp16, "initial_scale_power": 12, "hysteresis": 1},
+        "steps_per_print": None,
+    }
+
+
+def frozen(model: torch.nn.Module, config: RunConfig) -> Any:
+    """A model without gradients; partitioned over the ranks if the trained ones are (ZeRO 3), else plain."""
+    import deepspeed
+
+    model.eval().requires_grad_(False)
+    settings = json.loads(resolve(config.deepspeed).read_text())
+    dtype = torch.bfloat16 if config.bf16 else torch.float16 if config.fp16 else torch.float32
+    if settings.get("zero_optimization", {}).get("stage", 0) < 3:
+        return model.to(distributed.device(), dtype)
+    settings |= {
+        "train_micro_batch_size_per_gpu": 1,
+        "bf16": {"enabled": config.bf16},
+        "fp16": {"enabled": config.fp16},
+        "steps_per_print": None,
+    }
+    with distributed.quiet():
+        return deepspeed.initialize(model=model, config=settings)[0]
+
+
+@contextlib.contextmanager
+def gathered_params(parameters: Iterable[torch.nn.Parameter]) -> Iterator[None]:
+    """Inside, each of them is whole on every rank, whatever the ZeRO stage."""
+    import deepspeed
+
+    partitioned = [p for p in parameters if hasattr(p, "ds_id")]
+    with deepspeed.zero.GatheredParameters(partitioned, enabled=bool(partitioned)):
+        yield
+
+
+def weights_of(module: Any) -> Iterator[tuple[str, torch.Tensor]]:
+    """Names and weights of a model as it would be saved, adapters merged in.
+
+    Each is whole until the next is asked for: who keeps one copies it.
+    """
+    for name, _ in module.named_parameters():
+        if ".lora_" in name:
+            continue
+        plain = name.replace(".base_layer.", ".")
+        place, _, leaf = plain.rpartition(".")
+        layer = module.get_submodule(place)
+        parts = layer.parameters() if hasattr(layer, "base_layer") else [getattr(layer, leaf)]
+        with gathered_params(parts):
+            yield plain, merged_weight(layer, leaf)
+
+
+def merged_weights(model: Any) -> dict[str, torch.Tensor]:
+    """The state dict of the model without adapters, each of them added to the weight it adapts."""
+    weights = {
+        name.replace(".base_layer.", "."): weight for name, weight in model.state_dict().items() if ".lora_" not in name
+    }
+    for name, layer in model.named_modules():
+        if hasattr(layer, "get_delta_weight"):
+            weights[f"{name}.weight"] = merged_weight(layer, "weight")
+    return weights
+
+
+def merged_weight(layer: Any, name: str) -> torch.Tensor:
+    """One parameter of a layer, its adapter added."""
+    weight = getattr(getattr(layer, "base_layer", layer), name).detach()
+    if name == "weight" and hasattr(layer, "get_delta_weight"):
+        return weight + layer.get_delta_weight("default")
+    return weight
+
+
+def only_drawn(logits: torch.Tensor, uniforms: torch.Tensor, temperature: float | torch.Tensor) -> torch.Tensor:
+    """Logits [B, V] that leave one token possible, the drawn one: 0 there, -inf elsewhere.
+
+    It is the token at which the CDF of softmax(logits / temperature) passes the row's uniform number [B, 1];
+    temperature is a number or [B, 1].
+    """
+    cdf = (logits.float() / temperature).softmax(dim=-1).double().cumsum(dim=-1)
+    token = torch.searchsorted(cdf, uniforms * cdf[:, -1:], right=True).clamp(max=logits.shape[1] - 1)
+    return torch.full_like(logits, float("-inf")).scatter(1, token, 0.0)
+
+
+def _find_build_tools() -> None:
+    """DeepSpeed calls `ninja` by name; a virtual environment that is used but not activated hides it."""
+    folder = str(Path(sys.executable).parent)
+    if folder not in os.environ.get("PATH", "").split(os.pathsep):
+        os.environ["PATH"] = os.pathsep.join([folder, os.environ.get("PATH", "")])
+
+
+def _compile_cpu_communication() -> None:
+    """Build the op that DeepSpeed would build at its start, one process at a time.
+
+    torch guards such builds with a file that outlives a killed process, and then waits for it forever. In a folder of
+    our own, under a lock that dies with its process, a guard that is found was left behind and can go.
+    """
+    from deepspeed.comm.torch import build_shm_op
+
+    environment = hashlib.sha256(f"{sys.prefix} {torch.__version__}".encode()).hexdigest()[:12]
+    folder = distributed.cache_folder() / "torch_extensions" / environment
+    if os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(folder)) != str(folder):
+        return  # somebody else's to manage
+    folder.mkdir(parents=True, exist_ok=True)
+    with files.locked(folder / ".building", wait=True):
+        for guard in folder.glob("*/lock"):
+            if files.is_folder(guard.parent):
+                guard.unlink()
+        if distributed.is_main() and not any(folder.glob("*/*.so")):
+            print("DeepSpeed compiles its CPU communication op: about 30 seconds, once.", flush=True)
+        with distributed.quiet():
+            build_shm_op()

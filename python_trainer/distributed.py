@@ -1,0 +1,150 @@
+"""Ranks: what they tell each other, and how they stop together. Of one process too."""
+
+import contextlib
+import io
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+T = TypeVar("T")
+
+
+def stop() -> None:
+    """Leave together: a rank that is still closing its connections when another has gone can abort at its exit."""
+    if world_size() > 1:
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+def loss_of_a_rank(error: RuntimeError) -> str | None:
+    """In words, where a collective operation failed because another rank did."""
+    text = str(error)
+    if world_size() == 1:
+        return None
+    if any(sign in text for sign in ("onnection closed by peer", "onnection reset by peer", "remote process exited")):
+        return f"rank {rank()} stops, since another rank is gone: its own output says why"
+    if "imed out" in text or "timeout" in text:
+        return (
+            f"rank {rank()} stops, since another rank did not answer within ddp_timeout: it hangs, or is slower than "
+            f"that ({text.splitlines()[0]})"
+        )
+    return None
+
+
+class Stopped(Exception):
+    """The run was asked to end and has left a checkpoint; nothing failed."""
+
+
+@contextlib.contextmanager
+def stop_requests() -> Iterator[Callable[[], bool]]:
+    """Inside, SIGTERM asks and does not kill; the function, called on every rank, says whether any rank was asked."""
+    asked = False
+
+    def note(*_: object) -> None:
+        nonlocal asked
+        asked = True
+
+    main_thread = threading.current_thread() is threading.main_thread()
+    before = signal.signal(signal.SIGTERM, note) if main_thread else None
+    try:
+        yield lambda: bool(gather_rows(torch.tensor([int(asked)], device=device())).any())
+    finally:
+        if main_thread:
+            signal.signal(signal.SIGTERM, before)
+
+
+def barrier() -> None:
+    if world_size() > 1:
+        dist.barrier()
+
+
+def local_shard(parameter: Any) -> Any:
+    """What this rank holds of a parameter: its part at ZeRO 3, elsewhere all of it."""
+    return getattr(parameter, "ds_tensor", parameter)
+
+
+def cache_folder() -> Path:
+    """Where what is fetched or compiled once stays."""
+    return Path(os.environ.get("PPO_KERNELS_CACHE", Path.home() / ".cache" / "ppo_kernels"))
+
+
+def device() -> torch.device:
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def is_main() -> bool:
+    return rank() == 0
+
+
+def group() -> dist.ProcessGroup | None:
+    """The group whose ranks share statistics; None where one process is all there is."""
+    return dist.group.WORLD if world_size() > 1 else None
+
+
+def seed_of(*numbers: int) -> int:
+    """A seed for one purpose: nothing depends on what was drawn before, so a resumed run draws the same."""
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)
+
+
+def gather_rows(rows: torch.Tensor) -> torch.Tensor:
+    """The rows of all ranks, in rank order, on every rank."""
+    if world_size() == 1:
+        return rows
+    parts = [torch.empty_like(rows) for _ in range(world_size())]
+    dist.all_gather(parts, rows.contiguous())
+    return torch.cat(parts)
+
+
+def mean(figure: float) -> float:
+    """Over the ranks."""
+    return gather_rows(torch.tensor([figure], dtype=torch.float64, device=device())).mean().item()
+
+
+def gather_objects(mine: T) -> list[T]:
+    """What each rank has, in rank order, on every rank: anything small that can be pickled."""
+    if world_size() == 1:
+        return [mine]
+    everyone: list[Any] = [None] * world_size()
+    dist.all_gather_object(everyone, mine)
+    return everyone
+
+
+@contextlib.contextmanager
+def raise_on_all_ranks(kind: type[Exception]) -> Iterator[None]:
+    """An error of this kind on one rank is one of every rank: none is left waiting for it."""
+    failure = None
+    try:
+        yield
+    except kind as error:
+        failure = str(error)
+    failures = [text for text in gather_objects(failure) if text is not None]
+    if failures:
+        raise kind(failures[0])
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Hold back what a library prints, and show it only if the call fails."""
+    held = io.StringIO()
+    try:
+        with contextlib.redirect_stdout(held), contextlib.redirect_stderr(held):
+            yield
+    except BaseException:
+        sys.stderr.write(held.getvalue())
+        raise

@@ -1,0 +1,99 @@
+"""How good a policy is: gold score and KL on held-out prompts, each with its standard error."""
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from . import distributed
+from .config import SamplingConfig, UserError
+from .data import Task
+from .deepspeed_engine import Policy
+from .rollout import Generator, HfGenerator, RewardFn, by_rows, sample, score_tokens
+
+T = TypeVar("T")
+Completion = tuple[str, float | None]
+
+
+@dataclass
+class Evaluation:
+    metrics: dict[str, float]
+    prompts: list[str]
+    completions: list[Completion]
+
+
+def choose_generator(config: SamplingConfig) -> Generator:
+    """That of `generation_engine`."""
+    if config.generation_engine == "hf":
+        return HfGenerator(config.local_rollout_forward_batch_size)
+    return _vllm(config.vllm_gpu_memory_utilization)
+
+
+@functools.cache  # its engines stay: one run after another in a process uses the same
+def _vllm(memory_share: float) -> Generator:
+    try:
+        from .vllm import VllmGenerator
+    except ImportError as error:
+        raise UserError(f"generation_engine vllm needs vLLM: pip install 'vllm>=0.32' ({error})") from error
+    return VllmGenerator(memory_share)
+
+
+def evaluation_prompts(prompts: Sequence[T], config: SamplingConfig) -> Sequence[T]:
+    """Of the held-out prompts those to evaluate on: as many for every rank."""
+    ranks = distributed.world_size()
+    count = min(len(prompts), config.eval_prompts) // ranks * ranks
+    if not count:
+        raise UserError(
+            f"{len(prompts)} held-out prompts, of which eval_prompts {config.eval_prompts} takes part, are too few for "
+            f"{ranks} ranks: add rows to prompts.jsonl (a tenth is held out), raise eval_prompts, or start fewer ranks"
+        )
+    return prompts[:count]
+
+
+def evaluate(
+    policy: Policy,
+    reference: Policy,
+    prompts: Sequence[Sequence[int]],
+    task: Task,
+    tokenizer: PreTrainedTokenizerBase,
+    generator: Generator,
+    reward_fn: RewardFn | None,
+    config: SamplingConfig,
+) -> Evaluation:
+    """One response per prompt, with the same noise at every call: two policies differ by themselves alone."""
+    prompts = evaluation_prompts(prompts, config)
+    rows = config.local_rollout_forward_batch_size
+    rollout = sample(
+        policy,
+        prompts,
+        tokenizer,
+        generator,
+        response_length=config.response_length,
+        seed=distributed.seed_of(config.seed, len(prompts)),
+    )
+    logp = by_rows(lambda part: score_tokens(policy, part), rollout, rows)
+    ref = by_rows(lambda part: score_tokens(reference, part), rollout, rows)
+    columns = {"kl": (logp - ref).sum(dim=1), "response_length": rollout.mask.sum(dim=1).float()}
+    if reward_fn is not None:
+        columns["score"] = by_rows(reward_fn, rollout, rows)
+    shown = [ids[mask] for ids, mask in zip(rollout.sequences, rollout.attention_mask, strict=True)]
+    gold = task.gold([tokenizer.decode(ids, skip_special_tokens=True) for ids in shown])
+    if gold is not None:
+        columns["gold"] = torch.tensor(gold, device=logp.device)
+    metrics = {}
+    for name, values in columns.items():
+        everywhere = distributed.gather_rows(values.float()).double()
+        metrics[f"eval/{name}"] = everywhere.mean().item()
+        deviation = everywhere.std().item() if len(everywhere) > 1 else float("nan")
+        metrics[f"eval/{name}_se"] = deviation / len(everywhere) ** 0.5
+    width = rollout.prompt_width
+    texts = [
+        tokenizer.decode(row[width:][mask[width:]], skip_special_tokens=True)
+        for row, mask in zip(rollout.sequences, rollout.attention_mask, strict=True)
+    ]
+    asked = [tokenizer.decode(ids, skip_special_tokens=True) for ids in prompts[: len(texts)]]
+    judged: list[float | None] = list(gold) if gold is not None else [None] * len(texts)
+    return Evaluation(metrics, asked, list(zip(texts, judged, strict=True)))

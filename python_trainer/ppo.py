@@ -1,0 +1,349 @@
+"""The algorithm from top to bottom: a rollout, then updates on it.
+
+One step is a function of the seed, the step's number and the weights: nothing depends on what was drawn before.
+"""
+
+import functools
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from ppo_kernels import value_loss
+
+from . import checkpoint, distributed, zero_state
+from .algorithms import KlControl, load_algorithm
+from .atomic import atomic_dir
+from .config import PPOConfig, UserError
+from .data import encode_prompts, load_task, shuffled_positions
+from .deepspeed_engine import Policy, Trainable, init_distributed, step_together
+from .evaluate import Evaluation, choose_generator, evaluate, evaluation_prompts
+from .logging import Averages, Log, plot
+from .models import MovingAverage, build_models, context_of, save_model, starting_point
+from .rewards import ScoreShaping, load_reward_fn, reward_model_path
+from .rollout import (
+    Experience,
+    RewardFn,
+    by_rows,
+    gathered,
+    minibatches,
+    sample,
+    score_tokens,
+    score_tokens_and_entropy,
+    score_values,
+    shard,
+    summary,
+)
+from .settings import save
+from .sft import Pretraining
+
+RATIO_TOLERANCE = 1e-5
+
+
+class Trainer:
+    """The models of one run, and the steps that train them."""
+
+    def __init__(self, config: PPOConfig) -> None:
+        init_distributed(config.seed, config.ddp_timeout)
+        self.config = config
+        self.folder = Path(config.output_dir) / "train"
+        request, own = config.resume_from_checkpoint, self.folder / "checkpoints"
+        source = None if request is None else checkpoint.find(request, own)
+        # From another run's checkpoint a new run starts, which must not replace what is there.
+        self.continues = source is not None and checkpoint.belongs(source, own)
+        checkpoint.refuse_existing(self.folder, overwrite=config.overwrite_output_dir, resume=self.continues)
+        self.kl = KlControl(config)
+        self.shaping = ScoreShaping(config)
+        self.algorithm = load_algorithm(config, self.kl)
+        self._check_sizes()
+        self.generator = choose_generator(config)
+        self.task = load_task(config)
+        train, heldout = self.task.prompts()
+        evaluation_prompts(heldout, config)  # before the models load
+        policy, self.tokenizer = starting_point(config, self.task)
+        self.train_prompts, self.heldout_prompts = (
+            encode_prompts(prompts, self.tokenizer, response_length=config.response_length, context=context_of(policy))
+            for prompts in (train, heldout)
+        )
+        self.reward_fn: RewardFn = load_reward_fn(config, self.task, self.tokenizer)
+        needs_critic = self.algorithm.needs_critic
+        like_the_reward_model = needs_critic and config.value_model_init == "reward" and config.value_model_path is None
+        self.models = build_models(
+            config,
+            policy,
+            self.tokenizer,
+            needs_critic=needs_critic,
+            reward_model_path=reward_model_path(config) if like_the_reward_model else None,
+        )
+        self.ema = None if config.ema_decay is None else MovingAverage(self.actor.module, config.ema_decay)
+        self.ptx = Pretraining(config, self.task, self.tokenizer) if config.ptx_coef else None
+        self.done = 0
+        for name, model in self.trained.items():
+            zero_state.refuse_unknown_layout(name, model)  # now, not at the first save, which SIGTERM may ask for
+        if source is not None:
+            self.load_checkpoint(source)
+
+    @property
+    def actor(self) -> Policy:
+        return self.models.actor
+
+    @property
+    def reference(self) -> Policy:
+        return self.models.reference
+
+    @property
+    def critic(self) -> Trainable | None:
+        return self.models.critic
+
+    @property
+    def trained(self) -> dict[str, Trainable]:
+        return self.models.trained
+
+    def train_step(self) -> dict[str, float]:
+        """Sample, score, make rewards and advantages of it; then epochs of minibatches: losses, and optimizer steps."""
+        started = time.perf_counter()
+        experience = self.collect_experience()
+        rolled_out = time.perf_counter()
+        learning_rate = self.trained["actor"].learning_rate  # the schedule moves on with each update
+        averages = self.update(experience)
+        for name, model in self.trained.items():
+            model.refuse_non_finite_weights(name)
+        self.done += 1
+        kl_coef = self.kl.coef
+        figures = summary(experience, self.tokenizer.eos_token_id, kl_coef, self.config.ops_impl)
+        self.kl.update(figures["objective/kl"], self.config.batch_size)
+        return (
+            figures
+            | averages
+            | {
+                "objective/kl_coef": kl_coef,
+                "lr": learning_rate,
+                "episode": self.done * self.config.batch_size,
+                "val/skipped_updates": max(model.skipped for model in self.trained.values()),
+                "time/rollout": rolled_out - started,
+                "time/update": time.perf_counter() - rolled_out,
+            }
+        )
+
+    def collect_experience(self) -> Experience:
+        """Responses of the current policy with all that the losses need: the global batch, the same on every rank."""
+        config, group = self.config, self.algorithm.group_size
+        # Sample: `group` responses to each prompt; from here to the end this rank has its share of them.
+        distinct = config.batch_size // group
+        chosen = shuffled_positions(len(self.train_prompts), config.seed, self.done * distinct, distinct)
+        rollout = sample(
+            self.actor,
+            [self.train_prompts[index] for index in chosen for _ in range(group)],
+            self.tokenizer,
+            self.generator,
+            response_length=config.response_length,
+            seed=distributed.seed_of(config.seed, self.done, 1),
+        )
+        # Score: log-probabilities of policy and reference, the critic's values, and one number for each response.
+        rows = config.local_rollout_forward_batch_size
+        logprobs = by_rows(functools.partial(score_tokens, self.actor), rollout, rows)
+        ref_logprobs = by_rows(functools.partial(score_tokens, self.reference), rollout, rows)
+        values = torch.zeros_like(logprobs)
+        if self.critic is not None:
+            values = by_rows(functools.partial(score_values, self.critic), rollout, rows)
+        raw = by_rows(self.reward_fn, rollout, rows).to(logprobs)
+        _refuse_non_finite_scores(raw)
+        raw = self.shaping.penalised(raw, rollout.ended(self.tokenizer.eos_token_id))
+        self.shaping.observe(distributed.gather_rows(raw))
+        local = Experience(
+            rollout.sequences,
+            rollout.attention_mask,
+            rollout.mask,
+            logprobs,
+            ref_logprobs,
+            values,
+            raw,
+            self.shaping.scaled(raw),
+            kl=torch.zeros_like(raw),
+            advantages=torch.zeros_like(values),
+            returns=torch.zeros_like(values),
+        )
+        # Rewards: the score at the last token, minus the penalty for leaving the reference. Then advantages.
+        rewards = self.algorithm.token_rewards(local)
+        self.algorithm.compute_advantages(local, rewards)
+        return gathered(local)
+
+    def update(self, experience: Experience) -> dict[str, float]:
+        """All passes over one rollout; returns the averaged statistics.
+
+        The micro-batch size and the number of ranks change memory and speed, not the step: losses are divided by what
+        the whole minibatch holds.
+        """
+        config, algorithm, averages = self.config, self.algorithm, Averages()
+        warming_up = self.done < config.critic_warmup_steps
+        trained = {name: model for name, model in self.trained.items() if name == "critic" or not warming_up}
+        one, ranks = torch.ones((), device=distributed.device()), distributed.world_size()
+        for epoch in range(config.num_ppo_epochs):
+            order = distributed.seed_of(config.seed, self.done, 2, epoch)
+            chunks = minibatches(len(experience.mask), algorithm.group_size, config.num_mini_batches, order)
+            for number, rows in enumerate(chunks):
+                seen, drift, mask = Averages(), 0.0 * one, experience.mask[rows]
+                # DeepSpeed averages gradients over ranks, so each rank divides by its share.
+                normalizer, tokens = algorithm.normalizer(mask) / ranks, mask.sum() / ranks
+                for micro in rows[shard(len(rows))].split(config.per_device_train_batch_size):
+                    batch = experience[micro]
+                    valid = batch.mask.sum()
+                    share = tokens / valid.clamp(min=1)  # so that the average of losses is the minibatch's loss
+                    if "actor" in trained:
+                        logprobs, entropy = score_tokens_and_entropy(
+                            self.actor, batch.rollout, differentiable=config.entropy_coef != 0
+                        )
+                        loss, statistics = algorithm.policy_loss(logprobs, batch, normalizer)
+                        if config.entropy_coef:
+                            loss = loss - config.entropy_coef * entropy.sum() / tokens
+                        trained["actor"].backward(loss)
+                        drift = drift.maximum(((logprobs.detach() - batch.logprobs).abs() * batch.mask).max())
+                        seen.add(statistics, algorithm.weight(batch.mask))
+                        of_tokens = {"loss/policy_avg": loss.detach() * share}
+                        seen.add(of_tokens | {"policy/entropy_avg": entropy.detach().sum() / valid}, valid)
+                    if "critic" in trained:
+                        loss, stats = value_loss(
+                            score_values(self.critic, batch.rollout),
+                            batch.values,
+                            batch.returns,
+                            batch.mask,
+                            cliprange_value=config.cliprange_value,
+                            normalizer=tokens,
+                            impl=config.ops_impl,
+                        )
+                        trained["critic"].backward(config.vf_coef * loss)
+                        seen.add({"val/clipfrac_avg": stats.clipfrac, "loss/value_avg": loss.detach() * share}, valid)
+                if epoch == 0 and number == 0 and "actor" in trained:
+                    self._check_ratio(distributed.gather_rows(drift[None]).max().item())
+                if self.ptx is not None and "actor" in trained:
+                    position = (self.done * config.num_ppo_epochs + epoch) * config.num_mini_batches + number
+                    seen.add(self.ptx.backward(self.actor, position, len(rows)), one)
+                step_together(list(trained.values()))
+                seen.add({f"{name}/grad_norm": one * model.gradient_norm for name, model in trained.items()}, one)
+                if self.ema is not None and "actor" in trained:
+                    self.ema.update(self.actor.module)
+                averages.merge(seen)
+                if self._moved_too_far(seen):
+                    return averages.reduce()
+        return averages.reduce()
+
+    def train(self) -> tuple[Evaluation, Evaluation]:
+        """All remaining steps; returns the evaluations of the reference and of the trained policy."""
+        with (
+            checkpoint.lock_run_dir(
+                self.folder, overwrite=self.config.overwrite_output_dir, done=self.done if self.continues else 0
+            ),
+            distributed.stop_requests() as asked_to_stop,
+        ):
+            return self._train(asked_to_stop)
+
+    def _train(self, asked_to_stop: Callable[[], bool]) -> tuple[Evaluation, Evaluation]:
+        config, resumed = self.config, self.done
+        if distributed.is_main():
+            save(config, self.folder)
+        log = Log(self.folder, config, config.total_steps, start=resumed, title=config.algorithm)
+        before = self.evaluate(self.reference)
+        if not resumed:
+            log.record(0, before.metrics)
+        after = self.evaluate(self.actor) if resumed else before
+        while self.done < config.total_steps:
+            row = self.train_step()
+            due = config.eval_steps and self.done % config.eval_steps == 0
+            if due or self.done == config.total_steps:
+                after = self.evaluate(self.actor)
+                row |= after.metrics
+            log.step(self.done, row)
+            self._stop_if_unhealthy()
+            stopping = self.done < config.total_steps and asked_to_stop()
+            if stopping or (config.save_steps and self.done % config.save_steps == 0):
+                self.save_checkpoint(self.folder / "checkpoints")
+            if stopping:
+                log.close()
+                raise distributed.Stopped(
+                    f"asked to stop: step {self.done} is saved; --resume_from_checkpoint latest goes on from there"
+                )
+        log.close()
+        with atomic_dir(self.folder / "model") as place:
+            save_model(self.actor.model, self.tokenizer, place)
+        if self.ema is not None:
+            with atomic_dir(self.folder / "ema") as place, self.ema.in_place_of(self.actor.module):
+                save_model(self.actor.model, self.tokenizer, place)
+        if distributed.is_main():
+            plot(self.folder)
+        return before, after
+
+    def evaluate(self, policy: Policy) -> Evaluation:
+        result = evaluate(
+            policy,
+            self.reference,
+            self.heldout_prompts,
+            self.task,
+            self.tokenizer,
+            self.generator,
+            self.reward_fn,
+            self.config,
+        )
+        scored, by_reference = (functools.partial(score_tokens, each) for each in (policy, self.reference))
+        result.metrics |= self.task.exact(scored, by_reference, self.config.kl_coef)
+        return result
+
+    def save_checkpoint(self, folder: Path) -> None:
+        """Among those in `folder`."""
+        memory: dict[str, Any] = {"kl_coef": self.kl.coef, "scores": self.shaping.state()}
+        checkpoint.save(folder, self.done, self.trained, self.config, memory, self._average())
+
+    def load_checkpoint(self, source: Path) -> None:
+        self.done, memory = checkpoint.load(source, self.trained, self.config, self._average())
+        self.kl.coef = memory["kl_coef"]
+        self.shaping.restore(memory["scores"])
+
+    def _average(self) -> list[zero_state.Slice]:
+        return [] if self.ema is None else self.ema.slices(self.actor.module)
+
+    def _check_sizes(self) -> None:
+        share = self.config.num_mini_batches * distributed.world_size() * self.algorithm.group_size
+        if self.config.batch_size % share:
+            raise UserError(
+                f"batch_size {self.config.batch_size} must be a multiple of num_mini_batches x ranks x "
+                f"responses per prompt = {share}"
+            )
+        micro, group = self.config.per_device_train_batch_size, self.algorithm.group_size
+        if micro % group:
+            raise UserError(
+                f"per_device_train_batch_size {micro} must be a multiple of the {group} responses per prompt"
+            )
+
+    def _check_ratio(self, drift: float) -> None:
+        """Before the first update the policy is the one that sampled; anything beyond rounding is a bug."""
+        if drift <= RATIO_TOLERANCE:
+            return
+        text = f"before the first update of step {self.done + 1} the log-ratio is off by {drift:.2g}, not 0"
+        # On a GPU another batch shape may choose a kernel that adds up in another order.
+        exact = distributed.device().type == "cpu"
+        if exact and not (self.config.bf16 or self.config.fp16):
+            raise RuntimeError(text + ": sampling-time and training-time scoring disagree")
+        if distributed.is_main():
+            tqdm.write(f"warning: {text} (rounding, or sampling-time and training-time scoring disagree)")
+
+    def _moved_too_far(self, seen: Averages) -> bool:
+        if self.config.target_kl is None:
+            return False
+        return seen.reduce().get("policy/approxkl_avg", 0.0) > self.config.target_kl
+
+    def _stop_if_unhealthy(self) -> None:
+        skipped = max(model.skipped for model in self.trained.values())
+        if skipped >= self.config.max_skipped_steps:
+            raise UserError(
+                f"{skipped} updates had a non-finite loss, gradient or gradient norm and were skipped; stopped after "
+                f"step {self.done}, checkpoints are as they were"
+            )
+
+
+def _refuse_non_finite_scores(scores: torch.Tensor) -> None:
+    finite = distributed.gather_rows(scores).isfinite()  # all ranks stop together, or none
+    if not finite.all():
+        bad = int((~finite).sum())
+        raise UserError(f"the score of {bad} of {len(finite)} responses is not finite; the weights are untouched")

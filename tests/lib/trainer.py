@@ -1,0 +1,82 @@
+"""A trainer small enough to run in seconds: the enumerable task with one narrow layer; and how a person starts one."""
+
+import json
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from python_trainer.config import PPOConfig
+from python_trainer.ppo import Trainer
+
+ROOT = Path(__file__).parents[2]
+
+TINY_MODEL = {"model_type": "gpt2", "n_positions": 16, "n_embd": 16, "n_layer": 1, "n_head": 2}
+TINY = {
+    "task": "exact",
+    "model_config": json.dumps(TINY_MODEL | {"initializer_range": 0.08}),
+    "response_length": 5,
+    "batch_size": 16,
+    "per_device_train_batch_size": 8,
+    "num_mini_batches": 1,
+    "num_ppo_epochs": 1,
+    "learning_rate": 1e-3,
+    "total_steps": 3,
+    "disable_tqdm": True,
+}
+
+
+@pytest.fixture
+def tiny(tmp_path):
+    """``tiny(**settings)`` is a Trainer writing under tmp_path."""
+
+    def make(**settings) -> Trainer:
+        return Trainer(PPOConfig(**TINY | {"output_dir": str(tmp_path / "run")} | settings))
+
+    return make
+
+
+@pytest.fixture
+def ratings(tmp_path):
+    """Praise rated high, blame rated low, in the layout of the real file."""
+    draw = random.Random(0)
+    lines = []
+    for number in range(200):
+        good = number % 2 == 0
+        word = draw.choice(["great", "moving", "brilliant"] if good else ["awful", "boring", "terrible"])
+        person = " ".join(draw.choices(["old", "young", "shy", "loud", "tall", "calm", "odd", "kind"], k=3))
+        rating = draw.uniform(1, 3) * (1 if good else -1)
+        lines.append(f"{number}\t{rating}\t{person} people find it {word} , and {word} again .\r\n")
+    path = tmp_path / "ratings.txt"
+    path.write_text("".join(lines), encoding="utf-8")
+    return path
+
+
+def as_options(settings: dict) -> list[str]:
+    return [f"--{key}={value}" for key, value in settings.items()]
+
+
+def command(*arguments: str, launcher: tuple[str, ...] = (sys.executable, "-m"), **environment: str):
+    """The trainer as a person starts it."""
+    return subprocess.run(
+        [*launcher, "python_trainer", *arguments],
+        env=os.environ
+        | {
+            "PYTHONPATH": str(ROOT),
+            "OMP_NUM_THREADS": "1",
+            "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+        }
+        | environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+def metric_rows(run: Path) -> list[dict]:
+    """metrics.jsonl without the clock."""
+    rows = [json.loads(line) for line in (run / "train" / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in row.items() if not key.startswith("time/")} for row in rows]

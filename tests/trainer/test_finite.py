@@ -1,0 +1,94 @@
+"""Nothing that is not finite is kept, and what does nothing is counted."""
+
+import math
+
+import pytest
+import torch
+
+from python_trainer.config import SftConfig, UserError
+from python_trainer.deepspeed_engine import step_together
+from python_trainer.sft import sft
+from tests.lib.trainer import TINY
+
+
+def parts(trainer) -> list[torch.Tensor]:
+    return [getattr(p, "ds_tensor", p) for model in trainer.trained.values() for p in model.module.parameters()]
+
+
+def backward(trainer, name: str, factor: float) -> None:
+    model, ids = trainer.trained[name], torch.tensor([[2, 3]])
+    output = model(input_ids=ids, attention_mask=torch.ones_like(ids))
+    model.backward((output if name == "critic" else output.logits).sum() * factor)
+
+
+@pytest.mark.parametrize("stage", range(4))
+@pytest.mark.parametrize("half", [False, True])
+def test_an_update_is_skipped_and_counted_or_moves_the_weights(tiny, stage, half):
+    """Every gradient is finite, and their squares are not: clipping by such a norm leaves nothing of them.
+
+    At stage 3 the norm is found in float64, and the update is a good one.
+    """
+    trainer = tiny(deepspeed=f"ds_zero{stage}.json", bf16=half)
+    actor, start = trainer.trained["actor"], [part.detach().clone() for part in parts(trainer)]
+    for count in (1, 2):
+        backward(trainer, "actor", 1e30)
+        assert actor.healthy
+        step_together([actor])
+        assert actor.skipped == (0 if stage == 3 else count)
+        assert math.isfinite(actor.gradient_norm) == (stage == 3)
+    assert moved(trainer, start) == (stage == 3)
+    backward(trainer, "actor", 1.0)
+    step_together([actor])
+    assert actor.skipped == (0 if stage == 3 else 2)
+    assert moved(trainer, start)
+
+
+def moved(trainer, start: list[torch.Tensor]) -> bool:
+    return not all(torch.equal(old, new) for old, new in zip(start, parts(trainer), strict=True))
+
+
+def test_updates_by_such_norms_end_the_run(tiny, tmp_path):
+    trainer = tiny(total_steps=9, max_skipped_steps=2, save_steps=5)
+    trainer.config.entropy_coef = 1e37
+    with pytest.raises(UserError, match=r"2 updates had a non-finite .*norm.*step 2"):
+        trainer.train()
+    assert not (tmp_path / "run" / "train" / "model").exists()
+
+
+@pytest.mark.parametrize("settings", [{"deepspeed": f"ds_zero{stage}.json"} for stage in (0, 3)])
+@pytest.mark.parametrize("save_steps", [0, 1])
+def test_weights_that_are_not_finite_are_not_saved(tiny, tmp_path, settings, save_steps):
+    """An epsilon that is 0 in float32 divides 0 by 0: no gradient is at fault."""
+    with pytest.raises(UserError, match=r"weights of the (actor|critic) are not finite.*adam_epsilon"):
+        tiny(**settings, total_steps=1, adam_epsilon=1e-300, save_steps=save_steps, kl_coef=0.1).train()
+    train = tmp_path / "run" / "train"
+    assert not (train / "model").exists()
+    assert not list(train.glob("checkpoints/step-*"))
+
+
+def test_one_bad_weight_of_any_model_is_noticed(tiny):
+    for name in ("actor", "critic"):
+        for bad in (float("nan"), float("-inf")):
+            trainer = tiny()
+            with torch.no_grad():
+                list(trainer.trained[name].module.parameters())[-1].view(-1)[-1] = bad
+            with pytest.raises(UserError, match=f"weights of the {name} are not finite"):
+                trainer.trained[name].refuse_non_finite_weights(name)
+            for model in trainer.trained.keys() - {name}:
+                trainer.trained[model].refuse_non_finite_weights(model)
+
+
+def test_imitation_saves_no_such_model_either(tmp_path, ratings):
+    small = {"model_config": TINY["model_config"].replace('"n_positions": 16', '"n_positions": 48'), "batch_size": 16}
+    config = SftConfig(
+        task="reviews",
+        data_path=str(ratings),
+        output_dir=str(tmp_path),
+        max_steps=1,
+        adam_epsilon=1e-300,
+        disable_tqdm=True,
+        **small,
+    )
+    with pytest.raises(UserError, match="weights of the model are not finite"):
+        sft(config)
+    assert not (tmp_path / "sft" / "model").exists()
