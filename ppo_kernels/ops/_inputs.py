@@ -84,12 +84,12 @@ def check_number(
     """
     value = _as_number(op, name, value)
     if isinstance(value, Tensor):
-        return value
+        return value  # type: ignore[return-value]
     if not (value > above and value >= least and value <= most and -math.inf < value < math.inf):
         limits = [f"> {above}"] * (above > -math.inf) + [f">= {least}"] * (least > -math.inf)
         limits += [f"<= {most}"] * (most < math.inf)
         raise ValueError(f"{op}: {name} must be {' and '.join(limits) or 'finite'}, got {value}")
-    return value  # type: ignore[return-value]
+    return value
 
 
 def _as_number(op: str, name: str, value: object) -> float | Tensor:
