@@ -170,10 +170,10 @@ def test_status_counts_each_call_once(impl_of, name):
     assert _counts_since(before) == {(case.op, impl): 1}
     before = _counts()
     case.call(case.tensors, "auto")
-    assert _counts_since(before) == {(case.op, backends.implementations(case.op, "cpu")[0]): 1}
+    assert _counts_since(before) == {(case.op, backends.op(case.op).implementations("cpu")[0]): 1}
     with pytest.raises(ValueError, match="nonsense"):
         case.call(case.tensors, "nonsense")
-    assert _counts_since(before) == {(case.op, backends.implementations(case.op, "cpu")[0]): 1}
+    assert _counts_since(before) == {(case.op, backends.op(case.op).implementations("cpu")[0]): 1}
 
 
 def _counts():

@@ -55,7 +55,7 @@ def garbage_between_guard_pages(impl, front):
             case = cases.make(name, batch=4, length=cases.fit(name, impl, 10))
             indices = {k: pick(*x.shape) for k, x in case.tensors.items() if k in index_inputs(name)}
             outputs_and_gradient(case, impl, {k: fenced(x, front) for k, x in case.tensors.items()} | indices)
-        pk.backends.kernel("group_advantages", impl)(row, pick(4), pick(4), 0, 1, 0.0)
+        pk.backends.op("group_advantages").kernel(impl)(row, pick(4), pick(4), 0, 1, 0.0)
 
 
 @pytest.mark.parametrize("front", FRONT)
@@ -87,8 +87,8 @@ def gradient_written_over_rows_beyond_32_bits(impl, rows, stride):
     logits, labels, upstream = torch.randn(rows, 33).bfloat16(), torch.arange(rows) * 10, torch.ones(rows)
     grads = []
     for x in (logits.clone(), far_rows(logits, stride)):
-        saved = pk.backends.kernel("token_logprobs", impl)(x, labels, None, None, 0.7, -100, True)
-        backward = pk.backends.kernel("token_logprobs_backward_", impl)
+        saved = pk.backends.op("token_logprobs").kernel(impl)(x, labels, None, None, 0.7, -100, True)
+        backward = pk.backends.op("token_logprobs_backward_").kernel(impl)
         backward(x, labels, None, upstream, upstream, *saved, 0.7)
         grads.append(x)
     assert bit_equal(*grads)
