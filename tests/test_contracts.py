@@ -155,7 +155,7 @@ def test_a_row_of_a_large_vocabulary_does_not_depend_on_the_batch_around_it(impl
     def call(t, impl):
         return pk.token_logprobs(t["logits"], t["labels"], entropy=True, impl=impl)
 
-    case = cases.Case("token_logprobs", {"logits": logits, "labels": labels}, call, "logits")
+    case = cases.Call("token_logprobs", {"logits": logits, "labels": labels}, call, "logits")
     whole = run(case, impl)
     for rows in ([0], [4], [3, 1, 4, 2, 0]):
         got = run(case, impl, {"logits": logits[rows], "labels": labels[rows]})
