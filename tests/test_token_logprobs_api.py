@@ -85,9 +85,9 @@ def test_expanded_logits_and_labels(impl):
 
 
 GRAD_OUTPUTS = {
-    "expanded": lambda n: torch.ones(()).expand(n),
-    "sliced": lambda n: torch.full((2 * n,), 1.0)[::2],
-    "reversed order": lambda n: torch.ones(n).flip(0),
+    "expanded": lambda g: g[:1].expand(g.shape),
+    "sliced": lambda g: torch.stack([g, torch.full_like(g, NAN)], 1)[:, 0],
+    "off a vector boundary": lambda g: torch.cat([torch.full_like(g[:1], NAN), g])[1:],
 }
 
 
@@ -95,8 +95,9 @@ GRAD_OUTPUTS = {
 @pytest.mark.parametrize("entropy", [False, True])
 def test_strided_incoming_gradients(impl, form, entropy):
     logits, labels = make(6, 70)
+    apart = GRAD_OUTPUTS[form](torch.rand(6) + 0.5)
     grads = []
-    for grad_output in (torch.ones(6), GRAD_OUTPUTS[form](6)):
+    for grad_output in (apart.contiguous(), apart):
         leaf = logits.clone().requires_grad_()
         out = token_logprobs(leaf, labels, entropy=entropy, impl=impl)
         out = out if isinstance(out, tuple) else (out,)
