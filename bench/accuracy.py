@@ -1,6 +1,6 @@
 """How far each implementation is from float64, beside the eager code that a trainer writes: a table in Markdown.
 
-``python -m bench --accuracy``. The truth is the oracle (tests/lib/oracle); eager is PyTorch on the same inputs in
+``python -m bench --accuracy``. The truth is the oracle (bench/oracle); eager is PyTorch on the same inputs in
 float32. A cell is the worst error over its data sets, and in brackets the worst ratio to eager's error on one of them.
 """
 

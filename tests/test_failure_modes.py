@@ -89,7 +89,8 @@ import pytest
 import torch
 
 import ppo_kernels as pk
-from tests.lib import cases, oracle
+from bench import oracle
+from tests.lib import cases
 from tests.lib.cases import NAMES, run
 from tests.lib.devices import IMPLEMENTATIONS
 from tests.lib.helpers import INF, NAN, assert_close_to_oracle, assert_raises, bit_equal, grad_of, holey_mask

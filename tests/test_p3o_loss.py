@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
+from bench import oracle
 from ppo_kernels import P3OStats, group_advantages, p3o_loss
-from tests.lib import oracle
 from tests.lib.checks import pairs_of_responses as make
 from tests.lib.helpers import (
     JUNK,

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 import ppo_kernels
+from bench import oracle
 from ppo_kernels import selective_log_softmax, selective_log_softmax_and_entropy, token_logprobs
 from ppo_kernels.integrations import trl
-from tests.lib import oracle
 from tests.lib.checks import logits_and_labels as make
 from tests.lib.devices import KERNELS
 from tests.lib.helpers import NAN, assert_close_to_oracle, assert_raises, bit_equal, in_fresh_process, strided

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
+from bench import oracle
 from ppo_kernels import ValueStats, value_loss
-from tests.lib import oracle
 from tests.lib.checks import check_views
 from tests.lib.helpers import (
     JUNK,

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 import ppo_kernels
+from bench import oracle
 from ppo_kernels import backends
-from tests.lib import oracle
 
 Inputs = dict[str, Tensor]
 Shape = tuple[int, ...]

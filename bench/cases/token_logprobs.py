@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from bench import oracle
 from bench.cases import LOGITS_AXES, Case, Data, Target, normal, with_holes
-from tests.lib import oracle
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 SIZES = {"quick": (256, 151936), "small": (64, 32000), "full": (1024, 151936)}

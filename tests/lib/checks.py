@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import torch
 
+from bench import oracle
 from ppo_kernels import token_logprobs
-from tests.lib import oracle
 from tests.lib.helpers import (
     NAN,
     assert_close_to_oracle,

@@ -6,8 +6,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from bench import oracle
 from ppo_kernels import group_advantages, p3o_loss
-from tests.lib import oracle
 from tests.lib.devices import IMPLEMENTATIONS
 from tests.lib.helpers import NAN, assert_close_to_oracle, grad_of, out_dtype
 from tests.lib.strategies import DTYPES, batches, poisoned, poisons

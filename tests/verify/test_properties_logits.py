@@ -6,8 +6,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from bench import oracle
 from ppo_kernels import token_logprobs
-from tests.lib import oracle
 from tests.lib.devices import IMPLEMENTATIONS
 from tests.lib.helpers import INF, MASK_DTYPES, NAN, assert_close_to_oracle, magnitude, out_dtype, strided
 

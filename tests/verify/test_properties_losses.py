@@ -6,8 +6,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from bench import oracle
 from ppo_kernels import policy_loss, value_loss
-from tests.lib import oracle
 from tests.lib.devices import IMPLEMENTATIONS
 from tests.lib.helpers import ESTIMATORS, assert_close_to_oracle, grad_of, magnitude
 from tests.lib.strategies import SCALES, batches, poisoned, poisons
