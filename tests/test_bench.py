@@ -15,6 +15,8 @@ import torch
 from bench import cases, measure, peers, report, results, rows, source
 from bench.rows import Row, Setup
 
+pytestmark = pytest.mark.host
+
 ROOT = Path(__file__).parent.parent
 
 

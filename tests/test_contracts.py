@@ -10,6 +10,8 @@ from tests.lib.cases import DIFFERENTIABLE, NAMES, REGISTERED, ROWWISE, run
 from tests.lib.devices import IMPLEMENTATIONS, KERNELS
 from tests.lib.helpers import bit_equal, in_fresh_process
 
+pytestmark = pytest.mark.host
+
 GRADCHECKED = tuple(name for name in DIFFERENTIABLE if REGISTERED[name].gradcheck)
 
 

@@ -10,6 +10,8 @@ from tests.lib import cases, recorded
 from tests.lib.cases import DIFFERENTIABLE, NAMES, run
 from tests.lib.helpers import bit_equal
 
+pytestmark = pytest.mark.host
+
 IMPLS = ("cpu", "triton")
 
 

@@ -10,6 +10,8 @@ from tests.lib.devices import IMPLEMENTATIONS, KERNELS
 from tests.lib.helpers import bit_equal, in_fresh_process
 from tests.lib.memory import far_rows, fence_allocations, fenced, outputs_and_gradient
 
+pytestmark = pytest.mark.host
+
 # A detached entropy has the kernels of one that is not; bfloat16 reaches no other kernel than those of the logits.
 CALLS = tuple(name for name in NAMES if not name.endswith(":detached"))
 DTYPES = {name: (torch.float32, torch.bfloat16)[: 1 + REGISTERED[name].vocabulary] for name in CALLS}

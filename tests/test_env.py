@@ -14,6 +14,8 @@ import pytest
 import ppo_kernels
 from ppo_kernels import backends, env
 
+pytestmark = pytest.mark.host
+
 PACKAGE = Path(ppo_kernels.__file__).parent
 BLOCKED = """if True:
     import sys
