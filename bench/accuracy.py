@@ -59,7 +59,7 @@ def rows() -> Iterator[tuple[tuple[str, str, str], dict[str, tuple[float, float]
     g = torch.Generator().manual_seed(0)
     worst: dict[tuple[str, str, str], dict[str, tuple[float, float]]] = {}
     for case in (case for case in CASES if case.accuracy):
-        eager, have = case.accurate_eager or case.eager, backends.implementations(case.op, "cpu")
+        eager, have = case.accurate_eager or case.eager, backends.op(case.op).implementations("cpu")
         calls = {impl: partial(case.run, impl) for impl in IMPLS if impl in have}
         for data in case.accuracy(g):
             want, base = truth(case, data), computed(case, data, eager)

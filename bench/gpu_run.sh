@@ -40,7 +40,7 @@ gpu_tests() {
 tests() {
   local -a jobs=() files
   local status=0
-  mapfile -t files < <(ls tests/test_*.py | grep -v -e contracts -e third_row -e bench -e env -e readme -e tiers)
+  mapfile -t files < <("$python" -m tests.lib.op_tests)
   for i in 0 1 2 3; do
     local -a mine=()
     for ((j = i; j < ${#files[@]}; j += 4)); do mine+=("${files[j]}"); done

@@ -123,7 +123,7 @@ def of(setup: Setup, *, compiled: bool, file: str) -> list[Row]:
 
 def best(setup: Setup) -> str:
     """Our implementation that ``impl="auto"`` takes."""
-    return backends.implementations(setup.case.op, DEVICE)[0]
+    return backends.op(setup.case.op).implementations(DEVICE)[0]
 
 
 def works(size: str) -> list[Row]:
@@ -197,9 +197,9 @@ def call_of(setup: Setup, provider: str) -> Callable[[Inputs], Callable[[], obje
 def _require(op: str, impl: str) -> None:
     if DEVICE == "cpu" and impl in ("cuda", "triton"):
         raise AbsentError("for GPUs, and this machine has none (Triton's interpreter is not timed)")
-    if impl not in backends.implementations(op, DEVICE):
+    if impl not in backends.op(op).implementations(DEVICE):
         try:
-            backends.choose(op, impl, DEVICE, torch.float32)
+            backends.op(op).choose(impl, DEVICE, torch.float32)
         except ValueError as error:
             raise AbsentError(str(error)) from error
 

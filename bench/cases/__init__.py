@@ -122,6 +122,7 @@ class Case:
 
     # For the benchmarks. ``work`` says what is computed, whatever the shape; other libraries are known by it.
     work: str = ""
+    not_timed: str = ""  # why a contract has none
     dtype: torch.dtype = torch.float32
     shapes: Mapping[str, list[Shape]] = field(default_factory=dict)  # by size
     small_call: Shape | None = None  # where next to nothing is computed

@@ -182,9 +182,7 @@ def test_a_binary_of_other_schemas_is_refused(tmp_path: Path) -> None:
     copy_sources(tmp_path)
     shutil.copy(_native.PACKAGE / SO, tmp_path / "ppo_kernels")
     text = (ROOT / "csrc" / "ops.cpp").read_text()
-    show = (
-        "from ppo_kernels import _native, backends as b; print(_native.CPU_ERROR, b.implementations('whiten', 'cpu'))"
-    )
+    show = "from ppo_kernels import env; print(env.report())"
     for found, schema, old, new in (
         ("ppo_kernels::gae(Tensor rewards", "gae(Tensor x, ", "\ngae(", "\ngae(Tensor x, "),
         ("no such op", "nothing() -> ()", 'R"(\n', 'R"(\nnothing() -> ()\n'),
@@ -196,7 +194,7 @@ def test_a_binary_of_other_schemas_is_refused(tmp_path: Path) -> None:
             f"this ppo_kernels expects ppo_kernels::{schema}",
             _native.REBUILD,
             SO,
-            "('torch'",
+            "whiten               cpu: torch",
         ):
             assert words in done.stdout
         assert done.stderr.count("the native ops are off") == 1
