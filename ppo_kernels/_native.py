@@ -10,6 +10,8 @@ import ctypes
 import importlib
 import logging
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 from types import ModuleType
@@ -46,6 +48,19 @@ def cpu_capability() -> str | None:
 def avx512_loops() -> bool:
     """Whether ``token_logprobs`` runs its loops for AVX-512; ``PPO_KERNELS_AVX512=0`` leaves the portable ones."""
     return _C is not None and _C.avx512_loops()
+
+
+@contextmanager
+def portable_loops() -> Iterator[None]:
+    """Within it ``token_logprobs`` runs the portable loops on a CPU with AVX-512 too, for comparisons."""
+    if _C is None or not _C.avx512_loops():
+        yield
+        return
+    _C.set_avx512_loops(False)
+    try:
+        yield
+    finally:
+        _C.set_avx512_loops(True)
 
 
 def call_counts() -> dict[str, dict[str, int]]:
