@@ -79,7 +79,7 @@ def require_impl():
     devices.serve()
 
     def require(op: str, impl: str) -> str:
-        have = backends.implementations(op, "cpu")
+        have = backends.op(op).implementations("cpu")
         if impl not in have:
             why = f"{op}: no {impl!r} implementation here, only {have}; build the package"
             if os.environ.get(ALLOW_MISSING) == "1":

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
+from bench import oracle
 from ppo_kernels import kl_rewards
-from tests.lib import oracle
 from tests.lib.helpers import (
     ESTIMATORS,
     INF,
