@@ -150,6 +150,7 @@ def test_a_file_added_to_a_folder_of_the_run_outlives_it(train, tmp_path):
     (train / "model" / "notes.txt").write_text("mine")
     (train / "checkpoints" / "step-000002" / "more").symlink_to(place)
     start(train, overwrite=True)
+    assert (train / "model.kept-1").exists()
     assert names(train / "model.kept-1") == ["manifest.json", "notes.txt"]
     assert (train / "checkpoints" / "step-000002.kept-1" / "more").is_symlink()
     assert untouched(place)
@@ -199,7 +200,14 @@ def test_a_model_folder_with_a_manifest_of_somebody_stays(train):
 def test_a_listed_file_of_another_size_stays(train):
     (train / "model" / "weights").write_text("mine, and longer than what the run wrote")
     start(train, overwrite=True)
+    assert (train / "model.kept-1").exists()
     assert names(train / "model.kept-1") == [atomic.MANIFEST, "weights"]
+
+
+def test_a_link_to_a_folder_of_a_run_is_none(train):
+    (train / "ema").symlink_to(train / "checkpoints" / "step-000001")
+    start(train, overwrite=True)
+    assert (train / "ema").is_symlink()
 
 
 @pytest.mark.parametrize("copy", ["checkpoints-20261128", "checkpoints-2", "checkpoints-3"])
