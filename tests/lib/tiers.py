@@ -50,7 +50,5 @@ def of_make_test(items: Iterable) -> set:
             groups.setdefault((item.nodeid.partition("[")[0], impl), []).append((item, row))
     kept = set()
     for (_, impl), group in groups.items():
-        kept.update(
-            group[i][0] for i in cover([row for _, row in group], 1 if impl == SLOW else 2)
-        )
+        kept.update(group[i][0] for i in cover([row for _, row in group], 1 if impl == SLOW else 2))
     return kept
