@@ -44,7 +44,7 @@ tests() {
     local -a mine=()
     for ((j = i; j < ${#files[@]}; j += 4)); do mine+=("${files[j]}"); done
     # An interrupt, unlike a kill, still ends in a summary.
-    timeout -s INT 140 "$python" -m pytest -q -p no:cacheprovider --tb=short ${dry:+--collect-only} \
+    timeout -s INT 140 "$python" -m pytest -q --tier whole -p no:cacheprovider --tb=short ${dry:+--collect-only} \
       -m "not host" -k "(cuda or triton) and not beyond_the_reach_of_32_bits" "${mine[@]}" >"$state/tests-$i.log" 2>&1 &
     jobs+=($!)
   done

@@ -6,11 +6,11 @@
 namespace ppo {
 
 // kInto(gradient, logits, ...) writes the gradient, kEmptyLike(logits) is memory for it.
-template <auto kInto, auto kEmptyLike>
+template <class Into, Into* kInto, auto kEmptyLike>
 struct TokenLogprobsBackward;
 
-template <class... Rest, void (*kInto)(const Tensor&, const Tensor&, Rest...), Tensor (*kEmptyLike)(const Tensor&)>
-struct TokenLogprobsBackward<kInto, kEmptyLike> {
+template <class... Rest, void (*kInto)(const Tensor&, const Tensor&, Rest...), auto kEmptyLike>
+struct TokenLogprobsBackward<void(const Tensor&, const Tensor&, Rest...), kInto, kEmptyLike> {
   static Tensor returned(const Tensor& logits, Rest... rest) {
     PPO_COUNT("token_logprobs_backward");
     Tensor gradient = kEmptyLike(logits);

@@ -33,6 +33,7 @@ def test_gradcheck(impl_of, name):
     assert torch.autograd.gradcheck(fn, case.tensors[case.leaf].clone().requires_grad_(), fast_mode=True)
 
 
+@pytest.mark.large
 @pytest.mark.parametrize("name", [name for name in GRADCHECKED if not REGISTERED[name].packed])
 def test_gradcheck_without_an_optional_input(impl_of, name):
     impl, case = impl_of(name), cases.make(name, torch.float64, batch=3, length=5, seed=3)

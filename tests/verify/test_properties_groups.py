@@ -92,6 +92,18 @@ def groups(draw):
     return scores, ids, {"mode": mode, "eps": draw(st.sampled_from([None, 1e-6, 0.5]))}
 
 
+def divisors(scores, ids, mode, eps):
+    """What each difference of scores is divided by: the smaller it is, the more the difference's rounding shows."""
+    groups = [ids == one for one in ids]
+    if mode == "grpo":
+        deviation = [scores[group].std(ddof=1) if group.sum() > 1 else 0.0 for group in groups]
+        return np.asarray(deviation) + (1e-4 if eps is None else eps)
+    if mode == "reinforce++_baseline" and len(scores) > 1:
+        centred = scores - [scores[group].mean() for group in groups]
+        return np.sqrt(centred.var(ddof=1) + (1e-8 if eps is None else eps))
+    return np.ones(len(scores))
+
+
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 @EXAMPLES
 @given(call=groups())
@@ -101,7 +113,5 @@ def test_any_groups_match_the_oracle(require_impl, impl, call):
     want = oracle.group_advantages(scores, ids, **options)
     size = max(np.abs(want).max(initial=0.0), 1e-30)
     spread = float(scores.double().abs().max()) if len(scores) else 0.0
-    # These divide differences that were rounded by their deviation, whatever its size.
-    divided = options["mode"] in ("grpo", "reinforce++_baseline") and size > 0
-    noise = spread / (1e-4 if divided else 1.0)
+    noise = spread / divisors(scores.double().numpy(), ids.numpy(), **options)
     assert_close_to_oracle(got, want, ceiling=1.0, scale=4 * torch.finfo(got.dtype).eps * size + 1e-15 * noise)
