@@ -24,9 +24,9 @@ __device__ inline void finish_loss(const LossOutputs& out, double total, double 
   *out.inv_normalizer = static_cast<float>(result.inv_normalizer);
 }
 
-// The thread's vector number g.
-__device__ inline TokenVector loss_tokens(const TokenRows& rows, int g, bool needs_row) {
-  return {rows, blockIdx.x * kLossTokens + (int64_t{g} * kLossThreads + threadIdx.x) * kTokens, needs_row};
+// Where the thread's vector number g begins.
+__device__ inline int64_t first_token(int g) {
+  return blockIdx.x * kLossTokens + (int64_t{g} * kLossThreads + threadIdx.x) * kTokens;
 }
 
 // Where the partials number i of all blocks begin.

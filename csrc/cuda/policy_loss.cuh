@@ -90,7 +90,7 @@ __global__ void __launch_bounds__(kLossThreads, 2) policy_loss_kernel(PolicyInpu
   float ratio_max = -1.0f;
 #pragma unroll
   for (int g = 0; g < kLossVectors; ++g) {
-    const TokenVector tokens = loss_tokens(in.rows, g, in.needs_row);
+    const TokenVector tokens(in.rows, first_token(g), in.needs_row);
     float grad[kTokens];
     policy_tokens<kHasRef, kEstimator>(in, tokens, kl_coef, sums, excess[g], valid[g], grad);
     if (out.grad != nullptr) store_tokens(out.grad, tokens, in.rows.total, grad);

@@ -27,7 +27,7 @@ static __global__ void __launch_bounds__(kLossThreads) value_loss_kernel(ValueIn
   double sums[ValueSum::kPadded] = {};
 #pragma unroll
   for (int g = 0; g < kLossVectors; ++g) {
-    const TokenVector tokens = loss_tokens(in.rows, g, in.needs_row);
+    const TokenVector tokens(in.rows, first_token(g), in.needs_row);
     float value[kTokens], old[kTokens], target[kTokens], weight[kTokens], grad[kTokens];
     uint8_t mask[kTokens];
     load_tokens(in.values, tokens, 0.0f, value);
