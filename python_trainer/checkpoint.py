@@ -65,7 +65,7 @@ def save(
     for name, model in trained.items():
         zero_state.refuse_unknown_layout(name, model)
     with _raise_on_all_ranks(folder):
-        mine = _free_place(folder, f"step-{step:06d}") if distributed.is_main() else folder
+        mine = free_place(folder, f"step-{step:06d}") if distributed.is_main() else folder
     target = distributed.gather_objects(mine)[0]
     shards = {name: zero_state.slices(model) for name, model in trained.items()} | {"ema": list(average)}
     for name, slices in shards.items():
@@ -292,7 +292,7 @@ def _is_step(path: Path) -> bool:
         return True  # of another version, or damaged: to be refused by name
 
 
-def _free_place(checkpoints: Path, name: str) -> Path:
+def free_place(checkpoints: Path, name: str) -> Path:
     """Where a checkpoint goes: neither through a link nor in the place of what no run made."""
     for number in itertools.count(1):
         folder = checkpoints if number == 1 else checkpoints.with_name(f"{checkpoints.name}-{number}")

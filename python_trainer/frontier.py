@@ -43,7 +43,7 @@ def frontier(config: FrontierConfig, train: Callable[[PPOConfig], object]) -> Pa
         make_folder(place)  # each rank looks: all refuse a link, before the first run
     wanted = {run: _run_config(config, *run, place) for run, place in places.items()}
     # Every mistake is found before the first run starts.
-    missing = [run for run, place in places.items() if config.overwrite_output_dir or not _is_done(place, wanted[run])]
+    missing = [run for run, place in places.items() if config.overwrite_output_dir or not is_done(place, wanted[run])]
     for settings in wanted.values():
         load_algorithm(settings, KlControl(settings))
     for run in missing:
@@ -71,7 +71,7 @@ def _run_config(config: FrontierConfig, algorithm: str, coef: float, place: Path
     return PPOConfig(**settings)
 
 
-def _is_done(place: Path, wanted: PPOConfig) -> bool:
+def is_done(place: Path, wanted: PPOConfig) -> bool:
     if not (place / "train" / "model").exists():
         return False
     had = by_new_names(yaml.safe_load((place / "train" / "config.yaml").read_text()))

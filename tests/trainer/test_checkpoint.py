@@ -123,7 +123,7 @@ def test_a_renamed_setting_is_the_same(finished, tiny, tmp_path):
         tiny(**FOUR, resume_from_checkpoint="latest", weight_clip=20.0)
     settings = finished / "train" / "config.yaml"
     settings.write_text(settings.read_text().replace("weight_clip", "cliprange_ratio"))
-    assert frontier._is_done(finished, PPOConfig(**TINY | FOUR))
+    assert frontier.is_done(finished, PPOConfig(**TINY | FOUR))
     with pytest.raises(UserError, match="'cliprange_ratio' has a new name: 'weight_clip'"):
         load("train", None, ["--cliprange_ratio=3"], PPOConfig)
 

@@ -95,7 +95,7 @@ def test_strays_where_a_checkpoint_belongs_stay(train, tmp_path):
     (checkpoints / "step-000004").symlink_to(place / "step-000009")
     shutil.copytree(place / "step-000009", checkpoints / "step-000005")
     for number in (3, 4, 5):
-        target = checkpoint._free_place(checkpoints, f"step-00000{number}")
+        target = checkpoint.free_place(checkpoints, f"step-00000{number}")
         assert target.parent == train / "checkpoints-2"
         commit(target)
     assert (checkpoints / "step-000003").read_text() == "notes"
@@ -121,7 +121,7 @@ def test_checkpoints_behind_a_link_are_read_and_stay(train, tmp_path, overwrite)
         start(train, overwrite=overwrite, done=1)
         assert names(elsewhere) == ["step-000001", "step-000002"]
     assert checkpoints.is_symlink()
-    assert checkpoint._free_place(checkpoints, "step-000003") == train / "checkpoints-2" / "step-000003"
+    assert checkpoint.free_place(checkpoints, "step-000003") == train / "checkpoints-2" / "step-000003"
 
 
 @pytest.mark.parametrize("kind", ["link", "file", "folder"])
@@ -183,7 +183,7 @@ def test_a_folder_with_another_manifest_stays(train, content, capfd):
     start(train, done=1)
     assert names(step) == [atomic.MANIFEST, "weights"]
     assert f"{step} (a folder)" in capfd.readouterr().err
-    assert checkpoint._free_place(train / "checkpoints", "step-000002").parent == train / "checkpoints-2"
+    assert checkpoint.free_place(train / "checkpoints", "step-000002").parent == train / "checkpoints-2"
 
 
 def test_a_model_folder_with_a_manifest_of_somebody_stays(train):
@@ -219,7 +219,7 @@ def test_a_backup_of_the_checkpoints_stays(train, copy, overwrite):
     (checkpoints / "step-000003").symlink_to(place)
     source = checkpoints
     if copy == "checkpoints-3":
-        commit(checkpoint._free_place(checkpoints, "step-000003"))
+        commit(checkpoint.free_place(checkpoints, "step-000003"))
         source = train / "checkpoints-2"
     shutil.copytree(source, train / copy, symlinks=True)
     if copy != "checkpoints-3":
@@ -233,7 +233,7 @@ def test_a_backup_of_the_checkpoints_stays(train, copy, overwrite):
     checkpoint.save(checkpoints, 4, {}, config, {})
     start(train, overwrite=overwrite, done=1)
     assert sorted(train.glob(f"{copy}/**/*")) == before
-    target = checkpoint._free_place(checkpoints, "step-000003")
+    target = checkpoint.free_place(checkpoints, "step-000003")
     assert target.parent != train / copy
 
 
@@ -246,7 +246,7 @@ def test_a_copy_under_another_number_is_no_checkpoint(train, capfd):
     assert str(checkpoints / "step-200004") in capfd.readouterr().err
     start(train, overwrite=True)
     assert names(checkpoints) == ["step-200004"]
-    assert checkpoint._free_place(checkpoints, "step-200004").parent == train / "checkpoints-2"
+    assert checkpoint.free_place(checkpoints, "step-200004").parent == train / "checkpoints-2"
 
 
 def test_an_earlier_run_is_refused_whatever_is_left_of_it(train, tmp_path):
