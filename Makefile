@@ -13,7 +13,7 @@ DEMO_CONFIG ?= python_trainer/configs/reviews_cpu.yaml
 PART ?=
 ARGS ?=
 
-SOURCES := $(shell find csrc -type f) csrc/cpu csrc/cuda CMakeLists.txt setup.py
+SOURCES := $(shell find csrc -type f) csrc/cpu csrc/cuda CMakeLists.txt setup.py ppo_kernels/_source_hash.py
 .DELETE_ON_ERROR:
 .PHONY: missing help build test lint bench demo docs verify wheel clean
 

@@ -18,13 +18,9 @@ ROOT = Path(__file__).parent.resolve()
 
 def find_torch() -> Path:
     """The folder of the torch to build against: an importable one, else the one outside pip's isolation."""
-    installed = [sysconfig.get_path("purelib"), sysconfig.get_path("platlib")]
-    spec = find_spec("torch") or PathFinder.find_spec("torch", installed)
+    spec = find_spec("torch") or PathFinder.find_spec("torch", [*map(sysconfig.get_path, ("purelib", "platlib"))])
     if spec is None or spec.origin is None:
-        sys.exit(
-            "ppo_kernels builds against an installed torch >= 2.11, and there is none here.\n"
-            "Install torch first; if it is installed, use:  pip install --no-build-isolation ."
-        )
+        sys.exit("no torch here to build against: install 2.11 or later, then: pip install --no-build-isolation .")
     return Path(spec.origin).parent
 
 
@@ -58,8 +54,8 @@ class CMakeBuild(build_ext):
             "PPO_KERNELS_INPLACE": "ON" if self.in_source else "OFF",
             **({"CMAKE_CXX_COMPILER": os.environ["CXX"]} if "CXX" in os.environ else {}),  # else CMake keeps its first
         }
-        define = [f"-D{name}={value}" for name, value in options.items()]
-        for step in (["-S", ROOT, "-B", self.cmake_dir, "-G", "Ninja", *define], ["--build", self.cmake_dir]):
+        configure = ["-S", ROOT, "-B", self.cmake_dir, "-G", "Ninja", *(f"-D{k}={v}" for k, v in options.items())]
+        for step in (configure, ["--build", self.cmake_dir]):
             if subprocess.call([cmake, *step], env=env) != 0:
                 sys.exit("ppo_kernels was not built: see the message of CMake or of the compiler above.")
         super().build_extensions()

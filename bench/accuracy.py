@@ -1,6 +1,6 @@
 """How far each implementation is from float64, beside the eager code that a trainer writes: a table in Markdown.
 
-``python -m bench --accuracy``. The truth is the oracle (tests/lib/oracle); eager is PyTorch on the same inputs in
+``python -m bench --accuracy``. The truth is the oracle (bench/oracle); eager is PyTorch on the same inputs in
 float32. A cell is the worst error over its data sets, and in brackets the worst ratio to eager's error on one of them.
 """
 
@@ -59,7 +59,7 @@ def rows() -> Iterator[tuple[tuple[str, str, str], dict[str, tuple[float, float]
     g = torch.Generator().manual_seed(0)
     worst: dict[tuple[str, str, str], dict[str, tuple[float, float]]] = {}
     for case in (case for case in CASES if case.accuracy):
-        eager, have = case.accurate_eager or case.eager, backends.implementations(case.op, "cpu")
+        eager, have = case.accurate_eager or case.eager, backends.op(case.op).implementations("cpu")
         calls = {impl: partial(case.run, impl) for impl in IMPLS if impl in have}
         for data in case.accuracy(g):
             want, base = truth(case, data), computed(case, data, eager)

@@ -38,15 +38,14 @@ gpu_tests() {
 # A quarter of the op tests beside the others: most of their time is the host's. Left out is what drives the ops from
 # the host by other means (the dispatcher, torch.compile, fenced memory), or would move many gigabytes for it.
 tests() {
-  local -a jobs=() files
+  local -a jobs=() files=(tests/test_*.py)
   local status=0
-  mapfile -t files < <(ls tests/test_*.py | grep -v -e contracts -e third_row -e bench -e env -e readme -e tiers)
   for i in 0 1 2 3; do
     local -a mine=()
     for ((j = i; j < ${#files[@]}; j += 4)); do mine+=("${files[j]}"); done
     # An interrupt, unlike a kill, still ends in a summary.
-    timeout -s INT 140 "$python" -m pytest -q -p no:cacheprovider --tb=short ${dry:+--collect-only} \
-      -k "(cuda or triton) and not beyond_the_reach_of_32_bits" "${mine[@]}" >"$state/tests-$i.log" 2>&1 &
+    timeout -s INT 140 "$python" -m pytest -q --tier whole -p no:cacheprovider --tb=short ${dry:+--collect-only} \
+      -m "not host" -k "(cuda or triton) and not beyond_the_reach_of_32_bits" "${mine[@]}" >"$state/tests-$i.log" 2>&1 &
     jobs+=($!)
   done
   for job in "${jobs[@]}"; do wait "$job" || status=1; done

@@ -19,7 +19,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from bench.cases import DEVICE
 from bench.peers import AbsentError
-from bench.rows import Row, Setup, call_of, describe, tolerance
+from bench.rows import PORTABLE, Row, Setup, call_of, describe, tolerance
 from ppo_kernels import _native
 
 Call = Callable[[], object]
@@ -115,7 +115,7 @@ def measure(rows: list[Row], seconds: float) -> dict[Row, Outcome]:
                 copies[setup], exact[setup] = _copies(setup), setup.exact()
             call = call_of(setup, row.provider)
             halves[row] = [call(copy.inputs) for copy in copies[setup]]
-            ready = [_whole(copy, half) for copy, half in zip(copies[setup], halves[row], strict=True)]
+            ready = [_whole(row, copy, half) for copy, half in zip(copies[setup], halves[row], strict=True)]
             _check(row, ready, exact[setup], outcome)
             timed[row] = Timed(ready, row.threads)
         except AbsentError as reason:
@@ -145,9 +145,13 @@ def _copies(setup: Setup) -> list[Setup]:
     return [setup, *(Setup(setup.case, setup.shape) for _ in range(min(32, 2 * cache // setup.moved + 1)))]
 
 
-def _whole(setup: Setup, call: Call) -> Call:
+def _whole(row: Row, setup: Setup, call: Call) -> Call:
     inputs = setup.inputs
-    return lambda: setup.finish(call(), inputs)
+
+    def whole() -> object:
+        return setup.finish(call(), inputs)
+
+    return _native.portable_loops()(whole) if row.provider == PORTABLE else whole
 
 
 def _check(row: Row, ready: list[Call], exact: list[torch.Tensor], outcome: Outcome) -> None:

@@ -1,4 +1,4 @@
-"""The same work by other libraries: their own functions, from their own packages (``make peers``)."""
+"""The same work by other libraries: their own functions, from their own packages (bench/peers.txt)."""
 
 from __future__ import annotations
 

@@ -14,12 +14,13 @@ import ppo_kernels
 from bench import peers
 from bench.cases import DEVICE, MEASURED, Case, Inputs, Shape, benchmarks, flat
 from bench.peers import AbsentError
-from ppo_kernels import backends
+from ppo_kernels import _native, backends
 
 OURS = ("cpu", "cuda", "triton")
 REFERENCE, EAGER, COMPILE, BARE = "reference", "eager", "torch.compile", "bare op"
+PORTABLE = "portable loops"  # "cpu" as it is without AVX-512
 #: The order of columns.
-PROVIDERS = (*OURS, BARE, REFERENCE, EAGER, COMPILE, *peers.PEERS)
+PROVIDERS = (*OURS, PORTABLE, BARE, REFERENCE, EAGER, COMPILE, *peers.PEERS)
 #: Of shapes: small ones, those of the targets with other libraries (full) and without them (quick), those for a GPU,
 #: and tiny ones, which show that every row for a GPU runs.
 SIZES = (*MEASURED, "gpu", "tiny")
@@ -112,6 +113,7 @@ def of(setup: Setup, *, compiled: bool, file: str) -> list[Row]:
     case = setup.case
     left_out = {
         *([] if case.bare else [BARE]),
+        *([] if case.portable_loops and DEVICE == "cpu" else [PORTABLE]),
         *([] if compiled else [COMPILE]),
         *([EAGER] if case.time_loop and DEVICE == "cuda" else []),  # it takes seconds
         *(peers.PEERS.keys() - peers.for_work(case.work)),
@@ -121,7 +123,7 @@ def of(setup: Setup, *, compiled: bool, file: str) -> list[Row]:
 
 def best(setup: Setup) -> str:
     """Our implementation that ``impl="auto"`` takes."""
-    return backends.implementations(setup.case.op, DEVICE)[0]
+    return backends.op(setup.case.op).implementations(DEVICE)[0]
 
 
 def works(size: str) -> list[Row]:
@@ -172,6 +174,11 @@ def call_of(setup: Setup, provider: str) -> Callable[[Inputs], Callable[[], obje
     if provider in OURS:
         _require(case.op, provider)
         return lambda inputs: partial(run, provider, **inputs)
+    if provider == PORTABLE:
+        _require(case.op, "cpu")
+        if not _native.avx512_loops():
+            raise AbsentError('"cpu" runs the portable loops: they were chosen, or this CPU has no AVX-512')
+        return lambda inputs: partial(run, "cpu", **inputs)
     if provider == BARE:
         _require(case.op, best(setup))
         return lambda inputs: partial(case.bare, **inputs)
@@ -190,9 +197,9 @@ def call_of(setup: Setup, provider: str) -> Callable[[Inputs], Callable[[], obje
 def _require(op: str, impl: str) -> None:
     if DEVICE == "cpu" and impl in ("cuda", "triton"):
         raise AbsentError("for GPUs, and this machine has none (Triton's interpreter is not timed)")
-    if impl not in backends.implementations(op, DEVICE):
+    if impl not in backends.op(op).implementations(DEVICE):
         try:
-            backends.choose(op, impl, DEVICE, torch.float32)
+            backends.op(op).choose(impl, DEVICE, torch.float32)
         except ValueError as error:
             raise AbsentError(str(error)) from error
 
@@ -201,7 +208,7 @@ def tolerance(row: Row) -> float:
     case = row.setup.case
     if row.provider == COMPILE:
         return 10 * case.tolerance  # float32 as the reference, but Inductor adds up a whole row in order
-    return case.tolerance if row.provider in (*OURS, REFERENCE, BARE) else case.eager_tolerance
+    return case.tolerance if row.provider in (*OURS, PORTABLE, REFERENCE, BARE) else case.eager_tolerance
 
 
 def describe(row: Row) -> dict[str, object]:

@@ -38,5 +38,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("build_info", &build_info, "Compiler, flags, versions and source hash of this binary.");
   m.def("cpu_capability", &cpu_capability, "Instruction set level in use: x86-64-v4, x86-64-v3 or default.");
   m.def("avx512_loops", &ppo::avx512::here, "Whether token_logprobs runs its loops for AVX-512.");
+  m.def("set_avx512_loops", &ppo::avx512::choose, py::arg("wanted"),
+        "Chooses between those loops and the portable ones, for comparisons; without AVX-512 the portable ones stay.");
   m.def("call_counts", &ppo::call_counts, "Calls of each registered CPU op since the start.");
 }

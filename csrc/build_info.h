@@ -1,4 +1,4 @@
-// Facts fixed when the binary was made. The definitions come from build_info.cpp.in, filled in at each build.
+// Facts fixed when the binary was made. build_info.py writes the definitions at each build.
 #pragma once
 
 namespace ppo {

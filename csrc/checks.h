@@ -11,6 +11,7 @@
 #include <algorithm>
 #include <cstdint>
 #include <optional>
+#include <tuple>
 #include <type_traits>
 
 #include "counters.h"
@@ -22,6 +23,7 @@ namespace ppo {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using OptTensor = std::optional<Tensor>;
+using LossResult = std::tuple<Tensor, Tensor, Tensor, Tensor>;  // loss, stats, grad, inv_normalizer
 
 template <class T>
 constexpr ScalarType dtype_of() {
@@ -54,7 +56,8 @@ inline void check_unit_stride(const Tensor& x) {
 
 // Before any loop: an exception that crosses parallel_for loses its text.
 inline void check_estimator(int64_t estimator) {
-  STD_TORCH_CHECK(estimator >= kK1 && estimator <= kK3, "unknown KL estimator ", estimator);
+  STD_TORCH_CHECK(estimator >= 0 && estimator <= static_cast<int64_t>(KlEstimator::kK3), "unknown KL estimator ",
+                  estimator);
 }
 
 inline void check_logits(const Tensor& logits) {
@@ -135,15 +138,15 @@ TokenInput<T> token_input(const OptTensor& x, const Tensor& tokens, const TokenR
 // Calls f with the estimator as a compile-time constant.
 template <class F>
 auto dispatch_estimator(int64_t estimator, F&& f) {
-  switch (estimator) {
-    case kK1:
-      return f(std::integral_constant<KlEstimator, kK1>{});
-    case kAbs:
-      return f(std::integral_constant<KlEstimator, kAbs>{});
-    case kK2:
-      return f(std::integral_constant<KlEstimator, kK2>{});
+  switch (static_cast<KlEstimator>(estimator)) {
+    case KlEstimator::kK1:
+      return f(std::integral_constant<KlEstimator, KlEstimator::kK1>{});
+    case KlEstimator::kAbs:
+      return f(std::integral_constant<KlEstimator, KlEstimator::kAbs>{});
+    case KlEstimator::kK2:
+      return f(std::integral_constant<KlEstimator, KlEstimator::kK2>{});
     default:
-      return f(std::integral_constant<KlEstimator, kK3>{});
+      return f(std::integral_constant<KlEstimator, KlEstimator::kK3>{});
   }
 }
 

@@ -8,8 +8,8 @@
 
 namespace {
 
-// A schema begins at the start of a line with the name of its op and may go on over indented lines. Lines that begin
-// with // are comments. This is the only raw string literal of the file.
+// Blank lines and lines that begin with // are skipped anywhere, a line that begins with a space goes on with a schema,
+// and any other line begins one. ppo_kernels/_schemas.py splits this text, the only raw string literal here, alike.
 constexpr const char* kSchemas = R"(
 // B sequences, T response tokens, N packed tokens, V vocabulary. A token tensor is padded [B, T] with any row stride,
 // or packed [N] with cu_seqlens [B+1]. Masks are bytes. Clamps that are off are infinite.

@@ -10,6 +10,8 @@ import ctypes
 import importlib
 import logging
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 from types import ModuleType
@@ -48,6 +50,19 @@ def avx512_loops() -> bool:
     return _C is not None and _C.avx512_loops()
 
 
+@contextmanager
+def portable_loops() -> Iterator[None]:
+    """Within it ``token_logprobs`` runs the portable loops on a CPU with AVX-512 too, for comparisons."""
+    if _C is None or not _C.avx512_loops():
+        yield
+        return
+    _C.set_avx512_loops(False)
+    try:
+        yield
+    finally:
+        _C.set_avx512_loops(True)
+
+
 def call_counts() -> dict[str, dict[str, int]]:
     """Calls of each registered op since the start, per library: ``{"cpu": {"gae": 3, ...}}``."""
     counts = {} if _C is None else {"cpu": _C.call_counts()}
@@ -60,16 +75,22 @@ def call_counts() -> dict[str, dict[str, int]]:
 def _check_schemas() -> None:
     """One op that differs makes the whole binary suspect."""
     for name, schema in SCHEMAS.items():
-        wanted = torch._C.parse_schema(f"ppo_kernels::{schema}")
         op = getattr(torch.ops.ppo_kernels, name, None)
         found = "no such op" if op is None else op.default._schema
+        try:
+            wanted = torch._C.parse_schema(f"ppo_kernels::{schema}")
+        except RuntimeError as error:
+            raise _off(f"torch cannot parse the schema {schema!r} of ops.cpp; correct it: {error}") from error
         if op is None or found != wanted:
-            error = (
+            raise _off(
                 f"{_file_of(_C)} was built from other sources: it has {found}, this ppo_kernels expects {wanted};"
                 f" rebuild it with: {REBUILD}"
             )
-            warnings.warn(f"the native ops are off: {error}", stacklevel=3)
-            raise NativeError(error)
+
+
+def _off(error: str) -> NativeError:
+    warnings.warn(f"the native ops are off: {error}", stacklevel=4)
+    return NativeError(error)
 
 
 def _load_cpu() -> ModuleType:
@@ -94,25 +115,20 @@ def _load_cuda() -> ctypes.CDLL:
     if not path.exists():
         raise NativeError(f"the CUDA ops are not built in {PACKAGE}; with nvcc on PATH, run: {REBUILD}")
     try:
-        library = open_op_library(path)
+        library = open_cuda_library(path)
     except OSError as error:
         raise NativeError(_cannot_load(path, error)) from error
     library.ppo_kernels_source_hash.restype = ctypes.c_char_p
     return library
 
 
-def open_op_library(path: Path) -> ctypes.CDLL:
-    """Load a library of CUDA ops: torch registers them, and ``ppo_kernels_call_counts`` counts their calls."""
-    torch.ops.load_library(path)
-    library = ctypes.CDLL(str(path))
-    library.ppo_kernels_call_counts.restype = ctypes.c_char_p
-    return library
-
-
-def count_cuda_calls(library: ctypes.CDLL) -> None:
-    """Report the calls of this library's ops as those of "cuda": tests compile the CUDA kernels for the host."""
+def open_cuda_library(path: Path) -> ctypes.CDLL:
+    """Load a library of CUDA ops: torch registers them, and ``call_counts`` has their calls under "cuda"."""
     global _cuda
-    _cuda = library
+    torch.ops.load_library(path)
+    _cuda = ctypes.CDLL(str(path))
+    _cuda.ppo_kernels_call_counts.restype = ctypes.c_char_p
+    return _cuda
 
 
 def _cannot_load(path: Path, error: Exception) -> str:
@@ -131,7 +147,7 @@ def _warn_if_stale(path: str, built_from: str | None) -> None:
 
 
 def _load() -> None:
-    global CPU_ERROR, CUDA_ERROR, _C, _cuda
+    global CPU_ERROR, CUDA_ERROR, _C
     try:
         _C = _load_cpu()
         logger.info("C++ ops: %s (%s)", _file_of(_C), _C.cpu_capability())
@@ -141,8 +157,8 @@ def _load() -> None:
         CPU_ERROR = error
         logger.info("C++ ops: %s", error)
     try:
-        _cuda = _load_cuda()
-        _warn_if_stale(str(PACKAGE / "_C_cuda.so"), _cuda.ppo_kernels_source_hash().decode())
+        library = _load_cuda()
+        _warn_if_stale(str(PACKAGE / "_C_cuda.so"), library.ppo_kernels_source_hash().decode())
         logger.info("CUDA ops: %s", PACKAGE / "_C_cuda.so")
     except NativeError as error:
         CUDA_ERROR = error

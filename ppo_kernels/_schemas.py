@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 
 PACKAGE = Path(__file__).resolve().parent
@@ -11,11 +10,15 @@ PACKAGE = Path(__file__).resolve().parent
 def parse(source: str) -> dict[str, str]:
     """Schemas by the name of the op, in the order of the text.
 
-    They stand in the only raw string literal of the source. A schema begins at the start of a line with the op's name
-    and goes on over indented lines; other lines are comments.
+    They stand in the only raw string literal of the source, and are read by the loop that reads them there in C++.
     """
-    text = source.partition('R"(')[2].partition(')"')[0]
-    schemas = re.findall(r"^\w+\(.*(?:\n .*)*", text, re.MULTILINE)
+    schemas: list[str] = []
+    for line in source.partition('R"(')[2].partition(')"')[0].split("\n"):
+        if not line or line.startswith("//"):
+            continue
+        if not line.startswith(" ") or not schemas:
+            schemas.append("")
+        schemas[-1] += line
     return {schema.partition("(")[0]: " ".join(schema.split()) for schema in schemas}
 
 

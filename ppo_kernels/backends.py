@@ -40,7 +40,7 @@ _torch_calls: Counter[str] = Counter()
 _torch_calls_lock = threading.Lock()
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class Op:
     """An op that is registered with torch, as the public function next to it uses it."""
 
@@ -177,7 +177,10 @@ def register(name: str, *, fake: Callable, triton_kernel: Callable, reference: C
     if kernels:
         torch.library.register_fake(f"ppo_kernels::{name}", fake)
     if triton.INSTALLED:
-        kernels["triton"] = triton.register(SCHEMAS[name], fake, triton_kernel)
+        try:
+            kernels["triton"] = triton.register(SCHEMAS[name], fake, triton_kernel)
+        except RuntimeError as error:  # torch cannot parse the schema: the reference needs none
+            logger.warning("%s: no Triton kernel, %s", name, error)
     if "!" not in SCHEMAS[name]:  # writes to no argument
         for kernel in set(kernels.values()):
             torch.library.register_vmap(
@@ -196,7 +199,7 @@ def register(name: str, *, fake: Callable, triton_kernel: Callable, reference: C
 
     def runs(impl: str, device_type: str) -> bool:
         if impl == "triton":
-            return triton.INSTALLED and device_type in triton.DEVICE_TYPES
+            return "triton" in kernels and device_type in triton.DEVICE_TYPES
         return impl == "torch" or impl in kernels
 
     available = {
@@ -207,30 +210,9 @@ def register(name: str, *, fake: Callable, triton_kernel: Callable, reference: C
     return _ops[name]
 
 
-def implementations(op: str, device_type: str) -> tuple[str, ...]:
-    """``Op.implementations`` of the op of this name."""
-    return _ops[op].implementations(device_type)
-
-
-def choose(op: str, impl: str, device_type: str, dtype: torch.dtype) -> str:
-    """``Op.choose`` of the op of this name."""
-    return _ops[op].choose(impl, device_type, dtype)
-
-
-def kernel(op: str, impl: str) -> Callable:
-    """``Op.kernel`` of the op of this name."""
-    return _ops[op].kernel(impl)
-
-
-def serve(impl: str, device_type: str, kernel_of: Callable[[Op], Callable]) -> None:
-    """Let ``impl`` serve tensors of a device type too, in this process, by the callable that ``kernel_of`` makes.
-
-    Tests that hold CPU tensors drive the kernels of a GPU through this, and CUDA kernels compiled for the host.
-    """
-    for op in _ops.values():
-        op.kernels[impl] = kernel_of(op)
-        if impl not in op.available[device_type]:
-            op.available[device_type] += (impl,)
+def op(name: str) -> Op:
+    """The op of this name."""
+    return _ops[name]
 
 
 def _why_not(impl: str, device_type: str) -> str:
@@ -241,6 +223,8 @@ def _why_not(impl: str, device_type: str) -> str:
     if impl == "triton":
         if not triton.INSTALLED:
             return "cannot run: Triton is not installed; pip install triton"
+        if device_type in triton.DEVICE_TYPES:
+            return "has no kernel: torch cannot parse its schema in ops.cpp; correct it"
         return "serves CPU tensors only in Triton's interpreter; set TRITON_INTERPRET=1 before Python starts"
     error = _native.CPU_ERROR if impl == "cpu" else _native.CUDA_ERROR
     return f"cannot run: {error}" if error else "has no kernel for this op in the binary; rebuild it"
@@ -254,16 +238,16 @@ def status() -> dict[str, dict[str, int]]:
     calls: dict[str, dict[str, int]] = {}
     others = {"triton": triton.call_counts(), "torch": dict(_torch_calls)}
     for impl, counts in (*_native.call_counts().items(), *others.items()):
-        for op, n in sorted(counts.items()):
+        for name, n in sorted(counts.items()):
             if n:
-                calls.setdefault(op, {})[impl] = n
+                calls.setdefault(name, {})[impl] = n
     return calls
 
 
 def log_choice() -> None:
     """Say once, at import, what was found."""
     for device_type in PREFERENCE:
-        chosen = {op: implementations(op, device_type)[0] for op in OPS}
+        chosen = {name: op(name).implementations(device_type)[0] for name in OPS}
         if len(set(chosen.values())) == 1:
             logger.info("%s tensors: every op runs on %r", device_type, chosen[OPS[0]])
         else:

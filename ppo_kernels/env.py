@@ -103,9 +103,9 @@ def binaries() -> Lines:
 
 def implementations() -> Lines:
     backends = importlib.import_module("ppo_kernels.backends")
-    for op in backends.OPS:
-        picks = {device: backends.implementations(op, device) for device in ("cpu", "cuda")}
-        yield op, "   ".join(f"{device}: {' > '.join(names)}" for device, names in picks.items())
+    for name in backends.OPS:
+        picks = {device: backends.op(name).implementations(device) for device in ("cpu", "cuda")}
+        yield name, "   ".join(f"{device}: {' > '.join(names)}" for device, names in picks.items())
 
 
 SECTIONS: dict[str, Callable[[], Lines]] = {

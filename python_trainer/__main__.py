@@ -22,7 +22,7 @@ from .models import context_of, load_policy, load_tokenizer, stage_model
 from .ppo import Trainer
 from .rewards import load_reward_fn
 from .rollout import score_tokens
-from .settings import COMMANDS, load, save
+from .settings import COMMANDS, load, make_folder, save
 from .sft import reward, sft
 
 DEMO_CONFIG = "reviews_cpu.yaml"
@@ -118,6 +118,10 @@ def compare(config: EvalConfig) -> tuple[Evaluation, Evaluation]:
     trained = stage_model(config, "train", config.model_path)
     if trained is None:
         raise UserError("no policy to evaluate: give model_path, or run the train command first")
+    folder = Path(config.output_dir) / "eval"
+    with distributed.raise_on_all_ranks(UserError):
+        if distributed.is_main():
+            make_folder(folder)
     generator = choose_generator(config)
     task = load_task(config)
     heldout = task.prompts()[1]
@@ -140,7 +144,6 @@ def compare(config: EvalConfig) -> tuple[Evaluation, Evaluation]:
         scored, by_reference = (functools.partial(score_tokens, each) for each in (of, reference))
         result.metrics |= task.exact(scored, by_reference, config.kl_coef)
     if distributed.is_main():
-        folder = Path(config.output_dir) / "eval"
         save(config, folder)
         figures = {"reference": before.metrics, "policy": after.metrics}
         files.write(folder / "metrics.json", json.dumps(figures, indent=2) + "\n")
@@ -163,7 +166,7 @@ def demo(path: str, overrides: Sequence[str]) -> None:
     overrides = ["--overwrite_output_dir=True", *overrides]
     shared = load("demo", path, overrides, RunConfig)  # only what all stages share can be set for all of them
     if load_task(shared).gold([]) is None:
-        raise UserError(f"the demonstration needs a task with an independent judge; task {shared.task} has none")
+        raise UserError(f"the demonstration needs a task with an independent score (gold); task {shared.task} has none")
     settings = (
         load("sft", path, overrides, SftConfig),
         load("reward", path, overrides, RewardConfig),

@@ -4,8 +4,9 @@ A folder is written in a temporary one, flushed to disk, described by manifest.j
 and then renamed. A crash at any moment leaves the folders committed before it. The checksums find damage, not
 tampering.
 
-Only what a run made is deleted, and it shows by its content: a temporary folder holds OWNER, a committed one the
-manifest, of which the listed files go. Everything else is left alone, or renamed where it is in the way.
+Only what a run made is deleted, and it shows by its content: a temporary folder holds OWNER, a committed one a
+manifest of the form written here, of which the listed files go that have the listed size. Everything else is left
+alone, or renamed where it is in the way; so is what cannot be looked into.
 """
 
 import contextlib
@@ -26,6 +27,7 @@ MANIFEST = "manifest.json"
 TEMPORARY = ".tmp-"
 OWNER = ".made-by-python-trainer"  # an empty file in a temporary folder
 STUMP = re.compile(re.escape(TEMPORARY) + "(.+)-[0-9a-f]{8}")  # the name of one, with that of what it is for
+SHA256 = re.compile("[0-9a-f]{64}")
 NEW, OLD, DISCARDED = "new", "old", "discarded"  # in a temporary folder
 
 
@@ -56,40 +58,62 @@ def atomic_dir(folder: Path) -> Iterator[Path]:
 
 def verify(folder: Path) -> None:
     """Refuse a folder that is incomplete or whose bytes are not those that were written."""
+    if not (folder / MANIFEST).is_file():  # a pipe would make it wait
+        raise UserError(f"{folder} is not complete: it has no {MANIFEST}")
     try:
-        listing = json.loads((folder / MANIFEST).read_text())["files"]
-        files = {name: (int(entry["bytes"]), str(entry["sha256"])) for name, entry in listing.items()}
-    except FileNotFoundError as error:
-        raise UserError(f"{folder} is not complete: it has no {MANIFEST}") from error
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{folder / MANIFEST} is damaged") from error
-    if not files:
-        raise UserError(f"{folder / MANIFEST} is damaged: it lists no files")
-    for name, (expected, _) in files.items():
+        listed = _listed(folder)
+    except ValueError as error:
+        raise UserError(f"{folder / MANIFEST} is damaged: {error}") from error
+    for name, (expected, _) in listed.items():
         path = folder / name
         size = path.stat().st_size if path.is_file() else None
         if size != expected:
             found = "is missing" if size is None else f"has {size} bytes"
             raise UserError(f"{folder} refused: {path} {found}, expected {expected} bytes")
-    found_now = _checksums(folder, {name: size for name, (size, _) in files.items()})
-    for name, (_, sha256) in files.items():
+    found_now = _checksums(folder, {name: size for name, (size, _) in listed.items()})
+    for name, (_, sha256) in listed.items():
         if found_now[name] != sha256:
             raise UserError(f"{folder} refused: the content of {folder / name} has changed since it was written")
 
 
 def is_made(folder: Path) -> bool:
     """Whether a run committed this folder, and it is no link to one."""
-    manifest = folder / MANIFEST
-    return files.is_folder(folder) and manifest.is_file() and not manifest.is_symlink()
+    try:
+        return files.is_folder(folder) and files.is_plain(folder / MANIFEST) and bool(_listed(folder))
+    except (OSError, ValueError):
+        return False
 
 
 def discard(folder: Path) -> None:
-    """Not under its own name, so that no half of a folder is ever taken for the whole."""
-    if is_made(folder):
-        work = _temporary(folder, secrets.token_hex(4))
+    """Not under its own name, so that no half of a folder is ever taken for the whole.
+
+    What the disk refuses is named once, and stays.
+    """
+    if not is_made(folder):
+        return
+    work = _temporary(folder, secrets.token_hex(4))
+    try:
         begin(work)
         folder.rename(work / DISCARDED)
+    except OSError as error:
+        files.say_once(f"{folder} could not be removed ({error.strerror}): remove it yourself")
+    with contextlib.suppress(OSError):  # the next start tries again
         clear(work)
+
+
+def _listed(folder: Path) -> dict[str, tuple[int, str]]:
+    """Size and sha256 of each file that the manifest names; ValueError where it is none that was written here."""
+    try:
+        listing = json.loads((folder / MANIFEST).read_text())["files"]
+        found = {name: (entry["bytes"], entry["sha256"]) for name, entry in listing.items()}
+    except (ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError("it is none that a run wrote") from error
+    if not found:
+        raise ValueError("it lists no files")
+    for size, sha256 in found.values():
+        if type(size) is not int or not isinstance(sha256, str) or not SHA256.fullmatch(sha256):
+            raise ValueError("it is none that a run wrote")
+    return found
 
 
 def _obstacle(folder: Path) -> str | None:
@@ -142,7 +166,7 @@ def clear(work: Path) -> None:
     """Remove a temporary folder of a run, once what it had put aside is back in its place or gone."""
     owner = work / OWNER
     named = STUMP.fullmatch(work.name)
-    if named is not None and owner.is_file():
+    if named is not None and files.is_plain(owner):
         original = work.with_name(named[1])
         if files.is_folder(work / OLD) and not os.path.lexists(original):  # a crash between two renames
             (work / OLD).rename(original)
@@ -157,21 +181,22 @@ def clear(work: Path) -> None:
 
 def _remove_listed(folder: Path, original: Path) -> None:
     """Remove the files that the manifest lists; the others stay, in a folder that says so by its name."""
-    try:
-        names = [Path(name) for name in json.loads((folder / MANIFEST).read_text())["files"]]
-    except (OSError, ValueError, KeyError, TypeError):
-        names = []
-    for name in names:
-        path = folder / name
-        inside = not name.is_absolute() and ".." not in name.parts
-        if inside and all(files.is_folder(folder / parent) for parent in name.parents):
-            with contextlib.suppress(FileNotFoundError, IsADirectoryError, PermissionError):
-                path.unlink()
+    listed = _listed(folder) if is_made(folder) else {}
+    for name, (size, _) in listed.items():
+        path, parts = folder / name, Path(name)
+        inside = not parts.is_absolute() and ".." not in parts.parts
+        if inside and all(files.is_folder(folder / parent) for parent in parts.parents):
+            with contextlib.suppress(FileNotFoundError, PermissionError):
+                if files.is_plain(path) and path.stat().st_size == size:
+                    path.unlink()
     for path in sorted((path for path in folder.rglob("*") if files.is_folder(path)), reverse=True):
         with contextlib.suppress(OSError):
             path.rmdir()
-    if names and [path.name for path in folder.iterdir()] in ([MANIFEST], []):
-        (folder / MANIFEST).unlink(missing_ok=True)
+    left = [path.name for path in folder.iterdir()]
+    if listed and left == [MANIFEST]:
+        (folder / MANIFEST).unlink()
+        left = []
+    if not left:  # as it also is after a crash at this line
         folder.rmdir()
     else:
         kept = folder.rename(original.parent / folder.parent.name.removeprefix(TEMPORARY))
@@ -180,11 +205,12 @@ def _remove_listed(folder: Path, original: Path) -> None:
 
 def is_stump(path: Path) -> bool:
     """Whether a run made this temporary folder; one without a marker is of a run that ended before its first file."""
-    if not files.is_folder(path):
+    if STUMP.fullmatch(path.name) is None:
         return False
-    marker = path / OWNER
-    ours = (marker.is_file() and not marker.is_symlink()) or not any(path.iterdir())
-    return STUMP.fullmatch(path.name) is not None and ours
+    try:
+        return files.is_folder(path) and (files.is_plain(path / OWNER) or not any(path.iterdir()))
+    except OSError:
+        return False
 
 
 def _checksums(folder: Path, sizes: dict[str, int], *, flush: bool = False) -> dict[str, str]:

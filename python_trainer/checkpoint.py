@@ -18,12 +18,14 @@ from typing import Any
 import torch
 
 from . import atomic, distributed, files, zero_state
-from .config import PPOConfig, UserError
+from .config import PPOConfig, UserError, by_new_names
+from .deepspeed_engine import all_finite
 from .settings import make_folder
 
 STATE = "state.json"
 FORMAT = 2  # of the checkpoints written here; what DeepSpeed wrote before had none
 STEP = re.compile(r"step-([0-9]{6,})")
+PLACE = ".made-by-python-trainer"  # in a folder beside `checkpoints`, with that folder's name: a run made it
 
 # What may change when a run continues: how long, how often, where, how fast and how split; not what it computes.
 FREE_TO_CHANGE = {
@@ -62,8 +64,12 @@ def save(
     """
     for name, model in trained.items():
         zero_state.refuse_unknown_layout(name, model)
-    target = distributed.gather_objects(_free_place(folder, f"step-{step:06d}"))[0]
+    with _raise_on_all_ranks(folder):
+        mine = free_place(folder, f"step-{step:06d}") if distributed.is_main() else folder
+    target = distributed.gather_objects(mine)[0]
     shards = {name: zero_state.slices(model) for name, model in trained.items()} | {"ema": list(average)}
+    for name, slices in shards.items():
+        _refuse_non_finite(f"the {name}'s weights are not finite: nothing is saved in {target}", slices)
     _refuse_without_room(target.parent, shards)
     with atomic.atomic_dir(target) as place:
         for name, slices in shards.items():
@@ -80,8 +86,7 @@ def save(
     if distributed.is_main():
         for old in _steps(folder)[: -config.save_total_limit]:
             if _number(old) != step:
-                with contextlib.suppress(OSError):  # it goes with the next save
-                    atomic.discard(old)
+                atomic.discard(old)
 
 
 def load(
@@ -102,6 +107,9 @@ def load(
     for name, model in trained.items():
         zero_state.restore(model, folder, name, content["models"][name])
     zero_state.read(folder, "ema", average)
+    loaded = {name: zero_state.slices(model) for name, model in trained.items()} | {"ema": list(average)}
+    for name, slices in loaded.items():
+        _refuse_non_finite(f"{folder} holds weights of the {name} that are not finite: resume from one before", slices)
     return content["step"], content["memory"]
 
 
@@ -115,7 +123,10 @@ def find(request: str, folder: Path) -> Path:
     for path in sorted(folder.glob("step-*")):
         incomplete = STEP.fullmatch(path.name) and files.is_folder(path) and not atomic.is_made(path)
         if incomplete and path.name > steps[-1].name and distributed.is_main():
-            print(f"warning: {path} is not complete (no {atomic.MANIFEST}); going back to {steps[-1]}", file=sys.stderr)
+            print(
+                f"warning: {path} is not complete (no {atomic.MANIFEST} of it); going back to {steps[-1]}",
+                file=sys.stderr,
+            )
     return steps[-1]
 
 
@@ -128,23 +139,43 @@ def belongs(source: Path, folder: Path) -> bool:
 def lock_run_dir(folder: Path, *, overwrite: bool, done: int = 0) -> Iterator[None]:
     """The folder of a command, for this run alone until the block is left; the record goes on after step `done`."""
     with contextlib.ExitStack() as held:
-        with distributed.raise_on_all_ranks(UserError):
+        with _raise_on_all_ranks(folder):
             if distributed.is_main():
                 make_folder(folder)
                 if not held.enter_context(files.locked(folder / ".lock", wait=False)):
                     raise UserError(f"another run is at work in {folder}")
         refuse_existing(folder, overwrite=overwrite, resume=done > 0)
         distributed.barrier()
-        if distributed.is_main():
-            _sweep(folder, overwrite=overwrite, done=done)
-        distributed.barrier()
+        with _raise_on_all_ranks(folder):
+            if distributed.is_main():
+                _sweep(folder, overwrite=overwrite, done=done)
         yield
 
 
 def refuse_existing(folder: Path, *, overwrite: bool, resume: bool) -> None:
-    record = folder / "metrics.jsonl"
-    if record.is_file() and not record.is_symlink() and not (overwrite or resume):
+    """Whatever of an earlier run is there; its record may have been moved, and linked."""
+    if overwrite or resume:
+        return
+    checkpoints = folder / "checkpoints"
+    results = any(atomic.is_made(folder / name) for name in ("model", "ema"))
+    if results or (folder / "metrics.jsonl").is_file() or _steps(checkpoints) or _steps_in(checkpoints):
         raise UserError(f"{folder} holds an earlier run: resume it, or set another output_dir, or overwrite_output_dir")
+
+
+@contextlib.contextmanager
+def _raise_on_all_ranks(folder: Path) -> Iterator[None]:
+    """Also what the disk answers to the first rank alone."""
+    with distributed.raise_on_all_ranks(UserError):
+        try:
+            yield
+        except OSError as error:
+            raise UserError(f"{error.filename or folder}: {error.strerror}; set output_dir to another place") from error
+
+
+def _refuse_non_finite(text: str, slices: Sequence[zero_state.Slice]) -> None:
+    moments = tuple(f"{kind}/" for kind in zero_state.MOMENTS)
+    if not all_finite(part.values for part in slices if not part.name.startswith((*moments, "buffer/"))):
+        raise UserError(text)
 
 
 def _refuse_without_room(folder: Path, shards: dict[str, list[zero_state.Slice]]) -> None:
@@ -176,9 +207,11 @@ def _sweep(folder: Path, *, overwrite: bool, done: int) -> None:
     elif overwrite:
         for made in (*_steps(checkpoints), folder / "model", folder / "ema"):
             atomic.discard(made)
-        for empty in _folders(checkpoints):
+        for place in _folders(checkpoints):
             with contextlib.suppress(OSError):
-                empty.rmdir()
+                if [path.name for path in place.iterdir()] in ([], [PLACE]):
+                    (place / PLACE).unlink(missing_ok=True)
+                    place.rmdir()
         files.make_way(folder / "metrics.jsonl")
         (folder / "metrics.jsonl").unlink(missing_ok=True)
     if strays := _strays(folder):
@@ -188,21 +221,29 @@ def _sweep(folder: Path, *, overwrite: bool, done: int) -> None:
 def _strays(folder: Path) -> list[str]:
     """What looks like a run's, and is not."""
     found = [*folder.glob(atomic.TEMPORARY + "*")]
+    found += [path for path in folder.glob("checkpoints-*") if path.name[12:].isdigit() and not _is_place(path)]
     for name in ("checkpoints", "model", "ema"):
         if os.path.lexists(folder / name) and not files.is_folder(folder / name):
             found.append(folder / name)
     for parent in _folders(folder / "checkpoints"):
         found += parent.glob(atomic.TEMPORARY + "*")
-        found += [path for path in parent.glob("step-*") if not (STEP.fullmatch(path.name) and atomic.is_made(path))]
-    return [f"{path} ({files.kind(path)})" for path in sorted(found)]
+        found += set(parent.glob("step-*")) - set(_steps_in(parent))
+    return [f"{path} ({_kind(path)})" for path in sorted(found)]
+
+
+def _kind(path: Path) -> str:
+    former = path.name.removeprefix(atomic.TEMPORARY + "old-")
+    if former != path.name and files.is_folder(path):
+        return f"put aside by an earlier version: where {former} is missing beside it, rename it to {former}"
+    return files.kind(path)
 
 
 def _content(folder: Path) -> dict[str, Any]:
     try:
         content = json.loads((folder / STATE).read_text()) if (folder / STATE).is_file() else {}
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{folder / STATE} is not what a checkpoint holds: {error}") from error
-    if content.get("format") != FORMAT:
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise UserError(
             f"{folder} was written by another version, in a format that this one does not read: go on with that "
             "version, or start anew from a saved model (sft_model_path)"
@@ -211,6 +252,7 @@ def _content(folder: Path) -> dict[str, Any]:
 
 
 def _refuse_changes(folder: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
+    before = by_new_names(before)
     changed = [name for name in now if name not in FREE_TO_CHANGE and before.get(name) != now[name]]
     if changed:
         differences = ", ".join(f"{name} (was {before.get(name)}, is {now[name]})" for name in changed)
@@ -219,29 +261,48 @@ def _refuse_changes(folder: Path, before: dict[str, Any], now: dict[str, Any]) -
 
 def _folders(checkpoints: Path) -> list[Path]:
     """Where a run's checkpoints lie: that folder, and those used in its stead where something else was in the way."""
-    others = [
-        x for x in checkpoints.parent.glob(f"{checkpoints.name}-*") if x.name[len(checkpoints.name) + 1 :].isdigit()
-    ]
-    return [path for path in (checkpoints, *sorted(others)) if files.is_folder(path)]
+    others = [path for path in sorted(checkpoints.parent.glob(f"{checkpoints.name}-*")) if _is_place(path)]
+    return [path for path in (*others, checkpoints) if files.is_folder(path)]
+
+
+def _is_place(folder: Path) -> bool:
+    """Whether a run made it for its checkpoints; a copy under another name is somebody's."""
+    try:
+        return files.is_plain(folder / PLACE) and (folder / PLACE).read_text() == folder.name
+    except (OSError, UnicodeDecodeError):
+        return False
 
 
 def _steps(checkpoints: Path) -> list[Path]:
-    """The run's checkpoints, the oldest first."""
+    """The run's checkpoints, the oldest first; of the same step that in `checkpoints` last."""
     return sorted((path for folder in _folders(checkpoints) for path in _steps_in(folder)), key=_number)
 
 
 def _steps_in(folder: Path) -> list[Path]:
-    return sorted((x for x in folder.glob("step-*") if STEP.fullmatch(x.name) and atomic.is_made(x)), key=_number)
+    return sorted((path for path in folder.glob("step-*") if _is_step(path)), key=_number)
 
 
-def _free_place(checkpoints: Path, name: str) -> Path:
+def _is_step(path: Path) -> bool:
+    """Whether it is the checkpoint that its name says: a copy under another number is none."""
+    if not (STEP.fullmatch(path.name) and atomic.is_made(path)):
+        return False
+    try:
+        return _content(path)["step"] == _number(path)
+    except (UserError, OSError, KeyError):
+        return True  # of another version, or damaged: to be refused by name
+
+
+def free_place(checkpoints: Path, name: str) -> Path:
     """Where a checkpoint goes: neither through a link nor in the place of what no run made."""
     for number in itertools.count(1):
         folder = checkpoints if number == 1 else checkpoints.with_name(f"{checkpoints.name}-{number}")
         target = folder / name
         there = os.path.lexists(folder)
-        if (files.is_folder(folder) or not there) and (atomic.is_made(target) or not os.path.lexists(target)):
-            if number > 1 and not there and distributed.is_main():
+        ours = not there or (files.is_folder(folder) if number == 1 else _is_place(folder))
+        if ours and (_is_step(target) or not os.path.lexists(target)):
+            if number > 1 and not there:
+                folder.mkdir(parents=True)
+                (folder / PLACE).write_text(folder.name)
                 files.say(f"{checkpoints / name} is not a place for a checkpoint of this run: it goes to {target}")
             return target
     raise AssertionError

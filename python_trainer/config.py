@@ -15,6 +15,7 @@ from transformers.hf_argparser import HfArg
 
 CONFIGS = Path(__file__).parent / "configs"
 REPORTS = ("tensorboard", "wandb")
+RENAMED = {"cliprange_ratio": "weight_clip"}  # settings, by the names that earlier versions wrote down
 
 
 Test = Callable[[float], bool]
@@ -55,6 +56,10 @@ for _names, _test, _allowed in (
 
 class UserError(Exception):
     """Something the person who started the run can put right; shown as one line, without a traceback."""
+
+
+def by_new_names(settings: dict[str, Any]) -> dict[str, Any]:
+    return {RENAMED.get(name, name): value for name, value in settings.items()}
 
 
 @dataclass
@@ -129,7 +134,9 @@ class OptimizerConfig(RunConfig):
     adam_beta2: float = HfArg(default=0.95, help="AdamW beta2.")
     adam_epsilon: float = HfArg(default=1e-5, help="AdamW epsilon; 1e-5 tames the first PPO updates.")
     max_grad_norm: float = HfArg(default=1.0, help="Gradient norm to clip at; 0 switches clipping off.")
-    max_skipped_steps: int = HfArg(default=3, help="Stop once this many updates had a non-finite loss or gradient.")
+    max_skipped_steps: int = HfArg(
+        default=3, help="Stop once this many updates had a loss, gradient or gradient norm that is not finite."
+    )
     batch_size: int = HfArg(default=64, help="Samples per step over all ranks.")
     per_device_train_batch_size: int = HfArg(
         default=64, help="Samples per micro-batch. Memory and speed only: the step does not depend on it."

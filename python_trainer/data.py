@@ -16,6 +16,8 @@ from .config import RunConfig, UserError
 from .distributed import seed_of
 
 T = TypeVar("T")
+# (prompts [B, P] padded on the left, their mask [B, P], uniform numbers [B, T]) -> tokens [B, T]
+Generate = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 class Pair(NamedTuple):
@@ -241,3 +243,14 @@ def shuffled_positions(count: int, seed: int, start: int, size: int) -> list[int
             order = torch.randperm(count, generator=torch.Generator().manual_seed(seed_of(seed, epoch))).tolist()
         positions.append(order[offset])
     return positions
+
+
+def only_drawn(logits: torch.Tensor, uniforms: torch.Tensor, temperature: float | torch.Tensor) -> torch.Tensor:
+    """Logits [B, V] that leave one token possible, the drawn one: 0 there, -inf elsewhere.
+
+    It is the token at which the CDF of softmax(logits / temperature) passes the row's uniform number [B, 1];
+    temperature is a number or [B, 1].
+    """
+    cdf = (logits.float() / temperature).softmax(dim=-1).double().cumsum(dim=-1)
+    token = torch.searchsorted(cdf, uniforms * cdf[:, -1:], right=True).clamp(max=logits.shape[1] - 1)
+    return torch.full_like(logits, float("-inf")).scatter(1, token, 0.0)

@@ -1,4 +1,7 @@
-"""The one place that touches DeepSpeed: its start, models that are trained, models that are frozen."""
+"""DeepSpeed: its start, models that are trained, models that are frozen.
+
+The layouts of its optimizers are in zero_state.py, and nothing else of it is used elsewhere.
+"""
 
 import contextlib
 import hashlib
@@ -9,7 +12,7 @@ import os
 import random
 import sys
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -20,11 +23,8 @@ import torch.distributed as dist
 import transformers
 from transformers import PreTrainedModel, get_scheduler
 
-from . import distributed, files
+from . import distributed, files, zero_state
 from .config import OptimizerConfig, RunConfig, UserError, resolve
-
-# (prompts [B, P] padded on the left, their mask [B, P], uniform numbers [B, T]) -> tokens [B, T]
-Generate = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 def init_distributed(seed: int, timeout_s: int) -> None:
@@ -174,12 +174,27 @@ class Trainable:
     @torch.no_grad()
     def refuse_non_finite_weights(self, name: str) -> None:
         """No gradient need be at fault: an update can also divide by 0, or leave the range of a half precision."""
-        finite = all(bool(distributed.local_shard(weight).isfinite().all()) for weight in self.module.parameters())
-        if not all(distributed.gather_objects(finite)):
+        if not all_finite(weights_here(self.module)):
             raise UserError(
                 f"weights of the {name} are not finite after the last update, and nothing of it is saved: lower "
                 "learning_rate, raise adam_epsilon, or start from the checkpoint before"
             )
+
+
+def weights_here(module: torch.nn.Module) -> Iterator[torch.Tensor]:
+    """What this rank holds of each weight, without the padding of the last part, which DeepSpeed never fills."""
+    for name, weight in module.named_parameters():
+        yield zero_state.laid_out(name, weight, distributed.local_shard(weight)).values
+
+
+def all_finite(tensors: Iterable[torch.Tensor]) -> bool:
+    """On every rank, asking the device once."""
+    finite = torch.ones((), device=distributed.device())
+    for tensor in tensors:
+        finite *= tensor.isfinite().all().to(finite)
+    if distributed.world_size() > 1:
+        dist.all_reduce(finite, dist.ReduceOp.MIN)
+    return bool(finite)
 
 
 def checkpoint_activations(model: Any) -> None:
@@ -273,17 +288,6 @@ def merged_weight(layer: Any, name: str) -> torch.Tensor:
     if name == "weight" and hasattr(layer, "get_delta_weight"):
         return weight + layer.get_delta_weight("default")
     return weight
-
-
-def only_drawn(logits: torch.Tensor, uniforms: torch.Tensor, temperature: float | torch.Tensor) -> torch.Tensor:
-    """Logits [B, V] that leave one token possible, the drawn one: 0 there, -inf elsewhere.
-
-    It is the token at which the CDF of softmax(logits / temperature) passes the row's uniform number [B, 1];
-    temperature is a number or [B, 1].
-    """
-    cdf = (logits.float() / temperature).softmax(dim=-1).double().cumsum(dim=-1)
-    token = torch.searchsorted(cdf, uniforms * cdf[:, -1:], right=True).clamp(max=logits.shape[1] - 1)
-    return torch.full_like(logits, float("-inf")).scatter(1, token, 0.0)
 
 
 def _find_build_tools() -> None:

@@ -95,5 +95,5 @@ def evaluate(
         for row, mask in zip(rollout.sequences, rollout.attention_mask, strict=True)
     ]
     asked = [tokenizer.decode(ids, skip_special_tokens=True) for ids in prompts[: len(texts)]]
-    judged: list[float | None] = list(gold) if gold is not None else [None] * len(texts)
-    return Evaluation(metrics, asked, list(zip(texts, judged, strict=True)))
+    scores: list[float | None] = list(gold) if gold is not None else [None] * len(texts)
+    return Evaluation(metrics, asked, list(zip(texts, scores, strict=True)))

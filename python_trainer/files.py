@@ -2,10 +2,14 @@
 
 What stands where a file of the run belongs, and is none (a link, a pipe, a folder), is renamed to `<name>.kept-1` and
 named in one line; its content, and what a link points to, are never touched.
+
+The folders above are trusted: paths are looked up again at each call, so who may rename a run's folder while it works
+can lead it elsewhere, and what appears under a `kept` name between the look and the rename is replaced.
 """
 
 import contextlib
 import fcntl
+import functools
 import os
 import secrets
 import stat
@@ -55,7 +59,7 @@ def locked(path: Path, *, wait: bool) -> Iterator[bool]:
 
 def make_way(path: Path) -> None:
     """Rename what is no plain file."""
-    if os.path.lexists(path) and (path.is_symlink() or not path.is_file()):
+    if os.path.lexists(path) and not is_plain(path):
         keep(path)
 
 
@@ -81,6 +85,11 @@ def is_folder(path: Path) -> bool:
     return path.is_dir() and not path.is_symlink()
 
 
+def is_plain(path: Path) -> bool:
+    """Whether it is a file itself: no link, pipe or folder."""
+    return path.is_file() and not path.is_symlink()
+
+
 def kind(path: Path) -> str:
     if path.is_symlink():
         return "a link"
@@ -91,3 +100,8 @@ def kind(path: Path) -> str:
 
 def say(text: str) -> None:
     print(f"note: {text}", file=sys.stderr, flush=True)
+
+
+@functools.cache
+def say_once(text: str) -> None:
+    say(text)

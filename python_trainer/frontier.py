@@ -17,7 +17,7 @@ import yaml
 from . import distributed, files
 from .algorithms import ALGORITHMS, KlControl, load_algorithm
 from .checkpoint import FREE_TO_CHANGE
-from .config import FrontierConfig, PPOConfig, UserError
+from .config import FrontierConfig, PPOConfig, UserError, by_new_names
 from .data import load_task
 from .deepspeed_engine import Policy, frozen, init_distributed
 from .logging import read
@@ -39,18 +39,21 @@ def frontier(config: FrontierConfig, train: Callable[[PPOConfig], object]) -> Pa
     """Run with `train` what has not been run yet; returns the picture, beside which lies frontier.csv."""
     folder = Path(config.output_dir) / "frontier"
     places = {(name, coef): folder / f"{name}-{coef:g}" for name, coef in config.runs()}
+    for place in (folder, *places.values()):
+        make_folder(place)  # each rank looks: all refuse a link, before the first run
     wanted = {run: _run_config(config, *run, place) for run, place in places.items()}
     # Every mistake is found before the first run starts.
-    missing = [run for run, place in places.items() if config.overwrite_output_dir or not _is_done(place, wanted[run])]
+    missing = [run for run, place in places.items() if config.overwrite_output_dir or not is_done(place, wanted[run])]
     for settings in wanted.values():
         load_algorithm(settings, KlControl(settings))
     for run in missing:
         train(wanted[run])
     points = [point for run, place in places.items() for point in _points(place / "train", *run)]
     points += _optimum(config)
-    if distributed.is_main():
-        _write(folder / "frontier.csv", points)
-        draw(folder / "frontier.csv", folder / "frontier.png")
+    with distributed.raise_on_all_ranks(UserError):
+        if distributed.is_main():
+            _write(folder / "frontier.csv", points)
+            draw(folder / "frontier.csv", folder / "frontier.png")
     return folder / "frontier.png"
 
 
@@ -68,10 +71,10 @@ def _run_config(config: FrontierConfig, algorithm: str, coef: float, place: Path
     return PPOConfig(**settings)
 
 
-def _is_done(place: Path, wanted: PPOConfig) -> bool:
+def is_done(place: Path, wanted: PPOConfig) -> bool:
     if not (place / "train" / "model").exists():
         return False
-    had = yaml.safe_load((place / "train" / "config.yaml").read_text())
+    had = by_new_names(yaml.safe_load((place / "train" / "config.yaml").read_text()))
     computed = dataclasses.asdict(wanted).keys() - (FREE_TO_CHANGE - {"total_steps", "eval_steps"})
     changed = sorted(name for name in computed if had.get(name) != getattr(wanted, name))
     if changed:

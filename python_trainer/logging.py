@@ -85,11 +85,12 @@ class Log:
         self._file = None
         hidden = True if config.disable_tqdm or not distributed.is_main() else None  # None: shown on a terminal only
         self._bar = tqdm(total=total, initial=start, desc=title, disable=hidden, leave=False)
-        if distributed.is_main():
-            files.make_way(self.path)
-            self._keep_until(start)
-            self._file = files.append(self.path)
-            self._reports = open_reports(config, folder, start)
+        with distributed.raise_on_all_ranks(UserError):
+            if distributed.is_main():
+                files.make_way(self.path)
+                self._keep_until(start)
+                self._file = files.append(self.path)
+                self._reports = open_reports(config, folder, start)
 
     def record(self, step: int, metrics: Mapping[str, float]) -> None:
         if self._file is not None:
@@ -208,6 +209,10 @@ class Wandb:
     def __init__(self, config: Any, folder: Path, start: int) -> None:
         import wandb
 
+        # It would ask on the terminal.
+        key = os.environ.get("WANDB_API_KEY") or getattr(getattr(wandb, "api", None), "api_key", None)
+        if not key and not os.environ.get("WANDB_MODE"):
+            raise UserError("report_to wandb: not logged in; run `wandb login`, or set WANDB_API_KEY or WANDB_MODE")
         files.folder_makes_way(folder / "wandb")
         kept = folder / "wandb-id"
         files.make_way(kept)

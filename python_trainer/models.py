@@ -27,10 +27,12 @@ from .data import Task
 from .deepspeed_engine import (
     Policy,
     Trainable,
+    all_finite,
     checkpoint_activations,
     frozen,
     gathered_params,
     merged_weights,
+    weights_here,
 )
 
 PADDED = " (four lines in the README, under Trainer, save a model with one)"
@@ -125,6 +127,7 @@ def load_policy(path: str | Path | None, config: RunConfig, tokenizer: PreTraine
         model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**architecture), trust_remote_code=False)
     else:
         raise UserError("no model to start from: give a path or model_config")
+    _refuse_non_finite(model, path or f"model_config {config.model_config}")
     model.generation_config = GenerationConfig(pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id)
     return without_dropout(model)
 
@@ -139,7 +142,7 @@ def stage_model(config: RunConfig, stage: str, given: str | None) -> Path | None
 
 def undamaged(path: Path) -> Path:
     """The same path, once its files are those of the manifest that our commands write beside a model."""
-    if (path / MANIFEST).exists():
+    if (path / MANIFEST).is_file():
         verify(path)
     return path
 
@@ -154,6 +157,7 @@ def load_scalar(path: str | Path, key: str) -> ScalarModel:
             f"{key}: {path} {what}; a model for sequence classification with num_labels 1 is needed, as the reward "
             "command saves it"
         )
+    _refuse_non_finite(model, path)
     return ScalarModel(without_dropout(model))
 
 
@@ -213,6 +217,8 @@ def adapted(model: Any, config: OptimizerConfig, rank: int | None) -> Any:
 def save_model(model: torch.nn.Module | Trainable, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     """In the transformers format; called on every rank."""
     module: Any = model.module if isinstance(model, Trainable) else model
+    if not all_finite(weights_here(module)):
+        raise UserError(f"weights are not finite, and no model is saved in {folder.parent.parent}")
     with gathered_params(module.parameters()):
         if distributed.is_main():
             body = module.model if isinstance(module, ScalarModel) else module
@@ -271,6 +277,12 @@ def _from_pretrained(kind: Any, path: str | Path, **extra: Any) -> Any:
     except (OSError, ValueError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0]
         raise UserError(f"cannot load a model from {path}: {reason}") from error
+
+
+def _refuse_non_finite(model: torch.nn.Module, source: object) -> None:
+    bad = next((name for name, weight in model.named_parameters() if not weight.isfinite().all()), None)
+    if bad is not None:
+        raise UserError(f"{source}: the weights {bad} are not finite, so there is nothing to start from")
 
 
 def _usual_targets(model: Any) -> list[str]:

@@ -190,32 +190,10 @@ class Trainer:
                 normalizer, tokens = algorithm.normalizer(mask) / ranks, mask.sum() / ranks
                 for micro in rows[shard(len(rows))].split(config.per_device_train_batch_size):
                     batch = experience[micro]
-                    valid = batch.mask.sum()
-                    share = tokens / valid.clamp(min=1)  # so that the average of losses is the minibatch's loss
                     if "actor" in trained:
-                        logprobs, entropy = score_tokens_and_entropy(
-                            self.actor, batch.rollout, differentiable=config.entropy_coef != 0
-                        )
-                        loss, statistics = algorithm.policy_loss(logprobs, batch, normalizer)
-                        if config.entropy_coef:
-                            loss = loss - config.entropy_coef * entropy.sum() / tokens
-                        trained["actor"].backward(loss)
-                        drift = drift.maximum(((logprobs.detach() - batch.logprobs).abs() * batch.mask).max())
-                        seen.add(statistics, algorithm.weight(batch.mask))
-                        of_tokens = {"loss/policy_avg": loss.detach() * share}
-                        seen.add(of_tokens | {"policy/entropy_avg": entropy.detach().sum() / valid}, valid)
+                        drift = drift.maximum(self._policy_gradients(batch, normalizer, tokens, seen))
                     if "critic" in trained:
-                        loss, stats = value_loss(
-                            score_values(self.critic, batch.rollout),
-                            batch.values,
-                            batch.returns,
-                            batch.mask,
-                            cliprange_value=config.cliprange_value,
-                            normalizer=tokens,
-                            impl=config.ops_impl,
-                        )
-                        trained["critic"].backward(config.vf_coef * loss)
-                        seen.add({"val/clipfrac_avg": stats.clipfrac, "loss/value_avg": loss.detach() * share}, valid)
+                        self._value_gradients(batch, tokens, seen)
                 if epoch == 0 and number == 0 and "actor" in trained:
                     self._check_ratio(distributed.gather_rows(drift[None]).max().item())
                 if self.ptx is not None and "actor" in trained:
@@ -229,6 +207,40 @@ class Trainer:
                 if self._moved_too_far(seen):
                     return averages.reduce()
         return averages.reduce()
+
+    def _policy_gradients(
+        self, batch: Experience, normalizer: torch.Tensor, tokens: torch.Tensor, seen: Averages
+    ) -> torch.Tensor:
+        """Those of a micro-batch, added up; returns how far its log-probabilities are from the sampled ones."""
+        config, algorithm, actor = self.config, self.algorithm, self.trained["actor"]
+        logprobs, entropy = score_tokens_and_entropy(self.actor, batch.rollout, differentiable=config.entropy_coef != 0)
+        loss, statistics = algorithm.policy_loss(logprobs, batch, normalizer)
+        if config.entropy_coef:
+            loss = loss - config.entropy_coef * entropy.sum() / tokens
+        actor.backward(loss)
+        valid = batch.mask.sum()
+        share = tokens / valid.clamp(min=1)  # so that the average of losses is the minibatch's loss
+        seen.add(statistics, algorithm.weight(batch.mask))
+        of_tokens = {"loss/policy_avg": loss.detach() * share}
+        seen.add(of_tokens | {"policy/entropy_avg": entropy.detach().sum() / valid}, valid)
+        return ((logprobs.detach() - batch.logprobs).abs() * batch.mask).max()
+
+    def _value_gradients(self, batch: Experience, tokens: torch.Tensor, seen: Averages) -> None:
+        """Those of a micro-batch, added up."""
+        config, critic = self.config, self.trained["critic"]
+        loss, stats = value_loss(
+            score_values(critic, batch.rollout),
+            batch.values,
+            batch.returns,
+            batch.mask,
+            cliprange_value=config.cliprange_value,
+            normalizer=tokens,
+            impl=config.ops_impl,
+        )
+        critic.backward(config.vf_coef * loss)
+        valid = batch.mask.sum()
+        share = tokens / valid.clamp(min=1)
+        seen.add({"val/clipfrac_avg": stats.clipfrac, "loss/value_avg": loss.detach() * share}, valid)
 
     def train(self) -> tuple[Evaluation, Evaluation]:
         """All remaining steps; returns the evaluations of the reference and of the trained policy."""

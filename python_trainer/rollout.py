@@ -21,8 +21,8 @@ from transformers import (
 from ppo_kernels import kl_rewards, moments, token_logprobs
 
 from . import distributed
-from .data import Rollout, left_pad
-from .deepspeed_engine import Generate, Policy, only_drawn, weights_of
+from .data import Generate, Rollout, left_pad, only_drawn
+from .deepspeed_engine import Policy, weights_of
 
 RewardFn = Callable[[Rollout], torch.Tensor]  # [B] the score of each response
 

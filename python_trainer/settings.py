@@ -16,7 +16,17 @@ import yaml
 from transformers import HfArgumentParser
 
 from . import files
-from .config import EvalConfig, FrontierConfig, PPOConfig, RewardConfig, RunConfig, SftConfig, UserError, resolve
+from .config import (
+    RENAMED,
+    EvalConfig,
+    FrontierConfig,
+    PPOConfig,
+    RewardConfig,
+    RunConfig,
+    SftConfig,
+    UserError,
+    resolve,
+)
 
 PRESETS = Path(__file__).parent / "presets"
 
@@ -130,6 +140,8 @@ def _as_arguments(settings: dict[str, Any]) -> list[str]:
 
 def _refuse_unknown(keys: Sequence[str], known: set[str], path: str | None) -> None:
     for key in keys:
+        if RENAMED.get(key) in known:
+            raise UserError(f"setting {key!r} has a new name: {RENAMED[key]!r}")
         if key not in known:
             nearest = difflib.get_close_matches(key, sorted(known), n=1, cutoff=0.0)
             where = f" in {path} or on the command line" if path else ""

@@ -22,7 +22,8 @@ from vllm.v1.worker.gpu.sample.logits_processor import LogitsProcessor as Logits
 
 from . import distributed
 from .config import UserError
-from .deepspeed_engine import Generate, Policy, only_drawn, weights_of
+from .data import Generate, only_drawn
+from .deepspeed_engine import Policy, weights_of
 
 # vLLM has two model runners with one interface each for logits processors; without Triton there is the first alone.
 RUNNER = os.environ.setdefault("VLLM_USE_V2_MODEL_RUNNER", str(int(HAS_TRITON)))
@@ -117,7 +118,7 @@ class VllmGenerator:
 
 
 class DrawnInFirstRunner(LogitsProcessor):
-    """deepspeed_engine.only_drawn, with what came with each request."""
+    """data.only_drawn, with what came with each request."""
 
     def __init__(self, vllm_config: Any, device: torch.device, is_pin_memory: bool) -> None:
         self.requests: dict[int, tuple[dict[str, Any], list[int]]] = {}  # row of the batch -> what came, tokens so far

@@ -42,14 +42,20 @@ def _choose_tier(config, items):
     tier = config.getoption("--tier")
     if config.getoption("--several-blocks"):
         left_out = {item for item in items if not _has_several_blocks(item)}
-    elif tier == "whole" or any("::" in argument for argument in config.args):
+    elif tier == "whole":
         return
     else:
-        ours = [item for item in items if VERIFY not in item.path.parents]
+        named = [argument for argument in config.args if "::" in argument]
+        ours = [item for item in items if VERIFY not in item.path.parents and not _is_named(item, named)]
         kept = tiers.of_make_test(ours)
         left_out = {item for item in ours if (item in kept) == (tier == "rest")}
     config.hook.pytest_deselected(items=list(left_out))
     items[:] = [item for item in items if item not in left_out]
+
+
+def _is_named(item, arguments):
+    names = [argument.removeprefix(f"{item.config.rootpath}/") for argument in arguments]
+    return any(item.nodeid == name or item.nodeid.startswith((f"{name}[", f"{name}::")) for name in names)
 
 
 def _has_several_blocks(item):
@@ -79,7 +85,7 @@ def require_impl():
     devices.serve()
 
     def require(op: str, impl: str) -> str:
-        have = backends.implementations(op, "cpu")
+        have = backends.op(op).implementations("cpu")
         if impl not in have:
             why = f"{op}: no {impl!r} implementation here, only {have}; build the package"
             if os.environ.get(ALLOW_MISSING) == "1":

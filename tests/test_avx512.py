@@ -40,42 +40,33 @@ def test_the_portable_loops_pass_the_same_tests():
     assert " passed" in done.stdout
 
 
-def results_of_both_passes(path):
-    """Saves what the loops make of logits of every vocabulary and dtype."""
-    torch.set_num_threads(1)
-    ops, found = torch.ops.ppo_kernels, {}
-    for dtype in DTYPES:
-        for vocab in VOCABULARIES:
-            g = torch.Generator().manual_seed(vocab)
-            logits, labels = (torch.randn(8, vocab, generator=g) * 4).to(dtype), torch.randint(vocab, (8,), generator=g)
-            grads = torch.randn(2, 8, generator=g)
-            *sums, row_max, log_sum = ops.token_logprobs(logits, labels, None, None, 0.7, -100, True)
-            # The backward of both is given the same row statistics, so that its loop alone can differ.
-            exact = [x.float() for x in ops.token_logprobs(logits.double(), labels, None, None, 0.7, -100, True)]
-            gradients = [
-                ops.token_logprobs_backward(logits, labels, None, grads[0], grad_entropy, *exact, 0.7)
-                for grad_entropy in (None, grads[1])
-            ]
-            found[dtype, vocab] = [*sums, log_sum], [row_max, *gradients]
-    torch.save(found, path)
+def results_of_both_passes(logits, labels, grads):
+    """What the loops make of logits: the sums, and what has to be the same to the last bit."""
+    ops = torch.ops.ppo_kernels
+    *sums, row_max, log_sum = ops.token_logprobs(logits, labels, None, None, 0.7, -100, True)
+    # The backward of both is given the same row statistics, so that its loop alone can differ.
+    exact = [x.float() for x in ops.token_logprobs(logits.double(), labels, None, None, 0.7, -100, True)]
+    gradients = [
+        ops.token_logprobs_backward(logits, labels, None, grads[0], grad_entropy, *exact, 0.7)
+        for grad_entropy in (None, grads[1])
+    ]
+    return [*sums, log_sum], [row_max, *gradients]
 
 
 @pytest.mark.skipif(not _native.avx512_loops(), reason="this CPU has no AVX-512")
-def test_the_portable_loops_agree(tmp_path):
-    run = "import sys; from tests import test_avx512; test_avx512.results_of_both_passes(sys.argv[1])"
-    found = []
-    for wish in ("1", "0"):
-        path = tmp_path / f"{wish}.pt"
-        env = os.environ | {"PPO_KERNELS_AVX512": wish}
-        subprocess.run([sys.executable, "-c", run, str(path)], cwd=Path(__file__).parents[1], env=env, check=True)
-        found.append(torch.load(path, weights_only=True))
-    for case, (sums, exact) in found[0].items():
-        portable_sums, portable_exact = found[1][case]
-        assert bit_equal(tuple(exact), tuple(portable_exact)), case
-        for ours, portable in zip(sums, portable_sums, strict=True):
-            torch.testing.assert_close(
-                ours, portable, rtol=4e-7, atol=4e-7, msg=lambda text, case=case: f"{case}: {text}"
-            )
+@pytest.mark.parametrize("vocab", VOCABULARIES, ids=lambda vocab: f"cpu-{vocab}")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_portable_loops_agree(dtype, vocab):
+    g = torch.Generator().manual_seed(vocab)
+    logits, labels = (torch.randn(8, vocab, generator=g) * 4).to(dtype), torch.randint(vocab, (8,), generator=g)
+    grads = torch.randn(2, 8, generator=g)
+    sums, exact = results_of_both_passes(logits, labels, grads)
+    with _native.portable_loops():
+        assert not _native.avx512_loops()
+        portable_sums, portable_exact = results_of_both_passes(logits, labels, grads)
+    assert _native.avx512_loops()
+    assert bit_equal(tuple(exact), tuple(portable_exact))
+    torch.testing.assert_close(sums, portable_sums, rtol=4e-7, atol=4e-7)
 
 
 def whole_blocks_between_guard_pages(front):

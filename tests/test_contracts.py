@@ -10,6 +10,8 @@ from tests.lib.cases import DIFFERENTIABLE, NAMES, REGISTERED, ROWWISE, run
 from tests.lib.devices import IMPLEMENTATIONS, KERNELS
 from tests.lib.helpers import bit_equal, in_fresh_process
 
+pytestmark = pytest.mark.host
+
 GRADCHECKED = tuple(name for name in DIFFERENTIABLE if REGISTERED[name].gradcheck)
 
 
@@ -31,6 +33,7 @@ def test_gradcheck(impl_of, name):
     assert torch.autograd.gradcheck(fn, case.tensors[case.leaf].clone().requires_grad_(), fast_mode=True)
 
 
+@pytest.mark.large
 @pytest.mark.parametrize("name", [name for name in GRADCHECKED if not REGISTERED[name].packed])
 def test_gradcheck_without_an_optional_input(impl_of, name):
     impl, case = impl_of(name), cases.make(name, torch.float64, batch=3, length=5, seed=3)
@@ -155,7 +158,7 @@ def test_a_row_of_a_large_vocabulary_does_not_depend_on_the_batch_around_it(impl
     def call(t, impl):
         return pk.token_logprobs(t["logits"], t["labels"], entropy=True, impl=impl)
 
-    case = cases.Case("token_logprobs", {"logits": logits, "labels": labels}, call, "logits")
+    case = cases.Call("token_logprobs", {"logits": logits, "labels": labels}, call, "logits")
     whole = run(case, impl)
     for rows in ([0], [4], [3, 1, 4, 2, 0]):
         got = run(case, impl, {"logits": logits[rows], "labels": labels[rows]})
@@ -170,10 +173,10 @@ def test_status_counts_each_call_once(impl_of, name):
     assert _counts_since(before) == {(case.op, impl): 1}
     before = _counts()
     case.call(case.tensors, "auto")
-    assert _counts_since(before) == {(case.op, backends.implementations(case.op, "cpu")[0]): 1}
+    assert _counts_since(before) == {(case.op, backends.op(case.op).implementations("cpu")[0]): 1}
     with pytest.raises(ValueError, match="nonsense"):
         case.call(case.tensors, "nonsense")
-    assert _counts_since(before) == {(case.op, backends.implementations(case.op, "cpu")[0]): 1}
+    assert _counts_since(before) == {(case.op, backends.op(case.op).implementations("cpu")[0]): 1}
 
 
 def _counts():

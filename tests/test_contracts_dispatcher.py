@@ -10,6 +10,8 @@ from tests.lib import cases, recorded
 from tests.lib.cases import DIFFERENTIABLE, NAMES, run
 from tests.lib.helpers import bit_equal
 
+pytestmark = pytest.mark.host
+
 IMPLS = ("cpu", "triton")
 
 
@@ -26,7 +28,7 @@ def samples(dtype):
     return recorded.samples(dtype, "cpu")
 
 
-def test_every_registered_op_has_samples_and_a_twin(require_impl):
+def test_every_registered_op_has_samples_and_a_triton_kernel(require_impl):
     require_impl("gae", "cpu")
     for library in ("ppo_kernels", "ppo_kernels_triton"):
         assert registered(library) == REGISTERED == sorted(samples(torch.float32))
@@ -38,7 +40,7 @@ def test_every_registered_op_has_samples_and_a_twin(require_impl):
 def test_opcheck_on_every_registered_op(require_impl, op, impl, dtype):
     require_impl("gae", impl)
     for args in samples(dtype)[op]:
-        result = torch.library.opcheck(pk.backends.kernel(op, impl), args)
+        result = torch.library.opcheck(pk.backends.op(op).kernel(impl), args)
         assert set(result.values()) == {"SUCCESS"}
 
 
@@ -48,7 +50,7 @@ def test_fake_tensors_have_the_shapes_and_dtypes_of_real_ones(require_impl, op, 
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     require_impl("gae", impl)
-    fn = pk.backends.kernel(op, impl)
+    fn = pk.backends.op(op).kernel(impl)
     for args in samples(torch.float32)[op]:
         real = fn(*args)
         with FakeTensorMode() as mode:

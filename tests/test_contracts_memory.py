@@ -10,6 +10,8 @@ from tests.lib.devices import IMPLEMENTATIONS, KERNELS
 from tests.lib.helpers import bit_equal, in_fresh_process
 from tests.lib.memory import far_rows, fence_allocations, fenced, outputs_and_gradient
 
+pytestmark = pytest.mark.host
+
 # A detached entropy has the kernels of one that is not; bfloat16 reaches no other kernel than those of the logits.
 CALLS = tuple(name for name in NAMES if not name.endswith(":detached"))
 DTYPES = {name: (torch.float32, torch.bfloat16)[: 1 + REGISTERED[name].vocabulary] for name in CALLS}
@@ -55,7 +57,7 @@ def garbage_between_guard_pages(impl, front):
             case = cases.make(name, batch=4, length=cases.fit(name, impl, 10))
             indices = {k: pick(*x.shape) for k, x in case.tensors.items() if k in index_inputs(name)}
             outputs_and_gradient(case, impl, {k: fenced(x, front) for k, x in case.tensors.items()} | indices)
-        pk.backends.kernel("group_advantages", impl)(row, pick(4), pick(4), 0, 1, 0.0)
+        pk.backends.op("group_advantages").kernel(impl)(row, pick(4), pick(4), 0, 1, 0.0)
 
 
 @pytest.mark.parametrize("front", FRONT)
@@ -84,12 +86,12 @@ def rows_beyond_32_bits(impl, rows, stride):
 
 
 def gradient_written_over_rows_beyond_32_bits(impl, rows, stride):
-    logits, labels, upstream = torch.randn(rows, 33).bfloat16(), torch.arange(rows) * 10, torch.ones(rows)
+    logits, labels, grad_output = torch.randn(rows, 33).bfloat16(), torch.arange(rows) * 10, torch.ones(rows)
     grads = []
     for x in (logits.clone(), far_rows(logits, stride)):
-        saved = pk.backends.kernel("token_logprobs", impl)(x, labels, None, None, 0.7, -100, True)
-        backward = pk.backends.kernel("token_logprobs_backward_", impl)
-        backward(x, labels, None, upstream, upstream, *saved, 0.7)
+        saved = pk.backends.op("token_logprobs").kernel(impl)(x, labels, None, None, 0.7, -100, True)
+        backward = pk.backends.op("token_logprobs_backward_").kernel(impl)
+        backward(x, labels, None, grad_output, grad_output, *saved, 0.7)
         grads.append(x)
     assert bit_equal(*grads)
     assert not bit_equal(grads[0], logits)
@@ -113,7 +115,7 @@ def test_every_alignment_of_base_and_rows(require_impl, impl, dtype):
     require_impl("token_logprobs", impl)
     for vocab in range(40, 48, 3 if impl == "triton" else 1):
         logits, labels = torch.randn(3, vocab).to(dtype), torch.tensor([0, vocab - 1, 7])
-        case = cases.Case(
+        case = cases.Call(
             "", {}, lambda t, i, y=labels: pk.token_logprobs(**t, labels=y, entropy=True, impl=i), "logits"
         )
         want = run(case, impl, {"logits": logits})

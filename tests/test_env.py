@@ -12,7 +12,9 @@ from pathlib import Path
 import pytest
 
 import ppo_kernels
-from ppo_kernels import _native, _schemas, backends, env
+from ppo_kernels import backends, env
+
+pytestmark = pytest.mark.host
 
 PACKAGE = Path(ppo_kernels.__file__).parent
 BLOCKED = """if True:
@@ -37,10 +39,19 @@ def report_without(module: str) -> str:
     return run("-c", code)
 
 
+def copy_of_the_package(folder: Path, *left_out: str) -> Path:
+    """As a wheel installs it."""
+    copy = folder / "ppo_kernels"
+    shutil.copytree(PACKAGE, copy, ignore=shutil.ignore_patterns("__pycache__", *left_out))
+    if (PACKAGE.parent / "csrc").is_dir():
+        shutil.copy(PACKAGE.parent / "csrc" / "ops.cpp", copy)
+    return copy
+
+
 def test_report_names_what_matters() -> None:
     report = run("-m", "ppo_kernels.env")
     assert f"ppo_kernels {ppo_kernels.__version__}. Copy this into a bug report." in report
-    for word in (*env.PACKAGES, *backends.OPS, "python", "source_hash", str(_native.cpu_capability())):
+    for word in (*env.PACKAGES, *backends.OPS, "python", "instruction set", "source_hash"):
         assert word in report
     assert "cannot tell" not in report
     assert "Triton ops           compiled at their first call, for cuda, xpu tensors; CPU tensors need" in report
@@ -77,13 +88,10 @@ def test_report_without_the_native_library() -> None:
 
 
 def test_report_from_a_folder_that_was_never_built(tmp_path: Path) -> None:
-    copy = tmp_path / "ppo_kernels"
-    shutil.copytree(PACKAGE, copy, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
-    if (PACKAGE.parent / "csrc").is_dir():
-        shutil.copy(PACKAGE.parent / "csrc" / "ops.cpp", copy)  # as in a wheel
+    copy = copy_of_the_package(tmp_path, "*.so")
     report = run("-m", "ppo_kernels.env", cwd=tmp_path)
     assert "the C++ ops are not built in" in report
-    assert _native.REBUILD in report
+    assert "build them with: pip install --no-build-isolation -e ." in report
     assert "gae                  cpu: torch   cuda: triton > torch" in report
 
     (copy / "ops.cpp").unlink()
@@ -93,10 +101,33 @@ def test_report_from_a_folder_that_was_never_built(tmp_path: Path) -> None:
     )
 
 
-def test_schemas_are_read_from_the_text_that_cpp_compiles() -> None:
-    source = 'before R"(\n// about f\nf(Tensor x,\n    int y) -> Tensor\n\ng() -> ()\n)"; after(Tensor x)'
-    assert _schemas.parse(source) == {"f": "f(Tensor x, int y) -> Tensor", "g": "g() -> ()"}
-    assert set(backends.OPS) < set(_schemas.SCHEMAS)
+def test_schemas_are_read_as_cpp_reads_them(tmp_path: Path) -> None:
+    """Blank lines and comments are skipped wherever they stand, and a line that is not indented begins a schema."""
+    source = copy_of_the_package(tmp_path) / "ops.cpp"
+    text = source.read_text()
+    parts = text.partition("    Tensor? cu_seqlens, float gamma, float lam")
+    assert parts[1]
+    source.write_text(f"{parts[0]}\n// about(int gamma) -> ()\n\n{parts[1]}{parts[2]}")
+    assert "C++ ops              loaded" in run("-m", "ppo_kernels.env", cwd=tmp_path)
+    source.write_text(f"{parts[0]}about() -> ()\n{parts[1]}{parts[2]}")
+    assert "torch cannot parse the schema 'gae(" in run("-m", "ppo_kernels.env", cwd=tmp_path)
+
+
+def test_a_schema_that_torch_cannot_parse_turns_the_kernels_off(tmp_path: Path) -> None:
+    source = copy_of_the_package(tmp_path) / "ops.cpp"
+    source.write_text(source.read_text().replace("gae(Tensor rewards", "gae(Tensr rewards"))
+    report = run("-m", "ppo_kernels.env", cwd=tmp_path)
+    assert "torch cannot parse the schema 'gae(Tensr rewards, " in report
+    assert "gae                  cpu: torch   cuda: torch" in report
+    assert "whiten               cpu: torch   cuda: triton > torch" in report
+    code = "import torch, ppo_kernels as k; x = torch.ones(1, 2); print(k.gae(x, x)[0].shape)\n"
+    code += "try: k.gae(x, x, impl='triton')\nexcept ValueError as error: print(error)"
+    printed = run("-c", code, cwd=tmp_path, TRITON_INTERPRET="1")
+    assert "[1, 2]" in printed
+    assert 'gae: impl="triton" has no kernel: torch cannot parse its schema in ops.cpp; correct it' in printed
+
+
+def test_the_ops_are_public_functions() -> None:
     assert set(backends.OPS) < set(ppo_kernels.__all__)
 
 

@@ -89,7 +89,8 @@ import pytest
 import torch
 
 import ppo_kernels as pk
-from tests.lib import cases, oracle
+from bench import oracle
+from tests.lib import cases
 from tests.lib.cases import NAMES, run
 from tests.lib.devices import IMPLEMENTATIONS
 from tests.lib.helpers import INF, NAN, assert_close_to_oracle, assert_raises, bit_equal, grad_of, holey_mask
@@ -124,11 +125,11 @@ def test_a_gradient_from_above_is_read_by_its_strides(require_impl, impl, form, 
     logits, labels = torch.randn(3, 4, 65), torch.randint(0, 65, (3, 4))
     above = [ABOVE[form](torch.randn(3, 4)) for _ in range(2)]
     grads = []
-    for upstream in (above, [g.contiguous() for g in above]):
+    for grad_output in (above, [g.contiguous() for g in above]):
         leaf = logits.clone().requires_grad_()
         out = pk.token_logprobs(leaf, labels, entropy=entropy, impl=impl)
         out = out if entropy else (out,)
-        torch.autograd.backward(out, upstream[: len(out)])
+        torch.autograd.backward(out, grad_output[: len(out)])
         grads.append(leaf.grad)
     assert bit_equal(*grads)
     want = oracle.token_logprobs(logits, labels, grad_logp=above[0], grad_entropy=above[1] if entropy else None)[2]

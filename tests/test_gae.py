@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
+from bench import oracle
 from ppo_kernels import gae
-from tests.lib import oracle
 from tests.lib.helpers import (
     JUNK,
     MASK_DTYPES,

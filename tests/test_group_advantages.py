@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
+from bench import oracle
 from ppo_kernels import group_advantages, whiten
-from tests.lib import oracle
 from tests.lib.helpers import NAN, assert_close_to_oracle, assert_raises, bit_equal, out_dtype
 
 OP = "group_advantages"

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
+from bench import oracle
 from ppo_kernels import P3OStats, group_advantages, p3o_loss
-from tests.lib import oracle
 from tests.lib.checks import pairs_of_responses as make
 from tests.lib.helpers import (
     JUNK,
@@ -31,8 +31,10 @@ FIELDS = (
 )
 
 
-def check(impl, logp, old, ref, scores, mask=None, upstream=None, **options):
-    (loss, stats), grad = grad_of(lambda x: p3o_loss(x, old, ref, scores, mask, impl=impl, **options), logp, upstream)
+def check(impl, logp, old, ref, scores, mask=None, grad_output=None, **options):
+    (loss, stats), grad = grad_of(
+        lambda x: p3o_loss(x, old, ref, scores, mask, impl=impl, **options), logp, grad_output
+    )
     want, want_stats, want_grad = oracle.p3o_loss(logp, old, ref, scores, mask, **options)
     dtype = out_dtype(*(x.dtype for x in (logp, old, ref, scores)))
     assert isinstance(stats, P3OStats)
@@ -46,7 +48,7 @@ def check(impl, logp, old, ref, scores, mask=None, upstream=None, **options):
         assert value.dtype == dtype
         assert not value.requires_grad
         assert_close_to_oracle(value, want_stats[name], ceiling=limit, scale=max(abs(want_stats[name]), 1.0), what=name)
-    scale = 1.0 if upstream is None else float(upstream)
+    scale = 1.0 if grad_output is None else float(grad_output)
     largest = max(np.abs(want_grad * scale).max(initial=0.0, where=np.isfinite(want_grad)), 1e-30)
     rounding = torch.finfo(logp.dtype).eps if logp.dtype.itemsize == 2 else 0.0
     least = torch.finfo(logp.dtype).smallest_normal * torch.finfo(logp.dtype).eps / largest
@@ -107,10 +109,10 @@ def test_normalizers(impl, normalizer, variant):
         assert not grad.any()
 
 
-@pytest.mark.parametrize("upstream", [1.0, -2.5, 0.0])
+@pytest.mark.parametrize("grad_output", [1.0, -2.5, 0.0])
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_upstream_gradients_scale(impl, upstream, variant):
-    check(impl, *make(4, 9), holey_mask(4, 9), upstream=torch.tensor(upstream), variant=variant)
+def test_incoming_gradients_scale(impl, grad_output, variant):
+    check(impl, *make(4, 9), holey_mask(4, 9), grad_output=torch.tensor(grad_output), variant=variant)
 
 
 # Per row one token; the rollout and the reference say 0. Scores r and 0, kl_coef 0, so that q = r.

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 import torch
 
+from bench import oracle
 from ppo_kernels import PolicyStats, policy_loss
-from tests.lib import oracle
+from tests.lib.checks import check_views
 from tests.lib.helpers import (
     ESTIMATORS,
     INF,
@@ -22,7 +23,6 @@ from tests.lib.helpers import (
     holey_mask,
     out_dtype,
     pack,
-    strided,
     with_junk,
 )
 
@@ -51,8 +51,8 @@ def extras(batch, length, dtype=torch.float32, seed=7):
     }
 
 
-def check(impl, logp, old, adv, mask=None, upstream=None, **options):
-    (loss, stats), grad = grad_of(lambda x: policy_loss(x, old, adv, mask, impl=impl, **options), logp, upstream)
+def check(impl, logp, old, adv, mask=None, grad_output=None, **options):
+    (loss, stats), grad = grad_of(lambda x: policy_loss(x, old, adv, mask, impl=impl, **options), logp, grad_output)
     want, want_stats, want_grad = oracle.policy_loss(logp, old, adv, mask, **options)
     tensors = (logp, old, adv, options.get("weights"), options.get("ref_logprobs"))
     dtype = out_dtype(*(x.dtype for x in tensors if x is not None))
@@ -69,7 +69,7 @@ def check(impl, logp, old, adv, mask=None, upstream=None, **options):
         assert not value.requires_grad
         size = max(abs(want_stats[name]), want_stats["ratio_max"] ** 2 if name == "ratio_var" else 1.0)
         assert_close_to_oracle(value, want_stats[name], ceiling=limit, scale=size, what=name)
-    scale = 1.0 if upstream is None else float(upstream)
+    scale = 1.0 if grad_output is None else float(grad_output)
     largest = max(np.abs(want_grad * scale).max(initial=0.0, where=np.isfinite(want_grad)), 1e-30)
     rounding = torch.finfo(logp.dtype).eps if logp.dtype.itemsize == 2 else 0.0
     least = torch.finfo(logp.dtype).smallest_normal * torch.finfo(logp.dtype).eps / largest
@@ -156,18 +156,18 @@ def test_normalizers(impl, normalizer):
         assert not grad.any()
 
 
-@pytest.mark.parametrize("upstream", [1.0, -2.5, 0.0, 1e-20])
-def test_upstream_gradients_scale(impl, upstream):
-    check(impl, *make(4, 9), holey_mask(4, 9), upstream=torch.tensor(upstream))
+@pytest.mark.parametrize("grad_output", [1.0, -2.5, 0.0, 1e-20])
+def test_incoming_gradients_scale(impl, grad_output):
+    check(impl, *make(4, 9), holey_mask(4, 9), grad_output=torch.tensor(grad_output))
 
 
-@pytest.mark.parametrize("upstream", [INF, -INF, NAN])
-def test_an_overflow_from_above_shows_in_every_entry(impl, upstream):
+@pytest.mark.parametrize("grad_output", [INF, -INF, NAN])
+def test_an_overflow_from_above_shows_in_every_entry(impl, grad_output):
     """As documented: the kernels' masked entries are NaN then, the reference's 0."""
     logp, old, adv = make(4, 9)
     mask = holey_mask(4, 9)
     fn = lambda x: policy_loss(x, old, adv, mask, cliprange=10.0, impl=impl)  # noqa: E731
-    grad = grad_of(fn, logp, torch.tensor(upstream))[1]
+    grad = grad_of(fn, logp, torch.tensor(grad_output))[1]
     assert not grad[mask].isfinite().any()
     assert not grad[~mask].any() if impl == "torch" else grad[~mask].isnan().all()
 
@@ -296,17 +296,7 @@ def test_packed_equals_padded(impl):
 
 @pytest.mark.parametrize("pad", [1, 5])
 def test_views(impl, pad):
-    logp, old, adv = make(5, 19)
-    mask = holey_mask(5, 19)
-    wide = torch.ones(5, 19 + pad, dtype=torch.bool)
-    wide[:, :19] = mask
-    (loss, _), grad = grad_of(lambda x: policy_loss(x, old, adv, mask, impl=impl), logp)
-    for view in (lambda x: strided(x, pad), lambda x: x.t().contiguous().t()):
-        leaf = view(logp).requires_grad_()
-        again, _ = policy_loss(leaf, view(old), view(adv), wide[:, :19], impl=impl)
-        again.backward()
-        assert bit_equal(again, loss)
-        assert bit_equal(leaf.grad, grad)
+    check_views(policy_loss, make(5, 19), holey_mask(5, 19), impl, pad)
 
 
 def test_only_the_current_logprobs_get_a_gradient(impl):

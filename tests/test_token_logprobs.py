@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
+from bench import oracle
 from ppo_kernels import token_logprobs
-from tests.lib import oracle
 from tests.lib.checks import check_token_logprobs as check
 from tests.lib.checks import logits_and_labels as make
 from tests.lib.devices import KERNELS

@@ -1,4 +1,4 @@
-"""Token log-probabilities as a function in a program: views, upstream gradients, in-place, TRL's names, errors."""
+"""Token log-probabilities as a function in a program: views, incoming gradients, in-place, TRL's names, errors."""
 
 import inspect
 
@@ -6,9 +6,9 @@ import pytest
 import torch
 
 import ppo_kernels
+from bench import oracle
 from ppo_kernels import selective_log_softmax, selective_log_softmax_and_entropy, token_logprobs
 from ppo_kernels.integrations import trl
-from tests.lib import oracle
 from tests.lib.checks import logits_and_labels as make
 from tests.lib.devices import KERNELS
 from tests.lib.helpers import NAN, assert_close_to_oracle, assert_raises, bit_equal, in_fresh_process, strided
@@ -84,28 +84,29 @@ def test_expanded_logits_and_labels(impl):
     torch.testing.assert_close(leaf.grad, 4 * one.grad)
 
 
-UPSTREAM = {
-    "expanded": lambda n: torch.ones(()).expand(n),
-    "sliced": lambda n: torch.full((2 * n,), 1.0)[::2],
-    "reversed order": lambda n: torch.ones(n).flip(0),
+GRAD_OUTPUTS = {
+    "expanded": lambda g: g[:1].expand(g.shape),
+    "sliced": lambda g: torch.stack([g, torch.full_like(g, NAN)], 1)[:, 0],
+    "off a vector boundary": lambda g: torch.cat([torch.full_like(g[:1], NAN), g])[1:],
 }
 
 
-@pytest.mark.parametrize("form", UPSTREAM)
+@pytest.mark.parametrize("form", GRAD_OUTPUTS)
 @pytest.mark.parametrize("entropy", [False, True])
-def test_strided_upstream_gradients(impl, form, entropy):
+def test_strided_incoming_gradients(impl, form, entropy):
     logits, labels = make(6, 70)
+    apart = GRAD_OUTPUTS[form](torch.rand(6) + 0.5)
     grads = []
-    for upstream in (torch.ones(6), UPSTREAM[form](6)):
+    for grad_output in (apart.contiguous(), apart):
         leaf = logits.clone().requires_grad_()
         out = token_logprobs(leaf, labels, entropy=entropy, impl=impl)
         out = out if isinstance(out, tuple) else (out,)
-        torch.autograd.backward(out, tuple(upstream for _ in out))
+        torch.autograd.backward(out, tuple(grad_output for _ in out))
         grads.append(leaf.grad)
     assert bit_equal(*grads)
 
 
-def test_upstream_gradient_of_one_output_alone(impl):
+def test_incoming_gradient_of_one_output_alone(impl):
     logits, labels = make(5, 60)
     for weights in ((1.0, 0.0), (0.0, 1.0)):
         leaf = logits.clone().requires_grad_()
@@ -203,8 +204,8 @@ def test_selective_log_softmax_is_a_gather_of_log_softmax(shape, many, index_dty
     log_p = torch.log_softmax(logits, -1)
     want = log_p.gather(-1, (index[..., None] if many is None else index).long()).reshape(index.shape)
     torch.testing.assert_close(got, want, rtol=0, atol=2e-6)
-    upstream = torch.randn(index.shape)
-    grads = [torch.autograd.grad(x, logits, upstream)[0] for x in (got, want)]
+    grad_output = torch.randn(index.shape)
+    grads = [torch.autograd.grad(x, logits, grad_output)[0] for x in (got, want)]
     torch.testing.assert_close(*grads, rtol=0, atol=2e-6)
 
 

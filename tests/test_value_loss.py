@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 import torch
 
+from bench import oracle
 from ppo_kernels import ValueStats, value_loss
-from tests.lib import oracle
+from tests.lib.checks import check_views
 from tests.lib.helpers import (
     JUNK,
     MASK_DTYPES,
@@ -18,7 +19,6 @@ from tests.lib.helpers import (
     holey_mask,
     out_dtype,
     pack,
-    strided,
     with_junk,
 )
 
@@ -35,8 +35,10 @@ def make(batch, length, dtype=torch.float32, seed=0, spread=0.4):
     return [x.to(dtype) for x in (values, old, returns)]
 
 
-def check(impl, values, old, returns, mask=None, upstream=None, **options):
-    (loss, stats), grad = grad_of(lambda x: value_loss(x, old, returns, mask, impl=impl, **options), values, upstream)
+def check(impl, values, old, returns, mask=None, grad_output=None, **options):
+    (loss, stats), grad = grad_of(
+        lambda x: value_loss(x, old, returns, mask, impl=impl, **options), values, grad_output
+    )
     want, want_stats, want_grad = oracle.value_loss(values, old, returns, mask, **options)
     dtype = out_dtype(values.dtype, old.dtype, returns.dtype)
     assert isinstance(stats, ValueStats)
@@ -50,7 +52,7 @@ def check(impl, values, old, returns, mask=None, upstream=None, **options):
         assert value.dtype == dtype
         assert not value.requires_grad
         assert_close_to_oracle(value, want_stats[name], ceiling=limit, scale=max(abs(want_stats[name]), 1.0), what=name)
-    scale = 1.0 if upstream is None else float(upstream)
+    scale = 1.0 if grad_output is None else float(grad_output)
     largest = max(np.abs(want_grad * scale).max(initial=0.0), 1e-30)
     rounding = torch.finfo(values.dtype).eps if values.dtype.itemsize == 2 else 0.0
     least = torch.finfo(values.dtype).smallest_normal * torch.finfo(values.dtype).eps / largest
@@ -78,18 +80,18 @@ def test_normalizers_and_row_weights(impl, normalizer, weighted):
         assert not grad.any()
 
 
-@pytest.mark.parametrize("upstream", [1.0, -2.5, 0.0])
-def test_upstream_gradients_scale(impl, upstream):
-    check(impl, *make(4, 9), holey_mask(4, 9), upstream=torch.tensor(upstream))
+@pytest.mark.parametrize("grad_output", [1.0, -2.5, 0.0])
+def test_incoming_gradients_scale(impl, grad_output):
+    check(impl, *make(4, 9), holey_mask(4, 9), grad_output=torch.tensor(grad_output))
 
 
-@pytest.mark.parametrize("upstream", [float("inf"), -float("inf"), float("nan")])
-def test_an_overflow_from_above_shows_in_every_entry(impl, upstream):
+@pytest.mark.parametrize("grad_output", [float("inf"), -float("inf"), float("nan")])
+def test_an_overflow_from_above_shows_in_every_entry(impl, grad_output):
     """As documented: the kernels' masked entries are NaN then, the reference's 0."""
     values, old, returns = make(4, 9)
     mask = holey_mask(4, 9)
     fn = lambda x: value_loss(x, old, returns, mask, cliprange_value=None, impl=impl)  # noqa: E731
-    grad = grad_of(fn, values, torch.tensor(upstream))[1]
+    grad = grad_of(fn, values, torch.tensor(grad_output))[1]
     assert not grad[mask].isfinite().any()
     assert not grad[~mask].any() if impl == "torch" else grad[~mask].isnan().all()
 
@@ -181,17 +183,7 @@ def test_packed_equals_padded(impl, kind):
 
 @pytest.mark.parametrize("pad", [1, 5])
 def test_views(impl, pad):
-    values, old, returns = make(5, 19)
-    mask = holey_mask(5, 19)
-    wide = torch.ones(5, 19 + pad, dtype=torch.bool)
-    wide[:, :19] = mask
-    (loss, _), grad = grad_of(lambda x: value_loss(x, old, returns, mask, impl=impl), values)
-    for view in (lambda x: strided(x, pad), lambda x: x.t().contiguous().t()):
-        leaf = view(values).requires_grad_()
-        again, _ = value_loss(leaf, view(old), view(returns), wide[:, :19], impl=impl)
-        again.backward()
-        assert bit_equal(again, loss)
-        assert bit_equal(leaf.grad, grad)
+    check_views(value_loss, make(5, 19), holey_mask(5, 19), impl, pad)
 
 
 def test_only_the_current_values_get_a_gradient(impl):

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 import torch
 
+from bench import oracle
 from ppo_kernels import moments, whiten
-from tests.lib import devices, oracle
+from tests.lib import devices
 from tests.lib.helpers import (
     JUNK,
     MASK_DTYPES,

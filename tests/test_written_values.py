@@ -50,7 +50,7 @@ def test_traced_outputs_have_the_dtypes_of_real_ones(require_impl, impl):
     """For logits whose dtype is not that of the results; float32 ones would show no difference."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    forward = backends.kernel("token_logprobs", require_impl("token_logprobs", impl))
+    forward = backends.op("token_logprobs").kernel(require_impl("token_logprobs", impl))
     logits, labels = torch.randn(3, 40, dtype=torch.bfloat16), torch.tensor([1, 2, 3])
     if not isinstance(forward, torch._ops.OpOverload):
         pytest.skip("on a GPU, or for one, the tests call a wrapper")

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 import ppo_kernels
+from bench import oracle
 from ppo_kernels import backends
-from tests.lib import oracle
 
 Inputs = dict[str, Tensor]
 Shape = tuple[int, ...]
@@ -122,6 +122,7 @@ class Case:
 
     # For the benchmarks. ``work`` says what is computed, whatever the shape; other libraries are known by it.
     work: str = ""
+    not_timed: str = ""  # why a contract has none
     dtype: torch.dtype = torch.float32
     shapes: Mapping[str, list[Shape]] = field(default_factory=dict)  # by size
     small_call: Shape | None = None  # where next to nothing is computed
@@ -130,6 +131,7 @@ class Case:
     eager: Callable[..., object] | None = None  # the same in the few lines of a trainer; its outputs are our first ones
     time_loop: bool = False  # ... which are a Python loop over time
     bare: Callable[..., object] | None = None  # the registered op without the public function around it
+    portable_loops: bool = False  # the CPU op has loops for AVX-512, which a row compares with the portable ones
     moved: Callable[[Inputs], int] | None = None  # bytes that the passes over memory read and write
     tolerance: float = 1e-5
     eager_tolerance: float = 1e-4  # of code that computes in the dtype of the inputs

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from bench import oracle
 from bench.cases import LOGITS_AXES, Case, Data, Target, normal, with_holes
-from tests.lib import oracle
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 SIZES = {"quick": (256, 151936), "small": (64, 32000), "full": (1024, 151936)}
@@ -69,6 +69,7 @@ def work(dtype, *, entropy=False, backward=False, **more):
         options={"entropy": entropy},
         leaf="logits" if backward else None,
         eager=eager_with_entropy if entropy else eager,
+        portable_loops=True,
         moved=lambda x: x["logits"].nbytes * (3 if backward else 1),
         tolerance=5e-3 if backward and low else 2e-5,
         eager_tolerance=(1e-1 if entropy else 3e-2) if low else 1e-4,

@@ -1,10 +1,11 @@
 // The loops over logits of a row in AVX-512 intrinsics. gcc 12 vectorises the portable ones too, but clamps through
 // masks where one maximum does, and has no instruction for float16: these take 13 to 63 % less time, by the same
-// formulas. The rows of bench/bench_token_logprobs.py on the CPU pay for them (bench/NOTES.md has both times), and
+// formulas. The rows of token_logprobs in the benchmarks have both ("cpu" and "portable loops"), and
 // tests/test_avx512.py binds them to the portable loops: maxima and gradients by every bit, sums by 4e-7.
 #pragma once
 
 #include <algorithm>
+#include <atomic>
 #include <cstdlib>
 
 #include "math/half.h"
@@ -24,15 +25,10 @@
 
 namespace ppo::avx512 {
 
-// PPO_KERNELS_AVX512=0 leaves the portable loops, for comparisons.
-inline bool here() {
-  static const bool yes = [] {
-    const char* wish = std::getenv("PPO_KERNELS_AVX512");
-    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("avx512bw") &&
-           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
-           !(wish != nullptr && wish[0] == '0');
-  }();
-  return yes;
+constexpr bool kBuilt = true;
+inline bool supported() {
+  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
 }
 
 constexpr int kFloats = 16;  // in a register
@@ -97,9 +93,9 @@ PPO_TARGET_INLINE Pair exp2_factors(__m512 x) {
 
 PPO_TARGET_INLINE __m512 exponent(__m512 z, __m512 max, __m512 c) { return _mm512_mul_ps(_mm512_sub_ps(z, max), c); }
 
-// The maximum of n logits, NaN left out. With kToFloat they also go to z as floats, and -inf behind them up to a
+// The maximum of n logits, NaN left out. With kConvert they also go to z as floats, and -inf behind them up to a
 // multiple of kStep.
-template <bool kToFloat, class In>
+template <bool kConvert, class In>
 PPO_TARGET float max_block(const In* x, int64_t n, float* z) {
   const __m512 lowest = _mm512_set1_ps(-std::numeric_limits<float>::infinity());
   __m512 max[kUnroll] = {lowest, lowest, lowest, lowest};
@@ -107,13 +103,13 @@ PPO_TARGET float max_block(const In* x, int64_t n, float* z) {
   for (int64_t begin = 0; begin < n; begin += kStep) {
     const In* from = x + begin;
     if (n - begin < kStep) {
-      for (In& logit : tail) from_float(-std::numeric_limits<float>::infinity(), logit);
+      for (In& logit : tail) from_compute(-std::numeric_limits<float>::infinity(), logit);
       std::copy(from, x + n, tail);
       from = tail;
     }
     for (int k = 0; k < kUnroll; ++k) {
       const __m512 value = load(from + k * kFloats);
-      if constexpr (kToFloat) _mm512_storeu_ps(z + begin + k * kFloats, value);
+      if constexpr (kConvert) _mm512_storeu_ps(z + begin + k * kFloats, value);
       max[k] = _mm512_max_ps(value, max[k]);  // the second where one is NaN
     }
   }
@@ -190,25 +186,36 @@ PPO_TARGET void gradient_block(const In* in, int64_t n, float max, float c, floa
 
 #pragma GCC diagnostic pop
 
-#else  // never called
+#else
 
 namespace ppo::avx512 {
 
-inline bool here() { return false; }
+constexpr bool kBuilt = false;
+inline bool supported() { return false; }
 
 template <bool, class In>
-float max_block(const In*, int64_t, float*) {
-  std::abort();
-}
+float max_block(const In*, int64_t, float*);
 template <bool, class In>
-SoftmaxPart sum_block(const float*, int64_t, float, float, const In*) {
-  std::abort();
-}
+SoftmaxPart sum_block(const float*, int64_t, float, float, const In*);
 template <bool, class In>
-void gradient_block(const In*, int64_t, float, float, float, float, float, In*) {
-  std::abort();
-}
+void gradient_block(const In*, int64_t, float, float, float, float, float, In*);
 
 }  // namespace ppo::avx512
 
 #endif
+
+namespace ppo::avx512 {
+
+// Whether these loops run; PPO_KERNELS_AVX512=0 begins with the portable ones.
+inline std::atomic<bool>& chosen() {
+  static std::atomic<bool> yes = [] {
+    const char* wish = std::getenv("PPO_KERNELS_AVX512");
+    return supported() && (wish == nullptr || wish[0] != '0');
+  }();
+  return yes;
+}
+
+inline bool here() { return chosen().load(std::memory_order_relaxed); }
+inline void choose(bool wanted) { chosen() = wanted && supported(); }
+
+}  // namespace ppo::avx512

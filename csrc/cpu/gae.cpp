@@ -114,7 +114,8 @@ std::tuple<Tensor, Tensor> gae(const Tensor& rewards, const Tensor& values, cons
                                const OptTensor& lam_rows, const OptTensor& bootstrap_value, const OptTensor& cu_seqlens,
                                double gamma, double lam, int64_t masked_steps) {
   PPO_COUNT("gae");
-  STD_TORCH_CHECK(masked_steps >= kSkip && masked_steps <= kKeep, "unknown masked_steps ", masked_steps);
+  STD_TORCH_CHECK(masked_steps >= MaskedSteps::kSkip && masked_steps <= MaskedSteps::kKeep, "unknown masked_steps ",
+                  masked_steps);
   const Rows rows(rewards, cu_seqlens);
   return dispatch_compute(rewards, [&](auto zero) {
     using T = decltype(zero);

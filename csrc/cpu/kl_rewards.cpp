@@ -17,17 +17,13 @@ double penalty_row(const TokenInput<T>& logp, const TokenInput<T>& ref, const To
   double sum = 0.0;
   for (int64_t begin = 0; begin < rows.size(row); begin += kBlock) {
     const int64_t n = std::min(kBlock, rows.size(row) - begin), padded = padded_to_vectors(n);
-    const T *l = logp.row(rows, row) + begin, *l_ref = ref.row(rows, row) + begin;
-    T* out = rewards + begin;
+    T* out = n < padded ? out_block : rewards + begin;
     valid_block(mask, rows, row, begin, n, valid);
-    if (n < padded) {
-      std::copy(l, l + n, logp_block);
-      std::copy(l_ref, l_ref + n, ref_block);
-      for (T* x : {logp_block, ref_block, valid}) std::fill(x + n, x + padded, T(0));
-      l = logp_block, l_ref = ref_block, out = out_block;
-    }
-    sum += kl_block<kEstimator, false>(l, l_ref, valid, padded, static_cast<T>(o.kl_log_clamp),
-                                       static_cast<T>(o.kl_clamp), static_cast<T>(-o.kl_coef), out);
+    std::fill(valid + n, valid + padded, T(0));
+    sum += kl_block<kEstimator, false>(padded_block(logp.row(rows, row) + begin, n, logp_block),
+                                       padded_block(ref.row(rows, row) + begin, n, ref_block), valid, padded,
+                                       static_cast<T>(o.kl_log_clamp), static_cast<T>(o.kl_clamp),
+                                       static_cast<T>(-o.kl_coef), out);
     if (n < padded) std::copy(out, out + n, rewards + begin);
   }
   return sum;

@@ -7,7 +7,7 @@
 
 namespace ppo {
 
-constexpr int64_t kChunk = 4096;  // tokens of one row that one partial sum covers
+constexpr int64_t kLossChunk = 4096;  // tokens of one row that one partial sum covers
 
 struct Chunk {
   int64_t row, begin, end;
@@ -17,7 +17,7 @@ inline std::vector<Chunk> cut_rows(const Rows& rows) {
   std::vector<Chunk> chunks;
   for (int64_t b = 0; b < rows.count; ++b) {
     const int64_t length = rows.size(b);
-    for (int64_t t = 0; t < length; t += kChunk) chunks.push_back({b, t, std::min(t + kChunk, length)});
+    for (int64_t t = 0; t < length; t += kLossChunk) chunks.push_back({b, t, std::min(t + kLossChunk, length)});
   }
   return chunks;
 }
@@ -31,7 +31,13 @@ void for_blocks(const Chunk& chunk, const F& f) {
 // A block that is not full vectors is padded: a token's place in a sum must not depend on the padding of its row.
 inline int64_t padded_to_vectors(int64_t n) { return (n + 63) / 64 * 64; }
 
-using LossOutputs = std::tuple<Tensor, Tensor, Tensor, Tensor>;  // loss, stats, grad, inv_normalizer
+// The block itself, or a copy in `scratch` with zeros behind it.
+template <class T>
+const T* padded_block(const T* x, int64_t n, T* scratch) {
+  if (n == padded_to_vectors(n)) return x;
+  std::fill(std::copy(x, x + n, scratch), scratch + padded_to_vectors(n), T(0));
+  return scratch;
+}
 
 // The gradient of a token tensor; empty unless asked for.
 inline Tensor new_gradient(const Tensor& tokens, const Rows& rows, bool wanted) {
@@ -40,7 +46,7 @@ inline Tensor new_gradient(const Tensor& tokens, const Rows& rows, bool wanted) 
 
 // `count` takes the place of a normalizer that is not given.
 template <class T>
-LossOutputs finish_loss(double total, double count, const OptTensor& normalizer, Tensor stats, Tensor grad) {
+LossResult finish_loss(double total, double count, const OptTensor& normalizer, Tensor stats, Tensor grad) {
   const RowVector<double> given(normalizer, 1);
   const NormalizedLoss result = normalize_loss(total, given ? given[0] : count);
   const auto scalar = [&](double value) {

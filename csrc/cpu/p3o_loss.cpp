@@ -49,18 +49,12 @@ RowSums sum_chunk(const P3OInputs<T>& in, const Rows& rows, const Chunk& chunk) 
   RowSums sums;
   for_blocks(chunk, [&](int64_t begin, int64_t n) {
     const int64_t padded = padded_to_vectors(n);
-    const T* tokens[3] = {in.logp.row(rows, chunk.row) + begin, in.old.row(rows, chunk.row) + begin,
-                          in.ref.row(rows, chunk.row) + begin};
+    const auto block = [&](const TokenInput<T>& x, T* copy) {
+      return padded_block(x.row(rows, chunk.row) + begin, n, copy);
+    };
     valid_block(in.mask, rows, chunk.row, begin, n, valid);
-    if (n < padded) {
-      std::fill(valid + n, valid + padded, T(0));
-      for (int k = 0; k < 3; ++k) {
-        std::copy(tokens[k], tokens[k] + n, copies[k]);
-        std::fill(copies[k] + n, copies[k] + padded, T(0));
-        tokens[k] = copies[k];
-      }
-    }
-    sums.add(sum_block(tokens[0], tokens[1], tokens[2], valid, padded));
+    std::fill(valid + n, valid + padded, T(0));
+    sums.add(sum_block(block(in.logp, copies[0]), block(in.old, copies[1]), block(in.ref, copies[2]), valid, padded));
   });
   return sums;
 }
@@ -76,10 +70,10 @@ void spread_chunk(const P3OInputs<T>& in, const Rows& rows, const Chunk& chunk, 
   });
 }
 
-LossOutputs p3o_loss(const Tensor& logprobs, const Tensor& old_logprobs, const Tensor& ref_logprobs,
-                     const Tensor& scores, const OptTensor& mask, const OptTensor& normalizer,
-                     const OptTensor& cu_seqlens, const OptTensor& kl_coef_tensor, int64_t variant, int64_t group_size,
-                     double kl_coef, double cliprange, double weight_clip, double log_ratio_clamp, bool grad) {
+LossResult p3o_loss(const Tensor& logprobs, const Tensor& old_logprobs, const Tensor& ref_logprobs,
+                    const Tensor& scores, const OptTensor& mask, const OptTensor& normalizer,
+                    const OptTensor& cu_seqlens, const OptTensor& kl_coef_tensor, int64_t variant, int64_t group_size,
+                    double kl_coef, double cliprange, double weight_clip, double log_ratio_clamp, bool grad) {
   PPO_COUNT("p3o_loss");
   const Rows rows(logprobs, cu_seqlens);
   STD_TORCH_CHECK(group_size >= 1 && rows.count % group_size == 0, "expected rows in groups of ", group_size);
@@ -100,7 +94,7 @@ LossOutputs p3o_loss(const Tensor& logprobs, const Tensor& old_logprobs, const T
     for (size_t i = 0; i < chunks.size(); ++i) by_row[chunks[i].row].add(parts[i]);
 
     std::vector<Response> responses(rows.count);
-    std::vector<std::array<double, kP3OSums>> terms(rows.count);
+    std::vector<std::array<double, P3OSum::kCount>> terms(rows.count);
     std::vector<T> slopes(rows.count);
     double ratio_max = 0.0;
     for (int64_t b = 0; b < rows.count; ++b) {
@@ -113,9 +107,9 @@ LossOutputs p3o_loss(const Tensor& logprobs, const Tensor& old_logprobs, const T
       const int64_t first = b / group_size * group_size;
       slopes[b] = static_cast<T>(response_terms(&responses[first], group_size, b - first, options, terms[b].data()));
     });
-    double total[kP3OSums] = {};
+    double total[P3OSum::kCount] = {};
     for (const auto& term : terms) {
-      for (int i = 0; i < kP3OSums; ++i) total[i] += term[i];
+      for (int i = 0; i < P3OSum::kCount; ++i) total[i] += term[i];
     }
 
     const Tensor gradient = new_gradient(logprobs, rows, grad);
@@ -123,9 +117,9 @@ LossOutputs p3o_loss(const Tensor& logprobs, const Tensor& old_logprobs, const T
       T* out = data_of<T>(gradient);
       for_each(chunks.size(), grain, [&](int64_t i) { spread_chunk(in, rows, chunks[i], slopes[chunks[i].row], out); });
     }
-    const Tensor stats = empty({kP3OStats}, dtype_of<T>(), logprobs);
+    const Tensor stats = empty({P3OStat::kCount}, dtype_of<T>(), logprobs);
     p3o_stats(total, ratio_max, data_of<T>(stats));
-    return finish_loss<T>(total[kPairLoss], 0.5 * total[kPairs], normalizer, stats, gradient);
+    return finish_loss<T>(total[P3OSum::kPairLoss], 0.5 * total[P3OSum::kPairs], normalizer, stats, gradient);
   });
 }
 

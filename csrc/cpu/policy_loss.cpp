@@ -7,12 +7,12 @@ namespace ppo {
 namespace {
 
 struct PolicySums {
-  double sums[kPolicySums] = {};
+  double sums[PolicySum::kCount] = {};
   double ratio_max = 0.0;
   Moments excess;  // of ratio - 1; its count is the number of valid tokens
 
   void add(const PolicySums& o) {
-    for (int i = 0; i < kPolicySums; ++i) sums[i] += o.sums[i];
+    for (int i = 0; i < PolicySum::kCount; ++i) sums[i] += o.sums[i];
     ratio_max = max_or_nan(o.ratio_max, ratio_max);
     excess.merge(o.excess);
   }
@@ -63,9 +63,18 @@ PPO_CLONES PolicySums policy_block(const PolicyBlock<T>& in, const PolicyOptions
     const double e = static_cast<double>(excesses[i]) - mean;
     m2 += valid[i] != T(0) ? e * e : 0.0;
   }
-  return {{loss, log_ratio, squared, k3, 0.0, clipped_high, clipped_low, dual_clipped, clamped},
-          std::isnan(excess) ? static_cast<double>(excess) : static_cast<double>(ratio_max) + 1.0,
-          {static_cast<double>(count), mean, m2}};
+  PolicySums all;
+  all.sums[PolicySum::kLoss] = loss;
+  all.sums[PolicySum::kLogRatio] = log_ratio;
+  all.sums[PolicySum::kSquaredLogRatio] = squared;
+  all.sums[PolicySum::kK3] = k3;
+  all.sums[PolicySum::kClippedHigh] = clipped_high;
+  all.sums[PolicySum::kClippedLow] = clipped_low;
+  all.sums[PolicySum::kDualClipped] = dual_clipped;
+  all.sums[PolicySum::kClamped] = clamped;
+  all.ratio_max = std::isnan(excess) ? static_cast<double>(excess) : static_cast<double>(ratio_max) + 1.0;
+  all.excess = {static_cast<double>(count), mean, m2};
+  return all;
 }
 
 template <class T>
@@ -100,7 +109,7 @@ PolicySums policy_chunk(const PolicyInputs<T>& in, const Rows& rows, const Chunk
     PolicySums block = policy_block<T>({logp, in.old.row(rows, chunk.row) + begin, at(in.adv, T(0), adv),
                                         at(in.weights, T(1), weights), valid, n, row_weight},
                                        o, grads);
-    double& loss = block.sums[kSumLoss];
+    double& loss = block.sums[PolicySum::kLoss];
     if (in.ref.data != nullptr) {
       const T* ref = in.ref.row(rows, chunk.row) + begin;
       const double ref_kl = dispatch_estimator(kl.estimator, [&](auto estimator) {
@@ -110,7 +119,7 @@ PolicySums policy_chunk(const PolicyInputs<T>& in, const Rows& rows, const Chunk
         return kl_block<estimator(), true>(logp, ref, valid, n, kl.log_clamp, kl.value_clamp, kl.coef * row_weight,
                                            grads);
       });
-      block.sums[kSumRefKl] = ref_kl;
+      block.sums[PolicySum::kRefKl] = ref_kl;
       loss += scaled_or_off(static_cast<double>(kl.coef), ref_kl);
     }
     loss = block.excess.count > 0.0 ? loss * row_weight : 0.0;
@@ -119,12 +128,12 @@ PolicySums policy_chunk(const PolicyInputs<T>& in, const Rows& rows, const Chunk
   return total;
 }
 
-LossOutputs policy_loss(const Tensor& logprobs, const Tensor& old_logprobs, const Tensor& advantages,
-                        const OptTensor& mask, const OptTensor& weights, const OptTensor& ref_logprobs,
-                        const OptTensor& row_weight, const OptTensor& normalizer, const OptTensor& cu_seqlens,
-                        const OptTensor& kl_coef_tensor, double cliprange_low, double cliprange_high, double dual_clip,
-                        double log_ratio_clamp, double kl_coef, int64_t kl_estimator, double kl_log_clamp,
-                        double kl_clamp, bool grad) {
+LossResult policy_loss(const Tensor& logprobs, const Tensor& old_logprobs, const Tensor& advantages,
+                       const OptTensor& mask, const OptTensor& weights, const OptTensor& ref_logprobs,
+                       const OptTensor& row_weight, const OptTensor& normalizer, const OptTensor& cu_seqlens,
+                       const OptTensor& kl_coef_tensor, double cliprange_low, double cliprange_high, double dual_clip,
+                       double log_ratio_clamp, double kl_coef, int64_t kl_estimator, double kl_log_clamp,
+                       double kl_clamp, bool grad) {
   PPO_COUNT("policy_loss");
   check_estimator(kl_estimator);
   const Rows rows(logprobs, cu_seqlens);
@@ -150,9 +159,9 @@ LossOutputs policy_loss(const Tensor& logprobs, const Tensor& old_logprobs, cons
              [&](int64_t i) { parts[i] = policy_chunk(in, rows, chunks[i], options, kl); });
     PolicySums s;
     for (const PolicySums& part : parts) s.add(part);
-    const Tensor stats = empty({kPolicyStats}, dtype_of<T>(), logprobs);
-    policy_stats(s.sums, s.excess, s.ratio_max, data_of<T>(stats));
-    return finish_loss<T>(s.sums[kSumLoss], s.excess.count, normalizer, stats, gradient);
+    const Tensor stats = empty({PolicyStat::kCount}, dtype_of<T>(), logprobs);
+    policy_stats<false>(s.sums, s.excess, s.ratio_max, data_of<T>(stats));
+    return finish_loss<T>(s.sums[PolicySum::kLoss], s.excess.count, normalizer, stats, gradient);
   });
 }
 

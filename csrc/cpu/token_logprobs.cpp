@@ -7,6 +7,7 @@
 #include "cpu/block.h"
 #include "cpu/pages.h"
 #include "math/half.h"
+#include "token_logprobs.h"
 
 namespace ppo {
 namespace {
@@ -21,8 +22,8 @@ using Scratch = std::array<T, kLogitBlock>;
 constexpr int64_t kLanes = 256;
 constexpr int64_t kWide = 64;  // lanes that stay in registers
 
-// The maximum of a block, in as many lanes as stay in registers. With kToFloat its logits also go to z as T.
-template <bool kToFloat, class In, class T>
+// The maximum of a block, in as many lanes as stay in registers. With kConvert its logits also go to z as T.
+template <bool kConvert, class In, class T>
 PPO_CLONES T portable_max_block(const In* x, int64_t n, T* z) {
   T lanes[kWide], max = -std::numeric_limits<T>::infinity();
   std::fill(lanes, lanes + kWide, max);
@@ -30,14 +31,14 @@ PPO_CLONES T portable_max_block(const In* x, int64_t n, T* z) {
   for (int64_t begin = 0; begin < whole; begin += kWide) {
 #pragma omp simd
     for (int64_t i = 0; i < kWide; ++i) {
-      const T value = to_float(x[begin + i]);
-      if constexpr (kToFloat) z[begin + i] = value;
+      const T value = to_compute(x[begin + i]);
+      if constexpr (kConvert) z[begin + i] = value;
       lanes[i] = value > lanes[i] ? value : lanes[i];
     }
   }
   for (int64_t i = whole; i < n; ++i) {
-    const T value = to_float(x[i]);
-    if constexpr (kToFloat) z[i] = value;
+    const T value = to_compute(x[i]);
+    if constexpr (kConvert) z[i] = value;
     max = value > max ? value : max;
   }
 #pragma omp simd reduction(max : max)
@@ -45,12 +46,12 @@ PPO_CLONES T portable_max_block(const In* x, int64_t n, T* z) {
   return max;
 }
 
-template <bool kToFloat, class In, class T>
+template <bool kConvert, class In, class T>
 T max_block(const In* x, int64_t n, T* z) {
-  if constexpr (std::is_same_v<T, float>) {
-    if (avx512::here()) return avx512::max_block<kToFloat>(x, n, z);
+  if constexpr (avx512::kBuilt && std::is_same_v<T, float>) {
+    if (avx512::here()) return avx512::max_block<kConvert>(x, n, z);
   }
-  return portable_max_block<kToFloat>(x, n, z);
+  return portable_max_block<kConvert>(x, n, z);
 }
 
 template <class T>
@@ -85,7 +86,7 @@ PPO_CLONES SoftmaxPart portable_sum_block(const T* z, int64_t n, T max, T c) {
 // `next` is what will be read after it.
 template <bool kEntropy, class In, class T>
 SoftmaxPart sum_block(const T* z, int64_t n, T max, T c, const In* next) {
-  if constexpr (std::is_same_v<T, float>) {
+  if constexpr (avx512::kBuilt && std::is_same_v<T, float>) {
     if (avx512::here()) return avx512::sum_block<kEntropy>(z, n, max, c, next);
   }
   return portable_sum_block<kEntropy>(z, n, max, c);
@@ -126,14 +127,14 @@ template <bool kEntropy, class In, class T>
 PPO_CLONES void portable_gradient_block(const In* in, int64_t n, T max, T c, T a, T b, T k, In* out) {
 #pragma omp simd
   for (int64_t i = 0; i < n; ++i) {
-    const T z = to_float(in[i]);
-    from_float(kEntropy ? logit_gradient(z, max, c, a, b, k) : logp_gradient(z, max, c, a), out[i]);
+    const T z = to_compute(in[i]);
+    from_compute(kEntropy ? logit_gradient(z, max, c, a, b, k) : logp_gradient(z, max, c, a), out[i]);
   }
 }
 
 template <bool kEntropy, class In, class T>
 void gradient_block(const In* in, int64_t n, T max, T c, T a, T b, T k, In* out) {
-  if constexpr (std::is_same_v<T, float>) {
+  if constexpr (avx512::kBuilt && std::is_same_v<T, float>) {
     if (avx512::here()) return avx512::gradient_block<kEntropy>(in, n, max, c, a, b, k, out);
   }
   portable_gradient_block<kEntropy>(in, n, max, c, a, b, k, out);
@@ -147,11 +148,9 @@ class RowOffsets {
     for (int64_t d = 0; d < dims; ++d) {
       sizes_.push_back(x.size(d));
       strides_.push_back(x.stride(d));
-      count_ *= x.size(d);
     }
-    if (x.is_contiguous()) sizes_ = {count_}, strides_ = {x.size(dims)};
+    if (x.is_contiguous()) sizes_ = {x.numel() / x.size(dims)}, strides_ = {x.size(dims)};
   }
-  int64_t count() const { return count_; }
   int64_t operator()(int64_t row) const {
     int64_t offset = 0;
     for (int64_t d = static_cast<int64_t>(sizes_.size()) - 1; d >= 0; --d) {
@@ -163,7 +162,6 @@ class RowOffsets {
 
  private:
   std::vector<int64_t> sizes_, strides_;
-  int64_t count_ = 1;
 };
 
 template <class F>
@@ -189,7 +187,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> token_logprobs(const Tensor& logits, 
   PPO_COUNT("token_logprobs");
   check_logits(logits);
   const RowOffsets offsets(logits);
-  const int64_t rows = offsets.count(), vocab = logits.size(logits.dim() - 1);
+  const int64_t vocab = logits.size(logits.dim() - 1), rows = logits.numel() / vocab;
   return dispatch_logits(logits, [&](auto in_zero, auto zero) {
     using In = decltype(in_zero);
     using T = decltype(zero);
@@ -241,16 +239,15 @@ void backward_row(const In* in, int64_t vocab, int64_t label, GradOutput g, doub
     block(in + begin, std::min(kLogitBlock, vocab - begin), static_cast<T>(row_max), static_cast<T>(kLog2E / tau),
           static_cast<T>(row.a), static_cast<T>(row.b), static_cast<T>(row.k), out + begin);
   }
-  if (label >= 0 && label < vocab) from_float(static_cast<T>(row.target), out[label]);  // else the row is NaN already
+  if (label >= 0 && label < vocab) from_compute(static_cast<T>(row.target), out[label]);  // else the row is NaN already
 }
 
-void backward_into(const Tensor& logits, const Tensor& labels, const OptTensor& temperature_rows,
+void backward_into(const Tensor& out, const Tensor& logits, const Tensor& labels, const OptTensor& temperature_rows,
                    const OptTensor& grad_logprobs, const OptTensor& grad_entropy, const Tensor& logprobs,
-                   const Tensor& entropy, const Tensor& row_max, const Tensor& log_sum, double temperature,
-                   const Tensor& out) {
+                   const Tensor& entropy, const Tensor& row_max, const Tensor& log_sum, double temperature) {
   check_logits(logits);
   const RowOffsets offsets(logits), out_offsets(out);
-  const int64_t rows = offsets.count(), vocab = logits.size(logits.dim() - 1);
+  const int64_t vocab = logits.size(logits.dim() - 1), rows = logits.numel() / vocab;
   dispatch_logits(logits, [&](auto in_zero, auto zero) {
     using In = decltype(in_zero);
     using T = decltype(zero);
@@ -271,30 +268,15 @@ void backward_into(const Tensor& logits, const Tensor& labels, const OptTensor& 
   });
 }
 
-Tensor token_logprobs_backward(const Tensor& logits, const Tensor& labels, const OptTensor& temperature_rows,
-                               const OptTensor& grad_logprobs, const OptTensor& grad_entropy, const Tensor& logprobs,
-                               const Tensor& entropy, const Tensor& row_max, const Tensor& log_sum,
-                               double temperature) {
-  PPO_COUNT("token_logprobs_backward");
-  Tensor out = on_huge_pages(torch::stable::new_empty(logits, logits.sizes()));
-  backward_into(logits, labels, temperature_rows, grad_logprobs, grad_entropy, logprobs, entropy, row_max, log_sum,
-                temperature, out);
-  return out;
-}
+Tensor empty_like(const Tensor& x) { return on_huge_pages(torch::stable::new_empty(x, x.sizes())); }
 
-void token_logprobs_backward_(const Tensor& logits, const Tensor& labels, const OptTensor& temperature_rows,
-                              const OptTensor& grad_logprobs, const OptTensor& grad_entropy, const Tensor& logprobs,
-                              const Tensor& entropy, const Tensor& row_max, const Tensor& log_sum, double temperature) {
-  PPO_COUNT("token_logprobs_backward_");
-  backward_into(logits, labels, temperature_rows, grad_logprobs, grad_entropy, logprobs, entropy, row_max, log_sum,
-                temperature, logits);
-}
+using Backward = TokenLogprobsBackward<decltype(backward_into), &backward_into, &empty_like>;
 
 }  // namespace
 }  // namespace ppo
 
 STABLE_TORCH_LIBRARY_IMPL(ppo_kernels, CPU, m) {
   m.impl("token_logprobs", TORCH_BOX(&ppo::token_logprobs));
-  m.impl("token_logprobs_backward", TORCH_BOX(&ppo::token_logprobs_backward));
-  m.impl("token_logprobs_backward_", TORCH_BOX(&ppo::token_logprobs_backward_));
+  m.impl("token_logprobs_backward", TORCH_BOX(&ppo::Backward::returned));
+  m.impl("token_logprobs_backward_", TORCH_BOX(&ppo::Backward::in_place));
 }

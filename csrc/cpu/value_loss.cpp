@@ -85,9 +85,9 @@ ValueSums value_chunk(const ValueInputs<T>& in, const Rows& rows, const Chunk& c
   return sums;
 }
 
-LossOutputs value_loss(const Tensor& values, const Tensor& old_values, const Tensor& returns, const OptTensor& mask,
-                       const OptTensor& row_weight, const OptTensor& normalizer, const OptTensor& cu_seqlens,
-                       double cliprange_value, bool grad) {
+LossResult value_loss(const Tensor& values, const Tensor& old_values, const Tensor& returns, const OptTensor& mask,
+                      const OptTensor& row_weight, const OptTensor& normalizer, const OptTensor& cu_seqlens,
+                      double cliprange_value, bool grad) {
   PPO_COUNT("value_loss");
   const Rows rows(values, cu_seqlens);
   return dispatch_compute(values, [&](auto zero) {
@@ -104,7 +104,7 @@ LossOutputs value_loss(const Tensor& values, const Tensor& old_values, const Ten
              [&](int64_t i) { parts[i] = value_chunk(in, rows, chunks[i], static_cast<T>(cliprange_value)); });
     ValueSums s;
     for (const ValueSums& part : parts) s.add(part);
-    const Tensor stats = empty({kValueStats}, dtype_of<T>(), values);
+    const Tensor stats = empty({ValueStat::kCount}, dtype_of<T>(), values);
     value_stats(s.clipped, s.error, s.target, data_of<T>(stats));
     return finish_loss<T>(s.loss, s.error.count, normalizer, stats, gradient);
   });

@@ -7,7 +7,7 @@
 namespace ppo {
 namespace {
 
-constexpr int64_t kChunk = 16384;  // elements that one partial result covers
+constexpr int64_t kWhitenChunk = 16384;  // elements that one partial result covers
 
 template <class T>
 PPO_CLONES Moments block_moments(const T* x, const T* valid, int64_t n) {
@@ -43,11 +43,11 @@ PPO_CLONES void whiten_block(const T* x, const T* valid, int64_t n, double mean,
 // elsewhere.
 template <class T, class F>
 void for_each_block(const T* x, const uint8_t* mask, int64_t total, const F& f) {
-  for_each((total + kChunk - 1) / kChunk, 1, [&](int64_t chunk) {
+  for_each((total + kWhitenChunk - 1) / kWhitenChunk, 1, [&](int64_t chunk) {
     T valid[kBlock];
     std::fill(valid, valid + kBlock, T(1));
-    const int64_t end = std::min(total, (chunk + 1) * kChunk);
-    for (int64_t begin = chunk * kChunk; begin < end; begin += kBlock) {
+    const int64_t end = std::min(total, (chunk + 1) * kWhitenChunk);
+    for (int64_t begin = chunk * kWhitenChunk; begin < end; begin += kBlock) {
       const int64_t n = std::min(kBlock, end - begin);
       if (mask != nullptr) convert_mask(mask + begin, n, valid);
       f(chunk, x + begin, valid, begin, n);
@@ -57,7 +57,7 @@ void for_each_block(const T* x, const uint8_t* mask, int64_t total, const F& f) 
 
 template <class T>
 Moments all_moments(const Tensor& x, const uint8_t* mask) {
-  std::vector<Moments> parts((x.numel() + kChunk - 1) / kChunk);
+  std::vector<Moments> parts((x.numel() + kWhitenChunk - 1) / kWhitenChunk);
   for_each_block(contiguous_data<T>(x, x), mask, x.numel(),
                  [&](int64_t chunk, const T* block, const T* valid, int64_t, int64_t n) {
                    parts[chunk].merge(block_moments(block, valid, n));

@@ -8,7 +8,8 @@ std::tuple<Tensor, Tensor> gae(const Tensor& rewards, const Tensor& values, cons
                                const OptTensor& lam_rows, const OptTensor& bootstrap_value, const OptTensor& cu_seqlens,
                                double gamma, double lam, int64_t masked_steps) {
   PPO_COUNT("gae");
-  STD_TORCH_CHECK(masked_steps >= kSkip && masked_steps <= kKeep, "unknown masked_steps ", masked_steps);
+  STD_TORCH_CHECK(masked_steps >= MaskedSteps::kSkip && masked_steps <= MaskedSteps::kKeep, "unknown masked_steps ",
+                  masked_steps);
   const Launcher launch(rewards);
   const Tensor advantages = empty(rewards.sizes(), ScalarType::Float, rewards);
   const Tensor returns = empty(rewards.sizes(), ScalarType::Float, rewards);

@@ -44,7 +44,7 @@ struct GaeRow {
         values(in.values.row(in.rows, span.row)),
         mask(in.mask.row(in.rows, span.row)),
         aligned(span.aligned(in.rows, in.aligned)),
-        looks_back(mask != nullptr && in.masked_steps != kSkip),
+        looks_back(mask != nullptr && in.masked_steps != MaskedSteps::kSkip),
         masked_steps(in.masked_steps) {
     const double lam = in.lam_rows != nullptr ? in.lam_rows[span.row] : in.lam;
     gamma_lam = in.gamma * lam;

@@ -58,7 +58,7 @@ static __global__ void __launch_bounds__(kGroupThreads) group_advantages_kernel(
   sum = warp_sum(sum), count = warp_sum(count);
   group.mean = sum / count;
   const auto deviation = [&](int64_t i) { return group.deviation(in.scores[in.at(i)]); };
-  if (in.mode == kGrpo) {
+  if (in.mode == GroupBaseline::kGrpo) {
     for_group(in, begin, [&](int64_t i) { m2 += deviation(i) * deviation(i); });
     m2 = warp_sum(m2);
   }

@@ -44,8 +44,6 @@ class Launcher {
   cudaStream_t stream_ = nullptr;
 };
 
-using LossResult = std::tuple<Tensor, Tensor, Tensor, Tensor>;  // loss, stats, grad, inv_normalizer
-
 struct LossTensors {
   Tensor loss, stats, grad, inv_normalizer, partials, ticket;
   RowVector<double> normalizer;
@@ -61,8 +59,7 @@ struct LossTensors {
         normalizer(given_normalizer, 1) {}
 
   LossOutputs outputs() const {
-    const bool has_grad = grad.dim() != 1 || grad.size(0) != 0;
-    return {data_of<float>(loss),           data_of<float>(stats), has_grad ? data_of<float>(grad) : nullptr,
+    return {data_of<float>(loss),           data_of<float>(stats), grad.numel() > 0 ? data_of<float>(grad) : nullptr,
             data_of<float>(inv_normalizer), normalizer.data(),     data_of<double>(partials),
             data_of<unsigned>(ticket)};
   }

@@ -79,14 +79,14 @@ PPO_INLINE T element_of(uint32_t bits) {
 template <class T>
 PPO_INLINE T minus_infinity() {
   T x;
-  from_float(-std::numeric_limits<float>::infinity(), x);
+  from_compute(-std::numeric_limits<float>::infinity(), x);
   return x;
 }
 
 template <class T>
 PPO_INLINE void word_to_floats(uint32_t word, float (&z)[kPerWord<T>]) {
-  z[0] = to_float(element_of<T>(word));
-  if constexpr (kPerWord<T> == 2) z[1] = to_float(element_of<T>(word >> 16));
+  z[0] = to_compute(element_of<T>(word));
+  if constexpr (kPerWord<T> == 2) z[1] = to_compute(element_of<T>(word >> 16));
 }
 
 template <class T>
@@ -102,12 +102,12 @@ PPO_INLINE uint32_t floats_to_word(const float (&z)[kPerWord<T>]) {
   }
 #endif
   T x;
-  from_float(z[0], x);
+  from_compute(z[0], x);
   if constexpr (kPerWord<T> == 1) {
     return element_bits(x);
   } else {
     T y;
-    from_float(z[1], y);
+    from_compute(z[1], y);
     return element_bits(x) | element_bits(y) << 16;
   }
 }

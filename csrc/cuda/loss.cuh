@@ -24,6 +24,11 @@ __device__ inline void finish_loss(const LossOutputs& out, double total, double 
   *out.inv_normalizer = static_cast<float>(result.inv_normalizer);
 }
 
+// Where the thread's vector number g begins.
+__device__ inline int64_t first_token(int g) {
+  return blockIdx.x * kLossTokens + (int64_t{g} * kLossThreads + threadIdx.x) * kTokens;
+}
+
 // Where the partials number i of all blocks begin.
 __device__ inline double* partials_of(const LossOutputs& out, int i, unsigned blocks) {
   return out.partials + i * static_cast<int64_t>(blocks);

@@ -14,7 +14,7 @@ LossResult p3o_loss(const Tensor& logprobs, const Tensor& old_logprobs, const Te
   const int64_t rows = token_rows(logprobs, cu_seqlens).count;
   STD_TORCH_CHECK(group_size >= 1 && rows % group_size == 0, "expected rows in groups of ", group_size);
   const int64_t blocks = std::max<int64_t>(1, rows / group_size);  // one even for no group: it writes the zeros
-  const LossTensors out(launch, logprobs, blocks, kP3OPartials, kP3OStats, normalizer, grad);
+  const LossTensors out(launch, logprobs, blocks, kP3OPartials, P3OStat::kCount, normalizer, grad);
   const RowWork work =
       grad ? RowWork(launch, logprobs, cu_seqlens, {out.grad}) : RowWork(launch, logprobs, cu_seqlens, {});
   const auto scratch = [&](int64_t bytes) { return empty({rows * bytes / 8}, ScalarType::Double, logprobs); };

@@ -10,7 +10,7 @@ namespace ppo {
 
 static_assert(kRowThreads == kLossThreads);
 constexpr int kP3OSumsPadded = 16;
-constexpr int kP3OPartials = kP3OSums + 1;  // and the largest ratio
+constexpr int kP3OPartials = P3OSum::kCount + 1;  // and the largest ratio
 
 // Of one row: what each tile number modulo kTiles adds up to, whichever warp took it.
 struct P3OParts {
@@ -110,12 +110,12 @@ __device__ inline void spread_row(const P3OInputs& in, int64_t b, int slot, floa
 __device__ inline void finish_p3o_loss(const LossOutputs& out, unsigned blocks) {
   double totals[kP3OSumsPadded] = {};
 #pragma unroll
-  for (int i = 0; i < kP3OSums; ++i) totals[i] = fold_sum(partials_of(out, i, blocks), blocks);
-  const double largest = fold_max(partials_of(out, kP3OSums, blocks), blocks, 0.0);
+  for (int i = 0; i < P3OSum::kCount; ++i) totals[i] = fold_sum(partials_of(out, i, blocks), blocks);
+  const double largest = fold_max(partials_of(out, P3OSum::kCount, blocks), blocks, 0.0);
   const double ratio_max = block_max_or_nan(static_cast<float>(largest));
   const double* sums = block_sums<kP3OSumsPadded, kLossThreads>(totals);
   if (threadIdx.x != 0) return;
-  finish_loss(out, sums[kPairLoss], 0.5 * sums[kPairs]);
+  finish_loss(out, sums[P3OSum::kPairLoss], 0.5 * sums[P3OSum::kPairs]);
   p3o_stats(sums, ratio_max, out.stats);
 }
 
@@ -144,8 +144,8 @@ static __global__ void __launch_bounds__(kRowThreads) p3o_loss_kernel(P3OInputs 
   const double largest = block_max_or_nan(static_cast<float>(ratio_max));
   const double* block = block_sums<kP3OSumsPadded, kRowThreads>(sums);
   const auto partial = [&](int i) { return partials_of(out, i, gridDim.x) + blockIdx.x; };
-  if (threadIdx.x < kP3OSums) *partial(threadIdx.x) = block[threadIdx.x];
-  if (threadIdx.x == 0) *partial(kP3OSums) = largest;
+  if (threadIdx.x < P3OSum::kCount) *partial(threadIdx.x) = block[threadIdx.x];
+  if (threadIdx.x == 0) *partial(P3OSum::kCount) = largest;
   if (is_last_block(out.ticket, gridDim.x)) finish_p3o_loss(out, gridDim.x);
 }
 

@@ -34,18 +34,15 @@ LossResult policy_loss(const Tensor& logprobs, const Tensor& old_logprobs, const
                   static_cast<float>(kl_log_clamp),
                   static_cast<float>(kl_clamp),
                   false};
-  in.needs_row = in.mask.needs_row();
-  for (const auto* x :
-       {&in.logprobs, &in.old_logprobs, &in.advantages, &in.weights, &in.ref_logprobs, &in.row_weight}) {
-    in.needs_row = in.needs_row || x->needs_row();
-  }
+  in.needs_row =
+      any_needs_row(in.logprobs, in.old_logprobs, in.advantages, in.weights, in.ref_logprobs, in.row_weight, in.mask);
   const int64_t blocks = loss_blocks(logprobs.numel());
-  const LossTensors out(launch, logprobs, blocks, kPolicyPartials, kPolicyStats, normalizer, grad);
+  const LossTensors out(launch, logprobs, blocks, PolicyPartial::kCount, PolicyStat::kCount, normalizer, grad);
   const auto run = [&](auto* kernel) { launch(kernel, blocks, kLossThreads, in, out.outputs()); };
   if (ref_logprobs.has_value()) {
     dispatch_estimator(kl_estimator, [&](auto estimator) { run(policy_loss_kernel<true, estimator()>); });
   } else {
-    run(policy_loss_kernel<false, kK1>);
+    run(policy_loss_kernel<false, KlEstimator::kK1>);
   }
   return out.result();
 }

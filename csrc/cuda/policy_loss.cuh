@@ -17,20 +17,18 @@ struct PolicyInputs {
 };
 
 // A block's sums are those of PolicySum and two more, padded to a power of two for block_sums().
-enum PolicyBlockSum { kBlockCount = kPolicySums, kBlockExcess, kBlockSums, kBlockSumsPadded = 16 };
+struct PolicyBlockSum {
+  enum { kTokens = PolicySum::kCount, kExcess, kCount, kPadded = 16 };
+};
 // Its partials: those of PolicySum, then the moments and the maximum of ratio - 1.
-enum PolicyPartial {
-  kPartialCount = kPolicySums,
-  kPartialExcessMean,
-  kPartialExcessM2,
-  kPartialRatioMax,
-  kPolicyPartials
+struct PolicyPartial {
+  enum { kTokens = PolicySum::kCount, kExcessMean, kExcessM2, kRatioMax, kCount };
 };
 
 // A vector of tokens: its sums, gradients, and the excesses of its valid tokens over a ratio of 1.
 template <bool kHasRef, KlEstimator kEstimator>
 __device__ void policy_tokens(const PolicyInputs& in, const TokenVector& tokens, float kl_coef,
-                              float (&sums)[kBlockSums], float (&excess)[kTokens], bool (&valid)[kTokens],
+                              float (&sums)[PolicyBlockSum::kCount], float (&excess)[kTokens], bool (&valid)[kTokens],
                               float (&grad)[kTokens]) {
   float logp[kTokens], old[kTokens], advantage[kTokens], weight[kTokens], row_weight[kTokens], ref[kTokens];
   uint8_t mask[kTokens];
@@ -50,49 +48,49 @@ __device__ void policy_tokens(const PolicyInputs& in, const TokenVector& tokens,
     float loss = term.loss, slope = term.grad;
     if constexpr (kHasRef) {
       const KlTerm<float> kl = kl_term<kEstimator>(logp[k], ref[k], in.kl_log_clamp, in.kl_clamp);
-      sums[kSumRefKl] += kl.value;
+      sums[PolicySum::kRefKl] += kl.value;
       loss += scaled_or_off(kl_coef, kl.value);
       slope += scaled_or_off(kl_coef, kl.grad);
     }
-    sums[kSumLoss] += loss * row_weight[k];
+    sums[PolicySum::kLoss] += loss * row_weight[k];
     grad[k] = slope * row_weight[k];
     excess[k] = term.ratio_minus_1;
-    sums[kSumLogRatio] += term.log_ratio;
-    sums[kSumSquaredLogRatio] += term.log_ratio * term.log_ratio;
-    sums[kSumK3] += term.k3;
-    sums[kSumClippedHigh] += term.clipped_high;
-    sums[kSumClippedLow] += term.clipped_low;
-    sums[kSumDualClipped] += term.dual_clipped;
-    sums[kSumClamped] += term.clamped;
-    sums[kBlockCount] += 1.0f;
-    sums[kBlockExcess] += term.ratio_minus_1;
+    sums[PolicySum::kLogRatio] += term.log_ratio;
+    sums[PolicySum::kSquaredLogRatio] += term.log_ratio * term.log_ratio;
+    sums[PolicySum::kK3] += term.k3;
+    sums[PolicySum::kClippedHigh] += term.clipped_high;
+    sums[PolicySum::kClippedLow] += term.clipped_low;
+    sums[PolicySum::kDualClipped] += term.dual_clipped;
+    sums[PolicySum::kClamped] += term.clamped;
+    sums[PolicyBlockSum::kTokens] += 1.0f;
+    sums[PolicyBlockSum::kExcess] += term.ratio_minus_1;
   }
 }
 
 // The last block's work: the partials of all blocks become the loss and its statistics.
 __device__ inline void finish_policy_loss(const LossOutputs& out, unsigned blocks) {
   const auto part = [&](int i) { return partials_of(out, i, blocks); };
-  double totals[kBlockSumsPadded] = {};
+  double totals[PolicyBlockSum::kPadded] = {};
 #pragma unroll
-  for (int i = 0; i < kPolicySums; ++i) totals[i] = fold_sum(part(i), blocks);
-  const float ratio_max = block_max_or_nan(static_cast<float>(fold_max(part(kPartialRatioMax), blocks, 0.0)));
-  const Moments excess = fold_moments(part(kPartialCount), part(kPartialExcessMean), part(kPartialExcessM2), blocks);
-  const double* sums = block_sums<kBlockSumsPadded, kLossThreads>(totals);
+  for (int i = 0; i < PolicySum::kCount; ++i) totals[i] = fold_sum(part(i), blocks);
+  const float ratio_max = block_max_or_nan(static_cast<float>(fold_max(part(PolicyPartial::kRatioMax), blocks, 0.0)));
+  const Moments excess = fold_moments(part(PolicyPartial::kTokens), part(PolicyPartial::kExcessMean),
+                                      part(PolicyPartial::kExcessM2), blocks);
+  const double* sums = block_sums<PolicyBlockSum::kPadded, kLossThreads>(totals);
   if (threadIdx.x != 0) return;
-  finish_loss(out, sums[kSumLoss], excess.count);
-  policy_stats(sums, excess, ratio_max, out.stats);
+  finish_loss(out, sums[PolicySum::kLoss], excess.count);
+  policy_stats<true>(sums, excess, ratio_max, out.stats);
 }
 
 template <bool kHasRef, KlEstimator kEstimator>
 __global__ void __launch_bounds__(kLossThreads, 2) policy_loss_kernel(PolicyInputs in, LossOutputs out) {
   const float kl_coef = in.kl_coef_tensor != nullptr ? static_cast<float>(*in.kl_coef_tensor) : in.kl_coef;
-  float excess[kLossVectors][kTokens], sums[kBlockSums] = {};
+  float excess[kLossVectors][kTokens], sums[PolicyBlockSum::kCount] = {};
   bool valid[kLossVectors][kTokens];
   float ratio_max = -1.0f;
 #pragma unroll
   for (int g = 0; g < kLossVectors; ++g) {
-    const int64_t first = blockIdx.x * kLossTokens + (int64_t{g} * kLossThreads + threadIdx.x) * kTokens;
-    const TokenVector tokens(in.rows, first, in.needs_row);
+    const TokenVector tokens(in.rows, first_token(g), in.needs_row);
     float grad[kTokens];
     policy_tokens<kHasRef, kEstimator>(in, tokens, kl_coef, sums, excess[g], valid[g], grad);
     if (out.grad != nullptr) store_tokens(out.grad, tokens, in.rows.total, grad);
@@ -101,13 +99,14 @@ __global__ void __launch_bounds__(kLossThreads, 2) policy_loss_kernel(PolicyInpu
       if (valid[g][k]) ratio_max = max_or_nan(ratio_max, excess[g][k]);
     }
   }
-  double wide[kBlockSumsPadded] = {};
+  double wide[PolicyBlockSum::kPadded] = {};
 #pragma unroll
-  for (int i = 0; i < kBlockSums; ++i) wide[i] = sums[i];
+  for (int i = 0; i < PolicyBlockSum::kCount; ++i) wide[i] = sums[i];
   ratio_max = block_max_or_nan(ratio_max) + 1.0f;
-  const double* block = block_sums<kBlockSumsPadded, kLossThreads>(wide);
-  const double mine = threadIdx.x <= kBlockCount ? block[threadIdx.x] : 0.0, count = block[kBlockCount];
-  const double mean = mean_of(block[kBlockExcess], count);
+  const double* block = block_sums<PolicyBlockSum::kPadded, kLossThreads>(wide);
+  const double mine = threadIdx.x <= PolicyBlockSum::kTokens ? block[threadIdx.x] : 0.0,
+               count = block[PolicyBlockSum::kTokens];
+  const double mean = mean_of(block[PolicyBlockSum::kExcess], count);
   double squares[1] = {};
 #pragma unroll
   for (int g = 0; g < kLossVectors; ++g) {
@@ -120,11 +119,11 @@ __global__ void __launch_bounds__(kLossThreads, 2) policy_loss_kernel(PolicyInpu
   const double m2 = block_sums<1, kLossThreads>(squares)[0];
   const unsigned blocks = gridDim.x;
   const auto partial = [&](int i) { return out.partials + blockIdx.x + i * static_cast<int64_t>(blocks); };
-  if (threadIdx.x <= kBlockCount) *partial(threadIdx.x) = mine;
+  if (threadIdx.x <= PolicyBlockSum::kTokens) *partial(threadIdx.x) = mine;
   if (threadIdx.x == 0) {
-    *partial(kPartialExcessMean) = mean;
-    *partial(kPartialExcessM2) = m2;
-    *partial(kPartialRatioMax) = ratio_max;
+    *partial(PolicyPartial::kExcessMean) = mean;
+    *partial(PolicyPartial::kExcessM2) = m2;
+    *partial(PolicyPartial::kRatioMax) = ratio_max;
   }
   if (is_last_block(out.ticket, blocks)) finish_policy_loss(out, blocks);
 }

@@ -54,11 +54,6 @@ __device__ const double* block_sums(double (&v)[K]) {
   return sums;
 }
 
-__device__ inline Moments shuffle(const Moments& m, int lanes) {
-  return {__shfl_xor_sync(kAllLanes, m.count, lanes), __shfl_xor_sync(kAllLanes, m.mean, lanes),
-          __shfl_xor_sync(kAllLanes, m.m2, lanes)};
-}
-
 // The moments of a block, in thread 0.
 template <int kThreads>
 __device__ Moments block_moments(Moments m) {
@@ -67,7 +62,8 @@ __device__ Moments block_moments(Moments m) {
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
 #pragma unroll
   for (int lanes = 1; lanes < kWarp; lanes *= 2) {
-    Moments other = shuffle(m, lanes);
+    Moments other{__shfl_xor_sync(kAllLanes, m.count, lanes), __shfl_xor_sync(kAllLanes, m.mean, lanes),
+                  __shfl_xor_sync(kAllLanes, m.m2, lanes)};
     if ((lane & lanes) != 0) {  // merge is not symmetric to the last bit: the lower lane comes first
       const Moments lower = other;
       other = m;

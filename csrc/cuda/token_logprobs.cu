@@ -1,5 +1,6 @@
 #include "cuda/launch.cuh"
 #include "cuda/token_logprobs.cuh"
+#include "token_logprobs.h"
 
 namespace ppo {
 namespace {
@@ -17,12 +18,6 @@ void dispatch_logits(const Tensor& logits, F&& f) {
       STD_TORCH_CHECK(logits.scalar_type() == ScalarType::Float, "expected bfloat16, float16 or float32 logits");
   }
   return f(float{});
-}
-
-int64_t row_count(const Tensor& logits) {
-  int64_t rows = 1;
-  for (int64_t d = 0; d < logits.dim() - 1; ++d) rows *= logits.size(d);
-  return rows;
 }
 
 LogitRows logit_rows(const Tensor& logits) {
@@ -52,7 +47,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> token_logprobs(const Tensor& logits, 
   PPO_COUNT("token_logprobs");
   check_logits(logits);
   const Launcher launch(logits);
-  const int64_t rows = row_count(logits), vocab = logits.size(logits.dim() - 1);
+  const int64_t vocab = logits.size(logits.dim() - 1), rows = logits.numel() / vocab;
   const RowVector<int64_t> label(labels, rows);
   const RowVector<uint8_t> valid(mask, rows);
   const RowVector<double> tau(temperature_rows, rows);
@@ -84,13 +79,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> token_logprobs(const Tensor& logits, 
   return std::make_tuple(logp, h, row_max, log_sum);
 }
 
-void backward_into(const Tensor& logits, const Tensor& labels, const OptTensor& temperature_rows,
+void backward_into(const Tensor& out, const Tensor& logits, const Tensor& labels, const OptTensor& temperature_rows,
                    const OptTensor& grad_logprobs, const OptTensor& grad_entropy, const Tensor& logprobs,
-                   const Tensor& entropy, const Tensor& row_max, const Tensor& log_sum, double temperature,
-                   const Tensor& out) {
+                   const Tensor& entropy, const Tensor& row_max, const Tensor& log_sum, double temperature) {
   check_logits(logits);
   const Launcher launch(logits);
-  const int64_t rows = row_count(logits), vocab = logits.size(logits.dim() - 1);
+  const int64_t vocab = logits.size(logits.dim() - 1), rows = logits.numel() / vocab;
   const RowVector<int64_t> label(labels, rows);
   const RowVector<double> tau(temperature_rows, rows);
   const RowVector<float> g_logp(grad_logprobs, rows), g_h(grad_entropy, rows), logp(logprobs, rows),
@@ -117,30 +111,15 @@ void backward_into(const Tensor& logits, const Tensor& labels, const OptTensor& 
   });
 }
 
-Tensor token_logprobs_backward(const Tensor& logits, const Tensor& labels, const OptTensor& temperature_rows,
-                               const OptTensor& grad_logprobs, const OptTensor& grad_entropy, const Tensor& logprobs,
-                               const Tensor& entropy, const Tensor& row_max, const Tensor& log_sum,
-                               double temperature) {
-  PPO_COUNT("token_logprobs_backward");
-  Tensor out = torch::stable::new_empty(logits, logits.sizes());
-  backward_into(logits, labels, temperature_rows, grad_logprobs, grad_entropy, logprobs, entropy, row_max, log_sum,
-                temperature, out);
-  return out;
-}
+Tensor empty_like(const Tensor& x) { return torch::stable::new_empty(x, x.sizes()); }
 
-void token_logprobs_backward_(const Tensor& logits, const Tensor& labels, const OptTensor& temperature_rows,
-                              const OptTensor& grad_logprobs, const OptTensor& grad_entropy, const Tensor& logprobs,
-                              const Tensor& entropy, const Tensor& row_max, const Tensor& log_sum, double temperature) {
-  PPO_COUNT("token_logprobs_backward_");
-  backward_into(logits, labels, temperature_rows, grad_logprobs, grad_entropy, logprobs, entropy, row_max, log_sum,
-                temperature, logits);
-}
+using Backward = TokenLogprobsBackward<decltype(backward_into), &backward_into, &empty_like>;
 
 }  // namespace
 }  // namespace ppo
 
 STABLE_TORCH_LIBRARY_IMPL(ppo_kernels, CUDA, m) {
   m.impl("token_logprobs", TORCH_BOX(&ppo::token_logprobs));
-  m.impl("token_logprobs_backward", TORCH_BOX(&ppo::token_logprobs_backward));
-  m.impl("token_logprobs_backward_", TORCH_BOX(&ppo::token_logprobs_backward_));
+  m.impl("token_logprobs_backward", TORCH_BOX(&ppo::Backward::returned));
+  m.impl("token_logprobs_backward_", TORCH_BOX(&ppo::Backward::in_place));
 }

@@ -288,7 +288,7 @@ __global__ void __launch_bounds__(kLogitThreads, kLogitBlocks)
   }
   if (threadIdx.x >= kWarp) return;
   const SoftmaxPart others = merge_chunks(parts, chunks, c);
-  if (threadIdx.x == 0) out.write(i, finish_row(others, static_cast<double>(to_float(row[label])), c));
+  if (threadIdx.x == 0) out.write(i, finish_row(others, static_cast<double>(to_compute(row[label])), c));
 }
 
 // The backward: one read of the logits and one write of the gradient.
@@ -376,7 +376,7 @@ __global__ void __launch_bounds__(kGradientThreads) token_logprobs_backward_kern
     const int64_t column = first + j * kStep;
     if (!g.zero && label >= column && label < column + kPerVector<T>) {
       T target;
-      from_float(g.target, target);
+      from_compute(g.target, target);
       set_element(v[j], static_cast<int>(label - column), target);
     }
     if (has_vector<T>(column, vocab)) {

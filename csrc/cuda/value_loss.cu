@@ -19,10 +19,9 @@ LossResult value_loss(const Tensor& values, const Tensor& old_values, const Tens
                  token_input<uint8_t>(mask, values, rows),
                  static_cast<float>(cliprange_value),
                  false};
-  in.needs_row = in.values.needs_row() || in.old_values.needs_row() || in.returns.needs_row() ||
-                 in.row_weight.needs_row() || in.mask.needs_row();
+  in.needs_row = any_needs_row(in.values, in.old_values, in.returns, in.row_weight, in.mask);
   const int64_t blocks = loss_blocks(values.numel());
-  const LossTensors out(launch, values, blocks, kValuePartials, kValueStats, normalizer, grad);
+  const LossTensors out(launch, values, blocks, ValuePartial::kCount, ValueStat::kCount, normalizer, grad);
   launch(value_loss_kernel, blocks, kLossThreads, in, out.outputs());
   return out.result();
 }

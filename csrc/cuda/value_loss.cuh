@@ -14,26 +14,20 @@ struct ValueInputs {
   bool needs_row;
 };
 
-enum ValueSum { kSumLoss, kSumClipped, kSumCount, kSumError, kSumTarget, kValueSumsPadded = 8 };
-enum ValuePartial {
-  kPartialLoss,
-  kPartialClipped,
-  kPartialCount,
-  kPartialErrorMean,
-  kPartialErrorM2,
-  kPartialTargetMean,
-  kPartialTargetM2,
-  kValuePartials
+struct ValueSum {
+  enum { kLoss, kClipped, kTokens, kError, kTarget, kPadded = 8 };
+};
+struct ValuePartial {
+  enum { kLoss, kClipped, kTokens, kErrorMean, kErrorM2, kTargetMean, kTargetM2, kCount };
 };
 
 static __global__ void __launch_bounds__(kLossThreads) value_loss_kernel(ValueInputs in, LossOutputs out) {
   float errors[kLossVectors][kTokens], targets[kLossVectors][kTokens];
   bool valid[kLossVectors][kTokens];
-  double sums[kValueSumsPadded] = {};
+  double sums[ValueSum::kPadded] = {};
 #pragma unroll
   for (int g = 0; g < kLossVectors; ++g) {
-    const int64_t first = blockIdx.x * kLossTokens + (int64_t{g} * kLossThreads + threadIdx.x) * kTokens;
-    const TokenVector tokens(in.rows, first, in.needs_row);
+    const TokenVector tokens(in.rows, first_token(g), in.needs_row);
     float value[kTokens], old[kTokens], target[kTokens], weight[kTokens], grad[kTokens];
     uint8_t mask[kTokens];
     load_tokens(in.values, tokens, 0.0f, value);
@@ -52,17 +46,18 @@ static __global__ void __launch_bounds__(kLossThreads) value_loss_kernel(ValueIn
       const ValueTerm<float> term = value_term(value[k], old[k], target[k], in.clip);
       loss += term.loss * weight[k];
       grad[k] = term.grad * weight[k];
-      sums[kSumClipped] += term.clipped;
-      sums[kSumCount] += 1.0;
-      sums[kSumError] += errors[g][k];
-      sums[kSumTarget] += targets[g][k];
+      sums[ValueSum::kClipped] += term.clipped;
+      sums[ValueSum::kTokens] += 1.0;
+      sums[ValueSum::kError] += errors[g][k];
+      sums[ValueSum::kTarget] += targets[g][k];
     }
-    sums[kSumLoss] += loss;
+    sums[ValueSum::kLoss] += loss;
     if (out.grad != nullptr) store_tokens(out.grad, tokens, in.rows.total, grad);
   }
-  const double* block = block_sums<kValueSumsPadded, kLossThreads>(sums);
-  const double loss = block[kSumLoss], clipped = block[kSumClipped], count = block[kSumCount];
-  const double error_mean = mean_of(block[kSumError], count), target_mean = mean_of(block[kSumTarget], count);
+  const double* block = block_sums<ValueSum::kPadded, kLossThreads>(sums);
+  const double loss = block[ValueSum::kLoss], clipped = block[ValueSum::kClipped], count = block[ValueSum::kTokens];
+  const double error_mean = mean_of(block[ValueSum::kError], count),
+               target_mean = mean_of(block[ValueSum::kTarget], count);
   double squares[2] = {};
 #pragma unroll
   for (int g = 0; g < kLossVectors; ++g) {
@@ -77,16 +72,19 @@ static __global__ void __launch_bounds__(kLossThreads) value_loss_kernel(ValueIn
   const double* m2 = block_sums<2, kLossThreads>(squares);
   const unsigned blocks = gridDim.x;
   if (threadIdx.x == 0) {
-    const double part[kValuePartials] = {loss, clipped, count, error_mean, m2[0], target_mean, m2[1]};
-    for (int i = 0; i < kValuePartials; ++i) out.partials[i * static_cast<int64_t>(blocks) + blockIdx.x] = part[i];
+    const double part[ValuePartial::kCount] = {loss, clipped, count, error_mean, m2[0], target_mean, m2[1]};
+    for (int i = 0; i < ValuePartial::kCount; ++i)
+      out.partials[i * static_cast<int64_t>(blocks) + blockIdx.x] = part[i];
   }
   if (!is_last_block(out.ticket, blocks)) return;
 
   const auto part = [&](int i) { return partials_of(out, i, blocks); };
-  double totals[2] = {fold_sum(part(kPartialLoss), blocks), fold_sum(part(kPartialClipped), blocks)};
+  double totals[2] = {fold_sum(part(ValuePartial::kLoss), blocks), fold_sum(part(ValuePartial::kClipped), blocks)};
   const double* total = block_sums<2, kLossThreads>(totals);
-  const Moments error = fold_moments(part(kPartialCount), part(kPartialErrorMean), part(kPartialErrorM2), blocks);
-  const Moments target = fold_moments(part(kPartialCount), part(kPartialTargetMean), part(kPartialTargetM2), blocks);
+  const Moments error =
+      fold_moments(part(ValuePartial::kTokens), part(ValuePartial::kErrorMean), part(ValuePartial::kErrorM2), blocks);
+  const Moments target =
+      fold_moments(part(ValuePartial::kTokens), part(ValuePartial::kTargetMean), part(ValuePartial::kTargetM2), blocks);
   if (threadIdx.x != 0) return;
   finish_loss(out, total[0], error.count);
   value_stats(total[1], error, target, out.stats);

@@ -23,41 +23,35 @@ constexpr double kLn2 = 0.6931471805599453;
 
 constexpr float kRoundToInt = 12582912.0f;  // 1.5 * 2^23: adding it leaves the nearest integer in the low bits
 
-// 2^f for |f| <= 1/2: the relative minimax polynomial of degree 6 that is 1 at 0; its error in float32 is 1e-7.
-PPO_INLINE float exp2_polynomial(float f) {
+// 2^f * 2^n for |f| <= 1/2, with n given as n + kRoundToInt, -125 <= n <= 128. 2^f is the relative minimax polynomial
+// of degree 6 that is 1 at 0; its error in float32 is 1e-7.
+PPO_INLINE float exp2_parts(float f, float rounded_n) {
   float p = 0x1.41fbbcp-13f;
   p = p * f + 0x1.5f3e54p-10f;
   p = p * f + 0x1.3b2d4cp-7f;
   p = p * f + 0x1.c6aee8p-5f;
   p = p * f + 0x1.ebfbdcp-3f;
   p = p * f + 0x1.62e430p-1f;
-  return p * f + 1.0f;
-}
-
-// 2^f * 2^n, with n given as n + kRoundToInt, -125 <= n <= 128.
-PPO_INLINE float exp2_parts(float f, float rounded_n) {
+  p = p * f + 1.0f;
   // 2^128 is no float, so that the scale is 2^(n-1) and one doubling.
   const int32_t n = bits_as<int32_t>(rounded_n) - bits_as<int32_t>(kRoundToInt);
-  return exp2_polynomial(f) * bits_as<float>((n + 126) << 23) * 2.0f;
+  return p * bits_as<float>((n + 126) << 23) * 2.0f;
 }
 
 // The same of degree 5, for sums that are judged as a whole: its error is 1e-7 before and 2e-7 after rounding.
 constexpr float kExp2Short[] = {0x1.5bba12p-10f, 0x1.3cea88p-7f, 0x1.c6b752p-5f, 0x1.ebf9bcp-3f, 0x1.62e42ap-1f, 1.0f};
 
-PPO_INLINE float exp2_short_polynomial(float f) {
+// 2^x for -125 <= x <= 0, or NaN. The exponent's bias is in the rounding constant, so that a shift makes the scale.
+PPO_INLINE float exp2_nonpositive(float x) {
+  constexpr float kRoundAndBias = kRoundToInt + 127.0f;
+  const float n = x + kRoundAndBias;
+  const float f = x - (n - kRoundAndBias);
   float p = kExp2Short[0];
   p = p * f + kExp2Short[1];
   p = p * f + kExp2Short[2];
   p = p * f + kExp2Short[3];
   p = p * f + kExp2Short[4];
-  return p * f + kExp2Short[5];
-}
-
-// 2^x for -125 <= x <= 0, or NaN. The exponent's bias is in the rounding constant, so that a shift makes the scale.
-PPO_INLINE float exp2_nonpositive(float x) {
-  constexpr float kRoundAndBias = kRoundToInt + 127.0f;
-  const float n = x + kRoundAndBias;
-  return exp2_short_polynomial(x - (n - kRoundAndBias)) * bits_as<float>(bits_as<uint32_t>(n) << 23);
+  return (p * f + kExp2Short[5]) * bits_as<float>(bits_as<uint32_t>(n) << 23);
 }
 
 // 2^x; 0 below -125 (where a float would be subnormal or close to it), infinite from 128 on, NaN for NaN.

@@ -7,7 +7,9 @@
 
 namespace ppo {
 
-enum MaskedSteps : int64_t { kSkip = 0, kZero = 1, kKeep = 2 };
+struct MaskedSteps {
+  enum : int64_t { kSkip = 0, kZero = 1, kKeep = 2 };
+};
 
 // What a token at or before the last valid one is: a transition or not, and whether its inputs are read.
 struct TokenRule {
@@ -16,7 +18,7 @@ struct TokenRule {
 };
 
 PPO_INLINE TokenRule token_rule(bool valid, int64_t masked_steps) {
-  return {valid || masked_steps != kSkip, valid || masked_steps == kKeep};
+  return {valid || masked_steps != MaskedSteps::kSkip, valid || masked_steps == MaskedSteps::kKeep};
 }
 
 // A_t = r_t + gamma V+ - V_t + gamma lam A+ over one number, S_t = V_t + lam A_t, so that a token is an affine map of

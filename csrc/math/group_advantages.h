@@ -8,7 +8,9 @@
 
 namespace ppo {
 
-enum GroupBaseline : int64_t { kRloo = 0, kGrpo = 1, kDrGrpo = 2 };
+struct GroupBaseline {
+  enum : int64_t { kRloo = 0, kGrpo = 1, kDrGrpo = 2 };
+};
 
 // Scores are taken as differences to the group's first one: equal scores, whatever their size, deviate by exactly 0.
 struct GroupMean {
@@ -21,8 +23,8 @@ struct GroupMean {
 
 // m2: sum of the squared deviations of the group's `count` scores from their mean.
 PPO_INLINE double group_scale(int64_t mode, double count, double m2, double eps) {
-  if (mode == kRloo) return count > 1.0 ? count / (count - 1.0) : 1.0;
-  if (mode != kGrpo) return 1.0;
+  if (mode == GroupBaseline::kRloo) return count > 1.0 ? count / (count - 1.0) : 1.0;
+  if (mode != GroupBaseline::kGrpo) return 1.0;
   const double spread = (count > 1.0 ? std::sqrt(m2 / (count - 1.0)) : 0.0) + eps;
   return spread == 0.0 ? 0.0 : 1.0 / spread;
 }

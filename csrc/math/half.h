@@ -1,5 +1,5 @@
-// bfloat16 and float16 as bits. The CPU converts by integer arithmetic that vectorises on every instruction set, a GPU
-// by its own instructions.
+// bfloat16 and float16 as bits, and their conversion to and from the type that ops compute in. The CPU converts by
+// integer arithmetic that vectorises on every instruction set, a GPU by its own instructions.
 #pragma once
 
 #include "exp.h"
@@ -13,9 +13,9 @@ struct Float16 {
   uint16_t bits;
 };
 
-PPO_INLINE float to_float(BFloat16 x) { return bits_as<float>(static_cast<uint32_t>(x.bits) << 16); }
+PPO_INLINE float to_compute(BFloat16 x) { return bits_as<float>(static_cast<uint32_t>(x.bits) << 16); }
 
-PPO_INLINE float to_float(Float16 x) {
+PPO_INLINE float to_compute(Float16 x) {
 #ifdef __CUDA_ARCH__
   float y;
   asm("cvt.f32.f16 %0, %1;" : "=f"(y) : "h"(x.bits));
@@ -28,11 +28,11 @@ PPO_INLINE float to_float(Float16 x) {
 #endif
 }
 
-PPO_INLINE float to_float(float x) { return x; }
-PPO_INLINE double to_float(double x) { return x; }
+PPO_INLINE float to_compute(float x) { return x; }
+PPO_INLINE double to_compute(double x) { return x; }
 
 // Round to nearest even.
-PPO_INLINE void from_float(float x, BFloat16& y) {
+PPO_INLINE void from_compute(float x, BFloat16& y) {
 #ifdef __CUDA_ARCH__
   asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(y.bits) : "f"(x));
 #else
@@ -42,7 +42,7 @@ PPO_INLINE void from_float(float x, BFloat16& y) {
 #endif
 }
 
-PPO_INLINE void from_float(float x, Float16& y) {
+PPO_INLINE void from_compute(float x, Float16& y) {
 #ifdef __CUDA_ARCH__
   asm("cvt.rn.f16.f32 %0, %1;" : "=h"(y.bits) : "f"(x));
 #else
@@ -56,7 +56,7 @@ PPO_INLINE void from_float(float x, Float16& y) {
 #endif
 }
 
-PPO_INLINE void from_float(float x, float& y) { y = x; }
-PPO_INLINE void from_float(double x, double& y) { y = x; }
+PPO_INLINE void from_compute(float x, float& y) { y = x; }
+PPO_INLINE void from_compute(double x, double& y) { y = x; }
 
 }  // namespace ppo

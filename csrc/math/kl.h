@@ -5,7 +5,7 @@
 
 namespace ppo {
 
-enum KlEstimator : int64_t { kK1 = 0, kAbs = 1, kK2 = 2, kK3 = 3 };
+enum class KlEstimator : int64_t { kK1 = 0, kAbs = 1, kK2 = 2, kK3 = 3 };
 
 template <class T>
 PPO_INLINE T clamp(T x, T bound) {  // NaN stays NaN, an infinite bound does nothing
@@ -37,11 +37,11 @@ PPO_INLINE KlTerm<T> kl_term(T logp, T ref, T log_clamp, T value_clamp) {
   const T raw = ref - logp;
   const T x = clamp(raw, log_clamp);
   T k, slope;
-  if constexpr (kEstimator == kK1) {
+  if constexpr (kEstimator == KlEstimator::kK1) {
     k = -x, slope = T(1);
-  } else if constexpr (kEstimator == kAbs) {
+  } else if constexpr (kEstimator == KlEstimator::kAbs) {
     k = x < T(0) ? -x : x, slope = x > T(0) ? T(-1) : (x < T(0) ? T(1) : T(0));
-  } else if constexpr (kEstimator == kK2) {
+  } else if constexpr (kEstimator == KlEstimator::kK2) {
     k = T(0.5) * x * x, slope = -x;
   } else {
     k = expm1_minus(x, exp_fast(x)), slope = -(k + x);

@@ -1,4 +1,4 @@
-// How every loss ends: sums become means, and the total is divided by the normalizer.
+// How every loss ends: the total is divided by the normalizer.
 #pragma once
 
 #include "macros.h"
@@ -15,24 +15,6 @@ PPO_INLINE NormalizedLoss normalize_loss(double total, double normalizer) {
   const double inverse = 1.0 / normalizer;
   return {total * inverse, inverse};
 }
-
-// Turns sums into means over `count` terms. A GPU multiplies, since it divides float64 by a long routine.
-class MeanOver {
- public:
-#ifdef __CUDA_ARCH__
-  PPO_INLINE explicit MeanOver(double count) : factor_(count > 0.0 ? 1.0 / count : 0.0) {}
-  PPO_INLINE double operator()(double sum) const { return sum * factor_; }
-
- private:
-  double factor_;
-#else
-  PPO_INLINE explicit MeanOver(double count) : count_(count) {}
-  PPO_INLINE double operator()(double sum) const { return count_ > 0.0 ? sum / count_ : 0.0; }
-
- private:
-  double count_;
-#endif
-};
 
 // The larger of two numbers, NaN if one of them is.
 template <class T>

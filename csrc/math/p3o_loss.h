@@ -9,7 +9,9 @@
 
 namespace ppo {
 
-enum P3OVariant : int64_t { kSeparate = 0, kJoint = 1 };
+struct P3OVariant {
+  enum : int64_t { kSeparate = 0, kJoint = 1 };
+};
 
 struct PairOptions {
   bool joint;
@@ -20,8 +22,9 @@ struct PairOptions {
 
 inline PairOptions pair_options(int64_t variant, double kl_coef, double cliprange, double weight_clip,
                                 double log_ratio_clamp) {
-  const double middle = variant == kJoint ? 0.0 : 1.0;
-  return {variant == kJoint, kl_coef, middle - cliprange, middle + cliprange, std::log(weight_clip), log_ratio_clamp};
+  const double middle = variant == P3OVariant::kJoint ? 0.0 : 1.0;
+  return {variant == P3OVariant::kJoint, kl_coef,        middle - cliprange, middle + cliprange,
+          std::log(weight_clip),         log_ratio_clamp};
 }
 
 // What is known of a row before it meets the others.
@@ -44,22 +47,24 @@ PPO_INLINE Response response(bool has_tokens, double score, double ref_log_ratio
 
 // What is summed over rows and over ordered pairs. The two halves of a pair add up to its loss, and each has the whole
 // of its own row's gradient.
-enum P3OSum {
-  kPairLoss,
-  kPairs,
-  kPairWeight,
-  kPairWeightClipped,
-  kPairClipped,
-  kPairGap,
-  kPairMargin,
-  kPairAgrees,
-  kRows,
-  kRowLogRatio,
-  kRowK3,
-  kRowRefLogRatio,
-  kRowRatio,
-  kRowClamped,
-  kP3OSums
+struct P3OSum {
+  enum {
+    kPairLoss,
+    kPairs,
+    kPairWeight,
+    kPairWeightClipped,
+    kPairClipped,
+    kPairGap,
+    kPairMargin,
+    kPairAgrees,
+    kRows,
+    kRowLogRatio,
+    kRowK3,
+    kRowRefLogRatio,
+    kRowRatio,
+    kRowClamped,
+    kCount
+  };
 };
 
 // Adds the half of a pair that is row `a`'s and returns its gradient d loss / d S_a. Ties as autograd has them.
@@ -80,14 +85,14 @@ PPO_INLINE double pair_half(const Response& a, const Response& b, const PairOpti
   const double preferred = reward > 0.0 ? gap : (reward < 0.0 ? -gap : reward * gap);  // 0 or NaN
   // What joint adds has no gradient: with the reference off, one that is not finite drops out.
   const double constant = o.kl_coef == 0.0 && !(gap - gap == 0.0) ? 0.0 : gap - x;
-  sums[kPairLoss] += o.joint ? 0.25 * (larger + slope * constant) : 0.5 * larger;
-  sums[kPairs] += 1.0;
-  sums[kPairWeight] += weight;
-  sums[kPairWeightClipped] += log_weight < -o.log_weight_bound || log_weight > o.log_weight_bound ? 1.0 : 0.0;
-  sums[kPairClipped] += clipped > plain ? 1.0 : 0.0;
-  sums[kPairGap] += q < 0.0 ? -q : q;
-  sums[kPairMargin] += preferred;
-  sums[kPairAgrees] += preferred > 0.0 ? 1.0 : 0.0;
+  sums[P3OSum::kPairLoss] += o.joint ? 0.25 * (larger + slope * constant) : 0.5 * larger;
+  sums[P3OSum::kPairs] += 1.0;
+  sums[P3OSum::kPairWeight] += weight;
+  sums[P3OSum::kPairWeightClipped] += log_weight < -o.log_weight_bound || log_weight > o.log_weight_bound ? 1.0 : 0.0;
+  sums[P3OSum::kPairClipped] += clipped > plain ? 1.0 : 0.0;
+  sums[P3OSum::kPairGap] += q < 0.0 ? -q : q;
+  sums[P3OSum::kPairMargin] += preferred;
+  sums[P3OSum::kPairAgrees] += preferred > 0.0 ? 1.0 : 0.0;
   return 0.5 * (o.joint ? change : clamp_gradient(a.log_ratio, o.log_ratio_clamp, change * a.ratio));
 }
 
@@ -96,12 +101,12 @@ PPO_INLINE double response_terms(const Response* group, int64_t size, int64_t i,
   const Response& a = group[i];
   if (!a.has_tokens) return 0.0;
   const double d = clamp(a.log_ratio, o.log_ratio_clamp);
-  sums[kRows] += 1.0;
-  sums[kRowLogRatio] += d;
-  sums[kRowK3] += expm1_minus(d, a.ratio);
-  sums[kRowRefLogRatio] += a.ref_log_ratio;
-  sums[kRowRatio] += a.ratio;
-  sums[kRowClamped] += a.log_ratio < -o.log_ratio_clamp || a.log_ratio > o.log_ratio_clamp ? 1.0 : 0.0;
+  sums[P3OSum::kRows] += 1.0;
+  sums[P3OSum::kRowLogRatio] += d;
+  sums[P3OSum::kRowK3] += expm1_minus(d, a.ratio);
+  sums[P3OSum::kRowRefLogRatio] += a.ref_log_ratio;
+  sums[P3OSum::kRowRatio] += a.ratio;
+  sums[P3OSum::kRowClamped] += a.log_ratio < -o.log_ratio_clamp || a.log_ratio > o.log_ratio_clamp ? 1.0 : 0.0;
   double gradient = 0.0;
   for (int64_t j = 0; j < size; ++j) {
     if (j != i && group[j].has_tokens) gradient += pair_half(a, group[j], o, sums);
@@ -110,42 +115,44 @@ PPO_INLINE double response_terms(const Response* group, int64_t size, int64_t i,
 }
 
 // P3OStats, in its order: means over rows, then over pairs.
-enum P3OStat {
-  kApproxKlK1,
-  kApproxKlK3,
-  kRefKl,
-  kRatioMean,
-  kRatioMax,
-  kClampFrac,
-  kWeightMean,
-  kWeightClipfrac,
-  kClipfrac,
-  kRewardGap,
-  kMargin,
-  kAccuracy,
-  kPairCount,
-  kP3OStats
+struct P3OStat {
+  enum {
+    kApproxKlK1,
+    kApproxKlK3,
+    kRefKl,
+    kRatioMean,
+    kRatioMax,
+    kClampFrac,
+    kWeightMean,
+    kWeightClipfrac,
+    kClipfrac,
+    kRewardGap,
+    kMargin,
+    kAccuracy,
+    kPairCount,
+    kCount
+  };
 };
 
 template <class T>
 PPO_INLINE void p3o_stats(const double* sums, double ratio_max, T* stats) {
-  const double per_row = sums[kRows] > 0.0 ? 1.0 / sums[kRows] : 0.0;
-  const double per_pair = sums[kPairs] > 0.0 ? 1.0 / sums[kPairs] : 0.0;
-  double all[kP3OStats];
-  all[kApproxKlK1] = -sums[kRowLogRatio] * per_row;
-  all[kApproxKlK3] = sums[kRowK3] * per_row;
-  all[kRefKl] = sums[kRowRefLogRatio] * per_row;
-  all[kRatioMean] = sums[kRowRatio] * per_row;
-  all[kRatioMax] = ratio_max;
-  all[kClampFrac] = sums[kRowClamped] * per_row;
-  all[kWeightMean] = sums[kPairWeight] * per_pair;
-  all[kWeightClipfrac] = sums[kPairWeightClipped] * per_pair;
-  all[kClipfrac] = sums[kPairClipped] * per_pair;
-  all[kRewardGap] = sums[kPairGap] * per_pair;
-  all[kMargin] = sums[kPairMargin] * per_pair;
-  all[kAccuracy] = sums[kPairAgrees] * per_pair;
-  all[kPairCount] = 0.5 * sums[kPairs];
-  for (int i = 0; i < kP3OStats; ++i) stats[i] = static_cast<T>(all[i]);
+  const double per_row = sums[P3OSum::kRows] > 0.0 ? 1.0 / sums[P3OSum::kRows] : 0.0;
+  const double per_pair = sums[P3OSum::kPairs] > 0.0 ? 1.0 / sums[P3OSum::kPairs] : 0.0;
+  double all[P3OStat::kCount];
+  all[P3OStat::kApproxKlK1] = -sums[P3OSum::kRowLogRatio] * per_row;
+  all[P3OStat::kApproxKlK3] = sums[P3OSum::kRowK3] * per_row;
+  all[P3OStat::kRefKl] = sums[P3OSum::kRowRefLogRatio] * per_row;
+  all[P3OStat::kRatioMean] = sums[P3OSum::kRowRatio] * per_row;
+  all[P3OStat::kRatioMax] = ratio_max;
+  all[P3OStat::kClampFrac] = sums[P3OSum::kRowClamped] * per_row;
+  all[P3OStat::kWeightMean] = sums[P3OSum::kPairWeight] * per_pair;
+  all[P3OStat::kWeightClipfrac] = sums[P3OSum::kPairWeightClipped] * per_pair;
+  all[P3OStat::kClipfrac] = sums[P3OSum::kPairClipped] * per_pair;
+  all[P3OStat::kRewardGap] = sums[P3OSum::kPairGap] * per_pair;
+  all[P3OStat::kMargin] = sums[P3OSum::kPairMargin] * per_pair;
+  all[P3OStat::kAccuracy] = sums[P3OSum::kPairAgrees] * per_pair;
+  all[P3OStat::kPairCount] = 0.5 * sums[P3OSum::kPairs];
+  for (int i = 0; i < P3OStat::kCount; ++i) stats[i] = static_cast<T>(all[i]);
 }
 
 }  // namespace ppo

@@ -56,56 +56,51 @@ PPO_INLINE PolicyTerm<T> policy_term(T logp, T old, T adv, T weight, const Polic
 }
 
 // What is summed over valid tokens.
-enum PolicySum {
-  kSumLoss,
-  kSumLogRatio,
-  kSumSquaredLogRatio,
-  kSumK3,
-  kSumRefKl,
-  kSumClippedHigh,
-  kSumClippedLow,
-  kSumDualClipped,
-  kSumClamped,
-  kPolicySums
+struct PolicySum {
+  enum { kLoss, kLogRatio, kSquaredLogRatio, kK3, kRefKl, kClippedHigh, kClippedLow, kDualClipped, kClamped, kCount };
 };
 
 // PolicyStats, in its order.
-enum PolicyStat {
-  kApproxKlK1,
-  kApproxKlK2,
-  kApproxKlK3,
-  kRatioMean,
-  kRatioVar,
-  kRatioMax,
-  kClipfracHigh,
-  kClipfracLow,
-  kDualClipfrac,
-  kRefKl,
-  kClampFrac,
-  kTokenCount,
-  kPolicyStats
+struct PolicyStat {
+  enum {
+    kApproxKlK1,
+    kApproxKlK2,
+    kApproxKlK3,
+    kRatioMean,
+    kRatioVar,
+    kRatioMax,
+    kClipfracHigh,
+    kClipfracLow,
+    kDualClipfrac,
+    kRefKl,
+    kClampFrac,
+    kTokenCount,
+    kCount
+  };
 };
 
-// `excess` are the moments of ratio - 1 over the valid tokens.
-template <class T>
+// `excess` are the moments of ratio - 1 over the valid tokens. A GPU divides float64 by a long routine, and so it takes
+// the means by the inverse of the count.
+template <bool kByInverse, class T>
 PPO_INLINE void policy_stats(const double* sums, const Moments& excess, double ratio_max, T* stats) {
-  const MeanOver mean(excess.count);
-  double all[kPolicyStats] = {};
-  if (excess.count > 0.0) {
-    all[kApproxKlK1] = mean(-sums[kSumLogRatio]);
-    all[kApproxKlK2] = mean(0.5 * sums[kSumSquaredLogRatio]);
-    all[kApproxKlK3] = mean(sums[kSumK3]);
-    all[kRatioMean] = 1.0 + excess.mean;
-    all[kRatioVar] = mean(excess.m2);
-    all[kRatioMax] = ratio_max;
-    all[kClipfracHigh] = mean(sums[kSumClippedHigh]);
-    all[kClipfracLow] = mean(sums[kSumClippedLow]);
-    all[kDualClipfrac] = mean(sums[kSumDualClipped]);
-    all[kRefKl] = mean(sums[kSumRefKl]);
-    all[kClampFrac] = mean(sums[kSumClamped]);
-    all[kTokenCount] = excess.count;
+  const double count = excess.count, inverse = 1.0 / count;
+  const auto mean = [&](double sum) { return kByInverse ? sum * inverse : sum / count; };
+  double all[PolicyStat::kCount] = {};
+  if (count > 0.0) {
+    all[PolicyStat::kApproxKlK1] = mean(-sums[PolicySum::kLogRatio]);
+    all[PolicyStat::kApproxKlK2] = mean(0.5 * sums[PolicySum::kSquaredLogRatio]);
+    all[PolicyStat::kApproxKlK3] = mean(sums[PolicySum::kK3]);
+    all[PolicyStat::kRatioMean] = 1.0 + excess.mean;
+    all[PolicyStat::kRatioVar] = mean(excess.m2);
+    all[PolicyStat::kRatioMax] = ratio_max;
+    all[PolicyStat::kClipfracHigh] = mean(sums[PolicySum::kClippedHigh]);
+    all[PolicyStat::kClipfracLow] = mean(sums[PolicySum::kClippedLow]);
+    all[PolicyStat::kDualClipfrac] = mean(sums[PolicySum::kDualClipped]);
+    all[PolicyStat::kRefKl] = mean(sums[PolicySum::kRefKl]);
+    all[PolicyStat::kClampFrac] = mean(sums[PolicySum::kClamped]);
+    all[PolicyStat::kTokenCount] = count;
   }
-  for (int i = 0; i < kPolicyStats; ++i) stats[i] = static_cast<T>(all[i]);
+  for (int i = 0; i < PolicyStat::kCount; ++i) stats[i] = static_cast<T>(all[i]);
 }
 
 }  // namespace ppo

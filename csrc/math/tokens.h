@@ -63,6 +63,11 @@ struct TokenInput {
   }
 };
 
+template <class... Inputs>
+bool any_needs_row(const Inputs&... inputs) {
+  return (inputs.needs_row() || ...);
+}
+
 // One value for each row, null for none.
 template <class T>
 TokenInput<T> per_row(const T* data) {

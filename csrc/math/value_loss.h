@@ -29,16 +29,18 @@ PPO_INLINE ValueTerm<T> value_term(T value, T old, T target, T clip) {
 }
 
 // ValueStats, in its order.
-enum ValueStat { kValueClipfrac, kErrorMean, kExplainedVariance, kValueCount, kValueStats };
+struct ValueStat {
+  enum { kClipfrac, kErrorMean, kExplainedVariance, kTokenCount, kCount };
+};
 
 // `clipped` counts clipped tokens; `error` are the moments of value - return, `target` those of the returns.
 template <class T>
 PPO_INLINE void value_stats(double clipped, const Moments& error, const Moments& target, T* stats) {
   const double n = error.count;
-  stats[kValueClipfrac] = static_cast<T>(n > 0.0 ? clipped / n : 0.0);
-  stats[kErrorMean] = static_cast<T>(error.mean);
-  stats[kExplainedVariance] = static_cast<T>(n > 0.0 && target.m2 > 0.0 ? 1.0 - error.m2 / target.m2 : 0.0);
-  stats[kValueCount] = static_cast<T>(n);
+  stats[ValueStat::kClipfrac] = static_cast<T>(mean_of(clipped, n));
+  stats[ValueStat::kErrorMean] = static_cast<T>(error.mean);
+  stats[ValueStat::kExplainedVariance] = static_cast<T>(n > 0.0 && target.m2 > 0.0 ? 1.0 - error.m2 / target.m2 : 0.0);
+  stats[ValueStat::kTokenCount] = static_cast<T>(n);
 }
 
 }  // namespace ppo

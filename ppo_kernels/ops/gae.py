@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ppo_kernels import reference
 from ppo_kernels.backends import register
 from ppo_kernels.ops._inputs import Tokens, check_choice, check_number
+from ppo_kernels.reference import gae as reference
 
 
 def _fake(rewards, *_others):

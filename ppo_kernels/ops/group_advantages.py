@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ppo_kernels import reference
 from ppo_kernels._types import compute_dtype
 from ppo_kernels.backends import register
 from ppo_kernels.ops._fakes import like_first
@@ -21,6 +20,7 @@ from ppo_kernels.ops._inputs import (
     check_shape,
 )
 from ppo_kernels.ops.whiten import whiten
+from ppo_kernels.reference import group_advantages as reference
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup

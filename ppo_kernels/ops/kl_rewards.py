@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ppo_kernels import reference
 from ppo_kernels._types import KL_ESTIMATORS
 from ppo_kernels.backends import register
 from ppo_kernels.ops._inputs import (
@@ -16,6 +15,7 @@ from ppo_kernels.ops._inputs import (
     check_shape,
     number_or_tensor,
 )
+from ppo_kernels.reference import kl_rewards as reference
 
 
 def _fake(logprobs, ref_logprobs, scores, *_others):

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ppo_kernels import reference
 from ppo_kernels._types import KL_ESTIMATORS, PolicyStats
 from ppo_kernels.backends import register
 from ppo_kernels.ops import _fakes
 from ppo_kernels.ops._autograd import first_order_only, fused_loss
 from ppo_kernels.ops._inputs import Tokens, bound, check_choice, check_floating, number_or_tensor
+from ppo_kernels.reference import policy_loss as reference
 
 
 def _triton_kernel():

@@ -7,7 +7,6 @@ from typing import Literal, overload
 import torch
 from torch import Tensor
 
-from ppo_kernels import reference
 from ppo_kernels._types import compute_dtype
 from ppo_kernels.backends import register
 from ppo_kernels.ops._autograd import (
@@ -29,6 +28,7 @@ from ppo_kernels.ops._inputs import (
     unit_last_stride,
 )
 from ppo_kernels.ops._overwrite import Chunk, check_overwritable, saved_as_they_are
+from ppo_kernels.reference import token_logprobs as reference
 
 
 def _fake(logits, labels, mask, temperature_rows, temperature, ignore_index, entropy):
@@ -239,7 +239,7 @@ def token_logprobs(
     Returns:
         ``logprobs [...]``, or ``(logprobs, entropy)``; nats; float32, float64 for float64 logits. Both are 0 in masked
         and ignored rows. A label outside [0, V) gives NaN in its row, its gradient included (but 0 where the row's
-        upstream gradients are 0, as for every row; autograd of the reference has NaN there).
+        incoming gradients are 0, as for every row; autograd of the reference has NaN there).
 
     Raises:
         TypeError: a dtype that is not listed. ValueError: shapes, devices, options or ``impl`` that do not fit.

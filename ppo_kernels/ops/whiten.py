@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ppo_kernels import reference
 from ppo_kernels._types import compute_dtype
 from ppo_kernels.backends import register
 from ppo_kernels.ops._fakes import like_first
 from ppo_kernels.ops._inputs import check_floating, check_number, to_mask
+from ppo_kernels.reference import whiten as reference
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup

@@ -29,6 +29,11 @@ def chunk_for(tokens: int) -> tuple[int, int]:
     return (256, 1) if tokens <= 2**18 and not INTERPRETED else (2048, 8)
 
 
+def columns(*names: str) -> list[tl.constexpr]:
+    """Where a line of partial sums has each of these, and as the last its length: Triton's blocks are powers of two."""
+    return [*map(tl.constexpr, range(len(names))), tl.constexpr(triton.next_power_of_2(len(names)))]
+
+
 def row_arguments(rows: Rows, like: Tensor, row_weight: Tensor | None) -> tuple[object, ...]:
     """The arguments by which a kernel finds rows: weights, bounds, N, T, B."""
     row_weight = as_vector(row_weight, rows.batch, like.dtype, like)
@@ -161,6 +166,18 @@ def finish(total, count, normalizer_ptr, loss_ptr, inverse_ptr):
     inverse = tl.where(scale == 0.0, 0.0, 1.0 / tl.where(scale == 0.0, 1.0, scale))
     tl.store(loss_ptr, tl.where(scale == 0.0, 0.0, total * inverse))
     tl.store(inverse_ptr, inverse)
+
+
+@triton.jit
+def fold_loss(
+    parts_ptr, normalizer_ptr, loss_ptr, inverse_ptr, P, q,
+    COUNT: tl.constexpr, LOSS: tl.constexpr, FOLD: tl.constexpr, Q: tl.constexpr,
+):  # fmt: skip
+    """Write the loss; return the sums and maxima of the columns up to LOSS, the last, and the number of tokens."""
+    sums, peak = fold_sums(parts_ptr, P, q, LOSS + 1, FOLD, Q)
+    count = pick(sums, q, COUNT)
+    finish(pick(sums, q, LOSS), count, normalizer_ptr, loss_ptr, inverse_ptr)
+    return sums, peak, count
 
 
 @triton.jit

@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ppo_kernels._types import P3OStats
 from ppo_kernels.triton._launch import (
     as_vector,
     block_for,
@@ -24,13 +25,15 @@ from ppo_kernels.triton._launch import (
     row_stride,
     token_rows,
 )
-from ppo_kernels.triton._loss import Outputs, finish, fold_sums, launch_fold, new_outputs, pick
+from ppo_kernels.triton._loss import Outputs, columns, finish, fold_sums, launch_fold, new_outputs, pick
 from ppo_kernels.triton._math import clamp, clamp_gradient, exp, expm1_minus, load_valid, row_span, scaled_or_off
 
-# Columns of a row's line of partial sums: P3OStats in its order, of rows and then of ordered pairs; and two more.
-K1, K3, REF, RATIO, RATIO_MAX, BEYOND = (tl.constexpr(i) for i in range(6))
-WEIGHT, BOUNDED, CLIPPED, GAP, MARGIN, AGREES, PAIRS = (tl.constexpr(i) for i in range(6, 13))
-ROWS, LOSS, COLUMNS = tl.constexpr(13), tl.constexpr(14), tl.constexpr(16)
+# Columns of a row's line of partial sums: the statistics, of rows and then of ordered pairs; and two more.
+(
+    K1, K3, REF, RATIO, RATIO_MAX, BEYOND,
+    WEIGHT, BOUNDED, CLIPPED, GAP, MARGIN, AGREES, PAIRS,
+    ROWS, LOSS, COLUMNS,
+) = columns(*P3OStats._fields, "rows", "loss")  # fmt: skip
 PAIRS_BLOCK, PAIRS_WARPS = 512, 4  # not by the row's length: it decides the order in which pairs are added
 
 
@@ -180,7 +183,7 @@ def p3o_loss(
     require_like(old_logprobs, logprobs)
     require_like(ref_logprobs, logprobs)
     mask = mask_bytes(mask, logprobs)
-    out = new_outputs(logprobs, PAIRS.value + 1, False)
+    out = new_outputs(logprobs, len(P3OStats._fields), False)
     gradient = new_tokens(logprobs, rows) if grad else out.grad
     sums = torch.empty(rows.batch, 3, dtype=torch.float64, device=logprobs.device)
     parts = torch.empty(rows.batch, COLUMNS.value, dtype=torch.float64, device=logprobs.device)

@@ -7,12 +7,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ppo_kernels._types import PolicyStats
 from ppo_kernels.triton._launch import as_vector, launch, mask_bytes, require, require_like, row_stride, token_rows
 from ppo_kernels.triton._loss import (
     chunk_for,
-    finish,
+    columns,
+    fold_loss,
     fold_m2,
-    fold_sums,
     is_flat,
     is_per_row,
     launch_fold,
@@ -28,10 +29,11 @@ from ppo_kernels.triton._math import INF, clamp, clamp_gradient, exp, expm1_minu
 
 # One binary for every size and stride.
 INTEGERS = ("N", "T", "B", *(f"{name}_stride" for name in ("logp", "old", "adv", "mask", "weights", "ref")))
-# Columns of a line of partial sums: the statistics in the order of PolicyStats, then the loss.
-K1, K2, K3, RATIO_MEAN, RATIO_VAR, RATIO_MAX = (tl.constexpr(i) for i in range(6))
-ABOVE, BELOW, DUAL, REF_KL, CLAMPED, COUNT = (tl.constexpr(i) for i in range(6, 12))
-LOSS, COLUMNS = tl.constexpr(12), tl.constexpr(16)
+# Columns of a line of partial sums: the statistics, then the loss.
+(
+    K1, K2, K3, RATIO_MEAN, RATIO_VAR, RATIO_MAX, ABOVE, BELOW, DUAL, REF_KL, CLAMPED, COUNT,
+    LOSS, COLUMNS,
+) = columns(*PolicyStats._fields, "loss")  # fmt: skip
 
 
 @triton.jit
@@ -135,9 +137,7 @@ def policy_chunks(
 @triton.jit(do_not_specialize=("P",))
 def policy_fold(parts_ptr, normalizer_ptr, loss_ptr, stats_ptr, inverse_ptr, P, FOLD: tl.constexpr):
     q = tl.arange(0, COLUMNS)
-    sums, peak = fold_sums(parts_ptr, P, q, LOSS + 1, FOLD, COLUMNS)
-    count = pick(sums, q, COUNT)
-    finish(pick(sums, q, LOSS), count, normalizer_ptr, loss_ptr, inverse_ptr)
+    sums, peak, count = fold_loss(parts_ptr, normalizer_ptr, loss_ptr, inverse_ptr, P, q, COUNT, LOSS, FOLD, COLUMNS)
     n = tl.where(count == 0.0, 1.0, count)
     excess = pick(sums, q, RATIO_MEAN) / n
     m2 = fold_m2(parts_ptr, P, excess, COUNT, RATIO_MEAN, RATIO_VAR, FOLD, COLUMNS)
@@ -179,7 +179,7 @@ def policy_loss(
     require(0 <= kl_estimator <= 3, f"unknown KL estimator {kl_estimator}")
     chunk, num_warps = chunk_for(logprobs.numel())
     parts = new_parts(logprobs, chunk, COLUMNS.value)
-    out = new_outputs(logprobs, COUNT.value + 1, grad)
+    out = new_outputs(logprobs, len(PolicyStats._fields), grad)
     launch(
         policy_chunks, parts.size(0),
         logprobs, old_logprobs, advantages, mask, weights, ref_logprobs,

@@ -6,12 +6,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ppo_kernels._types import ValueStats
 from ppo_kernels.triton._launch import launch, mask_bytes, require_like, row_stride, token_rows
 from ppo_kernels.triton._loss import (
     chunk_for,
-    finish,
+    columns,
+    fold_loss,
     fold_m2,
-    fold_sums,
     is_flat,
     launch_fold,
     load_tokens,
@@ -26,9 +27,11 @@ from ppo_kernels.triton._math import INF
 
 # One binary for every size and stride.
 INTEGERS = ("N", "T", "B", *(f"{name}_stride" for name in ("values", "old", "returns", "mask")))
-# Columns of a line of partial sums; the statistics are the first four.
-CLIPPED, ERROR, ERROR_M2, COUNT = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2), tl.constexpr(3)
-TARGET, TARGET_M2, LOSS, COLUMNS = tl.constexpr(4), tl.constexpr(5), tl.constexpr(6), tl.constexpr(8)
+# Columns of a line of partial sums: the statistics, then what explained_variance and the loss need.
+(
+    CLIPPED, ERROR, ERROR_M2, COUNT,
+    TARGET, TARGET_M2, LOSS, COLUMNS,
+) = columns(*ValueStats._fields, "target", "target_m2", "loss")  # fmt: skip
 
 
 @triton.jit
@@ -93,9 +96,7 @@ def value_chunks(
 @triton.jit(do_not_specialize=("P",))
 def value_fold(parts_ptr, normalizer_ptr, loss_ptr, stats_ptr, inverse_ptr, P, FOLD: tl.constexpr):
     q = tl.arange(0, COLUMNS)
-    sums, _ = fold_sums(parts_ptr, P, q, LOSS + 1, FOLD, COLUMNS)
-    count = pick(sums, q, COUNT)
-    finish(pick(sums, q, LOSS), count, normalizer_ptr, loss_ptr, inverse_ptr)
+    sums, _, count = fold_loss(parts_ptr, normalizer_ptr, loss_ptr, inverse_ptr, P, q, COUNT, LOSS, FOLD, COLUMNS)
     n = tl.where(count == 0.0, 1.0, count)
     error_m2 = fold_m2(parts_ptr, P, pick(sums, q, ERROR) / n, COUNT, ERROR, ERROR_M2, FOLD, COLUMNS)
     target_m2 = fold_m2(parts_ptr, P, pick(sums, q, TARGET) / n, COUNT, TARGET, TARGET_M2, FOLD, COLUMNS)
@@ -121,7 +122,7 @@ def value_loss(
     mask = mask_bytes(mask, values)
     chunk, num_warps = chunk_for(values.numel())
     parts = new_parts(values, chunk, COLUMNS.value)
-    out = new_outputs(values, COUNT.value + 1, grad)
+    out = new_outputs(values, len(ValueStats._fields), grad)
     launch(
         value_chunks, parts.size(0),
         values, old_values, returns, mask, out.grad if grad else None,

@@ -1,1 +1,1 @@
-"""Built-in tasks: each brings its own data and judge."""
+"""Built-in tasks: each brings its own data and reward."""

@@ -10,7 +10,7 @@ import torch
 from bench.cases import CASES, flat, pack
 
 
-class Case(NamedTuple):
+class Call(NamedTuple):
     op: str
     tensors: dict[str, torch.Tensor]
     call: Callable  # call(tensors, impl) -> tuple of outputs
@@ -30,7 +30,7 @@ def outputs(x) -> tuple[torch.Tensor, ...]:
     return tuple(flat(x))
 
 
-def pick_rows(case: Case, rows: list[int]) -> dict[str, torch.Tensor]:
+def pick_rows(case: Call, rows: list[int]) -> dict[str, torch.Tensor]:
     """The case's tensors with only these rows, in this order."""
     if "cu_seqlens" not in case.tensors:
         return {k: x[rows] if x.dim() else x for k, x in case.tensors.items()}
@@ -44,17 +44,17 @@ def fit(name: str, impl: str, length: int) -> int:
     return min(length, 4) if impl == "triton" and REGISTERED[name].vocabulary else length
 
 
-def make(name: str, dtype=torch.float32, batch=4, length=None, seed=0) -> Case:
+def make(name: str, dtype=torch.float32, batch=4, length=None, seed=0) -> Call:
     case, g = REGISTERED[name], torch.Generator().manual_seed(seed)
     if length is None:
         length = 9 if case.vocabulary else 33
     run = case.run
     tensors = case.inputs(g, dtype, batch, length)
-    return Case(case.op, tensors, lambda t, impl: outputs(run(impl, **t)), case.leaf)
+    return Call(case.op, tensors, lambda t, impl: outputs(run(impl, **t)), case.leaf)
 
 
-def run(case: Case, impl: str, tensors=None) -> tuple[torch.Tensor, ...]:
-    """Outputs detached, and the gradient last if there is one: upstream ones of different sizes."""
+def run(case: Call, impl: str, tensors=None) -> tuple[torch.Tensor, ...]:
+    """Outputs detached, and the gradient last if there is one; the incoming gradients are of different sizes."""
     tensors = dict(case.tensors if tensors is None else tensors)
     if case.leaf is None:
         return case.call(tensors, impl)

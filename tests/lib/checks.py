@@ -5,9 +5,18 @@ from __future__ import annotations
 import numpy as np
 import torch
 
+from bench import oracle
 from ppo_kernels import token_logprobs
-from tests.lib import oracle
-from tests.lib.helpers import NAN, assert_close_to_oracle, eager_entropy, eager_logprobs, out_dtype
+from tests.lib.helpers import (
+    NAN,
+    assert_close_to_oracle,
+    bit_equal,
+    eager_entropy,
+    eager_logprobs,
+    grad_of,
+    out_dtype,
+    strided,
+)
 
 CEILINGS = {
     ("logp", torch.float32): 5e-6,
@@ -25,7 +34,7 @@ def logits_and_labels(rows, vocab, dtype=torch.float32, scale=4.0, shift=0.0, se
 
 
 def check_token_logprobs(impl, logits, labels, temperature=1.0, entropy=True, eager=True, **options):
-    """Forward and backward against the oracle, with random upstream gradients."""
+    """Forward and backward against the oracle, with random incoming gradients."""
     leaf = logits.detach().clone(memory_format=torch.preserve_format).requires_grad_()
     logp, h = token_logprobs(leaf, labels, temperature=temperature, entropy=entropy, impl=impl, **options)
     dtype = out_dtype(logits.dtype)
@@ -77,3 +86,17 @@ def pairs_of_responses(batch, length, dtype=torch.float32, seed=0, spread=0.3):
     logp = old + torch.randn(batch, length, generator=g) * step
     ref = old + torch.randn(batch, length, generator=g) * 3 * step
     return [x.to(dtype) for x in (logp, old, ref, torch.randn(batch, generator=g))]
+
+
+def check_views(loss, tensors, mask, impl, pad):
+    """A loss of token tensors, differentiated in the first, has the same bits for views of them."""
+    first, *others = tensors
+    wide = torch.ones(len(mask), mask.size(1) + pad, dtype=torch.bool)
+    wide[:, : mask.size(1)] = mask
+    (value, _), grad = grad_of(lambda x: loss(x, *others, mask, impl=impl), first)
+    for view in (lambda x: strided(x, pad), lambda x: x.t().contiguous().t()):
+        leaf = view(first).requires_grad_()
+        again, _ = loss(leaf, *map(view, others), wide[:, : mask.size(1)], impl=impl)
+        again.backward()
+        assert bit_equal(again, value)
+        assert bit_equal(leaf.grad, grad)

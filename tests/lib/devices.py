@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from ppo_kernels import _native, backends
+from ppo_kernels._schemas import SCHEMAS
 
 #: Compile the CUDA kernels for the host and test them too.
 HOST_CUDA = os.environ.get("PPO_KERNELS_HOST_CUDA") == "1" and not torch.cuda.is_available()
@@ -35,14 +36,22 @@ def serve_cuda_from_host() -> None:
     from tests.lib import host_cuda
 
     path = host_cuda.build()
-    _native.count_cuda_calls(_native.open_op_library(path))
+    _native.open_cuda_library(path)
     ops = getattr(torch.ops, host_cuda.NAMESPACE)
-    backends.serve("cuda", "cpu", lambda op: _float32_only("cuda", getattr(ops, op.name).default))
+    _serve("cuda", lambda op: _float32_only("cuda", getattr(ops, op.name).default))
 
 
 def serve_from_gpu(impl: str) -> None:
     """Make ``impl`` ("cuda" or "triton") serve CPU tensors with its kernels on the GPU."""
-    backends.serve(impl, "cpu", lambda op: _float32_only(impl, _through_gpu(op.kernel(impl))))
+    _serve(impl, lambda op: _float32_only(impl, _through_gpu(op.kernel(impl))))
+
+
+def _serve(impl: str, kernel_of) -> None:
+    """Let ``impl`` serve CPU tensors by the callable that ``kernel_of`` makes of each op."""
+    for op in map(backends.op, SCHEMAS):
+        op.kernels[impl] = kernel_of(op)
+        if impl not in op.available["cpu"]:
+            op.available["cpu"] += (impl,)
 
 
 def _float32_only(impl: str, kernel):

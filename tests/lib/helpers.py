@@ -96,12 +96,12 @@ def cu(lengths: list[int], dtype: torch.dtype = torch.int32) -> torch.Tensor:
     return torch.tensor([0, *np.cumsum(lengths).tolist()], dtype=dtype)
 
 
-def grad_of(fn, x: torch.Tensor, upstream=None) -> tuple:
+def grad_of(fn, x: torch.Tensor, grad_output=None) -> tuple:
     """``fn(leaf)`` detached, and the gradient of it (or of its first element) at the leaf."""
     leaf = x.detach().requires_grad_()  # not a copy: that would lose the strides
     out = fn(leaf)
     first = out[0] if isinstance(out, tuple) else out
-    first.backward(upstream)
+    first.backward(grad_output)
     return out, leaf.grad
 
 

@@ -61,8 +61,13 @@ def as_options(settings: dict) -> list[str]:
 
 def command(*arguments: str, launcher: tuple[str, ...] = (sys.executable, "-m"), **environment: str):
     """The trainer as a person starts it."""
+    return python(*launcher, "python_trainer", *arguments, **environment)
+
+
+def python(*command: str, **environment: str):
+    """Any command, which finds the trainer of this checkout."""
     return subprocess.run(
-        [*launcher, "python_trainer", *arguments],
+        command,
         env=os.environ
         | {
             "PYTHONPATH": str(ROOT),

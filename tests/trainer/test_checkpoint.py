@@ -13,10 +13,11 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from python_trainer import atomic, checkpoint, zero_state
+from python_trainer import atomic, checkpoint, frontier, zero_state
 from python_trainer.config import PPOConfig, UserError
 from python_trainer.logging import read
 from python_trainer.ppo import Trainer
+from python_trainer.settings import load
 from tests.lib.trainer import TINY, metric_rows
 
 FOUR = {"total_steps": 4, "num_ppo_epochs": 2, "num_mini_batches": 2, "save_steps": 2}
@@ -89,7 +90,7 @@ def test_resuming_into_another_runs_folder(original, finished, tiny):
     assert checkpoints(finished) == ["step-000002", "step-000004"]
     (finished / "train" / "checkpoints" / "step-000002").rename(finished / "train" / "checkpoints" / "step-000001")
     tiny(**FOUR, resume_from_checkpoint=source, overwrite_output_dir=True).train()
-    assert checkpoints(finished) == ["step-000004"]
+    assert checkpoints(finished) == ["step-000001", "step-000004"]  # the first is no checkpoint of step 1
     assert [row["step"] for row in metric_rows(finished)] == [3, 4]
 
 
@@ -109,6 +110,22 @@ def test_a_checkpoint_of_another_version_is_named_as_such(finished, tiny, writte
     commit(source)
     with pytest.raises(UserError, match="step-000004 was written by another version.*sft_model_path"):
         tiny(**FOUR, resume_from_checkpoint="latest")
+
+
+def test_a_renamed_setting_is_the_same(finished, tiny, tmp_path):
+    """In a checkpoint, in the settings of a frontier's run, and to a person who still writes the old name."""
+    source = finished / "train" / "checkpoints" / "step-000004"
+    state = (source / checkpoint.STATE).read_text()
+    (source / checkpoint.STATE).write_text(state.replace("weight_clip", "cliprange_ratio"))
+    commit(source)
+    assert tiny(**FOUR, resume_from_checkpoint="latest").done == 4
+    with pytest.raises(UserError, match=r"weight_clip \(was 10.0, is 20.0\)"):
+        tiny(**FOUR, resume_from_checkpoint="latest", weight_clip=20.0)
+    settings = finished / "train" / "config.yaml"
+    settings.write_text(settings.read_text().replace("weight_clip", "cliprange_ratio"))
+    assert frontier.is_done(finished, PPOConfig(**TINY | FOUR))
+    with pytest.raises(UserError, match="'cliprange_ratio' has a new name: 'weight_clip'"):
+        load("train", None, ["--cliprange_ratio=3"], PPOConfig)
 
 
 def commit(folder: Path) -> None:

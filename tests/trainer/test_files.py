@@ -1,17 +1,15 @@
 """What a run did not make is neither deleted nor written to, whatever its name, and stops no run."""
 
-import importlib
 import os
 import shutil
+import tempfile
 from pathlib import Path
 
 import pytest
-import yaml
 
 from python_trainer import atomic, checkpoint, files
 from python_trainer.config import PPOConfig, UserError
-from python_trainer.logging import Log
-from python_trainer.settings import save
+from python_trainer.models import undamaged
 from tests.lib.trainer import TINY
 
 
@@ -97,7 +95,7 @@ def test_strays_where_a_checkpoint_belongs_stay(train, tmp_path):
     (checkpoints / "step-000004").symlink_to(place / "step-000009")
     shutil.copytree(place / "step-000009", checkpoints / "step-000005")
     for number in (3, 4, 5):
-        target = checkpoint._free_place(checkpoints, f"step-00000{number}")
+        target = checkpoint.free_place(checkpoints, f"step-00000{number}")
         assert target.parent == train / "checkpoints-2"
         commit(target)
     assert (checkpoints / "step-000003").read_text() == "notes"
@@ -107,7 +105,9 @@ def test_strays_where_a_checkpoint_belongs_stay(train, tmp_path):
     assert checkpoint.find("latest", checkpoints) == train / "checkpoints-2" / "step-000005"
     assert checkpoint.belongs(train / "checkpoints-2" / "step-000005", checkpoints)
     start(train, done=3)
-    assert names(train / "checkpoints-2") == ["step-000003"]
+    assert names(train / "checkpoints-2") == [checkpoint.PLACE, "step-000003"]
+    start(train, overwrite=True)
+    assert not (train / "checkpoints-2").exists()
 
 
 @pytest.mark.parametrize("overwrite", [False, True])
@@ -121,7 +121,7 @@ def test_checkpoints_behind_a_link_are_read_and_stay(train, tmp_path, overwrite)
         start(train, overwrite=overwrite, done=1)
         assert names(elsewhere) == ["step-000001", "step-000002"]
     assert checkpoints.is_symlink()
-    assert checkpoint._free_place(checkpoints, "step-000003") == train / "checkpoints-2" / "step-000003"
+    assert checkpoint.free_place(checkpoints, "step-000003") == train / "checkpoints-2" / "step-000003"
 
 
 @pytest.mark.parametrize("kind", ["link", "file", "folder"])
@@ -150,6 +150,7 @@ def test_a_file_added_to_a_folder_of_the_run_outlives_it(train, tmp_path):
     (train / "model" / "notes.txt").write_text("mine")
     (train / "checkpoints" / "step-000002" / "more").symlink_to(place)
     start(train, overwrite=True)
+    assert (train / "model.kept-1").exists()
     assert names(train / "model.kept-1") == ["manifest.json", "notes.txt"]
     assert (train / "checkpoints" / "step-000002.kept-1" / "more").is_symlink()
     assert untouched(place)
@@ -172,72 +173,212 @@ def test_a_manifest_names_nothing_outside(train, tmp_path):
         (train / "checkpoints" / "step-000002.kept-1").rename(step)
 
 
-@pytest.mark.parametrize("content", ["{}", "not JSON", '{"files": {}}'])
-def test_a_folder_with_a_damaged_manifest_is_kept(train, content):
+@pytest.mark.parametrize(
+    "content",
+    ["{}", "not JSON", '{"files": {}}', '{"files": ["weights"]}', '{"files": {"weights": {"bytes": 23, "sha256": 1}}}'],
+)
+def test_a_folder_with_another_manifest_stays(train, content, capfd):
     step = train / "checkpoints" / "step-000002"
     (step / atomic.MANIFEST).write_text(content)
     start(train, done=1)
-    assert names(train / "checkpoints") == ["step-000001", "step-000002.kept-1"]
+    assert names(step) == [atomic.MANIFEST, "weights"]
+    assert f"{step} (a folder)" in capfd.readouterr().err
+    assert checkpoint.free_place(train / "checkpoints", "step-000002").parent == train / "checkpoints-2"
 
 
-@pytest.mark.parametrize("kind", ["link", "dangling", "pipe", "folder"])
-@pytest.mark.parametrize("name", [".lock", "config.yaml", "metrics.jsonl"])
-def test_files_of_a_run_are_not_written_through_what_stands_there(tmp_path, kind, name):
-    train, victim = tmp_path / "train", tmp_path / "victim"
-    train.mkdir()
-    victim.write_text("precious")
-    if kind == "pipe":
-        os.mkfifo(train / name)
-    elif kind == "folder":
-        (train / name).mkdir()
-    else:
-        (train / name).symlink_to(victim if kind == "link" else tmp_path / "nowhere")
-    config = PPOConfig(**TINY | {"output_dir": str(tmp_path)})
-    with checkpoint.lock_run_dir(train, overwrite=False):
-        save(config, train)
-        log = Log(train, config, 1)
-        log.record(0, {"x": 1.0})
-        log.close()
-    assert victim.read_text() == "precious"
-    assert not (tmp_path / "nowhere").exists()
-    assert yaml.safe_load((train / "config.yaml").read_text())["output_dir"] == str(tmp_path)
-    assert (train / "metrics.jsonl").read_text() == '{"step": 0, "x": 1.0}\n'
-    assert os.path.lexists(train / f"{name}.kept-1")
-    assert not (train / ".lock").is_symlink()
+def test_a_model_folder_with_a_manifest_of_somebody_stays(train):
+    model = train / "model"
+    (model / "data.bin").write_text("precious")
+    (model / atomic.MANIFEST).write_text('{"files": ["data.bin"]}')
+    start(train, overwrite=True)
+    assert (model / "data.bin").exists()
+    commit(model)
+    assert (train / "model.kept-1" / "data.bin").read_text() == "precious"
+    assert (model / "weights").read_text() == "x"
 
 
-def test_a_lock_file_keeps_its_content(tmp_path):
-    """It may be another name of a file that is somebody's."""
-    (tmp_path / "victim").write_text("precious")
-    os.link(tmp_path / "victim", tmp_path / ".lock")
-    with files.locked(tmp_path / ".lock", wait=False) as first, files.locked(tmp_path / ".lock", wait=False) as second:
-        assert (first, second) == (True, False)
-    assert (tmp_path / "victim").read_text() == "precious"
+def test_a_listed_file_of_another_size_stays(train):
+    (train / "model" / "weights").write_text("mine, and longer than what the run wrote")
+    start(train, overwrite=True)
+    assert (train / "model.kept-1").exists()
+    assert names(train / "model.kept-1") == [atomic.MANIFEST, "weights"]
 
 
-def test_a_folder_of_results_that_is_a_link_is_refused(tmp_path):
-    place = outside(tmp_path)
-    (tmp_path / "train").symlink_to(place)
-    with pytest.raises(UserError, match="train is a link.*output_dir"):
-        start(tmp_path / "train")
-    assert untouched(place)
-    assert not (place / ".lock").exists()
+def test_a_link_to_a_folder_of_a_run_is_none(train, tmp_path):
+    commit(tmp_path / "elsewhere")
+    (train / "ema").symlink_to(tmp_path / "elsewhere")
+    start(train, overwrite=True)
+    assert (train / "ema").is_symlink()
 
 
-def test_the_guard_of_a_build_behind_a_link_stays(tmp_path, monkeypatch):
-    from python_trainer import deepspeed_engine
+@pytest.mark.parametrize("copy", ["checkpoints-20261128", "checkpoints-2", "checkpoints-3"])
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_backup_of_the_checkpoints_stays(train, copy, overwrite):
+    """Whether it is one of `checkpoints` or of a folder beside it; neither do its steps count."""
+    checkpoints, place = train / "checkpoints", outside(train.parent)
+    (checkpoints / "step-000003").symlink_to(place)
+    source = checkpoints
+    if copy == "checkpoints-3":
+        commit(checkpoint.free_place(checkpoints, "step-000003"))
+        source = train / "checkpoints-2"
+    shutil.copytree(source, train / copy, symlinks=True)
+    if copy != "checkpoints-3":
+        commit(train / copy / "step-000009")
+    before = sorted(train.glob(f"{copy}/**/*"))
+    newest = "step-000003" if copy == "checkpoints-3" else "step-000002"
+    assert before
+    assert checkpoint.find("latest", checkpoints).name == newest
+    assert not checkpoint.belongs(train / copy / newest, checkpoints)
+    config = PPOConfig(**TINY | {"output_dir": str(train.parent), "save_total_limit": 1})
+    checkpoint.save(checkpoints, 4, {}, config, {})
+    start(train, overwrite=overwrite, done=1)
+    assert sorted(train.glob(f"{copy}/**/*")) == before
+    target = checkpoint.free_place(checkpoints, "step-000003")
+    assert target.parent != train / copy
 
-    monkeypatch.setenv("PPO_KERNELS_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", "")  # so that what the function sets is taken back
-    monkeypatch.delenv("TORCH_EXTENSIONS_DIR")
-    monkeypatch.setattr(importlib.import_module("deepspeed.comm.torch"), "build_shm_op", lambda: None)
-    deepspeed_engine._compile_cpu_communication()
-    (folder,) = (tmp_path / "cache" / "torch_extensions").iterdir()
-    for place in (tmp_path / "outside", folder / "op"):
-        place.mkdir()
-        (place / "lock").write_text("")
-    (folder / "linked").symlink_to(tmp_path / "outside")
-    monkeypatch.delenv("TORCH_EXTENSIONS_DIR")
-    deepspeed_engine._compile_cpu_communication()
-    assert (tmp_path / "outside" / "lock").exists()
-    assert not (folder / "op" / "lock").exists()
+
+def test_a_copy_under_another_number_is_no_checkpoint(train, capfd):
+    config, checkpoints = PPOConfig(**TINY | {"output_dir": str(train.parent)}), train / "checkpoints"
+    checkpoint.save(checkpoints, 4, {}, config, {})
+    shutil.copytree(checkpoints / "step-000004", checkpoints / "step-200004")
+    assert checkpoint.find("latest", checkpoints).name == "step-000004"
+    start(train, done=4)
+    assert str(checkpoints / "step-200004") in capfd.readouterr().err
+    start(train, overwrite=True)
+    assert names(checkpoints) == ["step-200004"]
+    assert checkpoint.free_place(checkpoints, "step-200004").parent == train / "checkpoints-2"
+
+
+def test_an_earlier_run_is_refused_whatever_is_left_of_it(train, tmp_path):
+    """A record that was moved and linked is one too."""
+    (train / "metrics.jsonl").rename(tmp_path / "record")
+    (train / "metrics.jsonl").symlink_to(tmp_path / "record")
+    refused(train)
+    (train / "model").rename(tmp_path / "model")
+    shutil.move(train / "checkpoints", tmp_path / "checkpoints")
+    refused(train)
+    (train / "metrics.jsonl").unlink()
+    start(train, done=0)
+    for name in ("model", "checkpoints"):
+        shutil.move(tmp_path / name, train / name)
+        refused(train)
+        shutil.move(train / name, tmp_path / name)
+    (train / "checkpoints").symlink_to(tmp_path / "checkpoints")
+    refused(train)
+
+
+def refused(train: Path) -> None:
+    with pytest.raises(UserError, match="holds an earlier run"):
+        start(train, done=0)
+
+
+@pytest.mark.parametrize("name", [atomic.MANIFEST, checkpoint.STATE])
+def test_a_pipe_in_a_checkpoint_is_not_waited_for(train, name):
+    step = train / "checkpoints" / "step-000002"
+    (step / name).unlink(missing_ok=True)
+    os.mkfifo(step / name)
+    start(train, done=1)
+    with pytest.raises(UserError, match="is not complete"):
+        atomic.verify(step if step.exists() else step.with_name("step-000002.kept-1") / "none")
+    os.mkfifo(train / "pipe")
+    undamaged(train)
+
+
+def as_nobody(work) -> str:
+    """What it says, in a process that may read what everybody may."""
+    if os.getuid():
+        return str(work())
+    reader, writer = os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            os.setgid(65534)
+            os.setuid(65534)
+            answer = str(work())
+        except BaseException as error:
+            answer = repr(error)
+        os.write(writer, answer.encode())
+        os._exit(0)
+    os.close(writer)
+    os.waitpid(child, 0)
+    with os.fdopen(reader) as file:
+        return file.read()
+
+
+@pytest.fixture
+def open_folder():
+    """One that every user may enter."""
+    with tempfile.TemporaryDirectory() as name:
+        Path(name).chmod(0o777)
+        yield Path(name)
+
+
+def test_strays_that_cannot_be_read_block_no_start_and_end_no_run(open_folder):
+    train = open_folder / "train"
+
+    def work() -> list[str]:
+        for name in ("checkpoints/step-000001", "checkpoints/step-000002"):
+            commit(train / name)
+        for stray in (train / ".tmp-model-01234567", train / "checkpoints" / "step-000003"):
+            stray.mkdir()
+            (stray / "data").write_text("")
+            stray.chmod(0)
+        config = PPOConfig(**TINY | {"output_dir": str(open_folder), "save_total_limit": 1})
+        try:
+            start(train)
+            checkpoint.save(train / "checkpoints", 4, {}, config, {})
+            return [path.name for path in checkpoint._steps(train / "checkpoints")]
+        finally:
+            for stray in (train / ".tmp-model-01234567", train / "checkpoints" / "step-000003"):
+                stray.chmod(0o700)
+
+    assert as_nobody(work) == "['step-000004']"
+
+
+def test_a_checkpoint_that_cannot_be_removed_stays_and_is_named_once(open_folder, capfd):
+    train = open_folder / "train"
+
+    def work() -> list[str]:
+        step = train / "checkpoints" / "step-000001"
+        commit(step)
+        step.chmod(0o555)
+        try:
+            for _ in range(2):
+                atomic.discard(step)
+            start(train, overwrite=True)
+            return names(train / "checkpoints")
+        finally:
+            step.chmod(0o755)
+
+    assert as_nobody(work) == "['step-000001']"
+    (line,) = [line for line in capfd.readouterr().err.splitlines() if "could not be removed" in line]
+    assert "step-000001 could not be removed (Permission denied)" in line
+
+
+def test_a_crash_at_the_end_of_a_removal_leaves_nothing(train):
+    work = train / ".tmp-model-01234567"
+    atomic.begin(work)
+    (work / atomic.OLD).mkdir()
+    start(train)
+    assert not list(train.glob("*.kept-*"))
+    assert not work.exists()
+
+
+def test_what_the_disk_refuses_at_the_start_is_one_line(train, monkeypatch):
+    def fails(*_, **__):
+        raise PermissionError(13, "Permission denied", "somewhere")
+
+    for place, name in ((files, "locked"), (checkpoint, "_sweep")):
+        with monkeypatch.context() as patch:
+            patch.setattr(place, name, fails)
+            with pytest.raises(UserError, match="somewhere: Permission denied; .*output_dir"):
+                start(train)
+
+
+def test_a_stump_of_an_earlier_version_is_named_as_such(train, capfd):
+    (train / ".tmp-old-model").mkdir()
+    (train / ".tmp-old-model" / "weights").write_text("the only copy")
+    start(train, overwrite=True)
+    line = capfd.readouterr().err
+    assert "earlier version: where model is missing beside it, rename it to model" in line
+    assert (train / ".tmp-old-model" / "weights").exists()

@@ -4,9 +4,12 @@ import math
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
+from python_trainer import checkpoint
 from python_trainer.config import SftConfig, UserError
-from python_trainer.deepspeed_engine import step_together
+from python_trainer.deepspeed_engine import all_finite, init_distributed, step_together, weights_here
+from python_trainer.models import save_model
 from python_trainer.sft import sft
 from tests.lib.trainer import TINY
 
@@ -92,3 +95,53 @@ def test_imitation_saves_no_such_model_either(tmp_path, ratings):
     with pytest.raises(UserError, match="weights of the model are not finite"):
         sft(config)
     assert not (tmp_path / "sft" / "model").exists()
+
+
+def test_the_average_is_checked_too(tiny, tmp_path):
+    trainer = tiny(ema_decay=0.9, total_steps=1, save_steps=1)
+    next(iter(trainer.ema.average.values())).view(-1)[0] = float("nan")
+    with pytest.raises(UserError, match="the ema's weights are not finite"):
+        trainer.save_checkpoint(trainer.folder / "checkpoints")
+    trainer.config.save_steps = 0
+    with pytest.raises(UserError, match="weights are not finite, and no model is saved in .*train"):
+        trainer.train()
+    assert not (tmp_path / "run" / "train" / "ema").exists()
+    assert not list((tmp_path / "run" / "train").glob("checkpoints/*"))
+
+
+@pytest.mark.parametrize("owner", ["actor", "ema"])
+def test_a_checkpoint_with_such_weights_is_refused(tiny, tmp_path, monkeypatch, owner):
+    trainer = tiny(ema_decay=0.9, total_steps=1, save_steps=1)
+    values = trainer._average()[0].values if owner == "ema" else next(trainer.actor.module.parameters())
+    with monkeypatch.context() as patch, torch.no_grad():
+        patch.setattr(checkpoint, "all_finite", lambda _: True)
+        values.view(-1)[-1] = float("inf")
+        trainer.done = 1
+        trainer.save_checkpoint(trainer.folder / "checkpoints")
+    with pytest.raises(UserError, match=f"step-000001 holds weights of the {owner} that are not finite"):
+        tiny(ema_decay=0.9, total_steps=1, resume_from_checkpoint="latest")
+    assert not (tmp_path / "run" / "train" / "model").exists()
+
+
+def test_a_model_that_starts_so_is_refused(tiny, tmp_path):
+    trainer = tiny()
+    save_model(trainer.actor.module, trainer.tokenizer, tmp_path / "start")
+    weights = load_file(tmp_path / "start" / "model.safetensors")
+    weights["transformer.wpe.weight"][-1, -1] = float("nan")
+    save_file(weights, tmp_path / "start" / "model.safetensors", {"format": "pt"})
+    with pytest.raises(UserError, match="start: the weights transformer.wpe.weight are not finite"):
+        tiny(sft_model_path=str(tmp_path / "start"))
+
+
+def test_the_padding_of_a_part_may_be_anything():
+    """At ZeRO 3 the parts are equal, and what the last has too much is never filled."""
+    parameter = torch.nn.Parameter(torch.empty(0))
+    parameter.ds_id, parameter.ds_numel = 0, 3
+    parameter.ds_process_group = None
+    parameter.ds_tensor = torch.tensor([1.0, 2.0, 3.0, float("nan")])
+    module = torch.nn.Module()
+    module.weight = parameter
+    init_distributed(0, 60)
+    assert all_finite(weights_here(module))
+    parameter.ds_tensor[1] = float("nan")
+    assert not all_finite(weights_here(module))

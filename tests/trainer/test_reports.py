@@ -9,7 +9,7 @@ import types
 import pytest
 
 from python_trainer import config as settings_of
-from python_trainer.config import PPOConfig
+from python_trainer.config import PPOConfig, UserError
 from tests.lib.trainer import ROOT, TINY, metric_rows
 
 PACKAGE = ROOT / "python_trainer"
@@ -66,6 +66,11 @@ def test_wandb(tiny, tmp_path, monkeypatch):
     package.__spec__ = importlib.util.spec_from_loader("wandb", None)
     package.init = lambda **settings: began.append(settings) or Run()
     monkeypatch.setitem(sys.modules, "wandb", package)
+    for name in ("WANDB_API_KEY", "WANDB_MODE"):
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(UserError, match="report_to wandb: not logged in.*WANDB_MODE"):
+        tiny(report_to="wandb", output_dir=str(tmp_path / "refused")).train()
+    monkeypatch.setenv("WANDB_MODE", "offline")
     tiny(report_to="wandb", total_steps=2, save_steps=1).train()
     tiny(report_to="wandb", total_steps=2, resume_from_checkpoint=str(last(tmp_path, 1))).train()
     assert logged == [0, 1, 2, 2]

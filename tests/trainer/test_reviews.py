@@ -18,8 +18,8 @@ def test_gates_of_the_demo(gain, kl):
         refuse_failure(before, after)
 
 
-def test_demo_without_a_judge_is_refused_before_training(tmp_path):
-    with pytest.raises(UserError, match="independent judge; task exact has none"):
+def test_demo_without_gold_scores_is_refused_before_training(tmp_path):
+    with pytest.raises(UserError, match=r"independent score .*; task exact has none"):
         demo("exact_cpu.yaml", [f"--output_dir={tmp_path / 'run'}"])
     assert list(tmp_path.iterdir()) == []
 

@@ -14,7 +14,7 @@ IMPLS = ["auto", "cuda", "triton"]
 GIGABYTE = 2**30
 
 
-def on_device(name: str, device="cuda", seed: int = 0) -> cases.Case:
+def on_device(name: str, device="cuda", seed: int = 0) -> cases.Call:
     case = cases.make(name, batch=8, length=65, seed=seed)
     return case._replace(tensors={k: x.to(device) for k, x in case.tensors.items()})
 
@@ -65,8 +65,8 @@ def test_a_captured_graph_replays_with_new_values(name, impl):
     with torch.cuda.graph(graph):
         got = case.call(static, impl)
         if case.leaf:
-            upstream = [torch.full_like(x, 1.0 + i) for i, x in enumerate(got) if x.requires_grad]
-            got = (*got, *torch.autograd.grad(got[: len(upstream)], static[case.leaf], upstream))
+            grad_output = [torch.full_like(x, 1.0 + i) for i, x in enumerate(got) if x.requires_grad]
+            got = (*got, *torch.autograd.grad(got[: len(grad_output)], static[case.leaf], grad_output))
     for source in (other, case._replace(tensors={k: x.clone() for k, x in case.tensors.items()})):
         want = run(source, impl)
         with torch.no_grad():

@@ -1,20 +1,27 @@
 """What needs no oracle: changes of a batch that must not change its results, or that change them in a known way."""
 
+import inspect
+
 import pytest
 import torch
 
 import ppo_kernels as pk
 from tests.lib import cases
-from tests.lib.cases import ROWWISE, run
+from tests.lib.cases import REGISTERED, ROWWISE, run
 from tests.lib.devices import IMPLEMENTATIONS
 from tests.lib.helpers import INF, MASKED_STEPS, NAN, bit_equal, cu, grad_of, holey_mask, pack, unpack
 
 #: The ops whose rows do not know of each other, and the losses, whose gradients do not once the normalizer is given.
 BY_ROW = [name for name in ROWWISE if "packed" not in name]
-PADDED = ["kl_rewards", "gae", "policy_loss", "value_loss"]
+#: The ops that take padded tokens and packed ones.
+PADDED = [
+    name
+    for name, case in REGISTERED.items()
+    if not case.packed and "cu_seqlens" in inspect.signature(getattr(pk, case.op)).parameters
+]
 
 
-def batch_of(name: str) -> cases.Case:
+def batch_of(name: str) -> cases.Call:
     """Fewer tokens where each of them is a row of logits, because an interpreter has to walk it."""
     return cases.make(name, batch=6, length=7 if name.startswith("token_logprobs") else 40)
 
@@ -46,14 +53,14 @@ def test_batches_may_be_concatenated(require_impl, impl, name):
 @pytest.mark.parametrize("name", PADDED)
 @pytest.mark.parametrize("extra", [1, 90, 1100])
 def test_time_may_be_padded(require_impl, impl, name, extra):
-    case = cases.make(name, batch=5, length=37)
+    case = cases.make(name, batch=6, length=37)
     impl, lead = require_impl(case.op, impl), case.tensors["mask"].shape
     junk = torch.tensor([NAN, INF, -INF, 1e30])
 
     def wider(x):
         if tuple(x.shape) != tuple(lead):
             return x
-        tail = torch.zeros(5, extra, dtype=x.dtype) if x.dtype == torch.bool else junk.repeat(5, extra)[:, :extra]
+        tail = torch.zeros(6, extra, dtype=x.dtype) if x.dtype == torch.bool else junk.repeat(6, extra)[:, :extra]
         return torch.cat([x, tail], 1)
 
     narrow = rowwise(case, impl, case.tensors)
@@ -69,13 +76,13 @@ def test_time_may_be_padded(require_impl, impl, name, extra):
 @pytest.mark.parametrize("name", PADDED)
 def test_packed_is_padded(require_impl, impl, name):
     """Token by token the same bits; sums over the batch may be grouped in another way."""
-    lengths = [37, 0, 1, 20, 32]
-    case = cases.make(name, batch=5, length=37)
+    lengths = [37, 0, 1, 20, 32, 5]
+    case = cases.make(name, batch=6, length=37)
     impl, inside = require_impl(case.op, impl), torch.arange(37) < torch.tensor(lengths)[:, None]
     padded = dict(case.tensors)
     padded["mask"] = padded["mask"] & inside
     if "score_index" in padded:
-        padded["score_index"] = torch.tensor([36, -1, 0, 19, 5])
+        padded["score_index"] = torch.tensor([36, -1, 0, 19, 5, 4])
     packed = {k: pack(x, lengths) if x.shape == inside.shape else x for k, x in padded.items()}
     packed["cu_seqlens"] = cu(lengths)
     one, other = rowwise(case, impl, padded), rowwise(case, impl, packed)

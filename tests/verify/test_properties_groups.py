@@ -6,8 +6,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from bench import oracle
 from ppo_kernels import group_advantages, p3o_loss
-from tests.lib import oracle
 from tests.lib.devices import IMPLEMENTATIONS
 from tests.lib.helpers import NAN, assert_close_to_oracle, grad_of, out_dtype
 from tests.lib.strategies import DTYPES, batches, poisoned, poisons
@@ -51,10 +51,10 @@ def p3o_calls(draw):
 @EXAMPLES
 @given(call=p3o_calls())
 def test_any_p3o_loss_matches_the_oracle(require_impl, impl, call):
-    batch, tensors, options, upstream = call
+    batch, tensors, options, grad_output = call
     impl, logp = require_impl("p3o_loss", impl), tensors["logprobs"]
     others = [x for name, x in tensors.items() if name != "logprobs"]
-    (loss, stats), grad = grad_of(lambda x: p3o_loss(x, *others, batch.mask, impl=impl, **options), logp, upstream)
+    (loss, stats), grad = grad_of(lambda x: p3o_loss(x, *others, batch.mask, impl=impl, **options), logp, grad_output)
     want, want_stats, want_grad = oracle.p3o_loss(**tensors, mask=batch.mask, **options)
 
     # All is float64 inside, so that what counts is one rounding of the result; sums over rows and pairs may cancel.
@@ -75,7 +75,7 @@ def test_any_p3o_loss_matches_the_oracle(require_impl, impl, call):
         close(got, sizes[name], name)
     kind = torch.finfo(grad.dtype)
     least = max(kind.smallest_normal * kind.eps, torch.finfo(torch.float32).smallest_normal)
-    factor = 1.0 if upstream is None else float(upstream)
+    factor = 1.0 if grad_output is None else float(grad_output)
     close(grad, want_grad * factor, "gradient", kind.eps if grad.dtype.itemsize == 2 else 0.0, least)
     assert not grad[~batch.valid].any()
 
@@ -92,6 +92,18 @@ def groups(draw):
     return scores, ids, {"mode": mode, "eps": draw(st.sampled_from([None, 1e-6, 0.5]))}
 
 
+def divisors(scores, ids, mode, eps):
+    """What each difference of scores is divided by: the smaller it is, the more the difference's rounding shows."""
+    groups = [ids == one for one in ids]
+    if mode == "grpo":
+        deviation = [scores[group].std(ddof=1) if group.sum() > 1 else 0.0 for group in groups]
+        return np.asarray(deviation) + (1e-4 if eps is None else eps)
+    if mode == "reinforce++_baseline" and len(scores) > 1:
+        centred = scores - [scores[group].mean() for group in groups]
+        return np.sqrt(centred.var(ddof=1) + (1e-8 if eps is None else eps))
+    return np.ones(len(scores))
+
+
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 @EXAMPLES
 @given(call=groups())
@@ -101,7 +113,5 @@ def test_any_groups_match_the_oracle(require_impl, impl, call):
     want = oracle.group_advantages(scores, ids, **options)
     size = max(np.abs(want).max(initial=0.0), 1e-30)
     spread = float(scores.double().abs().max()) if len(scores) else 0.0
-    # These divide differences that were rounded by their deviation, whatever its size.
-    divided = options["mode"] in ("grpo", "reinforce++_baseline") and size > 0
-    noise = spread / (1e-4 if divided else 1.0)
+    noise = spread / divisors(scores.double().numpy(), ids.numpy(), **options)
     assert_close_to_oracle(got, want, ceiling=1.0, scale=4 * torch.finfo(got.dtype).eps * size + 1e-15 * noise)

@@ -6,8 +6,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from bench import oracle
 from ppo_kernels import token_logprobs
-from tests.lib import oracle
 from tests.lib.devices import IMPLEMENTATIONS
 from tests.lib.helpers import INF, MASK_DTYPES, NAN, assert_close_to_oracle, magnitude, out_dtype, strided
 
@@ -17,7 +17,7 @@ BAD_LABELS = (-1, -101, 2**31, 2**40, "V")
 VOCABULARIES = st.sampled_from([129, 1, 2, 3, 4, 5, 7, 8, 127, 128, 1009, 1023, 1025, 2047, 2048, 2049, 4095, 4097])
 
 
-def upstream(rows: int, form: str, dtype: torch.dtype, g: torch.Generator) -> torch.Tensor:
+def grad_output(rows: int, form: str, dtype: torch.dtype, g: torch.Generator) -> torch.Tensor:
     """A gradient that comes from above, in a layout that autograd may hand down."""
     if form == "expanded":
         return torch.randn((), generator=g, dtype=dtype).expand(rows)
@@ -29,7 +29,7 @@ def upstream(rows: int, form: str, dtype: torch.dtype, g: torch.Generator) -> to
 
 @st.composite
 def batches(draw):
-    """``(logits, labels, options, entropy, upstream gradients)``."""
+    """``(logits, labels, options, entropy, incoming gradients)``."""
     g = torch.Generator().manual_seed(draw(st.integers(0, 2**20)))
     rows, vocab, dtype = draw(st.sampled_from([3, 1, 2, 4, 5, 0])), draw(VOCABULARIES), draw(st.sampled_from(DTYPES))
     scale, shift = draw(st.sampled_from([1.0, 0.0, 1e-3, 30.0, 1e4])), draw(st.sampled_from([0.0, 1e4, -1e4]))
@@ -66,7 +66,7 @@ def batches(draw):
         logits = torch.where(valid[:, None], logits, NAN)
         options["mask"] = valid.to(draw(st.sampled_from(MASK_DTYPES)))
     forms = st.sampled_from(["plain", "expanded", "sliced", "partly zero"])
-    above = [upstream(rows, draw(forms), out_dtype(dtype), g) for _ in range(2)]
+    above = [grad_output(rows, draw(forms), out_dtype(dtype), g) for _ in range(2)]
     view = strided(logits, draw(st.integers(0, 7)), draw(st.integers(0, 7)))
     return view, labels, options, draw(st.sampled_from([True, True, "detached", False])), above
 

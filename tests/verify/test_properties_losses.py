@@ -6,15 +6,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from bench import oracle
 from ppo_kernels import policy_loss, value_loss
-from tests.lib import oracle
 from tests.lib.devices import IMPLEMENTATIONS
 from tests.lib.helpers import ESTIMATORS, assert_close_to_oracle, grad_of, magnitude
 from tests.lib.strategies import SCALES, batches, poisoned, poisons
 
 EXAMPLES = settings(max_examples=200, deadline=None, derandomize=True)
 NORMALIZERS = st.sampled_from([None, 4.0, torch.tensor(7), torch.tensor([2.5]), 0.0])
-UPSTREAM = st.sampled_from([None, torch.tensor(-2.5), torch.ones(()).expand(()), torch.tensor([3.0, 0.0])[1]])
+GRAD_OUTPUTS = st.sampled_from([None, torch.tensor(-2.5), torch.ones(()).expand(()), torch.tensor([3.0, 0.0])[1]])
 
 
 def double(x) -> np.ndarray:
@@ -76,7 +76,7 @@ def policy_calls(draw):
             tensors[name] = rows if draw(st.booleans()) else rows[:, None]
     if draw(st.booleans()):
         options["row_weight"] = batch.normal(rows=True).abs()
-    return batch, tensors, options, spots, draw(UPSTREAM)
+    return batch, tensors, options, spots, draw(GRAD_OUTPUTS)
 
 
 def sizes_of_policy(tensors, mask, options):
@@ -106,11 +106,11 @@ def sizes_of_policy(tensors, mask, options):
 @EXAMPLES
 @given(call=policy_calls())
 def test_any_policy_loss_matches_the_oracle(require_impl, impl, call):
-    batch, tensors, options, spots, upstream = call
+    batch, tensors, options, spots, grad_output = call
     impl, logp = require_impl("policy_loss", impl), tensors["logprobs"]
     others = {k: x for k, x in tensors.items() if k != "logprobs"}
     (loss, stats), grad = grad_of(
-        lambda x: policy_loss(x, **others, mask=batch.mask, impl=impl, **options), logp, upstream
+        lambda x: policy_loss(x, **others, mask=batch.mask, impl=impl, **options), logp, grad_output
     )
     want, want_stats, want_grad = oracle.policy_loss(**tensors, mask=batch.mask, **options)
     size, gap, ref_kl, surrogate = sizes_of_policy(tensors, batch.mask, options)
@@ -126,7 +126,7 @@ def test_any_policy_loss_matches_the_oracle(require_impl, impl, call):
     }
     assert_statistics(stats, want_stats, scales, u)
 
-    scale = 1.0 if upstream is None else float(upstream)
+    scale = 1.0 if grad_output is None else float(grad_output)
     # Token by token: the surrogate's part and the penalty's may cancel; autograd's exp(x) - 1 of k3 does.
     parts = 2 * magnitude(surrogate) + magnitude(want_grad)
     normalizer = options["normalizer"] if options["normalizer"] is not None else want_stats["count"]
@@ -157,17 +157,19 @@ def value_calls(draw):
     }
     if draw(st.booleans()):
         options["row_weight"] = batch.normal(rows=True)
-    return batch, tensors, options, spots, draw(UPSTREAM)
+    return batch, tensors, options, spots, draw(GRAD_OUTPUTS)
 
 
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 @EXAMPLES
 @given(call=value_calls())
 def test_any_value_loss_matches_the_oracle(require_impl, impl, call):
-    batch, tensors, options, spots, upstream = call
+    batch, tensors, options, spots, grad_output = call
     impl, values = require_impl("value_loss", impl), tensors["values"]
     others = (tensors["old_values"], tensors["returns"])
-    (loss, stats), grad = grad_of(lambda x: value_loss(x, *others, batch.mask, impl=impl, **options), values, upstream)
+    (loss, stats), grad = grad_of(
+        lambda x: value_loss(x, *others, batch.mask, impl=impl, **options), values, grad_output
+    )
     want, want_stats, want_grad = oracle.value_loss(**tensors, mask=batch.mask, **options)
 
     # Everything is made of errors, and those of values that were rounded at the size of the old ones.
@@ -181,7 +183,7 @@ def test_any_value_loss_matches_the_oracle(require_impl, impl, call):
     scales = {"error_mean": largest, "explained_variance": 1.0 + apart}
     assert_statistics(stats, want_stats, scales, u)
 
-    scale = 1.0 if upstream is None else float(upstream)
+    scale = 1.0 if grad_output is None else float(grad_output)
     share = (
         np.abs(oracle.per_token(options["row_weight"], values, oracle.rows_of(values, options.get("cu_seqlens"))))
         if "row_weight" in options

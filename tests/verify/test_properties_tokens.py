@@ -6,8 +6,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from bench import oracle
 from ppo_kernels import gae, kl_rewards, moments, whiten
-from tests.lib import oracle
 from tests.lib.devices import IMPLEMENTATIONS
 from tests.lib.helpers import ESTIMATORS, MASKED_STEPS, assert_close_to_oracle, magnitude
 from tests.lib.strategies import SCALES, batches, poisoned, poisons

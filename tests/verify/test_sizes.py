@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
+from bench import oracle
 from ppo_kernels import gae, token_logprobs
-from tests.lib import oracle
 from tests.lib.checks import check_token_logprobs as check
 from tests.lib.devices import IMPLEMENTATIONS
 from tests.lib.helpers import MASKED_STEPS, assert_close_to_oracle, cu, holey_mask, magnitude

@@ -73,7 +73,7 @@ def mutants() -> list[Mutant]:
 
 
 def collect(copy: Path) -> list[str]:
-    """What `make test` runs."""
+    """What `make test` runs; for mutants in csrc/cuda the same tests of CUDA compiled for the host."""
     without = [f"--ignore=tests/{name}" for name in ("verify", "test_bench.py")]
     command = [sys.executable, "-m", "pytest", "-q", "--collect-only", *without, "tests"]
     done = subprocess.run(command, cwd=copy, env=ENVIRONMENT | HOST_CUDA, capture_output=True, text=True, check=True)

@@ -98,7 +98,7 @@ def prepare(name: str) -> tuple[Path, dict[str, str]]:
 
 def run_tests(copy: Path, env: dict[str, str], tests: Iterable[str], choice: str) -> tuple[int, str]:
     # Reports go to the real stderr: pytest would lose them when the process ends.
-    command = [sys.executable, "-m", "pytest", "-q", "--capture=sys", *QUIET, "-k", choice, *tests]
+    command = [sys.executable, "-m", "pytest", "-q", "--tier", "whole", "--capture=sys", *QUIET, "-k", choice, *tests]
     try:
         done = subprocess.run(command, cwd=copy, env=env, capture_output=True, text=True, timeout=SECONDS)
     except subprocess.TimeoutExpired as stuck:  # blocks that wait for each other, perhaps

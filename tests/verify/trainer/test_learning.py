@@ -6,7 +6,7 @@ from python_trainer.settings import load
 
 
 def test_ppo_comes_close_to_the_optimum(tmp_path):
-    """One seed; `make learn` has three, and every algorithm."""
+    """One seed; `make verify PART=learn` has three, and every algorithm."""
     options = [f"--output_dir={tmp_path}", "--disable_tqdm"]
     before, after = Trainer(load("train", "exact_cpu.yaml", options, PPOConfig)).train()
     assert abs(before.metrics["exact/score"]) < 1e-9

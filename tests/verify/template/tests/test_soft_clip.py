@@ -3,8 +3,8 @@
 import pytest
 import torch
 
+from bench import oracle
 from ppo_kernels import soft_clip
-from tests.lib import oracle
 from tests.lib.helpers import FLOATS, NAN, assert_close_to_oracle, assert_raises, holey_mask
 
 OP = "soft_clip"

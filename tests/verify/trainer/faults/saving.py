@@ -67,6 +67,7 @@ class Scene:
                 atomic.verify(folder)
             with checkpoint.lock_run_dir(place, overwrite=False, done=t.done):
                 assert not list(place.rglob(".tmp-*")), "leftovers"
+                assert not list(place.rglob("*.kept-*")), "somebody else's, it is said, and nobody's are there"
                 t.done = 3
                 self.save(place)
             atomic.verify(place / "checkpoints" / "step-000003")
@@ -150,6 +151,7 @@ def killed_while_replacing_a_model(folder: Path) -> str:
             with checkpoint.lock_run_dir(place, overwrite=False, done=1):
                 atomic.verify(place / "model")
                 assert not list(place.rglob(".tmp-*"))
+                assert not list(place.rglob("*.kept-*"))
             found["old" if _content(place / "model") == old else "new"] += 1
         assert min(found.values()) > 0
         return f"{count} points: {found['old']} leave the old one, {found['new']} the new one"

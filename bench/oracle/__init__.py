@@ -10,9 +10,9 @@ from __future__ import annotations
 import importlib
 import pkgutil
 
-from tests.lib.oracle._kl import kl_token as kl_token
-from tests.lib.oracle._tokens import per_token as per_token
-from tests.lib.oracle._tokens import rows_of as rows_of
+from bench.oracle._kl import kl_token as kl_token
+from bench.oracle._tokens import per_token as per_token
+from bench.oracle._tokens import rows_of as rows_of
 
 for _module in pkgutil.iter_modules(__path__):
     if not _module.name.startswith("_"):

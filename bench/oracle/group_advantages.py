@@ -6,7 +6,7 @@ import math
 
 import numpy as np
 
-from tests.lib.oracle._tokens import floats, shaped, total
+from bench.oracle._tokens import floats, shaped, total
 
 
 def group_advantages(scores, group_ids=None, *, group_size=None, mode="rloo", eps=None) -> np.ndarray:

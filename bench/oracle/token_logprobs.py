@@ -6,7 +6,7 @@ import math
 
 import numpy as np
 
-from tests.lib.oracle._tokens import bools, floats
+from bench.oracle._tokens import bools, floats
 
 
 def token_row(z: np.ndarray, label: int, tau: float) -> tuple[float, float, np.ndarray, np.ndarray]:

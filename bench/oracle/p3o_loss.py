@@ -6,7 +6,7 @@ import math
 
 import numpy as np
 
-from tests.lib.oracle._tokens import bools, clamp, exp, expm1, floats, mean_of, rows_of, shaped, total
+from bench.oracle._tokens import bools, clamp, exp, expm1, floats, mean_of, rows_of, shaped, total
 
 
 def clipped_term(slope: float, x: float, low: float, high: float) -> tuple[float, float, bool]:

@@ -6,8 +6,8 @@ import math
 
 import numpy as np
 
-from tests.lib.oracle._tokens import bools, floats, shaped
-from tests.lib.oracle.moments import moments
+from bench.oracle._tokens import bools, floats, shaped
+from bench.oracle.moments import moments
 
 
 def whiten(x, mask=None, *, shift_mean=True, unbiased=True, eps=1e-8, statistics=None) -> np.ndarray:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from tests.lib.oracle._tokens import bools, floats, rows_of, shaped
+from bench.oracle._tokens import bools, floats, rows_of, shaped
 
 
 def gae(

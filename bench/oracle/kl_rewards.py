@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from tests.lib.oracle._kl import kl_token
-from tests.lib.oracle._tokens import bools, clamp, floats, rows_of, shaped
+from bench.oracle._kl import kl_token
+from bench.oracle._tokens import bools, clamp, floats, rows_of, shaped
 
 
 def kl_rewards(

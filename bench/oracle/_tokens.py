@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import numpy as np
@@ -23,7 +24,7 @@ def rows_of(like, cu_seqlens=None) -> list[range]:
         batch, length = like.shape
         return [range(b * length, (b + 1) * length) for b in range(batch)]
     cu = [int(c) for c in cu_seqlens.tolist()]
-    return [range(start, end) for start, end in zip(cu[:-1], cu[1:], strict=True)]
+    return [range(start, end) for start, end in itertools.pairwise(cu)]
 
 
 def shaped(values: list[float], like) -> np.ndarray:

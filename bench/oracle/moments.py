@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tests.lib.oracle._tokens import bools, floats, total
+from bench.oracle._tokens import bools, floats, total
 
 
 def moments(x, mask=None) -> tuple[int, float, float]:

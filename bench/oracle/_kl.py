@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tests.lib.oracle._tokens import clamp, expm1
+from bench.oracle._tokens import clamp, expm1
 
 
 def kl_token(logp: float, ref: float, estimator: str, log_clamp=None, value_clamp=None) -> tuple[float, float]:

@@ -6,7 +6,7 @@ import math
 
 import numpy as np
 
-from tests.lib.oracle._tokens import bools, floats, mean_of, rows_of, shaped, total
+from bench.oracle._tokens import bools, floats, mean_of, rows_of, shaped, total
 
 
 def value_loss(

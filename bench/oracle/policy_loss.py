@@ -6,8 +6,8 @@ import math
 
 import numpy as np
 
-from tests.lib.oracle._kl import kl_token
-from tests.lib.oracle._tokens import bools, clamp, exp, expm1, floats, mean_of, per_token, rows_of, shaped, total
+from bench.oracle._kl import kl_token
+from bench.oracle._tokens import bools, clamp, exp, expm1, floats, mean_of, per_token, rows_of, shaped, total
 
 
 def surrogate(rho, a, low, high, dual_clip) -> tuple[float, float, bool]:
