@@ -186,6 +186,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> token_logprobs(const Tensor& logits, 
                                                           double temperature, int64_t ignore_index, bool entropy) {
   PPO_COUNT("token_logprobs");
   check_logits(logits);
+  check_leading_shape(labels, logits);
+  if (mask.has_value()) check_same_shape(*mask, labels);
   const RowOffsets offsets(logits);
   const int64_t vocab = logits.size(logits.dim() - 1), rows = logits.numel() / vocab;
   return dispatch_logits(logits, [&](auto in_zero, auto zero) {

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ppo_kernels.backends import register
-from ppo_kernels.ops._inputs import Tokens, check_choice, check_number
+from ppo_kernels.ops._inputs import Tokens, as_they_are, check_choice, check_number
 from ppo_kernels.reference import gae as reference
 
 
@@ -68,6 +68,18 @@ def gae(
 
     Source: Schulman et al., "High-Dimensional Continuous Control Using Generalized Advantage Estimation" (2015).
     """
+    gamma = check_number("gae", "gamma", gamma, least=0.0, most=1.0)
+    lam_tensor = lam if isinstance(lam, Tensor) else None
+    if lam_tensor is None:
+        lam = check_number("gae", "lam", lam, least=0.0, most=1.0)
+    code = check_choice("gae", "masked_steps", masked_steps, MASKED_STEPS)
+    if not validate and _GAE.shortcut(impl, lam_tensor, bootstrap_value, cu_seqlens):
+        plain = as_they_are((torch.float32,), rewards, values) and as_they_are((torch.bool,), mask)
+        if plain and not (rewards.requires_grad or values.requires_grad):
+            try:
+                return _GAE.kernel("cpu")(rewards, values, mask, None, None, None, gamma, lam, code)
+            except RuntimeError:
+                pass
     tokens = Tokens(
         "gae",
         cu_seqlens,
@@ -75,8 +87,6 @@ def gae(
         values=values,
         extra=(bootstrap_value, lam if isinstance(lam, Tensor) and lam.numel() != 1 else None),
     )
-    gamma = check_number("gae", "gamma", gamma, least=0.0, most=1.0)
-    code = check_choice("gae", "masked_steps", masked_steps, MASKED_STEPS)
     mask = tokens.mask(mask)
     lam_rows = None
     if isinstance(lam, Tensor) and lam.numel() == 1 and lam.device.type != "cpu":

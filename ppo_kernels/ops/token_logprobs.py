@@ -13,11 +13,14 @@ from ppo_kernels.ops._autograd import (
     first_order_only,
     forward_mode_message,
     once,
+    recorded,
     traced_input,
     transformed,
 )
 from ppo_kernels.ops._fakes import like_first
 from ppo_kernels.ops._inputs import (
+    FLOATING,
+    as_they_are,
     check_device,
     check_floating,
     check_integer,
@@ -248,26 +251,32 @@ def token_logprobs(
     Source: online softmax, Milakov and Gimelshein (2018).
     """
     op = "token_logprobs"
-    check_floating(op, "logits", logits)
-    check_integer(op, "labels", labels)
-    if logits.dim() == 0 or logits.size(-1) == 0:
-        raise ValueError(f"{op}: logits must be [..., V] with V >= 1, got shape {tuple(logits.shape)}")
-    check_shape(op, "labels", labels, logits.shape[:-1], "the logits without V")
-    check_device(op, "labels", labels, logits.device)
     if not (entropy is False or entropy is True or (isinstance(entropy, str) and entropy == "detached")):
         raise ValueError(f'{op}: entropy must be False, True or "detached", got {entropy!r}')
     if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
         raise TypeError(f"{op}: ignore_index must be an int, got {type(ignore_index).__name__}")
     if not -(2**63) <= ignore_index < 2**63:
         raise ValueError(f"{op}: ignore_index must fit an int64, got {ignore_index}")
-    mask = to_mask(op, mask, labels)
-    rows = None
-    if isinstance(temperature, Tensor):
-        rows = _temperature_rows(temperature, logits, labels)
-    else:
+    rows = temperature if isinstance(temperature, Tensor) else None
+    if rows is None:
         temperature = check_number(op, "temperature", temperature, above=0.0)
-        if torch.compiler.is_compiling():  # a float would become a constant of the graph
-            rows = torch.full(labels.shape, temperature, dtype=torch.float64, device=logits.device)
+    if not (validate or inplace_backward) and _TOKEN_LOGPROBS.shortcut(impl, rows):
+        if as_they_are(FLOATING, logits) and as_they_are((torch.int64,), labels) and as_they_are((torch.bool,), mask):
+            try:
+                return _eager("cpu", logits, (labels, mask, None, temperature, ignore_index, entropy), False)
+            except RuntimeError:
+                pass
+    check_floating(op, "logits", logits)
+    check_integer(op, "labels", labels)
+    if logits.dim() == 0 or logits.size(-1) == 0:
+        raise ValueError(f"{op}: logits must be [..., V] with V >= 1, got shape {tuple(logits.shape)}")
+    check_shape(op, "labels", labels, logits.shape[:-1], "the logits without V")
+    check_device(op, "labels", labels, logits.device)
+    mask = to_mask(op, mask, labels)
+    if rows is not None:
+        rows = _temperature_rows(rows, logits, labels)
+    elif torch.compiler.is_compiling():  # a float would become a constant of the graph
+        rows = torch.full(labels.shape, temperature, dtype=torch.float64, device=logits.device)
     if inplace_backward and not (torch.compiler.is_compiling() or transformed()):
         check_overwritable(logits)
     if validate:
@@ -297,10 +306,18 @@ def token_logprobs(
     elif transformed():
         logprobs, h = _TransformedLogprobs.apply(impl, logits, *arguments)[:2]
     else:
-        return _EagerLogprobs.apply(impl, logits, *arguments, inplace_backward)
+        return _eager(impl, logits, arguments, inplace_backward)
     if entropy is False:
         return logprobs
     return logprobs, h
+
+
+def _eager(impl: str, logits: Tensor, arguments: tuple, inplace: bool) -> Tensor | tuple[Tensor, Tensor]:
+    if recorded(logits):
+        return _EagerLogprobs.apply(impl, logits, *arguments, inplace)
+    *others, entropy = arguments
+    logprobs, h, _, _ = _TOKEN_LOGPROBS.kernel(impl)(logits, *others, entropy is not False)
+    return logprobs if entropy is False else (logprobs, h)
 
 
 def _temperature_rows(temperature: Tensor, logits: Tensor, labels: Tensor) -> Tensor:
