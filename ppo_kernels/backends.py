@@ -89,6 +89,11 @@ class Op:
             return False
         return not (torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0)
 
+    def below_autograd(self, impl: str, *args: Any) -> Any:
+        """Call the registered op eagerly from where its gradient is seen to: autograd hears nothing of it."""
+        with torch._C._AutoDispatchBelowAutograd():
+            return self.kernels[impl](*args)
+
     def call(self, impl: str, *args: Any) -> Any:
         """Call the registered op."""
         if torch.compiler.is_compiling():

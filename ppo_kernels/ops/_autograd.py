@@ -154,7 +154,7 @@ def fused_loss(op: Op, impl: str, x: Tensor, arguments: tuple[object, ...]) -> t
     elif recorded(x):
         loss, stats = _EagerLoss.apply(op, impl, x, arguments)
     else:
-        loss, stats, _, _ = op.kernel(impl)(x, *arguments, False)
+        loss, stats, _, _ = op.below_autograd(impl, x, *arguments, False)
     return loss, stats.unbind(0)
 
 
@@ -181,7 +181,7 @@ class _EagerLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, op, impl, x, arguments):
         ctx.set_materialize_grads(False)
-        loss, stats, grad, inv_normalizer = op.kernel(impl)(x, *arguments, ctx.needs_input_grad[2])
+        loss, stats, grad, inv_normalizer = op.below_autograd(impl, x, *arguments, ctx.needs_input_grad[2])
         # Not saved: the gradient depends on x but not on its memory, which the caller may write to.
         ctx.op, ctx.x = op.name, x
         ctx.save_for_backward(grad, inv_normalizer)

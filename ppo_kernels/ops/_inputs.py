@@ -173,11 +173,15 @@ def to_mask(op: str, mask: object, like: Tensor) -> Tensor | None:
 
 
 def as_they_are(dtypes: Sequence[torch.dtype], *tensors: object) -> bool:
-    """Whether CPU kernels take tensors (or None) without a conversion. Their shapes the kernels check themselves."""
-    for x in tensors:
-        if x is not None and not (type(x) is Tensor and x.dtype in dtypes and x.is_cpu and x.is_contiguous()):
+    """Whether CPU kernels take these inputs without a conversion. Their shapes the kernels check themselves."""
+    for x in tensors:  # noqa: SIM110  # a generator costs a microsecond
+        if not (type(x) is Tensor and x.dtype in dtypes and x.is_cpu and x.is_contiguous()):
             return False
     return True
+
+
+def mask_as_it_is(mask: object) -> bool:
+    return mask is None or as_they_are((torch.bool,), mask)
 
 
 def keepable(x: Tensor | None) -> Tensor | None:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ppo_kernels.backends import register
-from ppo_kernels.ops._inputs import Tokens, as_they_are, check_choice, check_number
+from ppo_kernels.ops._inputs import Tokens, as_they_are, check_choice, check_number, mask_as_it_is
 from ppo_kernels.reference import gae as reference
 
 
@@ -74,7 +74,7 @@ def gae(
         lam = check_number("gae", "lam", lam, least=0.0, most=1.0)
     code = check_choice("gae", "masked_steps", masked_steps, MASKED_STEPS)
     if not validate and _GAE.shortcut(impl, lam_tensor, bootstrap_value, cu_seqlens):
-        plain = as_they_are((torch.float32,), rewards, values) and as_they_are((torch.bool,), mask)
+        plain = as_they_are((torch.float32,), rewards, values) and mask_as_it_is(mask)
         if plain and not (rewards.requires_grad or values.requires_grad):
             try:
                 return _GAE.kernel("cpu")(rewards, values, mask, None, None, None, gamma, lam, code)

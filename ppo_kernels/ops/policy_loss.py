@@ -16,6 +16,7 @@ from ppo_kernels.ops._inputs import (
     check_choice,
     check_floating,
     check_tensor,
+    mask_as_it_is,
     number_or_tensor,
 )
 from ppo_kernels.reference import policy_loss as reference
@@ -114,8 +115,9 @@ def policy_loss(
     kl_bounds = bound(op, "kl_log_clamp", kl_log_clamp, least=0.0), bound(op, "kl_clamp", kl_clamp, least=0.0)
     options = (low, high, dual_bound, log_bound, coef, code, *kl_bounds)
     if not validate and _POLICY_LOSS.shortcut(impl, weights, row_weight, normalizer, cu_seqlens, coef_tensor):
-        floating = as_they_are((torch.float32,), logprobs, old_logprobs, advantages, ref_logprobs)
-        if floating and as_they_are((torch.bool,), mask) and advantages.dim() == 2:
+        ref = () if ref_logprobs is None else (ref_logprobs,)
+        plain = as_they_are((torch.float32,), logprobs, old_logprobs, advantages, *ref)
+        if plain and mask_as_it_is(mask) and advantages.dim() == 2:
             inputs = (old_logprobs, advantages, mask, None, ref_logprobs, None, None, None, None)
             try:
                 return _fused("cpu", logprobs, *inputs, *options)

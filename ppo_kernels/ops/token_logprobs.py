@@ -27,6 +27,7 @@ from ppo_kernels.ops._inputs import (
     check_number,
     check_shape,
     keepable,
+    mask_as_it_is,
     to_mask,
     unit_last_stride,
 )
@@ -103,8 +104,8 @@ class _EagerLogprobs(torch.autograd.Function):
     @staticmethod
     def forward(ctx, impl, logits, labels, mask, temperature_rows, temperature, ignore_index, entropy, inplace):
         ctx.set_materialize_grads(False)
-        logprobs, h, *sums = _TOKEN_LOGPROBS.kernel(impl)(
-            logits, labels, mask, temperature_rows, temperature, ignore_index, entropy is not False
+        logprobs, h, *sums = _TOKEN_LOGPROBS.below_autograd(
+            impl, logits, labels, mask, temperature_rows, temperature, ignore_index, entropy is not False
         )
         if ctx.needs_input_grad[1]:
             ctx.impl, ctx.temperature, ctx.entropy, ctx.inplace = impl, temperature, entropy, inplace
@@ -258,12 +259,12 @@ def token_logprobs(
     if not -(2**63) <= ignore_index < 2**63:
         raise ValueError(f"{op}: ignore_index must fit an int64, got {ignore_index}")
     rows = temperature if isinstance(temperature, Tensor) else None
-    if rows is None:
-        temperature = check_number(op, "temperature", temperature, above=0.0)
+    tau = check_number(op, "temperature", temperature, above=0.0) if rows is None else 1.0
     if not (validate or inplace_backward) and _TOKEN_LOGPROBS.shortcut(impl, rows):
-        if as_they_are(FLOATING, logits) and as_they_are((torch.int64,), labels) and as_they_are((torch.bool,), mask):
+        plain = as_they_are(FLOATING, logits) and as_they_are((torch.int64,), labels)
+        if plain and mask_as_it_is(mask):
             try:
-                return _eager("cpu", logits, (labels, mask, None, temperature, ignore_index, entropy), False)
+                return _eager("cpu", logits, (labels, mask, None, tau, ignore_index, entropy), False)
             except RuntimeError:
                 pass
     check_floating(op, "logits", logits)
@@ -276,7 +277,7 @@ def token_logprobs(
     if rows is not None:
         rows = _temperature_rows(rows, logits, labels)
     elif torch.compiler.is_compiling():  # a float would become a constant of the graph
-        rows = torch.full(labels.shape, temperature, dtype=torch.float64, device=logits.device)
+        rows = torch.full(labels.shape, tau, dtype=torch.float64, device=logits.device)
     if inplace_backward and not (torch.compiler.is_compiling() or transformed()):
         check_overwritable(logits)
     if validate:
@@ -288,7 +289,7 @@ def token_logprobs(
         return _TOKEN_LOGPROBS.reference(
             first_order_only(op, logits),
             labels,
-            temperature=temperature if rows is None else rows,
+            temperature=tau if rows is None else rows,
             mask=mask,
             ignore_index=ignore_index,
             entropy=entropy,
@@ -297,7 +298,7 @@ def token_logprobs(
         (labels if labels.dtype == torch.int64 else labels.long()).contiguous(),
         None if mask is None else mask.contiguous(),
         rows,
-        1.0 if rows is not None else temperature,
+        tau,
         ignore_index,
         entropy,
     )
@@ -316,7 +317,7 @@ def _eager(impl: str, logits: Tensor, arguments: tuple, inplace: bool) -> Tensor
     if recorded(logits):
         return _EagerLogprobs.apply(impl, logits, *arguments, inplace)
     *others, entropy = arguments
-    logprobs, h, _, _ = _TOKEN_LOGPROBS.kernel(impl)(logits, *others, entropy is not False)
+    logprobs, h, _, _ = _TOKEN_LOGPROBS.below_autograd(impl, logits, *others, entropy is not False)
     return logprobs if entropy is False else (logprobs, h)
 
 
