@@ -30,7 +30,6 @@ ODD: dict[str, Callable[[torch.Tensor], object]] = {
     "uint8": lambda x: (x != 0).to(torch.uint8),
     "complex": lambda x: x.to(torch.complex64),
     "meta": lambda x: x.to("meta"),
-    "sparse": lambda x: x.to_sparse(),
     "a parameter": lambda x: torch.nn.Parameter(x, requires_grad=x.is_floating_point()),
     "requires grad": lambda x: x.clone().requires_grad_(x.is_floating_point()),
     "a list": lambda x: x.tolist(),

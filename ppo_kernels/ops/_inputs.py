@@ -174,8 +174,10 @@ def to_mask(op: str, mask: object, like: Tensor) -> Tensor | None:
 
 def as_they_are(dtypes: Sequence[torch.dtype], *tensors: object) -> bool:
     """Whether CPU kernels take these inputs without a conversion. Their shapes the kernels check themselves."""
-    for x in tensors:  # noqa: SIM110  # a generator costs a microsecond
-        if not (type(x) is Tensor and x.dtype in dtypes and x.is_cpu and x.is_contiguous()):
+    for x in tensors:  # a generator costs a microsecond
+        if type(x) is not Tensor or x.dtype not in dtypes or not x.is_cpu:
+            return False
+        if x.layout is not torch.strided or not x.is_contiguous():
             return False
     return True
 
