@@ -14,7 +14,7 @@ from rich.table import Table
 
 from . import distributed, files
 from .config import CONFIGS, EvalConfig, FrontierConfig, PPOConfig, RewardConfig, RunConfig, SftConfig, UserError
-from .data import Task, encode_prompts, load_task
+from .data import Task, load_task
 from .deepspeed_engine import Policy, frozen, init_distributed
 from .evaluate import Evaluation, choose_generator, evaluate, evaluation_prompts
 from .frontier import frontier
@@ -24,6 +24,7 @@ from .rewards import load_reward_fn
 from .rollout import score_tokens
 from .settings import COMMANDS, load, make_folder, save
 from .sft import reward, sft
+from .tokens import encode_prompts, vocabulary_of
 
 DEMO_CONFIG = "reviews_cpu.yaml"
 LEAST_GOLD_GAIN = 0.2
@@ -129,14 +130,11 @@ def compare(config: EvalConfig) -> tuple[Evaluation, Evaluation]:
     tokenizer = load_tokenizer(trained)
     source = stage_model(config, "sft", config.sft_model_path)
     models = [frozen(load_policy(path, config, tokenizer), config) for path in (source, trained)]
-    reference, policy = (Policy(model, config.temperature, config.ops_impl) for model in models)
-    reward_fn = load_reward_fn(config, task, tokenizer) if task.verifiable or config.reward_function else None
-    prompts = encode_prompts(
-        heldout,
-        tokenizer,
-        response_length=config.response_length,
-        context=context_of(policy.module),
+    reference, policy = (
+        Policy(model, config.temperature, config.ops_impl, vocabulary_of(tokenizer)) for model in models
     )
+    prompts = encode_prompts(heldout, tokenizer, config, context_of(policy.module))
+    reward_fn = load_reward_fn(config, task, tokenizer, prompts) if task.verifiable or config.reward_function else None
     before, after = (
         evaluate(p, reference, prompts, task, tokenizer, generator, reward_fn, config) for p in (reference, policy)
     )

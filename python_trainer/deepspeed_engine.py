@@ -59,10 +59,13 @@ def init_distributed(seed: int, timeout_s: int) -> None:
 class Policy:
     """A language model with the one temperature at which it is both sampled and scored."""
 
-    def __init__(self, model: "PreTrainedModel | Trainable", temperature: float, impl: str) -> None:
+    def __init__(
+        self, model: "PreTrainedModel | Trainable", temperature: float, impl: str, vocabulary: int | None = None
+    ) -> None:
         self.model = model
         self.temperature = temperature
         self.impl = impl
+        self.vocabulary = vocabulary  # the tokenizer's ids: a model may have more, which are never drawn
         self.copy: PreTrainedModel | None = None  # what generates where the model itself is partitioned
 
     @property

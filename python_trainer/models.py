@@ -34,8 +34,12 @@ from .deepspeed_engine import (
     merged_weights,
     weights_here,
 )
+from .tokens import reads_ids_of, vocabulary_of
 
-PADDED = " (four lines in the README, under Trainer, save a model with one)"
+SEQUENCES = (
+    "prompts with their responses",
+    "max_prompt_length or response_length",
+)  # and what shortens them
 
 
 class ScalarModel(torch.nn.Module):
@@ -94,13 +98,13 @@ def build_models(
     critic = None
     if needs_critic:
         rate = config.learning_rate if config.critic_learning_rate is None else config.critic_learning_rate
-        body = adapted(_critic(config, policy, reward_model_path), config, config.critic_lora_r)
+        body = adapted(_critic(config, policy, tokenizer, reward_model_path), config, config.critic_lora_r)
         critic = Trainable(body, config, rate, config.total_steps * per_step)
     updates = (config.total_steps - config.critic_warmup_steps) * per_step
     actor = Trainable(adapted(policy, config, config.lora_r), config, config.learning_rate, max(updates, 1))
     return Models(
-        Policy(actor, config.temperature, config.ops_impl),
-        Policy(reference, config.temperature, config.ops_impl),
+        Policy(actor, config.temperature, config.ops_impl, vocabulary_of(tokenizer)),
+        Policy(reference, config.temperature, config.ops_impl, vocabulary_of(tokenizer)),
         critic,
     )
 
@@ -118,15 +122,17 @@ def load_policy(path: str | Path | None, config: RunConfig, tokenizer: PreTraine
         model = _from_pretrained(AutoModelForCausalLM, path)
     elif config.model_config is not None:
         architecture = {
-            "vocab_size": len(tokenizer),
+            "vocab_size": vocabulary_of(tokenizer),
             "bos_token_id": tokenizer.eos_token_id,
             "eos_token_id": tokenizer.eos_token_id,
-            "pad_token_id": tokenizer.pad_token_id,
+            # Not where it ends a text, too: embeddings of the padding token get no gradient.
+            "pad_token_id": None if tokenizer.pad_token_id == tokenizer.eos_token_id else tokenizer.pad_token_id,
         } | json.loads(config.model_config)
         torch.manual_seed(config.seed)
         model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**architecture), trust_remote_code=False)
     else:
         raise UserError("no model to start from: give a path or model_config")
+    refuse_small_embedding(model, tokenizer)
     _refuse_non_finite(model, path or f"model_config {config.model_config}")
     model.generation_config = GenerationConfig(pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id)
     return without_dropout(model)
@@ -162,17 +168,19 @@ def load_scalar(path: str | Path, key: str) -> ScalarModel:
 
 
 def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
-    return checked(_from_pretrained(AutoTokenizer, path))
+    tokenizer = checked(_from_pretrained(AutoTokenizer, path))
+    files = type(tokenizer).vocab_files_names.values()
+    if Path(path).is_dir() and files and not any((Path(path) / name).exists() for name in files):
+        raise UserError(f"{path} has no tokenizer: save the one there that its model was trained with")  # it is empty
+    return tokenizer
 
 
 def checked(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
-    """With pad equal to end, the end token is masked like padding and the model never learns to stop."""
-    if tokenizer.eos_token_id is None or tokenizer.pad_token_id is None:
-        raise UserError(f"the tokenizer needs both a pad and an end token{PADDED}")
-    if tokenizer.pad_token_id == tokenizer.eos_token_id:
-        raise UserError(
-            f"pad and end token are both {tokenizer.eos_token!r}; give the tokenizer its own pad token{PADDED}"
-        )
+    """One that can end a text and fill a batch; padding may be the end token, as lengths never come from ids."""
+    if tokenizer.eos_token_id is None:
+        raise UserError("the tokenizer has no end token: set its eos_token to the one that ends a text, and save it")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
 
 
@@ -189,7 +197,29 @@ def without_dropout(model: PreTrainedModel) -> PreTrainedModel:
 
 def context_of(model: PreTrainedModel) -> int:
     """The most tokens a model can read."""
-    return getattr(model.config, "max_position_embeddings", None) or sys.maxsize
+    config = model.config.get_text_config()
+    lengths = (getattr(config, name, None) for name in ("max_position_embeddings", "max_seq_len", "n_positions"))
+    return next((length for length in lengths if length), sys.maxsize)
+
+
+def refuse_short_context(model: PreTrainedModel, tokens: int, what: str, setting: str) -> None:
+    context = context_of(model)
+    if tokens > context:
+        raise UserError(f"{what} have up to {tokens} tokens, and {_name(model)} reads {context}: lower {setting}")
+
+
+def refuse_small_embedding(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """A token without an embedding would be read from beyond the table."""
+    needed, rows = vocabulary_of(tokenizer), len(model.get_input_embeddings().weight)
+    if needed > rows:
+        raise UserError(
+            f"the tokenizer has ids up to {needed - 1}, and {_name(model)} has embeddings of {rows} tokens: call its "
+            "resize_token_embeddings(len(tokenizer)) and save it, or save the tokenizer without what was added to it"
+        )
+
+
+def _name(model: PreTrainedModel) -> str:
+    return getattr(model, "name_or_path", "") or f"the {model.config.model_type} of model_config"
 
 
 def adapted(model: Any, config: OptimizerConfig, rank: int | None) -> Any:
@@ -260,13 +290,22 @@ class MovingAverage:
         return [zero_state.laid_out(name, weight, self.average[name]) for name, weight in _trained(module)]
 
 
-def _critic(config: PPOConfig, policy: PreTrainedModel, reward_model_path: Path | None) -> ScalarModel:
-    if config.value_model_path is not None:
-        return load_scalar(config.value_model_path, "value_model_path")
-    if config.value_model_init == "reward":
-        assert reward_model_path is not None
-        return load_scalar(reward_model_path, "reward_model_path")
-    return ScalarModel.on(policy, zero_head=True)
+def _critic(
+    config: PPOConfig, policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, reward_model_path: Path | None
+) -> ScalarModel:
+    path, key = config.value_model_path, "value_model_path"
+    if path is None and config.value_model_init == "reward":
+        path, key = str(reward_model_path), "value_model_init"
+    if path is None:
+        return ScalarModel.on(policy, zero_head=True)
+    model = load_scalar(path, key)
+    if not reads_ids_of(load_tokenizer(path), tokenizer, []):
+        raise UserError(
+            f"{key}: {path} has another tokenizer than the policy, whose ids a critic reads: set value_model_init "
+            "policy, or value_model_path to a model with the policy's tokenizer"
+        )
+    refuse_small_embedding(model.model, tokenizer)
+    return model
 
 
 def _from_pretrained(kind: Any, path: str | Path, **extra: Any) -> Any:

@@ -6,7 +6,7 @@ neither on the number of ranks nor on what a resumed run has drawn before.
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, Protocol
 
 import torch
@@ -21,7 +21,7 @@ from transformers import (
 from ppo_kernels import kl_rewards, moments, token_logprobs
 
 from . import distributed
-from .data import Generate, Rollout, left_pad, only_drawn
+from .data import Generate, Prompt, Rollout, left_pad, only_drawn
 from .deepspeed_engine import Policy, weights_of
 
 RewardFn = Callable[[Rollout], torch.Tensor]  # [B] the score of each response
@@ -54,7 +54,7 @@ class Experience:
 @torch.no_grad()
 def sample(
     policy: Policy,
-    prompts: Sequence[Sequence[int]],
+    prompts: Sequence[Prompt],
     tokenizer: PreTrainedTokenizerBase,
     generator: "Generator",
     *,
@@ -62,14 +62,15 @@ def sample(
     seed: int,
 ) -> Rollout:
     """Responses to this rank's share of `prompts`, the global batch."""
-    ids, attention = left_pad(prompts, tokenizer.pad_token_id)
+    ids, attention = left_pad([prompt.ids for prompt in prompts], tokenizer.pad_token_id)
     noise = torch.Generator().manual_seed(seed)
     uniforms = torch.rand(len(prompts), response_length, generator=noise, dtype=torch.float64)
     mine = shard(len(prompts))
     ids, attention, uniforms = (x[mine].to(distributed.device()) for x in (ids, attention, uniforms))
     with generator.serving(policy, tokenizer) as generate:
         responses = generate(ids, attention, uniforms)
-    return Rollout.of(ids, attention, responses, tokenizer.eos_token_id)
+    rollout = Rollout.of(ids, attention, responses, tokenizer.eos_token_id)
+    return replace(rollout, prompts=prompts[mine])
 
 
 def shard(rows: int) -> slice:
@@ -112,7 +113,7 @@ class HfGenerator:
                 generation_config=GenerationConfig(
                     max_new_tokens=length, do_sample=False, pad_token_id=pad, eos_token_id=eos
                 ),
-                logits_processor=LogitsProcessorList([InverseCdf(uniforms, ids.shape[1], policy.temperature)]),
+                logits_processor=LogitsProcessorList([InverseCdf(uniforms, ids.shape[1], policy)]),
             )
             responses = sequences[:, ids.shape[1] :]
             missing = length - responses.shape[1]  # generate stops early once every row has ended
@@ -133,14 +134,15 @@ class InverseCdf(LogitsProcessor):
     It leaves the drawn token as the only possible one, so `generate` has nothing left to decide.
     """
 
-    def __init__(self, uniforms: torch.Tensor, prompt_width: int, temperature: float) -> None:
+    def __init__(self, uniforms: torch.Tensor, prompt_width: int, policy: Policy) -> None:
         self.uniforms = uniforms
         self.prompt_width = prompt_width
-        self.temperature = temperature
+        self.policy = policy
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         step = input_ids.shape[1] - self.prompt_width
-        return only_drawn(scores, self.uniforms[:, step : step + 1], self.temperature)
+        uniforms = self.uniforms[:, step : step + 1]
+        return only_drawn(scores, uniforms, self.policy.temperature, self.policy.vocabulary)
 
 
 def score_tokens(policy: Policy, rollout: Rollout) -> torch.Tensor:
@@ -246,7 +248,7 @@ def _response_logits(policy: Policy, rollout: Rollout) -> torch.Tensor:
     """Row t predicts response token t: the last prompt position is in, the last response position out."""
     width = rollout.mask.shape[1]
     logits = policy.model(**model_inputs(rollout), use_cache=False, logits_to_keep=width + 1).logits
-    return logits[:, :-1]
+    return logits[:, :-1, : policy.vocabulary]
 
 
 @contextlib.contextmanager

@@ -53,6 +53,7 @@ class VllmGenerator:
 
         def generate(ids: torch.Tensor, attention: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:
             prompts = [row[mask].tolist() for row, mask in zip(ids, attention, strict=True)]
+            drawing = {"temperature": policy.temperature, "vocabulary": policy.vocabulary}
             settings = [
                 SamplingParams(
                     temperature=0.0,  # the logits processor leaves one token: there is nothing left to draw
@@ -60,7 +61,7 @@ class VllmGenerator:
                     ignore_eos=True,  # the model's own end tokens; ours is the tokenizer's
                     stop_token_ids=[eos],
                     detokenize=False,
-                    extra_args={"uniforms": row, "temperature": policy.temperature, "prompt_length": len(prompt)},
+                    extra_args=drawing | {"uniforms": row, "prompt_length": len(prompt)},
                 )
                 for row, prompt in zip(uniforms.tolist(), prompts, strict=True)
             ]
@@ -155,7 +156,7 @@ def _drawn(logits: torch.Tensor, rows: list[tuple[dict[str, Any], int]]) -> torc
     """Each row with what came with its request, and how many tokens it has so far."""
     numbers = [(given["uniforms"][step], given["temperature"]) for given, step in rows]
     uniforms, temperatures = torch.tensor(numbers, dtype=torch.float64, device=logits.device).split(1, dim=1)
-    return only_drawn(logits, uniforms, temperatures.float())
+    return only_drawn(logits, uniforms, temperatures.float(), rows[0][0]["vocabulary"])  # one policy's requests
 
 
 def _load(worker: Any, module: Any) -> list[str]:
