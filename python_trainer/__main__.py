@@ -130,11 +130,12 @@ def compare(config: EvalConfig) -> tuple[Evaluation, Evaluation]:
     tokenizer = load_tokenizer(trained)
     source = stage_model(config, "sft", config.sft_model_path)
     models = [frozen(load_policy(path, config, tokenizer), config) for path in (source, trained)]
-    reference, policy = (
-        Policy(model, config.temperature, config.ops_impl, vocabulary_of(tokenizer)) for model in models
-    )
+    drawn = vocabulary_of(tokenizer)
+    reference, policy = (Policy(model, config.temperature, config.ops_impl, drawn) for model in models)
     prompts = encode_prompts(heldout, tokenizer, config, context_of(policy.module))
-    reward_fn = load_reward_fn(config, task, tokenizer, prompts) if task.verifiable or config.reward_function else None
+    reward_fn = (
+        load_reward_fn(config, task, tokenizer, prompts, drawn) if task.verifiable or config.reward_function else None
+    )
     before, after = (
         evaluate(p, reference, prompts, task, tokenizer, generator, reward_fn, config) for p in (reference, policy)
     )

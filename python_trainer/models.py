@@ -3,7 +3,7 @@
 import contextlib
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -91,7 +91,7 @@ def build_models(
     reward_model_path: Path | None,
 ) -> Models:
     """All models of a run; the reference is a copy of the policy before its first update."""
-    per_step = config.num_ppo_epochs * config.num_mini_batches
+    per_step, tokens = config.num_ppo_epochs * config.num_mini_batches, vocabulary_of(tokenizer)
     reference: Any = load_policy(stage_model(config, "sft", config.sft_model_path), config, tokenizer)
     reference.load_state_dict(policy.state_dict())
     reference = frozen(reference, config)  # split at once, where models are: the next one needs the host's memory
@@ -103,8 +103,8 @@ def build_models(
     updates = (config.total_steps - config.critic_warmup_steps) * per_step
     actor = Trainable(adapted(policy, config, config.lora_r), config, config.learning_rate, max(updates, 1))
     return Models(
-        Policy(actor, config.temperature, config.ops_impl, vocabulary_of(tokenizer)),
-        Policy(reference, config.temperature, config.ops_impl, vocabulary_of(tokenizer)),
+        Policy(actor, config.temperature, config.ops_impl, tokens),
+        Policy(reference, config.temperature, config.ops_impl, tokens),
         critic,
     )
 
@@ -132,7 +132,7 @@ def load_policy(path: str | Path | None, config: RunConfig, tokenizer: PreTraine
         model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**architecture), trust_remote_code=False)
     else:
         raise UserError("no model to start from: give a path or model_config")
-    refuse_small_embedding(model, tokenizer)
+    refuse_missing_embeddings(model, (tokenizer.pad_token_id, tokenizer.eos_token_id), "pad or end token")
     _refuse_non_finite(model, path or f"model_config {config.model_config}")
     model.generation_config = GenerationConfig(pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id)
     return without_dropout(model)
@@ -208,14 +208,20 @@ def refuse_short_context(model: PreTrainedModel, tokens: int, what: str, setting
         raise UserError(f"{what} have up to {tokens} tokens, and {_name(model)} reads {context}: lower {setting}")
 
 
-def refuse_small_embedding(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+def refuse_missing_embeddings(model: PreTrainedModel, ids: Iterable[int], what: str) -> None:
     """A token without an embedding would be read from beyond the table."""
-    needed, rows = vocabulary_of(tokenizer), len(model.get_input_embeddings().weight)
-    if needed > rows:
+    rows, largest = len(model.get_input_embeddings().weight), max(ids)
+    if largest >= rows:
         raise UserError(
-            f"the tokenizer has ids up to {needed - 1}, and {_name(model)} has embeddings of {rows} tokens: call its "
-            "resize_token_embeddings(len(tokenizer)) and save it, or save the tokenizer without what was added to it"
+            f"{what} have the id {largest}, and {_name(model)} has embeddings of {rows} tokens, fewer than its "
+            "tokenizer: call its resize_token_embeddings(len(tokenizer)) and save it, or take what was added out of the "
+            "tokenizer"
         )
+
+
+def vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int:
+    """How many ids a policy may draw: those that are tokens, of a model that may have more or fewer."""
+    return min(vocabulary_of(tokenizer), len(model.get_input_embeddings().weight))
 
 
 def _name(model: PreTrainedModel) -> str:
@@ -304,7 +310,7 @@ def _critic(
             f"{key}: {path} has another tokenizer than the policy, whose ids a critic reads: set value_model_init "
             "policy, or value_model_path to a model with the policy's tokenizer"
         )
-    refuse_small_embedding(model.model, tokenizer)
+    refuse_missing_embeddings(model.model, [vocabulary(policy, tokenizer) - 1], "responses")
     return model
 
 

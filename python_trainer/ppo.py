@@ -27,9 +27,11 @@ from .models import (
     MovingAverage,
     build_models,
     context_of,
+    refuse_missing_embeddings,
     refuse_short_context,
     save_model,
     starting_point,
+    vocabulary,
 )
 from .rewards import ScoreShaping, load_reward_fn, reward_model_path
 from .rollout import (
@@ -77,7 +79,10 @@ class Trainer:
             encode_prompts(prompts, self.tokenizer, config, context_of(policy)) for prompts in (train, heldout)
         )
         every_prompt = [*self.train_prompts, *self.heldout_prompts]
-        self.reward_fn: RewardFn = load_reward_fn(config, self.task, self.tokenizer, every_prompt)
+        refuse_missing_embeddings(policy, (token for prompt in every_prompt for token in prompt.ids), "prompts")
+        self.reward_fn: RewardFn = load_reward_fn(
+            config, self.task, self.tokenizer, every_prompt, vocabulary(policy, self.tokenizer)
+        )
         needs_critic = self.algorithm.needs_critic
         like_the_reward_model = needs_critic and config.value_model_init == "reward" and config.value_model_path is None
         self.models = build_models(

@@ -20,8 +20,8 @@ from .models import (
     context_of,
     load_scalar,
     load_tokenizer,
+    refuse_missing_embeddings,
     refuse_short_context,
-    refuse_small_embedding,
     stage_model,
 )
 from .rollout import RewardFn, score_responses
@@ -31,15 +31,18 @@ Function = Callable[..., Sequence[float]]
 
 
 def load_reward_fn(
-    config: SamplingConfig, task: Task, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt]
+    config: SamplingConfig, task: Task, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt], drawn: int
 ) -> RewardFn:
-    """A Python function, the task's own verifier, or a reward model: whichever comes first."""
+    """A Python function, the task's own verifier, or a reward model: whichever comes first.
+
+    It will be asked about responses to these prompts, made of ids below `drawn`.
+    """
     if config.reward_function is not None:
         return FunctionReward(config.reward_function, tokenizer)
     if task.verifiable:
         return task.score
     assert isinstance(config, PPOConfig)
-    return ModelReward(reward_model_path(config), config, tokenizer, prompts)
+    return ModelReward(reward_model_path(config), config, tokenizer, prompts, drawn)
 
 
 def reward_model_path(config: PPOConfig) -> Path:
@@ -57,7 +60,7 @@ class ModelReward:
     """
 
     def __init__(
-        self, path: Path, config: PPOConfig, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt]
+        self, path: Path, config: PPOConfig, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt], drawn: int
     ) -> None:
         model = load_scalar(path, "reward_model_path")
         self.policy_tokenizer, self.tokenizer = tokenizer, load_tokenizer(path)
@@ -65,12 +68,15 @@ class ModelReward:
         probes = [readable(prompt.content) for prompt in prompts[:64]]
         self.reads_ids = not chat and reads_ids_of(self.tokenizer, tokenizer, probes)
         self.context = context_of(model.model)
-        refuse_small_embedding(model.model, tokenizer if self.reads_ids else self.tokenizer)
         rows = [list(prompt.ids) for prompt in prompts]
         if not self.reads_ids:
             rows = prompt_ids([prompt.content for prompt in prompts], self.tokenizer)
         longest = max(map(len, rows)) + config.response_length
         refuse_short_context(model.model, longest, *SEQUENCES)
+        used = [drawn - 1] if self.reads_ids else [self.tokenizer.pad_token_id, self.tokenizer.eos_token_id]
+        refuse_missing_embeddings(
+            model.model, [*used, *(token for row in rows for token in row)], "reward_model_path: texts"
+        )
         self.model = frozen(model, config)
 
     def __call__(self, rollout: Rollout) -> torch.Tensor:

@@ -25,6 +25,7 @@ from .models import (
     checked,
     load_policy,
     load_tokenizer,
+    refuse_missing_embeddings,
     refuse_short_context,
     save_model,
     stage_model,
@@ -58,6 +59,7 @@ def sft(config: SftConfig) -> dict[str, float]:
     rows = encode_examples(texts + others, tokenizer, config.max_length, completion_only=only, ends=ends)
     train, heldout = learnable(rows[: len(texts)]), learnable(rows[len(texts) :])
     refuse_short_context(model, max(len(row.ids) for row in rows), "texts", "max_length")
+    refuse_missing_embeddings(model, (token for row in rows for token in row.ids), "texts")
     config = _with_steps(config, len(train))
     policy = Trainable(adapted(model, config, config.lora_r), config, config.learning_rate, config.max_steps)
     pad = tokenizer.pad_token_id
@@ -91,6 +93,7 @@ def reward(config: RewardConfig) -> dict[str, float]:
     policy = load_policy(source, config, tokenizer)
     longest = max(len(ids) for row in encoded for ids in row[:2])
     refuse_short_context(policy, longest, "pairs", "max_length")
+    refuse_missing_embeddings(policy, (token for row in encoded for ids in row[:2] for token in ids), "pairs")
     config = _with_steps(config, len(train))
     model = ScalarModel.on(policy, zero_head=False)
     reward_model = Trainable(adapted(model, config, config.lora_r), config, config.learning_rate, config.max_steps)

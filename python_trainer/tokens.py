@@ -155,6 +155,10 @@ def _ids(texts: Sequence[str], chat: Sequence[bool], tokenizer: PreTrainedTokeni
     """A rendered chat holds all its special tokens; a plain text gets the start that the tokenizer puts there."""
     if not texts:
         return []
+    start = tokenizer.bos_token
+    if start and tokenizer("")["input_ids"][:1] == [tokenizer.bos_token_id]:
+        # It may be typed there: some tokenizers read what follows a typed one in another way.
+        texts = [text if rendered else text.removeprefix(start) for text, rendered in zip(texts, chat, strict=True)]
     found = tokenizer(list(texts), add_special_tokens=False)["input_ids"]
     plain = [row for row, rendered in enumerate(chat) if not rendered]
     whole = tokenizer([texts[row] for row in plain])["input_ids"] if plain else []
