@@ -20,7 +20,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from . import distributed, zero_state
+from . import distributed, files, zero_state
 from .atomic import MANIFEST, verify
 from .config import OptimizerConfig, PPOConfig, RunConfig, UserError
 from .data import Task
@@ -169,10 +169,23 @@ def load_scalar(path: str | Path, key: str) -> ScalarModel:
 
 def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
     tokenizer = checked(_from_pretrained(AutoTokenizer, path))
-    files = type(tokenizer).vocab_files_names.values()
-    if Path(path).is_dir() and files and not any((Path(path) / name).exists() for name in files):
-        raise UserError(f"{path} has no tokenizer: save the one there that its model was trained with")  # it is empty
+    if _is_empty(tokenizer, Path(path)):
+        raise UserError(f"{path} has no tokenizer: save the one there that its model was trained with")
     return tokenizer
+
+
+def tokenizer_beside(path: str | Path, policy: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+    """That of a reward model or a critic; the policy's where it brings none."""
+    if Path(path).is_dir() and not any(Path(path).glob("*token*")):
+        files.say_once(f"{path} has no tokenizer: it is taken to read the tokens of the policy's")
+        return policy
+    return load_tokenizer(path)
+
+
+def _is_empty(tokenizer: PreTrainedTokenizerBase, folder: Path) -> bool:
+    """transformers makes a tokenizer without words of a folder that has none."""
+    names = type(tokenizer).vocab_files_names.values()
+    return folder.is_dir() and bool(names) and not any((folder / name).exists() for name in names)
 
 
 def checked(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
@@ -214,8 +227,8 @@ def refuse_missing_embeddings(model: PreTrainedModel, ids: Iterable[int], what: 
     if largest >= rows:
         raise UserError(
             f"{what} have the id {largest}, and {_name(model)} has embeddings of {rows} tokens, fewer than its "
-            "tokenizer: call its resize_token_embeddings(len(tokenizer)) and save it, or take what was added out of the "
-            "tokenizer"
+            "tokenizer: call its resize_token_embeddings(len(tokenizer)) and save it, or take what was added to the "
+            "tokenizer out again"
         )
 
 
@@ -305,7 +318,7 @@ def _critic(
     if path is None:
         return ScalarModel.on(policy, zero_head=True)
     model = load_scalar(path, key)
-    if not reads_ids_of(load_tokenizer(path), tokenizer, []):
+    if not reads_ids_of(tokenizer_beside(path, tokenizer), tokenizer, []):
         raise UserError(
             f"{key}: {path} has another tokenizer than the policy, whose ids a critic reads: set value_model_init "
             "policy, or value_model_path to a model with the policy's tokenizer"

@@ -19,10 +19,10 @@ from .models import (
     SEQUENCES,
     context_of,
     load_scalar,
-    load_tokenizer,
     refuse_missing_embeddings,
     refuse_short_context,
     stage_model,
+    tokenizer_beside,
 )
 from .rollout import RewardFn, score_responses
 from .tokens import prompt_ids, reads_ids_of, whole_ids
@@ -63,7 +63,7 @@ class ModelReward:
         self, path: Path, config: PPOConfig, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt], drawn: int
     ) -> None:
         model = load_scalar(path, "reward_model_path")
-        self.policy_tokenizer, self.tokenizer = tokenizer, load_tokenizer(path)
+        self.policy_tokenizer, self.tokenizer = tokenizer, tokenizer_beside(path, tokenizer)
         chat = any(not isinstance(prompt.content, str) for prompt in prompts)
         probes = [readable(prompt.content) for prompt in prompts[:64]]
         self.reads_ids = not chat and reads_ids_of(self.tokenizer, tokenizer, probes)

@@ -113,7 +113,9 @@ class HfGenerator:
                 generation_config=GenerationConfig(
                     max_new_tokens=length, do_sample=False, pad_token_id=pad, eos_token_id=eos
                 ),
-                logits_processor=LogitsProcessorList([InverseCdf(uniforms, ids.shape[1], policy)]),
+                logits_processor=LogitsProcessorList(
+                    [InverseCdf(uniforms, ids.shape[1], policy.temperature, policy.vocabulary)]
+                ),
             )
             responses = sequences[:, ids.shape[1] :]
             missing = length - responses.shape[1]  # generate stops early once every row has ended
@@ -134,15 +136,17 @@ class InverseCdf(LogitsProcessor):
     It leaves the drawn token as the only possible one, so `generate` has nothing left to decide.
     """
 
-    def __init__(self, uniforms: torch.Tensor, prompt_width: int, policy: Policy) -> None:
+    def __init__(
+        self, uniforms: torch.Tensor, prompt_width: int, temperature: float, vocabulary: int | None = None
+    ) -> None:
         self.uniforms = uniforms
         self.prompt_width = prompt_width
-        self.policy = policy
+        self.temperature = temperature
+        self.vocabulary = vocabulary
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         step = input_ids.shape[1] - self.prompt_width
-        uniforms = self.uniforms[:, step : step + 1]
-        return only_drawn(scores, uniforms, self.policy.temperature, self.policy.vocabulary)
+        return only_drawn(scores, self.uniforms[:, step : step + 1], self.temperature, self.vocabulary)
 
 
 def score_tokens(policy: Policy, rollout: Rollout) -> torch.Tensor:
