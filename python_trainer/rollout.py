@@ -105,6 +105,7 @@ class HfGenerator:
 
         def generate_part(ids: torch.Tensor, attention: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:
             length = uniforms.shape[1]
+            draw = InverseCdf(uniforms, ids.shape[1], policy.temperature, policy.vocabulary)
             sequences = module.generate(
                 ids,
                 attention_mask=attention.long(),
