@@ -11,6 +11,7 @@ from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
+from transformers import PreTrainedModel
 
 from . import distributed, files
 from .config import CONFIGS, EvalConfig, FrontierConfig, PPOConfig, RewardConfig, RunConfig, SftConfig, UserError
@@ -18,7 +19,7 @@ from .data import Task, encode_prompts, load_task
 from .deepspeed_engine import Policy, frozen, init_distributed
 from .evaluate import Evaluation, choose_generator, evaluate, evaluation_prompts
 from .frontier import frontier
-from .models import context_of, load_policy, load_tokenizer, stage_model
+from .models import context_of, load_policy, load_tokenizer, stage_model, stop_strings
 from .ppo import Trainer
 from .rewards import load_reward_fn
 from .rollout import score_tokens
@@ -128,8 +129,7 @@ def compare(config: EvalConfig) -> tuple[Evaluation, Evaluation]:
     evaluation_prompts(heldout, config)  # before the models load
     tokenizer = load_tokenizer(trained)
     source = stage_model(config, "sft", config.sft_model_path)
-    models = [frozen(load_policy(path, config, tokenizer), config) for path in (source, trained)]
-    reference, policy = (Policy(model, config.temperature, config.ops_impl) for model in models)
+    reference, policy = (_policy(load_policy(path, config, tokenizer), config) for path in (source, trained))
     reward_fn = load_reward_fn(config, task, tokenizer) if task.verifiable or config.reward_function else None
     prompts = encode_prompts(
         heldout,
@@ -148,6 +148,10 @@ def compare(config: EvalConfig) -> tuple[Evaluation, Evaluation]:
         figures = {"reference": before.metrics, "policy": after.metrics}
         files.write(folder / "metrics.json", json.dumps(figures, indent=2) + "\n")
     return before, after
+
+
+def _policy(model: PreTrainedModel, config: EvalConfig) -> Policy:
+    return Policy(frozen(model, config), config.temperature, config.ops_impl, stop_strings(config, model))
 
 
 def _prepare(study: FrontierConfig, path: str | None) -> None:

@@ -27,7 +27,7 @@ def load_reward_fn(config: SamplingConfig, task: Task, tokenizer: PreTrainedToke
     if task.verifiable:
         return task.score
     assert isinstance(config, PPOConfig)
-    reward_model = frozen(load_scalar(reward_model_path(config), "reward_model_path"), config)
+    reward_model = frozen(load_scalar(reward_model_path(config), "reward_model_path", config), config)
     return lambda rollout: score_responses(reward_model, rollout)
 
 

@@ -41,7 +41,7 @@ def sft(config: SftConfig) -> dict[str, float]:
     train, heldout = (encode_texts(texts, tokenizer, config.max_length) for texts in task.texts())
     _tell_of_cuts(train + heldout, tokenizer, config)
     policy = Trainable(
-        adapted(load_policy(config.model_path, config, tokenizer), config, config.lora_r),
+        adapted(load_policy(config.model_path, config, tokenizer, continue_rank=config.lora_r), config, config.lora_r),
         config,
         config.learning_rate,
         config.max_steps,
@@ -70,7 +70,7 @@ def sft(config: SftConfig) -> dict[str, float]:
             ]
         scored = sum(len(row) - 1 for row in heldout)
         result = {"eval/perplexity": math.exp(-sum(total for total, _ in figures) / scored)}
-        _finish(policy, tokenizer, folder, log, config.max_steps, result)
+        _finish(policy, tokenizer, folder, log, config.max_steps, result, config.lora_save)
     return result
 
 
@@ -114,7 +114,7 @@ def reward(config: RewardConfig) -> dict[str, float]:
         accuracy = right / len(heldout)
         error = (accuracy * (1 - accuracy) / len(heldout)) ** 0.5
         result = {"eval/accuracy": accuracy, "eval/accuracy_se": error}
-        _finish(reward_model, tokenizer, folder, log, config.max_steps, result)
+        _finish(reward_model, tokenizer, folder, log, config.max_steps, result, config.lora_save)
     return result
 
 
@@ -232,11 +232,12 @@ def _finish(
     log: Log,
     step: int,
     result: dict[str, float],
+    form: str,
 ) -> None:
     log.record(step, result)
     log.close()
     with atomic_dir(folder / "model") as place:
-        save_model(model, tokenizer, place)
+        save_model(model, tokenizer, place, form)
 
 
 class Pretraining:
