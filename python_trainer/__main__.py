@@ -11,6 +11,7 @@ from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from . import distributed, files
 from .config import CONFIGS, EvalConfig, FrontierConfig, PPOConfig, RewardConfig, RunConfig, SftConfig, UserError
@@ -18,7 +19,7 @@ from .data import Task, load_task
 from .deepspeed_engine import Policy, frozen, init_distributed
 from .evaluate import Evaluation, choose_generator, evaluate, evaluation_prompts
 from .frontier import frontier
-from .models import context_of, load_policy, load_tokenizer, stage_model
+from .models import context_of, load_policy, load_tokenizer, stage_model, stop_strings
 from .ppo import Trainer
 from .rewards import load_reward_fn
 from .rollout import score_tokens
@@ -129,13 +130,10 @@ def compare(config: EvalConfig) -> tuple[Evaluation, Evaluation]:
     evaluation_prompts(heldout, config)  # before the models load
     tokenizer = load_tokenizer(trained)
     source = stage_model(config, "sft", config.sft_model_path)
-    models = [frozen(load_policy(path, config, tokenizer), config) for path in (source, trained)]
-    drawn = vocabulary_of(tokenizer)
-    reference, policy = (Policy(model, config.temperature, config.ops_impl, drawn) for model in models)
+    reference, policy = (_policy(load_policy(path, config, tokenizer), config, tokenizer) for path in (source, trained))
     prompts = encode_prompts(heldout, tokenizer, config, context_of(policy.module))
-    reward_fn = (
-        load_reward_fn(config, task, tokenizer, prompts, drawn) if task.verifiable or config.reward_function else None
-    )
+    wanted = task.verifiable or config.reward_function is not None
+    reward_fn = load_reward_fn(config, task, tokenizer, prompts, vocabulary_of(tokenizer)) if wanted else None
     before, after = (
         evaluate(p, reference, prompts, task, tokenizer, generator, reward_fn, config) for p in (reference, policy)
     )
@@ -147,6 +145,11 @@ def compare(config: EvalConfig) -> tuple[Evaluation, Evaluation]:
         figures = {"reference": before.metrics, "policy": after.metrics}
         files.write(folder / "metrics.json", json.dumps(figures, indent=2) + "\n")
     return before, after
+
+
+def _policy(model: PreTrainedModel, config: EvalConfig, tokenizer: PreTrainedTokenizerBase) -> Policy:
+    strings, tokens = stop_strings(config, model), vocabulary_of(tokenizer)
+    return Policy(frozen(model, config), config.temperature, config.ops_impl, strings, tokens)
 
 
 def _prepare(study: FrontierConfig, path: str | None) -> None:

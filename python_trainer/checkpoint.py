@@ -45,6 +45,8 @@ FREE_TO_CHANGE = {
     "vllm_gpu_memory_utilization",
     "ops_impl",
     "deepspeed",
+    "lora_save",
+    "attn_implementation",
 }
 
 
@@ -238,9 +240,9 @@ def _kind(path: Path) -> str:
     return files.kind(path)
 
 
-def _content(folder: Path) -> dict[str, Any]:
+def _content(folder: Path, *, listed: bool = True) -> dict[str, Any]:
     try:
-        content = json.loads((folder / STATE).read_text()) if (folder / STATE).is_file() else {}
+        content = json.loads((folder / STATE).read_text()) if listed and (folder / STATE).is_file() else {}
     except (ValueError, RecursionError) as error:
         raise UserError(f"{folder / STATE} is not what a checkpoint holds: {error}") from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:

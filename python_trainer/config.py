@@ -101,6 +101,14 @@ class RunConfig:
     model_config: str | None = HfArg(
         default=None, help="Architecture of a model that starts from random weights (a mapping, or JSON)."
     )
+    attn_implementation: Literal["eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention"] | None = (
+        HfArg(default=None, help="How transformers computes attention. Default: its own choice for the model.")
+    )
+    torch_dtype: Literal["float32", "bfloat16", "float16"] | None = HfArg(
+        default=None,
+        help="Precision in which the policy's weights are read and, at the end, saved. Default: as they are stored. "
+        "Training is in float32, or as bf16 and fp16 say, either way.",
+    )
     ops_impl: Literal["auto", "torch", "cpu", "triton", "cuda"] = HfArg(
         default="auto", help="The `impl` of every ppo_kernels op."
     )
@@ -172,10 +180,18 @@ class OptimizerConfig(RunConfig):
     gradient_checkpointing: bool = HfArg(
         default=False, help="Keep no activations inside the layers, compute them again in the backward pass."
     )
-    lora_r: int | None = HfArg(default=None, help="Train LoRA adapters of this rank (needs peft); saved merged.")
-    lora_alpha: int = HfArg(default=16, help="Adapters are scaled by lora_alpha / rank.")
+    lora_r: int | None = HfArg(
+        default=None,
+        help="Train LoRA adapters of this rank (needs peft). If the model to start from is such an adapter, it is "
+        "trained further, with its own lora_alpha and modules; without lora_r it is merged, and all are trained.",
+    )
+    lora_alpha: int = HfArg(default=16, help="New adapters are scaled by lora_alpha / rank.")
     lora_target_modules: str | None = HfArg(
-        default=None, help="Modules that get adapters, separated by commas. Default: those peft knows for the model."
+        default=None,
+        help="Modules that get new adapters, separated by commas, or all-linear. Default: peft's for the model.",
+    )
+    lora_save: Literal["merged", "adapter"] = HfArg(
+        default="merged", help="Save a whole model with the adapters merged in, or the adapters alone, for peft."
     )
 
 
@@ -241,6 +257,11 @@ class SamplingConfig(RunConfig):
         default="error",
         help="Prompts with more tokens: stop, leave them out, or keep their end (of a chat the last turns).",
     )
+    stop_strings: str | None = HfArg(
+        default=None,
+        help="Text that ends a response, or a JSON list of such texts, beside the end tokens and stop_strings of the "
+        "model's generation_config.json.",
+    )
     eval_prompts: int = HfArg(default=500, help="Held-out prompts used for evaluation.")
     kl_coef: float = HfArg(default=0.05, help="Weight of the KL penalty against the reference; beta of online_dpo.")
     reward_function: str | None = HfArg(
@@ -255,6 +276,25 @@ class SamplingConfig(RunConfig):
         default=None,
         help="Reference policy, and the policy's start. Default: the result of sft, or model_config.",
     )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.stops()
+
+    def stops(self) -> list[str]:
+        """The texts of stop_strings."""
+        given: Any = self.stop_strings
+        if given is None:
+            return []
+        if given.lstrip().startswith("["):
+            try:
+                given = json.loads(given)
+            except ValueError as error:
+                raise ValueError(f"stop_strings is no JSON list: {error}") from error
+        found = given if isinstance(given, list) else [given]
+        if not all(isinstance(one, str) and one for one in found):
+            raise ValueError(f"stop_strings must be texts that are not empty, not {self.stop_strings}")
+        return found
 
 
 @dataclass

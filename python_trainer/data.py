@@ -13,8 +13,9 @@ from .distributed import seed_of
 
 Message = dict[str, Any]  # of a chat: role, content and whatever else its template knows
 Content = str | list[Message]  # plain text, or chat messages
-# (prompts [B, P] padded on the left, their mask [B, P], uniform numbers [B, T]) -> tokens [B, T]
-Generate = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+# (prompts [B, P] padded on the left, their mask [B, P], uniform numbers [B, T]) -> tokens [B, T], and their
+# log-probabilities [B, T] as the generator saw them
+Generate = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 
 
 @dataclass(frozen=True)
@@ -43,15 +44,24 @@ class Rollout:
     sequences: torch.Tensor  # [B, P + T] ids: prompt padded on the left, response on the right
     attention_mask: torch.Tensor  # [B, P + T] bool
     mask: torch.Tensor  # [B, T] bool: the sampled tokens, the end token among them
+    ended: torch.Tensor  # [B] bool: responses that came to an end of their own
     prompts: Sequence[Prompt] = ()  # B of them; none where only ids matter
 
     @classmethod
-    def of(cls, prompts: torch.Tensor, prompt_mask: torch.Tensor, responses: torch.Tensor, eos: int) -> "Rollout":
-        """Lengths come from the first end token, never from comparing with the pad id."""
-        ended = (responses == eos).cumsum(dim=1)
-        mask = (ended - (responses == eos).long()) == 0
+    def of(
+        cls,
+        prompts: torch.Tensor,
+        prompt_mask: torch.Tensor,
+        responses: torch.Tensor,
+        ends: int | Sequence[int],
+        stops: torch.Tensor | None = None,
+    ) -> "Rollout":
+        """Lengths come from the first end token, or token of `stops` [B, T], never from comparing with the pad id."""
+        end = torch.isin(responses, torch.tensor(ends, device=responses.device))
+        end = end if stops is None else end | stops
+        mask = end.cumsum(dim=1) - end.long() == 0
         sequences = torch.cat([prompts, responses], dim=1)
-        return cls(sequences, torch.cat([prompt_mask, mask], dim=1), mask)
+        return cls(sequences, torch.cat([prompt_mask, mask], dim=1), mask, (end & mask).any(dim=1))
 
     def __len__(self) -> int:
         return len(self.sequences)
@@ -59,7 +69,7 @@ class Rollout:
     def __getitem__(self, rows: torch.Tensor | slice) -> "Rollout":
         chosen = range(len(self))[rows] if isinstance(rows, slice) else rows.tolist()
         prompts = [self.prompts[row] for row in chosen] if self.prompts else ()
-        return Rollout(self.sequences[rows], self.attention_mask[rows], self.mask[rows], prompts)
+        return Rollout(self.sequences[rows], self.attention_mask[rows], self.mask[rows], self.ended[rows], prompts)
 
     @property
     def prompt_width(self) -> int:
@@ -73,10 +83,6 @@ class Rollout:
     def position_ids(self) -> torch.Tensor:
         """Positions count from the first real token: a padded prompt is scored as the bare one would be."""
         return (self.attention_mask.cumsum(dim=1) - 1).clamp(min=0)
-
-    def ended(self, eos: int) -> torch.Tensor:
-        """[B] bool: responses that came to their end token."""
-        return ((self.responses == eos) & self.mask).any(dim=1)
 
 
 Scorer = Callable[[Rollout], torch.Tensor]  # [B, T] log-probabilities of the sampled tokens; masked ones are 0
@@ -168,12 +174,14 @@ def shuffled_positions(count: int, seed: int, start: int, size: int) -> list[int
 
 def only_drawn(
     logits: torch.Tensor, uniforms: torch.Tensor, temperature: float | torch.Tensor, vocabulary: int | None = None
-) -> torch.Tensor:
-    """Logits [B, V] that leave one token possible, the drawn one: 0 there, -inf elsewhere.
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits [B, V] that leave one token possible, the drawn one: 0 there, -inf elsewhere; its log-probability [B].
 
     It is the token at which the CDF of softmax(logits / temperature) passes the row's uniform number [B, 1];
     temperature is a number or [B, 1]. Ids from `vocabulary` on are no tokens.
     """
-    cdf = (logits[:, :vocabulary].float() / temperature).softmax(dim=-1).double().cumsum(dim=-1)
+    probabilities = (logits[:, :vocabulary].float() / temperature).softmax(dim=-1)
+    cdf = probabilities.double().cumsum(dim=-1)
     token = torch.searchsorted(cdf, uniforms * cdf[:, -1:], right=True).clamp(max=cdf.shape[1] - 1)
-    return torch.full_like(logits, float("-inf")).scatter(1, token, 0.0)
+    drawn = torch.full_like(logits, float("-inf")).scatter(1, token, 0.0)
+    return drawn, probabilities.gather(1, token).squeeze(1).log()

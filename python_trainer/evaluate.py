@@ -67,15 +67,15 @@ def evaluate(
     """One response per prompt, with the same noise at every call: two policies differ by themselves alone."""
     prompts = evaluation_prompts(prompts, config)
     rows = config.local_rollout_forward_batch_size
-    rollout = sample(
+    rollout, logp = sample(
         policy,
         prompts,
         tokenizer,
         generator,
         response_length=config.response_length,
+        rows=rows,
         seed=distributed.seed_of(config.seed, len(prompts)),
     )
-    logp = by_rows(lambda part: score_tokens(policy, part), rollout, rows)
     ref = by_rows(lambda part: score_tokens(reference, part), rollout, rows)
     columns = {"kl": (logp - ref).sum(dim=1), "response_length": rollout.mask.sum(dim=1).float()}
     if reward_fn is not None:

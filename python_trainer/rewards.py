@@ -62,7 +62,7 @@ class ModelReward:
     def __init__(
         self, path: Path, config: PPOConfig, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt], drawn: int
     ) -> None:
-        model = load_scalar(path, "reward_model_path")
+        model = load_scalar(path, "reward_model_path", config)
         self.policy_tokenizer, self.tokenizer = tokenizer, tokenizer_beside(path, tokenizer)
         chat = any(not isinstance(prompt.content, str) for prompt in prompts)
         probes = [readable(prompt.content) for prompt in prompts[:64]]
@@ -82,14 +82,13 @@ class ModelReward:
     def __call__(self, rollout: Rollout) -> torch.Tensor:
         if self.reads_ids:
             return score_responses(self.model, rollout)
-        eos = self.policy_tokenizer.eos_token_id
         answers = [ids[mask].tolist() for ids, mask in zip(rollout.responses, rollout.mask, strict=True)]
         texts = [self.policy_tokenizer.decode(ids, skip_special_tokens=True) for ids in answers]
         pairs = [
             (prompt.content, text if isinstance(prompt.content, str) else [{"role": "assistant", "content": text}])
             for prompt, text in zip(rollout.prompts, texts, strict=True)
         ]
-        rows = whole_ids(pairs, self.tokenizer, {self.tokenizer.eos_token_id}, rollout.ended(eos).tolist())
+        rows = whole_ids(pairs, self.tokenizer, {self.tokenizer.eos_token_id}, rollout.ended.tolist())
         with distributed.raise_on_all_ranks(UserError):
             if (longest := max(map(len, rows))) > self.context:
                 raise UserError(

@@ -2,7 +2,7 @@
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple, TypeVar
@@ -31,6 +31,7 @@ from .models import (
     stage_model,
     undamaged,
 )
+from .pretrained import end_tokens
 from .rollout import shard
 from .settings import save
 from .tokens import Tokens, encode_examples, learnable, tell, whole_ids
@@ -53,9 +54,9 @@ def sft(config: SftConfig) -> dict[str, float]:
     if config.model_path is not None:
         undamaged(Path(config.model_path))
     tokenizer = checked(task.tokenizer()) if config.model_path is None else load_tokenizer(config.model_path)
-    model = load_policy(config.model_path, config, tokenizer)
+    model = load_policy(config.model_path, config, tokenizer, continue_rank=config.lora_r)
     texts, others = task.texts()
-    only, ends = config.completion_only_loss, {tokenizer.eos_token_id}
+    only, ends = config.completion_only_loss, end_tokens(model.generation_config)
     rows = encode_examples(texts + others, tokenizer, config.max_length, completion_only=only, ends=ends)
     train, heldout = learnable(rows[: len(texts)]), learnable(rows[len(texts) :])
     refuse_short_context(model, max(len(row.ids) for row in rows), "texts", "max_length")
@@ -87,10 +88,10 @@ def reward(config: RewardConfig) -> dict[str, float]:
     train, heldout = task.pairs()
     if not train:
         raise UserError("the set of preference pairs is empty")
-    encoded = _encode_pairs(train + heldout, tokenizer, config)
-    train_rows, heldout_rows = encoded[: len(train)], encoded[len(train) :][: config.eval_pairs]
     torch.manual_seed(config.seed)
     policy = load_policy(source, config, tokenizer)
+    encoded = _encode_pairs(train + heldout, tokenizer, end_tokens(policy.generation_config), config)
+    train_rows, heldout_rows = encoded[: len(train)], encoded[len(train) :][: config.eval_pairs]
     longest = max(len(ids) for row in encoded for ids in row[:2])
     refuse_short_context(policy, longest, "pairs", "max_length")
     refuse_missing_embeddings(policy, (token for row in encoded for ids in row[:2] for token in ids), "pairs")
@@ -151,7 +152,7 @@ def _train(
             _stop_if_asked(asked_to_stop, stage, step, config)
         log.close()
         with atomic_dir(folder / "model") as place:
-            save_model(model, tokenizer, place)
+            save_model(model, tokenizer, place, config.lora_save)
         if distributed.is_main():
             plot(folder)
     return figures
@@ -164,9 +165,10 @@ def _with_steps(config: C, rows: int) -> C:
     return replace(config, max_steps=max(math.ceil(config.num_train_epochs * rows / config.batch_size), 1))
 
 
-def _encode_pairs(pairs: list[Pair], tokenizer: PreTrainedTokenizerBase, config: RewardConfig) -> list[PairTokens]:
+def _encode_pairs(
+    pairs: list[Pair], tokenizer: PreTrainedTokenizerBase, ends: Collection[int], config: RewardConfig
+) -> list[PairTokens]:
     """All pairs; those of which a reward model would see no difference are refused."""
-    ends = {tokenizer.eos_token_id}
     whole = [
         whole_ids([(pair.prompt, text) for pair, text in zip(pairs, texts, strict=True)], tokenizer, ends)
         for texts in ([pair.chosen for pair in pairs], [pair.rejected for pair in pairs])
@@ -275,10 +277,12 @@ class Pretraining:
     Its gradient joins the minibatch's before the one optimizer step of both, as in InstructGPT and DeepSpeed-Chat.
     """
 
-    def __init__(self, config: PPOConfig, task: Task, tokenizer: PreTrainedTokenizerBase) -> None:
+    def __init__(
+        self, config: PPOConfig, task: Task, tokenizer: PreTrainedTokenizerBase, ends: Collection[int]
+    ) -> None:
         self.config = config
         self.pad = tokenizer.pad_token_id
-        texts, ends = task.texts()[0], {tokenizer.eos_token_id}
+        texts = task.texts()[0]
         rows = encode_examples(texts, tokenizer, config.ptx_max_length, completion_only=True, ends=ends)
         self.rows = learnable(rows)
 

@@ -40,14 +40,17 @@ def whole_ids(
     ends: Collection[int],
     finished: Sequence[bool] | None = None,
 ) -> list[list[int]]:
-    """Of each prompt with its text, the end token behind it; not where `finished` is False, as the text goes on."""
+    """Of each prompt with its text. A plain one has the end token behind it; a chat what its template puts there.
+
+    Not where `finished` is False: the text goes on.
+    """
     closed = [True] * len(rows) if finished is None else list(finished)
     joined = [_joined(*row, tokenizer, whole) for row, whole in zip(rows, closed, strict=True)]
     ids = _ids(joined, [not isinstance(text, str) for _, text in rows], tokenizer)
     eos: int = tokenizer.eos_token_id
     return [
-        row if not whole or _ended(row, tokenizer, ends) else [*row, eos]
-        for row, whole in zip(ids, closed, strict=True)
+        [*row, eos] if whole and isinstance(text, str) and not _ended(row, tokenizer, ends) else row
+        for row, (_, text), whole in zip(ids, rows, closed, strict=True)
     ]
 
 
@@ -66,6 +69,8 @@ def encode_examples(
     before = prompt_ids([example.prompt if isinstance(example.prompt, str) else "" for example in examples], tokenizer)
     found, last_turns = [], 0
     for example, ids, start in zip(examples, rows, before, strict=True):
+        if not _ended(ids, tokenizer, ends):
+            ids.append(tokenizer.eos_token_id)  # a template that ends no turn: nothing would be learned of the end
         learned = [True] * len(ids)
         if completion_only and isinstance(example.text, str) and example.prompt:
             learned = _from(ids, start)
