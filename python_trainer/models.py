@@ -168,6 +168,7 @@ def load_policy(
     else:
         raise UserError("no model to start from: give a path or model_config")
     source = path or f"model_config {config.model_config}"
+    refuse_missing_embeddings(model, (tokenizer.pad_token_id, tokenizer.eos_token_id), "pad or end token")
     _refuse_non_finite(model, source)
     _refuse_unfit(model, source)
     _generate_plainly(model, tokenizer)
