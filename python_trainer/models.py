@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import re
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ from transformers import (
 )
 
 from . import distributed, zero_state
-from .atomic import MANIFEST, verify
+from .atomic import MANIFEST, refuse_unlisted
 from .config import OptimizerConfig, PPOConfig, RunConfig, UserError
 from .data import Task
 from .deepspeed_engine import (
@@ -35,6 +36,9 @@ from .deepspeed_engine import (
     weights_here,
 )
 
+READ_BY_TRANSFORMERS = re.compile(
+    r".*\.(json|safetensors|bin|jinja|model)|(vocab|merges)\.txt|additional_chat_templates"
+)
 PADDED = " (four lines in the README, under Trainer, save a model with one)"
 
 
@@ -143,7 +147,7 @@ def stage_model(config: RunConfig, stage: str, given: str | None) -> Path | None
 def undamaged(path: Path) -> Path:
     """The same path, once its files are those of the manifest that our commands write beside a model."""
     if (path / MANIFEST).is_file():
-        verify(path)
+        refuse_unlisted(path, lambda name: READ_BY_TRANSFORMERS.fullmatch(name) is not None)
     return path
 
 
