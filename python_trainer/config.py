@@ -17,6 +17,40 @@ CONFIGS = Path(__file__).parent / "configs"
 REPORTS = ("tensorboard", "wandb")
 RENAMED = {"cliprange_ratio": "weight_clip"}  # settings, by the names that earlier versions wrote down
 
+OF_OTHER_TRAINERS = {  # words that people bring, and what is here in their place
+    "top_p": "responses are drawn from the whole distribution, so that sampling and scoring agree; leave it out",
+    "num_train_epochs": "set total_steps (or max_steps); num_ppo_epochs are passes over one rollout",
+    "gradient_accumulation_steps": "set batch_size and, for memory, per_device_train_batch_size: what lies between "
+    "is accumulated",
+    "max_new_tokens": "the most tokens of a response are response_length",
+    "beta": "the weight of the KL penalty is kl_coef",
+    "epsilon": "the clip range is cliprange (and cliprange_high)",
+    "num_iterations": "passes over one rollout are num_ppo_epochs",
+    "lr": "it is learning_rate",
+    "use_vllm": "set generation_engine vllm",
+    "reward_funcs": "functions are reward_function, a reward model is reward_model_path",
+    "model_name_or_path": "the policy's start is sft_model_path (train) or model_path (sft, reward, eval)",
+    "dataset_name": "data are a folder, data_path",
+    "per_device_batch_size": "samples per micro-batch are per_device_train_batch_size, per step batch_size",
+    "gae_lambda": "it is lam",
+    "clip_epsilon": "the clip range is cliprange",
+    "resume": "set resume_from_checkpoint",
+    "learning_rate_scheduler": "it is lr_scheduler_type",
+}
+for _other, _name in (
+    ("top_k min_p typical_p do_sample num_beams", "top_p"),
+    ("epochs num_epochs n_epochs", "num_train_epochs"),
+    ("gradient_accumulation accumulation_steps", "gradient_accumulation_steps"),
+    ("max_completion_length max_response_length max_tokens max_gen_len", "max_new_tokens"),
+    ("init_kl_coef kl_penalty kl_beta kl_coefficient", "beta"),
+    ("eps_clip clip_eps", "epsilon"),
+    ("ppo_epochs mu noptepochs", "num_iterations"),
+    ("model model_name pretrain", "model_name_or_path"),
+    ("dataset dataset_path train_file", "dataset_name"),
+    ("mini_batch_size train_batch_size per_device_eval_batch_size", "per_device_batch_size"),
+):
+    OF_OTHER_TRAINERS |= dict.fromkeys(_other.split(), OF_OTHER_TRAINERS[_name])
+
 
 Test = Callable[[float], bool]
 RANGES: dict[str, tuple[Test, str]] = {}
@@ -26,11 +60,13 @@ for _names, _test, _allowed in (
         lambda x: x >= 1,
         "at least 1",
     ),
-    ("max_steps total_steps save_total_limit max_skipped_steps ddp_timeout", lambda x: x >= 1, "at least 1"),
+    ("max_steps total_steps save_total_limit max_skipped_steps", lambda x: x >= 1, "at least 1"),
+    ("ddp_timeout", lambda x: 1 <= x < 1 << 31, "at least 1 and below 2**31"),
     ("response_length local_rollout_forward_batch_size ptx_max_length", lambda x: x >= 1, "at least 1"),
     ("eval_prompts eval_pairs kl_horizon lora_r critic_lora_r", lambda x: x >= 1, "at least 1"),
     ("max_length", lambda x: x >= 2, "at least 2"),
-    ("seed warmup_steps eval_steps save_steps critic_warmup_steps", lambda x: x >= 0, "at least 0"),
+    ("warmup_steps eval_steps save_steps critic_warmup_steps", lambda x: x >= 0, "at least 0"),
+    ("seed", lambda x: 0 <= x < 1 << 32, "at least 0 and below 2**32"),
     (
         "weight_decay max_grad_norm cliprange cliprange_value vf_coef",
         lambda x: 0 <= x < math.inf,
@@ -94,6 +130,11 @@ class RunConfig:
     ddp_timeout: int = HfArg(default=600, help="Seconds after which a rank that hears nothing from the others stops.")
 
     def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if isinstance(value, str) and not _is_text(value):
+                raise ValueError(f"{name} holds a character that no text and no file's name has: {value[:60]!a}")
+            if isinstance(value, int) and abs(value) >= 1 << 53:
+                raise ValueError(f"{name} must be below 2**53, not a number of {len(str(abs(value)))} digits")
         for name, (test, allowed) in RANGES.items():
             value = getattr(self, name, None)
             if value is not None and not test(value):
@@ -103,7 +144,7 @@ class RunConfig:
             architecture = _json("model_config", self.model_config)
             self.model_config = json.dumps(architecture)  # one spelling, so that two runs can be compared
             kind = architecture.get("model_type")
-            if kind not in CONFIG_MAPPING:
+            if not isinstance(kind, str) or kind not in CONFIG_MAPPING:
                 raise ValueError(f"model_config needs a model_type that transformers knows, not {kind!r}")
         settings = _json(f"the file of deepspeed, {self.deepspeed},", resolve(self.deepspeed).read_text())
         if (settings.get("fp16") or {}).get("enabled"):
@@ -367,10 +408,15 @@ def resolve(path: str) -> Path:
     raise UserError(f"no such file: {path} (shipped configurations: {shipped})")
 
 
+def _is_text(value: str) -> bool:
+    """Whether it can be written in UTF-8, and handed to the operating system."""
+    return "\0" not in value and not any("\ud800" <= character <= "\udfff" for character in value)
+
+
 def _json(name: str, text: str) -> dict[str, Any]:
     try:
         content = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{name} is not JSON: {error}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{name} must be a mapping")
