@@ -24,6 +24,7 @@ import transformers
 from transformers import PreTrainedModel, get_scheduler
 
 from . import distributed, files, zero_state
+from .cache import cache_folder, make_cache_folder
 from .config import OptimizerConfig, RunConfig, UserError, resolve
 
 
@@ -306,9 +307,12 @@ def _compile_cpu_communication() -> None:
     from deepspeed.comm.torch import build_shm_op
 
     environment = hashlib.sha256(f"{sys.prefix} {torch.__version__}".encode()).hexdigest()[:12]
-    folder = distributed.cache_folder() / "torch_extensions" / environment
-    if os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(folder)) != str(folder):
+    inner = Path("torch_extensions") / environment
+    given = os.environ.get("TORCH_EXTENSIONS_DIR")
+    if given is not None and given != str(cache_folder() / inner):
         return  # somebody else's to manage
+    folder = make_cache_folder() / inner
+    os.environ["TORCH_EXTENSIONS_DIR"] = str(folder)
     folder.mkdir(parents=True, exist_ok=True)
     with files.locked(folder / ".building", wait=True):
         for guard in folder.glob("*/lock"):

@@ -19,7 +19,6 @@ from transformers import HfArgumentParser
 
 from . import files
 from .config import (
-    OF_OTHER_TRAINERS,
     RENAMED,
     EvalConfig,
     FrontierConfig,
@@ -33,6 +32,40 @@ from .config import (
 
 LISTS = {"reward_function", "reward_weights", "lora_target_modules", "algorithms", "kl_coefs"}  # or with commas
 LARGEST_FILE = 100_000  # values in a file of settings
+OF_OTHER_TRAINERS = {  # words that people bring, and what is here in their place
+    "top_p": "responses are drawn from the whole distribution, so that sampling and scoring agree; leave it out",
+    "num_train_epochs": "set total_steps (or max_steps); num_ppo_epochs are passes over one rollout",
+    "gradient_accumulation_steps": "set batch_size and, for memory, per_device_train_batch_size: what lies between "
+    "is accumulated",
+    "max_new_tokens": "the most tokens of a response are response_length",
+    "beta": "the weight of the KL penalty is kl_coef",
+    "epsilon": "the clip range is cliprange (and cliprange_high)",
+    "num_iterations": "passes over one rollout are num_ppo_epochs",
+    "lr": "it is learning_rate",
+    "use_vllm": "set generation_engine vllm",
+    "reward_funcs": "functions are reward_function, a reward model is reward_model_path",
+    "model_name_or_path": "the policy's start is sft_model_path (train) or model_path (sft, reward, eval)",
+    "dataset_name": "data are a folder, data_path",
+    "per_device_batch_size": "samples per micro-batch are per_device_train_batch_size, per step batch_size",
+    "gae_lambda": "it is lam",
+    "clip_epsilon": "the clip range is cliprange",
+    "resume": "set resume_from_checkpoint",
+    "learning_rate_scheduler": "it is lr_scheduler_type",
+}
+for _other, _name in (
+    ("top_k min_p typical_p do_sample num_beams", "top_p"),
+    ("epochs num_epochs n_epochs", "num_train_epochs"),
+    ("gradient_accumulation accumulation_steps", "gradient_accumulation_steps"),
+    ("max_completion_length max_response_length max_tokens max_gen_len", "max_new_tokens"),
+    ("init_kl_coef kl_penalty kl_beta kl_coefficient", "beta"),
+    ("eps_clip clip_eps", "epsilon"),
+    ("ppo_epochs mu noptepochs", "num_iterations"),
+    ("model model_name pretrain", "model_name_or_path"),
+    ("dataset dataset_path train_file", "dataset_name"),
+    ("mini_batch_size train_batch_size per_device_eval_batch_size", "per_device_batch_size"),
+):
+    OF_OTHER_TRAINERS |= dict.fromkeys(_other.split(), OF_OTHER_TRAINERS[_name])
+
 PRESETS = Path(__file__).parent / "presets"
 
 COMMANDS: dict[str, type[RunConfig]] = {
