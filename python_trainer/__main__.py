@@ -5,7 +5,6 @@ import contextlib
 import errno
 import functools
 import io
-import json
 import os
 import sys
 import time
@@ -100,7 +99,7 @@ def _steady_output() -> Iterator[None]:
     for stream in before:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
-    sys.stdout, sys.stderr = (_Steady(stream) for stream in before)  # type: ignore[assignment]
+    sys.stdout, sys.stderr = (_Steady(stream) for stream in before)
     try:
         yield
     finally:

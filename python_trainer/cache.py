@@ -15,7 +15,7 @@ def cache_folder() -> Path:
     try:
         return Path.home().absolute() / ".cache" / "ppo_kernels"
     except RuntimeError as error:
-        raise UserError(f"there is no home folder to keep a cache in: set {VARIABLE} to a folder of your own") from error
+        raise UserError(f"there is no home folder for a cache: set {VARIABLE} to a folder of your own") from error
 
 
 def make_cache_folder() -> Path:
@@ -33,8 +33,8 @@ def make_cache_folder() -> Path:
         ) from error
     if facts.st_uid != os.geteuid() or facts.st_mode & 0o022:
         raise UserError(
-            f"others may write to the cache {folder}, and compiled code in it is run: set {VARIABLE} to a folder that is "
-            "yours alone (chmod go-w)"
+            f"others may write to the cache {folder}, and compiled code in it is run: set {VARIABLE} to a folder "
+            "that is yours alone (chmod go-w)"
         )
     if not os.access(folder, os.W_OK | os.X_OK):
         raise UserError(f"the cache {folder} cannot be written: set {VARIABLE} to another folder")

@@ -265,7 +265,9 @@ def _refuse_another_form(folder: Path, content: dict[str, Any], models: Sequence
     except (KeyError, TypeError, AttributeError):
         fits = False
     if not fits:
-        raise UserError(f"{folder / STATE} is not what a checkpoint of {' and '.join(models)} holds; resume from another")
+        raise UserError(
+            f"{folder / STATE} is not what a checkpoint of {' and '.join(models)} holds; resume from another"
+        )
 
 
 def _is_of_a_model(saved: dict[str, Any]) -> bool:

@@ -112,11 +112,6 @@ class RunConfig:
             kind = architecture.get("model_type")
             if not isinstance(kind, str) or kind not in CONFIG_MAPPING:
                 raise ValueError(f"model_config needs a model_type that transformers knows, not {kind!r}")
-        settings = _json(f"the file of deepspeed, {self.deepspeed},", resolve(self.deepspeed).read_text())
-        if (settings.get("fp16") or {}).get("enabled"):
-            raise ValueError(
-                f"deepspeed: {self.deepspeed} enables fp16; set fp16: true instead, so that all models know"
-            )
         if self.fp16 and not torch.cuda.is_available():
             raise ValueError("fp16 needs a CUDA device; train in bf16 (bf16: true) or in float32")
         if self.fp16 and self.bf16:

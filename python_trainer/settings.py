@@ -29,6 +29,7 @@ from .config import (
     UserError,
     resolve,
 )
+from .deepspeed_file import deepspeed_file
 
 LISTS = {"reward_function", "reward_weights", "lora_target_modules", "algorithms", "kl_coefs"}  # or with commas
 LARGEST_FILE = 100_000  # values in a file of settings
@@ -147,6 +148,7 @@ def _parse(command: str, kind: type[C], settings: dict[str, Any], overrides: Seq
         (config,) = parser.parse_args_into_dataclasses(arguments, look_for_args_file=False)
     except ValueError as error:
         raise UserError(str(error)) from error
+    deepspeed_file(config)  # what cannot be is said before anything loads
     return config
 
 
@@ -162,7 +164,9 @@ def _read(path: str | None, command: str) -> tuple[dict[str, Any], dict[str, Any
             raise UserError(f"{name} in {path} must be a mapping of settings, not {section!r}")
     for key in (*content, *(key for section in sections.values() for key in section)):
         if not isinstance(key, str):
-            raise UserError(f"{path}: a setting's name must be text, not {key!r}; YAML reads yes, no, on and off as bool")
+            raise UserError(
+                f"{path}: a setting's name must be text, not {key!r}; YAML reads yes, no, on and off as bool"
+            )
     return {key: value for key, value in content.items() if key not in sections}, sections.get(command, {})
 
 

@@ -36,7 +36,9 @@ def test_files_that_are_not_listed_are_neither_read_nor_waited_for(saved):
     """Files with the names of weights: a pipe, other weights, and a state that nobody listed."""
     trainer, folder = saved
     before = {name: weight.clone() for name, weight in trainer.actor.module.state_dict().items()}
-    stray = {key: torch.full_like(value, 7.0) for key, value in load_file(folder / "ema-rank0-0000.safetensors").items()}
+    stray = {
+        key: torch.full_like(value, 7.0) for key, value in load_file(folder / "ema-rank0-0000.safetensors").items()
+    }
     save_file(stray, folder / "ema-rank9-0000.safetensors")
     shutil.copy(folder / "actor-rank0-0000.safetensors", folder / "actor-rank8-0000.safetensors")
     os.mkfifo(folder / "actor-rank9-0000.safetensors")
