@@ -45,6 +45,8 @@ FREE_TO_CHANGE = {
     "vllm_gpu_memory_utilization",
     "ops_impl",
     "deepspeed",
+    "lora_save",
+    "attn_implementation",
 }
 
 

@@ -58,26 +58,41 @@ def init_distributed(seed: int, timeout_s: int) -> None:
 
 
 class Policy:
-    """A language model with the one temperature at which it is both sampled and scored."""
+    """A language model with the one temperature at which it is both sampled and scored, and where it ends."""
 
-    def __init__(self, model: "PreTrainedModel | Trainable", temperature: float, impl: str) -> None:
+    def __init__(
+        self,
+        model: "PreTrainedModel | Trainable",
+        temperature: float,
+        impl: str,
+        stop_strings: Sequence[str] = (),
+        vocabulary: int | None = None,
+    ) -> None:
         self.model = model
         self.temperature = temperature
         self.impl = impl
+        self.stop_strings = stop_strings  # beside end_ids
+        self.vocabulary = vocabulary  # the tokenizer's ids: a model may have more, which are never drawn
         self.copy: PreTrainedModel | None = None  # what generates where the model itself is partitioned
 
     @property
     def module(self) -> PreTrainedModel:
         return getattr(self.model, "module", self.model)  # inside an engine, trained or frozen
 
+    @property
+    def end_ids(self) -> list[int]:
+        """Every token that ends a response."""
+        ends = self.module.generation_config.eos_token_id
+        return [ends] if isinstance(ends, int) else list(ends)
+
 
 class Trainable:
     """A DeepSpeed engine whose gradients add up plainly until `step`, which is never a non-finite one."""
 
     def __init__(self, model: torch.nn.Module, config: OptimizerConfig, learning_rate: float, updates: int) -> None:
+        model.eval()  # dropout, router jitter and the like would make the ratio of two policies noise
         if config.gradient_checkpointing:
             checkpoint_activations(model)
-        model.train()  # where checkpointing happens; dropout there is none
         weights = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self.healthy = torch.ones((), dtype=torch.bool, device=distributed.device())
         for parameter in weights:
@@ -201,10 +216,17 @@ def all_finite(tensors: Iterable[torch.Tensor]) -> bool:
 
 
 def checkpoint_activations(model: Any) -> None:
+    """transformers does so in training mode, which only the layers that do it are in, and nothing inside them."""
     if hasattr(model, "activation_checkpointing_enable"):
         model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
     else:  # the name of older transformers
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    for layer in model.modules():
+        if getattr(layer, "gradient_checkpointing", False):
+            layer.training = True
+            for name, value in vars(layer).items():
+                if isinstance(value, float) and "drop" in name:  # a rate that the layer itself applies
+                    setattr(layer, name, 0.0)
 
 
 def step_together(models: Sequence[Trainable]) -> None:

@@ -108,7 +108,7 @@ def test_missing_end_is_penalised(tiny):
     lenient, trainer = tiny(), tiny()
     trainer.config.missing_eos_penalty = 1.0  # the task, which knows the optimum without it, would refuse it
     plain, strict = lenient.collect_experience(), trainer.collect_experience()
-    ended = plain.rollout.ended(1)
+    ended = plain.ended
     assert ended.any()
     assert not ended.all()
     torch.testing.assert_close(plain.scores - strict.scores, (~ended).float())
