@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import re
 import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from transformers import (
 )
 
 from . import distributed, files, zero_state
-from .atomic import MANIFEST, verify
+from .atomic import MANIFEST, refuse_unlisted
 from .config import OptimizerConfig, PPOConfig, RunConfig, SamplingConfig, UserError
 from .data import Task
 from .deepspeed_engine import (
@@ -44,6 +45,9 @@ from .pretrained import (
 )
 from .tokens import reads_ids_of, vocabulary_of
 
+READ_BY_TRANSFORMERS = re.compile(
+    r".*\.(json|safetensors|bin|jinja|model)|(vocab|merges)\.txt|additional_chat_templates"
+)
 UNSEEN = 1e-3  # of the largest logit: what a token may change where it is not to be seen, and padding anywhere
 SEQUENCES = ("prompts with their responses", "max_prompt_length or response_length")  # and what shortens them
 
@@ -234,7 +238,7 @@ def stage_model(config: RunConfig, stage: str, given: str | None) -> Path | None
 def undamaged(path: Path) -> Path:
     """The same path, once its files are those of the manifest that our commands write beside a model."""
     if (path / MANIFEST).is_file():
-        verify(path)
+        refuse_unlisted(path, lambda name: READ_BY_TRANSFORMERS.fullmatch(name) is not None)
     return path
 
 

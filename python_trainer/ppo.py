@@ -321,13 +321,15 @@ class Trainer:
 
     def save_checkpoint(self, folder: Path) -> None:
         """Among those in `folder`."""
-        memory: dict[str, Any] = {"kl_coef": self.kl.coef, "scores": self.shaping.state()}
-        checkpoint.save(folder, self.done, self.trained, self.config, memory, self._average())
+        checkpoint.save(folder, self.done, self.trained, self.config, self._memory(), self._average())
 
     def load_checkpoint(self, source: Path) -> None:
-        self.done, memory = checkpoint.load(source, self.trained, self.config, self._average())
+        self.done, memory = checkpoint.load(source, self.trained, self.config, self._memory(), self._average())
         self.kl.coef = memory["kl_coef"]
         self.shaping.restore(memory["scores"])
+
+    def _memory(self) -> dict[str, Any]:
+        return {"kl_coef": self.kl.coef, "scores": self.shaping.state()}
 
     def _average(self) -> list[zero_state.Slice]:
         return [] if self.ema is None else self.ema.slices(self.actor.module)
