@@ -132,10 +132,9 @@ def test_attention_is_computed_as_asked_for(tiny, saved):
 
 def test_a_precision_to_read_and_save_in(tiny, saved, tmp_path):
     trainer = tiny(torch_dtype="bfloat16", sft_model_path=str(saved))
-    for mine, source in zip(
-        trainer.actor.module.parameters(), AutoModelForCausalLM.from_pretrained(saved).parameters()
-    ):
+    source = AutoModelForCausalLM.from_pretrained(saved)
+    for mine, its in zip(trainer.actor.module.parameters(), source.parameters(), strict=True):
         assert mine.dtype == torch.float32
-        assert torch.equal(mine, source.bfloat16().float())
+        assert torch.equal(mine, its.bfloat16().float())
     save_model(trainer.actor.model, trainer.tokenizer, tmp_path / "again")
     assert AutoConfig.from_pretrained(tmp_path / "again").dtype == torch.bfloat16
