@@ -251,10 +251,7 @@ def load_scalar(path: str | Path, key: str, config: RunConfig) -> ScalarModel:
 
 
 def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
-    tokenizer = checked(load_tokenizer_files(path))
-    if _is_empty(tokenizer, Path(path)):
-        raise UserError(f"{path} has no tokenizer: save the one there that its model was trained with")
-    return tokenizer
+    return checked(load_tokenizer_files(path))
 
 
 def tokenizer_beside(path: str | Path, policy: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
@@ -263,13 +260,6 @@ def tokenizer_beside(path: str | Path, policy: PreTrainedTokenizerBase) -> PreTr
         files.say_once(f"{path} has no tokenizer: it is taken to read the tokens of the policy's")
         return policy
     return load_tokenizer(path)
-
-
-def _is_empty(tokenizer: PreTrainedTokenizerBase, folder: Path) -> bool:
-    """transformers makes a tokenizer without words of a folder that has none."""
-    names = type(tokenizer).vocab_files_names.values()
-    alone = folder.is_dir() and not (folder / "adapter_config.json").exists()  # else it may be that of the base
-    return alone and bool(names) and not any((folder / name).exists() for name in names)
 
 
 def checked(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:

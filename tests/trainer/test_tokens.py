@@ -356,5 +356,5 @@ def test_a_folder_without_a_tokenizer_is_not_one_with_an_empty_one(brought, tiny
     model = saved(tmp_path / "bare", tokenizer_of(), model_type="qwen2")
     for path in (tmp_path / "bare").glob("*token*"):
         path.unlink()
-    with pytest.raises(UserError, match="bare has no tokenizer|cannot load a model from .*bare"):
+    with pytest.raises(UserError, match="bare holds no tokenizer|cannot load a model from .*bare"):
         tiny(**rlhf(brought, tmp_path, sft_model_path=model))
