@@ -268,8 +268,11 @@ class SamplingConfig(RunConfig):
     kl_coef: float = HfArg(default=0.05, help="Weight of the KL penalty against the reference; beta of online_dpo.")
     reward_function: str | None = HfArg(
         default=None,
-        help="Reward from Python instead of a model: `file.py:name` or `package.module:name`, called with prompts, "
-        "completions and the other fields of prompts.jsonl (rewards.py).",
+        help="Reward from Python instead of a model: `file.py:name` or `package.module:name`, or several with commas; "
+        "called with prompts, completions, completion_ids and the data's other columns (reward_functions.py).",
+    )
+    reward_weights: str | None = HfArg(
+        default=None, help="What the numbers of several reward functions count, with commas. Default: 1 each."
     )
     score_shift: float = HfArg(
         default=0.0, help="For task exact: added to each score times the prompt's number, which moves no optimum."
@@ -282,6 +285,22 @@ class SamplingConfig(RunConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.stops()
+        self.reward_functions()
+
+    def reward_functions(self) -> tuple[list[str], list[float]]:
+        """Names and weights of those that reward_function lists."""
+        names = [name.strip() for name in (self.reward_function or "").split(",") if name.strip()]
+        given = self.reward_weights.split(",") if self.reward_weights else ["1"] * len(names)
+        try:
+            weights = [float(weight) for weight in given]
+        except ValueError as error:
+            raise ValueError(f"reward_weights must be numbers with commas, not {self.reward_weights!r}") from error
+        if len(weights) != len(names) or not all(map(math.isfinite, weights)):
+            raise ValueError(
+                f"reward_weights {self.reward_weights} must be a finite number for each of the {len(names)} functions "
+                "of reward_function"
+            )
+        return names, weights
 
     def stops(self) -> list[str]:
         """The texts of stop_strings."""

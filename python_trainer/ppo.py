@@ -165,7 +165,7 @@ class Trainer:
         values = torch.zeros_like(logprobs)
         if self.critic is not None:
             values = by_rows(functools.partial(score_values, self.critic), rollout, rows)
-        raw = by_rows(self.reward_fn, rollout, rows).to(logprobs)
+        raw = self.reward_fn(rollout).to(logprobs)  # in one call: a function may compare the responses of a group
         _refuse_non_finite_scores(raw)
         raw = self.shaping.penalised(raw, rollout.ended)
         self.shaping.observe(distributed.gather_rows(raw))
