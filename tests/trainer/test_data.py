@@ -246,6 +246,9 @@ def test_fields_that_arrow_adds_to_messages_are_none_of_theirs(tmp_path):
         ),
         ("texts.jsonl", '{"text": "a"}\n{"text": ""}', "texts.jsonl, row 2: text is empty"),
         ("texts.jsonl", '{"messages": []}', "row 1: messages is empty"),
+        ("texts.jsonl", '{"text": "a \\ud800"}', "row 1: text holds half a character"),
+        ("texts.jsonl", "[" * 100_000, "texts.jsonl begins as a JSON array and is none"),
+        ("texts.jsonl", '{"text": ' * 100_000, "line 1: expected a JSON object"),
         (
             "texts.jsonl",
             '{"messages": [{"from": "human"}]}',
