@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.peft_utils import find_adapter_config_file
@@ -235,7 +234,7 @@ def _generation_config(model: Any, path: str | Path) -> GenerationConfig:
 
 def end_tokens(generation_config: GenerationConfig | None) -> list[Any]:
     found = None if generation_config is None else generation_config.eos_token_id
-    return [] if found is None else [found] if isinstance(found, int) else list(found)
+    return [] if found is None else found if isinstance(found, list) else [found]
 
 
 def _adapter_at(path: str | Path) -> Any:
@@ -338,6 +337,8 @@ def _readable(path: object) -> Any:
     """What transformers and peft raise about a model that they cannot load, in one line."""
     try:
         yield
-    except (OSError, ValueError, ImportError, RuntimeError, SafetensorError, json.JSONDecodeError) as error:
+    except UserError:
+        raise
+    except Exception as error:  # a file that is nothing like what they expect ends in errors of any kind
         lines = str(error).strip().splitlines() or [type(error).__name__]
         raise UserError(f"cannot load a model from {path}: {lines[0]}") from error
