@@ -11,11 +11,11 @@ from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from . import distributed, files
 from .config import CONFIGS, EvalConfig, FrontierConfig, PPOConfig, RewardConfig, RunConfig, SftConfig, UserError
-from .data import Task, encode_prompts, load_task
+from .data import Task, load_task
 from .deepspeed_engine import Policy, frozen, init_distributed
 from .evaluate import Evaluation, choose_generator, evaluate, evaluation_prompts
 from .frontier import frontier
@@ -25,6 +25,7 @@ from .rewards import load_reward_fn
 from .rollout import score_tokens
 from .settings import COMMANDS, load, make_folder, save
 from .sft import reward, sft
+from .tokens import encode_prompts, vocabulary_of
 
 DEMO_CONFIG = "reviews_cpu.yaml"
 LEAST_GOLD_GAIN = 0.2
@@ -129,14 +130,10 @@ def compare(config: EvalConfig) -> tuple[Evaluation, Evaluation]:
     evaluation_prompts(heldout, config)  # before the models load
     tokenizer = load_tokenizer(trained)
     source = stage_model(config, "sft", config.sft_model_path)
-    reference, policy = (_policy(load_policy(path, config, tokenizer), config) for path in (source, trained))
-    reward_fn = load_reward_fn(config, task, tokenizer) if task.verifiable or config.reward_function else None
-    prompts = encode_prompts(
-        heldout,
-        tokenizer,
-        response_length=config.response_length,
-        context=context_of(policy.module),
-    )
+    reference, policy = (_policy(load_policy(path, config, tokenizer), config, tokenizer) for path in (source, trained))
+    prompts = encode_prompts(heldout, tokenizer, config, context_of(policy.module))
+    wanted = task.verifiable or config.reward_function is not None
+    reward_fn = load_reward_fn(config, task, tokenizer, prompts, vocabulary_of(tokenizer)) if wanted else None
     before, after = (
         evaluate(p, reference, prompts, task, tokenizer, generator, reward_fn, config) for p in (reference, policy)
     )
@@ -150,8 +147,9 @@ def compare(config: EvalConfig) -> tuple[Evaluation, Evaluation]:
     return before, after
 
 
-def _policy(model: PreTrainedModel, config: EvalConfig) -> Policy:
-    return Policy(frozen(model, config), config.temperature, config.ops_impl, stop_strings(config, model))
+def _policy(model: PreTrainedModel, config: EvalConfig, tokenizer: PreTrainedTokenizerBase) -> Policy:
+    strings, tokens = stop_strings(config, model), vocabulary_of(tokenizer)
+    return Policy(frozen(model, config), config.temperature, config.ops_impl, strings, tokens)
 
 
 def _prepare(study: FrontierConfig, path: str | None) -> None:

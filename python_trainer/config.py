@@ -16,6 +16,7 @@ from transformers.hf_argparser import HfArg
 CONFIGS = Path(__file__).parent / "configs"
 REPORTS = ("tensorboard", "wandb")
 RENAMED = {"cliprange_ratio": "weight_clip"}  # settings, by the names that earlier versions wrote down
+ADDED = {"apply_chat_template": False, "overlong_prompts": "error"}  # settings that they did not know, as they were
 
 
 Test = Callable[[float], bool]
@@ -27,7 +28,12 @@ for _names, _test, _allowed in (
         "at least 1",
     ),
     ("max_steps total_steps save_total_limit max_skipped_steps ddp_timeout", lambda x: x >= 1, "at least 1"),
-    ("response_length local_rollout_forward_batch_size ptx_max_length", lambda x: x >= 1, "at least 1"),
+    (
+        "response_length local_rollout_forward_batch_size ptx_max_length max_prompt_length logging_steps",
+        lambda x: x >= 1,
+        "at least 1",
+    ),
+    ("num_train_epochs", lambda x: 0 < x < math.inf, "positive and finite"),
     ("eval_prompts eval_pairs kl_horizon lora_r critic_lora_r", lambda x: x >= 1, "at least 1"),
     ("max_length", lambda x: x >= 2, "at least 2"),
     ("seed warmup_steps eval_steps save_steps critic_warmup_steps", lambda x: x >= 0, "at least 0"),
@@ -59,7 +65,7 @@ class UserError(Exception):
 
 
 def by_new_names(settings: dict[str, Any]) -> dict[str, Any]:
-    return {RENAMED.get(name, name): value for name, value in settings.items()}
+    return ADDED | {RENAMED.get(name, name): value for name, value in settings.items()}
 
 
 @dataclass
@@ -74,9 +80,23 @@ class RunConfig:
     )
     data_path: str | None = HfArg(
         default=None,
-        help="For task files: a folder with texts.jsonl, pairs.jsonl and prompts.jsonl. Of each, a tenth is held out, "
-        "drawn by a fixed seed: the same rows at every stage. "
+        help="For task files: a folder with texts, pairs and prompts, each a .jsonl, .json, .csv or .parquet or a "
+        "folder of that name; or one data set: a file, what `datasets` saved, or train and test files as on the Hub. "
+        "Where no part is named test or validation a tenth is held out, by a fixed seed: the same at every stage. "
         "For task reviews: the ratings file, instead of the copy fetched with pip.",
+    )
+    eval_data_path: str | None = HfArg(
+        default=None, help="For task files: what is held out, instead of a part of data_path; read as that is."
+    )
+    column_mapping: str | None = HfArg(
+        default=None,
+        help="For task files: names of your columns (a mapping, or JSON), such as {prompt: question}. Ours are prompt; "
+        "text, messages, or prompt and completion; chosen, rejected, and prompt and margin if you like.",
+    )
+    apply_chat_template: bool = HfArg(
+        default=False,
+        help="For task files: plain prompts become a user's message and plain answers an assistant's. What is messages "
+        "in the data goes through the tokenizer's chat template either way.",
     )
     model_config: str | None = HfArg(
         default=None, help="Architecture of a model that starts from random weights (a mapping, or JSON)."
@@ -113,6 +133,11 @@ class RunConfig:
             kind = architecture.get("model_type")
             if kind not in CONFIG_MAPPING:
                 raise ValueError(f"model_config needs a model_type that transformers knows, not {kind!r}")
+        if self.column_mapping is not None:
+            names = _json("column_mapping", self.column_mapping)
+            if not all(isinstance(name, str) for name in names.values()) or len({*names.values()}) < len(names):
+                raise ValueError(f"column_mapping must give each of our names a column of its own, not {names}")
+            self.column_mapping = json.dumps(names)
         settings = _json(f"the file of deepspeed, {self.deepspeed},", resolve(self.deepspeed).read_text())
         if (settings.get("fp16") or {}).get("enabled"):
             raise ValueError(
@@ -171,16 +196,30 @@ class OptimizerConfig(RunConfig):
 
 
 @dataclass
-class SftConfig(OptimizerConfig):
-    """Supervised fine-tuning on texts."""
+class TextConfig(OptimizerConfig):
+    """Learning from texts or from pairs of them."""
 
     model_path: str | None = HfArg(default=None, help="Model to start from; without it, model_config is initialised.")
     max_length: int = HfArg(default=32, help="Texts are cut to this many tokens, end token included.")
     max_steps: int = HfArg(default=500, help="Optimizer steps.")
+    num_train_epochs: float | None = HfArg(default=None, help="Passes over the data, instead of max_steps.")
+    eval_steps: int = HfArg(default=0, help="Evaluate on held-out rows every so many steps; 0 means at the end only.")
+    logging_steps: int = HfArg(default=50, help="Print a line every so many steps; metrics.jsonl has all of them.")
 
 
 @dataclass
-class RewardConfig(SftConfig):
+class SftConfig(TextConfig):
+    """Supervised fine-tuning on texts."""
+
+    completion_only_loss: bool = HfArg(
+        default=True,
+        help="Learn from completions alone, and of chats from the assistant's turns, not from what comes before them. "
+        "Of plain texts without a prompt all is learned.",
+    )
+
+
+@dataclass
+class RewardConfig(TextConfig):
     """Reward model on preference pairs; model_path defaults to the result of sft."""
 
     reward_loss: Literal["end_token", "token_mean"] = HfArg(
@@ -210,6 +249,13 @@ class SamplingConfig(RunConfig):
         default=0.3,
         help="For generation_engine vllm: share of each device's memory that vLLM may take for its copy of the weights "
         "and its cache of keys and values. The rest is the trainer's. On a CPU: share that the whole process may take.",
+    )
+    max_prompt_length: int | None = HfArg(
+        default=None, help="Most tokens in a prompt. Default: what the model's context leaves beside response_length."
+    )
+    overlong_prompts: Literal["error", "filter", "truncate"] = HfArg(
+        default="error",
+        help="Prompts with more tokens: stop, leave them out, or keep their end (of a chat the last turns).",
     )
     stop_strings: str | None = HfArg(
         default=None,

@@ -60,12 +60,18 @@ class Policy:
     """A language model with the one temperature at which it is both sampled and scored, and where it ends."""
 
     def __init__(
-        self, model: "PreTrainedModel | Trainable", temperature: float, impl: str, stop_strings: Sequence[str] = ()
+        self,
+        model: "PreTrainedModel | Trainable",
+        temperature: float,
+        impl: str,
+        stop_strings: Sequence[str] = (),
+        vocabulary: int | None = None,
     ) -> None:
         self.model = model
         self.temperature = temperature
         self.impl = impl
         self.stop_strings = stop_strings  # beside end_ids
+        self.vocabulary = vocabulary  # the tokenizer's ids: a model may have more, which are never drawn
         self.copy: PreTrainedModel | None = None  # what generates where the model itself is partitioned
 
     @property

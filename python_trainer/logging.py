@@ -29,6 +29,9 @@ LINE = (
 )
 
 PANELS = (
+    ("loss", None, "loss of sft or reward"),
+    ("eval/perplexity", None, "perplexity of held-out texts"),
+    ("eval/accuracy", None, "accuracy on held-out pairs"),
     ("objective/scores", "eval/score", "score"),
     ("objective/kl", "eval/kl", "KL to the reference [nats per response]"),
     ("eval/gold", None, "gold score on held-out prompts"),

@@ -3,7 +3,7 @@
 import contextlib
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from . import distributed, zero_state
+from . import distributed, files, zero_state
 from .config import OptimizerConfig, PPOConfig, RunConfig, SamplingConfig, UserError
 from .data import Task
 from .deepspeed_engine import (
@@ -39,13 +39,14 @@ from .pretrained import (
     has_adapters,
     load_model,
     load_tokenizer_files,
+    refuse_unfit,
     save_adapter,
     save_whole,
     undamaged,
 )
+from .tokens import reads_ids_of, vocabulary_of
 
-UNSEEN = 1e-3  # of the largest logit: what a token may change where it is not to be seen, and padding anywhere
-PADDED = " (four lines in the README, under Trainer, save a model with one)"
+SEQUENCES = ("prompts with their responses", "max_prompt_length or response_length")  # and what shortens them
 
 
 class ScalarModel(torch.nn.Module):
@@ -114,20 +115,21 @@ def build_models(
     reward_model_path: Path | None,
 ) -> Models:
     """All models of a run; the reference is a copy of the policy before its first update."""
-    per_step = config.num_ppo_epochs * config.num_mini_batches
+    per_step, tokens = config.num_ppo_epochs * config.num_mini_batches, vocabulary_of(tokenizer)
     reference: Any = load_policy(stage_model(config, "sft", config.sft_model_path), config, tokenizer)
     strings = stop_strings(config, policy)
     reference = frozen(reference, config)  # split at once, where models are: the next one needs the host's memory
     critic = None
     if needs_critic:
         rate = config.learning_rate if config.critic_learning_rate is None else config.critic_learning_rate
-        body = adapted(_critic(config, policy, reward_model_path), config, config.critic_lora_r, kept=False)
+        body = _critic(config, policy, tokenizer, reward_model_path)
+        body = adapted(body, config, config.critic_lora_r, kept=False)
         critic = Trainable(body, config, rate, config.total_steps * per_step)
     updates = (config.total_steps - config.critic_warmup_steps) * per_step
     actor = Trainable(adapted(policy, config, config.lora_r), config, config.learning_rate, max(updates, 1))
     return Models(
-        Policy(actor, config.temperature, config.ops_impl, strings),
-        Policy(reference, config.temperature, config.ops_impl, strings),
+        Policy(actor, config.temperature, config.ops_impl, strings, tokens),
+        Policy(reference, config.temperature, config.ops_impl, strings, tokens),
         critic,
     )
 
@@ -154,10 +156,11 @@ def load_policy(
         model = load_model(AutoModelForCausalLM, path, config, continue_rank=continue_rank)
     elif config.model_config is not None:
         architecture = {
-            "vocab_size": len(tokenizer),
+            "vocab_size": vocabulary_of(tokenizer),
             "bos_token_id": tokenizer.eos_token_id,
             "eos_token_id": tokenizer.eos_token_id,
-            "pad_token_id": tokenizer.pad_token_id,
+            # Not where it ends a text, too: embeddings of the padding token get no gradient.
+            "pad_token_id": None if tokenizer.pad_token_id == tokenizer.eos_token_id else tokenizer.pad_token_id,
         } | json.loads(config.model_config)
         torch.manual_seed(config.seed)
         attention = {} if config.attn_implementation is None else {"attn_implementation": config.attn_implementation}
@@ -171,8 +174,9 @@ def load_policy(
     else:
         raise UserError("no model to start from: give a path or model_config")
     source = path or "model_config"
+    refuse_missing_embeddings(model, (tokenizer.pad_token_id, tokenizer.eos_token_id), "pad or end token")
     _refuse_non_finite(model, source)
-    _refuse_unfit(model, source)
+    refuse_unfit(model, source)
     _generate_plainly(model, tokenizer)
     return model
 
@@ -189,33 +193,6 @@ def _generate_plainly(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
     if (kept := model.origin.generation_config) is not None:
         kept.eos_token_id = ids["eos_token_id"]
         kept.pad_token_id = ids["pad_token_id"] if kept.pad_token_id is None else kept.pad_token_id
-
-
-@torch.no_grad()
-def _refuse_unfit(model: PreTrainedModel, source: object) -> None:
-    """A policy reads from left to right, and does not see the padding on its left."""
-    if "flash" in (model.config._attn_implementation or ""):
-        return  # it runs on the device alone; the check of each rollout sees as much
-    size = len(model.get_input_embeddings().weight)
-    ids = torch.arange(2, 6) % size
-    other = torch.cat([ids[:-1], (ids[-1:] + 1) % size])
-    left = ids[1:3]  # no pad token, whose embedding may happen to be 0
-    padded = torch.stack([torch.cat([left, row]) for row in (ids, other)])
-    mask = (torch.arange(6) >= 2).long().expand(2, 6)
-    positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
-    model.eval()
-    one, changed = model(input_ids=padded, attention_mask=mask, position_ids=positions, use_cache=False).logits[:, 2:]
-    bare = model(input_ids=ids[None], use_cache=False).logits[0]
-    bound = UNSEEN * bare.abs().max()
-    if (one - changed)[:-1].abs().max() > bound:
-        raise UserError(
-            f"{source}: a {type(model).__name__} sees the tokens that it is to predict: give a causal language model"
-        )
-    if (one - bare).abs().max() > bound:
-        raise UserError(
-            f"{source}: a {type(model).__name__} gives other logits where a prompt is padded on the left, so rollouts "
-            "would be wrong: take another architecture"
-        )
 
 
 def stop_strings(config: SamplingConfig, policy: PreTrainedModel) -> tuple[str, ...]:
@@ -250,20 +227,54 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
     return checked(load_tokenizer_files(path))
 
 
+def tokenizer_beside(path: str | Path, policy: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+    """That of a reward model or a critic; the policy's where it brings none."""
+    if Path(path).is_dir() and not any(Path(path).glob("*token*")):
+        files.say_once(f"{path} has no tokenizer: it is taken to read the tokens of the policy's")
+        return policy
+    return load_tokenizer(path)
+
+
 def checked(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
-    """With pad equal to end, the end token is masked like padding and the model never learns to stop."""
-    if tokenizer.eos_token_id is None or tokenizer.pad_token_id is None:
-        raise UserError(f"the tokenizer needs both a pad and an end token{PADDED}")
-    if tokenizer.pad_token_id == tokenizer.eos_token_id:
-        raise UserError(
-            f"pad and end token are both {tokenizer.eos_token!r}; give the tokenizer its own pad token{PADDED}"
-        )
+    """One that can end a text and fill a batch; padding may be the end token, as lengths never come from ids."""
+    if tokenizer.eos_token_id is None:
+        raise UserError("the tokenizer has no end token: set its eos_token to the one that ends a text, and save it")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
 
 
 def context_of(model: PreTrainedModel) -> int:
     """The most tokens a model can read."""
-    return getattr(model.config, "max_position_embeddings", None) or sys.maxsize
+    config = model.config.get_text_config()
+    lengths = (getattr(config, name, None) for name in ("max_position_embeddings", "max_seq_len", "n_positions"))
+    return next((length for length in lengths if length), sys.maxsize)
+
+
+def refuse_short_context(model: PreTrainedModel, tokens: int, what: str, setting: str) -> None:
+    context = context_of(model)
+    if tokens > context:
+        raise UserError(f"{what} have up to {tokens} tokens, and {_name(model)} reads {context}: lower {setting}")
+
+
+def refuse_missing_embeddings(model: PreTrainedModel, ids: Iterable[int], what: str) -> None:
+    """A token without an embedding would be read from beyond the table."""
+    rows, largest = len(model.get_input_embeddings().weight), max(ids)
+    if largest >= rows:
+        raise UserError(
+            f"{what} have the id {largest}, and {_name(model)} has embeddings of {rows} tokens, fewer than its "
+            "tokenizer: call its resize_token_embeddings(len(tokenizer)) and save it, or take what was added to the "
+            "tokenizer out again"
+        )
+
+
+def vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int:
+    """How many ids a policy may draw: those that are tokens, of a model that may have more or fewer."""
+    return min(vocabulary_of(tokenizer), len(model.get_input_embeddings().weight))
+
+
+def _name(model: PreTrainedModel) -> str:
+    return getattr(model, "name_or_path", "") or f"the {model.config.model_type} of model_config"
 
 
 def adapted(model: Any, config: OptimizerConfig, rank: int | None, *, kept: bool = True) -> Any:
@@ -337,13 +348,22 @@ class MovingAverage:
         return [zero_state.laid_out(name, weight, self.average[name]) for name, weight in _trained(module)]
 
 
-def _critic(config: PPOConfig, policy: PreTrainedModel, reward_model_path: Path | None) -> ScalarModel:
-    if config.value_model_path is not None:
-        return load_scalar(undamaged(Path(config.value_model_path)), "value_model_path", config)
-    if config.value_model_init == "reward":
-        assert reward_model_path is not None
-        return load_scalar(reward_model_path, "reward_model_path", config)
-    return ScalarModel.on(policy, zero_head=True)
+def _critic(
+    config: PPOConfig, policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, reward_model_path: Path | None
+) -> ScalarModel:
+    path, key = config.value_model_path, "value_model_path"
+    if path is None and config.value_model_init == "reward":
+        path, key = str(reward_model_path), "reward_model_path"
+    if path is None:
+        return ScalarModel.on(policy, zero_head=True)
+    model = load_scalar(undamaged(Path(path)), key, config)
+    if not reads_ids_of(tokenizer_beside(path, tokenizer), tokenizer, []):
+        raise UserError(
+            f"{key}: {path} has another tokenizer than the policy, whose ids a critic reads: set value_model_init "
+            "policy, or value_model_path to a model with the policy's tokenizer"
+        )
+    refuse_missing_embeddings(model.model, [vocabulary(policy, tokenizer) - 1], "responses")
+    return model
 
 
 def _refuse_non_finite(model: torch.nn.Module, source: object) -> None:

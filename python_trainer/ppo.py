@@ -18,11 +18,21 @@ from . import checkpoint, distributed, zero_state
 from .algorithms import KlControl, load_algorithm
 from .atomic import atomic_dir
 from .config import PPOConfig, UserError
-from .data import encode_prompts, load_task, shuffled_positions
+from .data import load_task, shuffled_positions
 from .deepspeed_engine import Policy, Trainable, init_distributed, step_together
 from .evaluate import Evaluation, choose_generator, evaluate, evaluation_prompts
 from .logging import Averages, Log, plot
-from .models import MovingAverage, build_models, context_of, save_model, starting_point
+from .models import (
+    SEQUENCES,
+    MovingAverage,
+    build_models,
+    context_of,
+    refuse_missing_embeddings,
+    refuse_short_context,
+    save_model,
+    starting_point,
+    vocabulary,
+)
 from .rewards import ScoreShaping, load_reward_fn, reward_model_path
 from .rollout import (
     Experience,
@@ -39,6 +49,7 @@ from .rollout import (
 )
 from .settings import save
 from .sft import Pretraining
+from .tokens import encode_prompts
 
 RATIO_TOLERANCE = 1e-5
 
@@ -65,10 +76,13 @@ class Trainer:
         evaluation_prompts(heldout, config)  # before the models load
         policy, self.tokenizer = starting_point(config, self.task)
         self.train_prompts, self.heldout_prompts = (
-            encode_prompts(prompts, self.tokenizer, response_length=config.response_length, context=context_of(policy))
-            for prompts in (train, heldout)
+            encode_prompts(prompts, self.tokenizer, config, context_of(policy)) for prompts in (train, heldout)
         )
-        self.reward_fn: RewardFn = load_reward_fn(config, self.task, self.tokenizer)
+        every_prompt = [*self.train_prompts, *self.heldout_prompts]
+        refuse_missing_embeddings(policy, (token for prompt in every_prompt for token in prompt.ids), "prompts")
+        self.reward_fn: RewardFn = load_reward_fn(
+            config, self.task, self.tokenizer, every_prompt, vocabulary(policy, self.tokenizer)
+        )
         needs_critic = self.algorithm.needs_critic
         like_the_reward_model = needs_critic and config.value_model_init == "reward" and config.value_model_path is None
         self.models = build_models(
@@ -78,8 +92,11 @@ class Trainer:
             needs_critic=needs_critic,
             reward_model_path=reward_model_path(config) if like_the_reward_model else None,
         )
+        if self.critic is not None:
+            longest = max(len(prompt.ids) for prompt in every_prompt) + config.response_length
+            refuse_short_context(self.critic.module.model, longest, *SEQUENCES)
         self.ema = None if config.ema_decay is None else MovingAverage(self.actor.module, config.ema_decay)
-        self.ptx = Pretraining(config, self.task, self.tokenizer) if config.ptx_coef else None
+        self.ptx = Pretraining(config, self.task, self.tokenizer, self.actor.end_ids) if config.ptx_coef else None
         self.done = 0
         for name, model in self.trained.items():
             zero_state.refuse_unknown_layout(name, model)  # now, not at the first save, which SIGTERM may ask for

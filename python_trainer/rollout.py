@@ -7,7 +7,7 @@ neither on the number of ranks nor on what a resumed run has drawn before.
 import contextlib
 import functools
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, Protocol
 
 import torch
@@ -25,7 +25,7 @@ from ppo_kernels import kl_rewards, moments, token_logprobs
 
 from . import distributed
 from .config import UserError
-from .data import Generate, Rollout, left_pad, only_drawn
+from .data import Generate, Prompt, Rollout, left_pad, only_drawn
 from .deepspeed_engine import Policy, weights_of
 
 RewardFn = Callable[[Rollout], torch.Tensor]  # [B] the score of each response
@@ -63,7 +63,7 @@ class Experience:
 @torch.no_grad()
 def sample(
     policy: Policy,
-    prompts: Sequence[Sequence[int]],
+    prompts: Sequence[Prompt],
     tokenizer: PreTrainedTokenizerBase,
     generator: "Generator",
     *,
@@ -76,7 +76,7 @@ def sample(
     These are computed anew, `rows` at a time, by the weights that are trained, and compared with those that the
     generator drew by: it has been handed a copy of the weights, or another engine has.
     """
-    ids, attention = left_pad(prompts, tokenizer.pad_token_id)
+    ids, attention = left_pad([prompt.ids for prompt in prompts], tokenizer.pad_token_id)
     noise = torch.Generator().manual_seed(seed)
     uniforms = torch.rand(len(prompts), response_length, generator=noise, dtype=torch.float64)
     mine = shard(len(prompts))
@@ -84,7 +84,7 @@ def sample(
     with generator.serving(policy, tokenizer) as generate:
         responses, drawn_at = generate(ids, attention, uniforms)
     stops = stopped(responses, tokenizer, policy.stop_strings) if policy.stop_strings else None
-    rollout = Rollout.of(ids, attention, responses, policy.end_ids, stops)
+    rollout = replace(Rollout.of(ids, attention, responses, policy.end_ids, stops), prompts=prompts[mine])
     logprobs = by_rows(functools.partial(score_tokens, policy), rollout, rows)
     refuse_other_weights(policy, rollout, drawn_at, logprobs)
     return rollout, logprobs
@@ -150,7 +150,7 @@ class HfGenerator:
             ids: torch.Tensor, attention: torch.Tensor, uniforms: torch.Tensor
         ) -> tuple[torch.Tensor, torch.Tensor]:
             length = uniforms.shape[1]
-            draw = InverseCdf(uniforms, ids.shape[1], policy.temperature)
+            draw = InverseCdf(uniforms, ids.shape[1], policy.temperature, policy.vocabulary)
             stop = StopStrings(tokenizer, policy.stop_strings, ids.shape[1])
             sequences = module.generate(
                 ids,
@@ -183,15 +183,19 @@ class InverseCdf(LogitsProcessor):
     It leaves the drawn token as the only possible one, so `generate` has nothing left to decide.
     """
 
-    def __init__(self, uniforms: torch.Tensor, prompt_width: int, temperature: float) -> None:
+    def __init__(
+        self, uniforms: torch.Tensor, prompt_width: int, temperature: float, vocabulary: int | None = None
+    ) -> None:
         self.uniforms = uniforms
         self.prompt_width = prompt_width
         self.temperature = temperature
+        self.vocabulary = vocabulary
         self.logprobs = torch.zeros(uniforms.shape, device=uniforms.device)  # of the drawn tokens
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         step = input_ids.shape[1] - self.prompt_width
-        drawn, self.logprobs[:, step] = only_drawn(scores, self.uniforms[:, step : step + 1], self.temperature)
+        uniforms = self.uniforms[:, step : step + 1]
+        drawn, self.logprobs[:, step] = only_drawn(scores, uniforms, self.temperature, self.vocabulary)
         return drawn
 
 
@@ -310,7 +314,7 @@ def _response_logits(policy: Policy, rollout: Rollout) -> torch.Tensor:
     """Row t predicts response token t: the last prompt position is in, the last response position out."""
     width = rollout.mask.shape[1]
     logits = policy.model(**model_inputs(rollout), use_cache=False, logits_to_keep=width + 1).logits
-    return logits[:, :-1]
+    return logits[:, :-1, : policy.vocabulary]
 
 
 @contextlib.contextmanager

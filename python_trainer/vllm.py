@@ -57,6 +57,7 @@ class VllmGenerator:
             ids: torch.Tensor, attention: torch.Tensor, uniforms: torch.Tensor
         ) -> tuple[torch.Tensor, torch.Tensor]:
             prompts = [row[mask].tolist() for row, mask in zip(ids, attention, strict=True)]
+            drawing = {"temperature": policy.temperature, "vocabulary": policy.vocabulary}
             settings = [
                 SamplingParams(
                     temperature=0.0,  # the logits processor leaves one token: there is nothing left to draw
@@ -64,12 +65,7 @@ class VllmGenerator:
                     ignore_eos=True,  # those of the model's settings; all that end a response are below
                     stop_token_ids=ends,
                     detokenize=False,
-                    extra_args={
-                        "row": number,
-                        "uniforms": row,
-                        "temperature": policy.temperature,
-                        "prompt_length": len(prompt),
-                    },
+                    extra_args=drawing | {"row": number, "uniforms": row, "prompt_length": len(prompt)},
                 )
                 for number, (row, prompt) in enumerate(zip(uniforms.tolist(), prompts, strict=True))
             ]
@@ -167,7 +163,8 @@ def _drawn(logits: torch.Tensor, rows: list[tuple[dict[str, Any], int]]) -> torc
     """Each row with what came with its request, and how many tokens it has so far."""
     numbers = [(given["uniforms"][step], given["temperature"]) for given, step in rows]
     uniforms, temperatures = torch.tensor(numbers, dtype=torch.float64, device=logits.device).split(1, dim=1)
-    drawn, logprobs = only_drawn(logits, uniforms, temperatures.float())
+    tokens = rows[0][0]["vocabulary"]  # all are requests of one policy
+    drawn, logprobs = only_drawn(logits, uniforms, temperatures.float(), tokens)
     DRAWN.append(([(given["row"], step) for given, step in rows], logprobs))
     return drawn
 
