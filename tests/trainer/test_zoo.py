@@ -5,12 +5,6 @@ import pytest
 from tests.lib.zoo import padding_gap, saved_gap, two_steps
 
 FAMILIES = {"gpt2": "ppo", "opt": "rloo", "qwen2, sliding": "ppo", "mixtral, jitter": "rloo", "gemma2": "rloo"}
-    ("gpt2", "ppo"),
-    ("opt", "rloo"),
-    ("qwen2, sliding", "ppo"),
-    ("mixtral, jitter", "rloo"),
-    ("gemma2", "rloo"),
-]
 
 
 @pytest.mark.parametrize(("name", "algorithm"), FAMILIES.items())
