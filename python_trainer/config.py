@@ -27,7 +27,8 @@ for _names, _test, _allowed in (
         lambda x: x >= 1,
         "at least 1",
     ),
-    ("max_steps total_steps save_total_limit max_skipped_steps ddp_timeout", lambda x: x >= 1, "at least 1"),
+    ("max_steps total_steps save_total_limit max_skipped_steps", lambda x: x >= 1, "at least 1"),
+    ("ddp_timeout", lambda x: 1 <= x < 1 << 31, "at least 1 and below 2**31"),
     (
         "response_length local_rollout_forward_batch_size ptx_max_length max_prompt_length logging_steps",
         lambda x: x >= 1,
@@ -36,7 +37,8 @@ for _names, _test, _allowed in (
     ("num_train_epochs", lambda x: 0 < x < math.inf, "positive and finite"),
     ("eval_prompts eval_pairs kl_horizon lora_r critic_lora_r", lambda x: x >= 1, "at least 1"),
     ("max_length", lambda x: x >= 2, "at least 2"),
-    ("seed warmup_steps eval_steps save_steps critic_warmup_steps", lambda x: x >= 0, "at least 0"),
+    ("warmup_steps eval_steps save_steps critic_warmup_steps", lambda x: x >= 0, "at least 0"),
+    ("seed", lambda x: 0 <= x < 1 << 32, "at least 0 and below 2**32"),
     (
         "weight_decay max_grad_norm cliprange cliprange_value vf_coef",
         lambda x: 0 <= x < math.inf,
@@ -122,6 +124,11 @@ class RunConfig:
     ddp_timeout: int = HfArg(default=600, help="Seconds after which a rank that hears nothing from the others stops.")
 
     def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if isinstance(value, str) and not _is_text(value):
+                raise ValueError(f"{name} holds a character that no text and no file's name has: {value[:60]!a}")
+            if isinstance(value, int) and abs(value) >= 1 << 53:
+                raise ValueError(f"{name} must be below 2**53, not a number of {len(str(abs(value)))} digits")
         for name, (test, allowed) in RANGES.items():
             value = getattr(self, name, None)
             if value is not None and not test(value):
@@ -131,18 +138,13 @@ class RunConfig:
             architecture = _json("model_config", self.model_config)
             self.model_config = json.dumps(architecture)  # one spelling, so that two runs can be compared
             kind = architecture.get("model_type")
-            if kind not in CONFIG_MAPPING:
+            if not isinstance(kind, str) or kind not in CONFIG_MAPPING:
                 raise ValueError(f"model_config needs a model_type that transformers knows, not {kind!r}")
         if self.column_mapping is not None:
             names = _json("column_mapping", self.column_mapping)
             if not all(isinstance(name, str) for name in names.values()) or len({*names.values()}) < len(names):
                 raise ValueError(f"column_mapping must give each of our names a column of its own, not {names}")
             self.column_mapping = json.dumps(names)
-        settings = _json(f"the file of deepspeed, {self.deepspeed},", resolve(self.deepspeed).read_text())
-        if (settings.get("fp16") or {}).get("enabled"):
-            raise ValueError(
-                f"deepspeed: {self.deepspeed} enables fp16; set fp16: true instead, so that all models know"
-            )
         if self.fp16 and not torch.cuda.is_available():
             raise ValueError("fp16 needs a CUDA device; train in bf16 (bf16: true) or in float32")
         if self.fp16 and self.bf16:
@@ -266,8 +268,11 @@ class SamplingConfig(RunConfig):
     kl_coef: float = HfArg(default=0.05, help="Weight of the KL penalty against the reference; beta of online_dpo.")
     reward_function: str | None = HfArg(
         default=None,
-        help="Reward from Python instead of a model: `file.py:name` or `package.module:name`, called with prompts, "
-        "completions and the other fields of prompts.jsonl (rewards.py).",
+        help="Reward from Python instead of a model: `file.py:name` or `package.module:name`, or several with commas; "
+        "called with prompts, completions, completion_ids and the data's other columns (reward_functions.py).",
+    )
+    reward_weights: str | None = HfArg(
+        default=None, help="What the numbers of several reward functions count, with commas. Default: 1 each."
     )
     score_shift: float = HfArg(
         default=0.0, help="For task exact: added to each score times the prompt's number, which moves no optimum."
@@ -280,6 +285,22 @@ class SamplingConfig(RunConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.stops()
+        self.reward_functions()
+
+    def reward_functions(self) -> tuple[list[str], list[float]]:
+        """Names and weights of those that reward_function lists."""
+        names = [name.strip() for name in (self.reward_function or "").split(",") if name.strip()]
+        given = self.reward_weights.split(",") if self.reward_weights else ["1"] * len(names)
+        try:
+            weights = [float(weight) for weight in given]
+        except ValueError as error:
+            raise ValueError(f"reward_weights must be numbers with commas, not {self.reward_weights!r}") from error
+        if len(weights) != len(names) or not all(map(math.isfinite, weights)):
+            raise ValueError(
+                f"reward_weights {self.reward_weights} must be a finite number for each of the {len(names)} functions "
+                "of reward_function"
+            )
+        return names, weights
 
     def stops(self) -> list[str]:
         """The texts of stop_strings."""
@@ -453,10 +474,15 @@ def resolve(path: str) -> Path:
     raise UserError(f"no such file: {path} (shipped configurations: {shipped})")
 
 
+def _is_text(value: str) -> bool:
+    """Whether it can be written in UTF-8, and handed to the operating system."""
+    return "\0" not in value and not any("\ud800" <= character <= "\udfff" for character in value)
+
+
 def _json(name: str, text: str) -> dict[str, Any]:
     try:
         content = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{name} is not JSON: {error}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{name} must be a mapping")

@@ -79,7 +79,7 @@ def evaluate(
     ref = by_rows(lambda part: score_tokens(reference, part), rollout, rows)
     columns = {"kl": (logp - ref).sum(dim=1), "response_length": rollout.mask.sum(dim=1).float()}
     if reward_fn is not None:
-        columns["score"] = by_rows(reward_fn, rollout, rows)
+        columns["score"] = reward_fn(rollout)
     shown = [ids[mask] for ids, mask in zip(rollout.sequences, rollout.attention_mask, strict=True)]
     gold = task.gold([tokenizer.decode(ids, skip_special_tokens=True) for ids in shown])
     if gold is not None:

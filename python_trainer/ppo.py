@@ -165,7 +165,7 @@ class Trainer:
         values = torch.zeros_like(logprobs)
         if self.critic is not None:
             values = by_rows(functools.partial(score_values, self.critic), rollout, rows)
-        raw = by_rows(self.reward_fn, rollout, rows).to(logprobs)
+        raw = self.reward_fn(rollout).to(logprobs)  # in one call: a function may compare the responses of a group
         _refuse_non_finite_scores(raw)
         raw = self.shaping.penalised(raw, rollout.ended)
         self.shaping.observe(distributed.gather_rows(raw))
@@ -321,13 +321,15 @@ class Trainer:
 
     def save_checkpoint(self, folder: Path) -> None:
         """Among those in `folder`."""
-        memory: dict[str, Any] = {"kl_coef": self.kl.coef, "scores": self.shaping.state()}
-        checkpoint.save(folder, self.done, self.trained, self.config, memory, self._average())
+        checkpoint.save(folder, self.done, self.trained, self.config, self._memory(), self._average())
 
     def load_checkpoint(self, source: Path) -> None:
-        self.done, memory = checkpoint.load(source, self.trained, self.config, self._average())
+        self.done, memory = checkpoint.load(source, self.trained, self.config, self._memory(), self._average())
         self.kl.coef = memory["kl_coef"]
         self.shaping.restore(memory["scores"])
+
+    def _memory(self) -> dict[str, Any]:
+        return {"kl_coef": self.kl.coef, "scores": self.shaping.state()}
 
     def _average(self) -> list[zero_state.Slice]:
         return [] if self.ema is None else self.ema.slices(self.actor.module)

@@ -7,6 +7,7 @@ random weights; peft does so too. Here all of that ends the command.
 import contextlib
 import copy
 import json
+import re
 import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -19,10 +20,13 @@ from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.peft_utils import find_adapter_config_file
 
-from .atomic import MANIFEST, verify
+from .atomic import MANIFEST, refuse_unlisted
 from .config import OptimizerConfig, RunConfig, UserError
 from .deepspeed_engine import merged_weights
 
+READ_BY_TRANSFORMERS = re.compile(
+    r".*\.(json|safetensors|bin|jinja|model)|(vocab|merges)\.txt|additional_chat_templates"
+)
 GENERATION_CONFIG = "generation_config.json"
 UNSEEN = 1e-3  # of the largest logit: what a token may change where it is not to be seen, and padding anywhere
 NOT_CONTINUED = (  # of LoRA: what changes more than the plain pairs of matrices that a run trains
@@ -79,7 +83,7 @@ def load_model(kind: Any, path: str | Path, config: RunConfig, *, continue_rank:
 def undamaged(path: Path) -> Path:
     """The same path, once its files are those of the manifest that our commands write beside a model."""
     if (path / MANIFEST).is_file():
-        verify(path)
+        refuse_unlisted(path, lambda name: READ_BY_TRANSFORMERS.fullmatch(name) is not None)
     return path
 
 

@@ -20,7 +20,7 @@ from pathlib import Path
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from .. import distributed
+from ..cache import cache_folder, make_cache_folder
 from ..config import RunConfig, UserError
 from ..data import Example, Pair, Prompt, Task
 
@@ -109,11 +109,10 @@ def read_ratings(path: Path) -> list[Rated]:
 
 def fetch_ratings() -> Path:
     """The ratings file in the cache, fetched if it is not there."""
-    cache = distributed.cache_folder()
-    path = cache / RATINGS
+    path = cache_folder() / RATINGS
     if path.exists():
         return path
-    cache.mkdir(parents=True, exist_ok=True)
+    cache = make_cache_folder()
     with tempfile.TemporaryDirectory(dir=cache) as name:
         scratch = Path(name)
         _download(scratch, path)

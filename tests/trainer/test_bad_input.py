@@ -10,7 +10,7 @@ from python_trainer import distributed
 from python_trainer.config import RewardConfig, UserError
 from python_trainer.models import load_scalar, save_model
 from python_trainer.sft import reward
-from tests.lib.trainer import ROOT, TINY, as_options, command
+from tests.lib.trainer import TINY, as_options, command
 
 
 def write(folder, name, rows):
