@@ -86,6 +86,7 @@ def test_an_adapter_is_trained_further_and_saved_as_one(tiny, base, adapter, tmp
     expected = by_peft(base, folder)
     settings = {"algorithm": "rloo", "lora_r": 4, "lora_save": "adapter", "deepspeed": f"ds_zero{stage}.json"}
     trainer = tiny(sft_model_path=str(folder), learning_rate=1e-2, **settings)
+    torch.testing.assert_close(logits(trainer.actor.module), expected, atol=1e-5, rtol=0)
     rows = [trainer.train_step() for _ in range(2)]
     assert abs(rows[0]["objective/kl"]) < 1e-6
     assert abs(rows[1]["objective/kl"]) > 1e-3
