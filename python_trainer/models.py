@@ -198,7 +198,9 @@ def _generate_plainly(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
 def stop_strings(config: SamplingConfig, policy: PreTrainedModel) -> tuple[str, ...]:
     """Text that ends a response: what the settings say, and the generation settings of the source."""
     of_source = getattr(policy.origin.generation_config, "stop_strings", None) or []
-    own = [of_source] if isinstance(of_source, str) else of_source
+    own = of_source if isinstance(of_source, list) else [of_source]
+    if not all(isinstance(one, str) and one for one in own):
+        raise UserError(f"stop_strings of the model's generation_config.json must be texts, not {of_source}")
     return tuple(dict.fromkeys([*config.stops(), *own]))
 
 

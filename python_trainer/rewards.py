@@ -119,6 +119,21 @@ def exact_match(prompts: list[str], completions: list[str], answer: list[str], *
     ]
 
 
+def refuse_non_finite_scores(scores: torch.Tensor) -> None:
+    finite = distributed.gather_rows(scores).isfinite()  # all ranks stop together, or none
+    if not finite.all():
+        bad = int((~finite).sum())
+        raise UserError(f"the score of {bad} of {len(finite)} responses is not finite; the weights are untouched")
+
+
+def means_of_parts(reward_fn: RewardFn) -> dict[str, float]:
+    """Of several reward functions what each gave, on average over the responses that it has something to say on."""
+    parts: dict[str, torch.Tensor] = getattr(reward_fn, "parts", {})
+    if len(parts) < 2:
+        return {}
+    return {f"rewards/{name}": distributed.gather_rows(part).nanmean().item() for name, part in parts.items()}
+
+
 class ScoreShaping:
     """The missing end, scaling, and a bound. Statistics are over the scores of all ranks, so that all shape alike."""
 
