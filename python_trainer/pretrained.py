@@ -273,10 +273,10 @@ def _adapter_at(path: str | Path) -> Any:
         return None
     peft = _peft()
     try:
-        with _readable(file), warnings.catch_warnings():
+        with warnings.catch_warnings():
             warnings.simplefilter("error")  # a setting that this version does not know is left out with a warning
             return peft.PeftConfig.from_peft_type(**json.loads(Path(file).read_text()))
-    except (KeyError, TypeError, UserWarning) as error:
+    except Exception as error:
         raise UserError(f"{path} holds an adapter that peft {peft.__version__} does not know: {error}") from error
 
 

@@ -12,6 +12,7 @@ from python_trainer import atomic, checkpoint, deepspeed_engine
 from python_trainer.config import UserError
 from python_trainer.data import fingerprint
 from python_trainer.models import save_model
+from tests.lib.hostile import commit
 from tests.lib.trainer import metric_rows
 
 
@@ -182,8 +183,6 @@ def test_a_checkpoint_of_before_that_knows_no_data_holds_to_their_place(tiny, tm
     for key in (*checkpoint.SAME, "best"):
         del content["memory"][key]
     (folder / checkpoint.STATE).write_text(json.dumps(content))
-    from tests.lib.hostile import commit
-
     commit(folder)
     assert tiny(**files, resume_from_checkpoint="latest").done == 1
     shutil.copytree(tmp_path / "data", tmp_path / "elsewhere")
