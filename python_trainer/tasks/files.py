@@ -387,7 +387,7 @@ def _refuse_columns(place: str, prompts: Sequence[Prompt]) -> None:
 def _number(place: str, number: int, value: Any) -> float:
     try:
         margin = float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         margin = math.nan
     if not math.isfinite(margin):
         _refuse(place, number, f"margin must be a finite number, not {value!r}")
