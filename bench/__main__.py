@@ -57,10 +57,9 @@ def run(rows: list[Row], size: str, seconds: float, file: Path | None) -> dict:
         for row in group:
             outcome = session.outcome(row)
             if outcome.samples:
-                benchmark = {"group": row.group, "name": row.name, "fullname": f"bench/bench_{row.file}.py::{row.name}"}
-                data["benchmarks"].append(
-                    benchmark | {"extra_info": outcome.facts, "stats": statistics_of(outcome.samples)}
-                )
+                benchmark = {"group": row.group, "name": row.name, "fullname": row.fullname}
+                benchmark |= {"extra_info": outcome.facts, "stats": statistics_of(outcome.samples)}
+                data["benchmarks"].append(benchmark)
         data |= session.facts(size)
         if file:
             file.parent.mkdir(parents=True, exist_ok=True)
@@ -72,15 +71,8 @@ def run(rows: list[Row], size: str, seconds: float, file: Path | None) -> dict:
 
 
 def header() -> dict:
-    cpu = next((line for line in _lines(Path("/proc/cpuinfo")) if line.startswith("model name")), "")
-    machine = {"cpu": {"brand_raw": cpu.partition(": ")[2] or platform.processor()}}
-    machine |= {"python_version": platform.python_version(), "machine": platform.machine()}
-    now = datetime.now(UTC).isoformat()
-    return {"machine_info": machine | measure.machine(), "datetime": now, "version": "1", "benchmarks": []}
-
-
-def _lines(path: Path) -> list[str]:
-    return path.read_text().splitlines() if path.exists() else []
+    machine = {"python_version": platform.python_version(), "machine": platform.machine()} | measure.machine()
+    return {"machine_info": machine, "datetime": datetime.now(UTC).isoformat(), "version": "1", "benchmarks": []}
 
 
 def statistics_of(samples: list[float]) -> dict[str, float]:
@@ -111,8 +103,7 @@ def main() -> int:
         return 2
     else:
         rows = [row for row in all_of(chosen.size) if chosen.only in row.group]
-        seconds = measure.SECONDS[chosen.size] if chosen.seconds is None else chosen.seconds
-        data = run(rows, chosen.size, seconds, chosen.json)
+        data = run(rows, chosen.size, measure.seconds(chosen.size, chosen.seconds), chosen.json)
     results = Results(data)
     print(report.overview(data), "\n".join(report.facts(results)), sep="\n\n")
     if chosen.report:
@@ -123,8 +114,7 @@ def main() -> int:
     table, missed = report.targets(results, chosen.only)
     if chosen.check or results.run.get("size") in ("quick", "full"):
         print("", table.markdown(), f"\n{report.verdict(table)}; {time.perf_counter() - start:.0f} s", sep="\n")
-    wrong = [row for row in results.untimed if row["state"] == "wrong"]
-    return 1 if wrong or (chosen.check and missed) else 0
+    return 1 if results.wrong or (chosen.check and missed) else 0
 
 
 if __name__ == "__main__":

@@ -53,9 +53,9 @@ def test_the_rows_are_those_of_the_committed_results(small):
     """By name, so that ``--benchmark-compare`` finds them."""
     committed = json.loads(next((ROOT / "bench" / "results").glob("*/results.json")).read_text())
     known = {bench["fullname"] for bench in committed["benchmarks"]}
-    assert {f"bench/bench_{row.file}.py::{row.name}" for row in rows.all_of("full")} >= known
+    assert {row.fullname for row in rows.all_of("full")} >= known
     names = {bench["fullname"] for bench in json.loads(small.read_text())["benchmarks"]}
-    assert names <= {f"bench/bench_{row.file}.py::{row.name}" for row in rows.all_of("small")}
+    assert names <= {row.fullname for row in rows.all_of("small")}
 
 
 def run_bench(*arguments):
@@ -158,13 +158,13 @@ def test_functions_of_a_file_whose_package_cannot_be_imported(tmp_path, monkeypa
         "def other():\n    return not_there.thing\n"
     )
     monkeypatch.syspath_prepend(str(tmp_path))
-    found = source.functions("heavy", "heavy/ops.py", ["wanted", "Owner.method"], {"given": lambda x: 100.0 * x})
+    found = source.functions("heavy", "heavy/ops.py", "wanted", "Owner.method", given=lambda x: 100.0 * x)
     assert found["wanted"](4.0) == 404.0
     assert found["method"](3) == 3
     with pytest.raises(ImportError):
-        source.functions("heavy", "heavy/ops.py", ["other"])
+        source.functions("heavy", "heavy/ops.py", "other")
     with pytest.raises(LookupError, match="gone"):
-        source.functions("heavy", "heavy/ops.py", ["gone"])
+        source.functions("heavy", "heavy/ops.py", "gone")
 
 
 def test_exponents_and_targets():
