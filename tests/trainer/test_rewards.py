@@ -11,25 +11,6 @@ from python_trainer.data import Files, Pair, Rollout, left_pad
 from python_trainer.rewards import FunctionReward, exact_match
 from python_trainer.sft import _pair_loss
 
-REWARD = """
-def most_wanted(prompts, completions, wanted, **_):
-    return [completion.split().count(letter) for completion, letter in zip(completions, wanted)]
-
-def too_few(prompts, completions, **_):
-    return [1.0]
-
-def words(prompts, completions, **_):
-    return ["good"] * len(prompts)
-"""
-ROWS = [{"prompt": "a", "wanted": "b"}, {"prompt": "b c", "wanted": "c"}, {"prompt": "d", "wanted": "e"}]
-
-
-@pytest.fixture
-def folder(tmp_path):
-    (tmp_path / "mine.py").write_text(REWARD)
-    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
-    return tmp_path
-
 
 @pytest.fixture
 def tokenizer(tiny):
