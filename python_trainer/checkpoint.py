@@ -45,6 +45,8 @@ FREE_TO_CHANGE = {
     "vllm_gpu_memory_utilization",
     "ops_impl",
     "deepspeed",
+    "lora_save",
+    "attn_implementation",
 }
 
 
@@ -90,27 +92,33 @@ def save(
 
 
 def load(
-    folder: Path, trained: dict[str, Any], config: PPOConfig, average: Sequence[zero_state.Slice] = ()
+    folder: Path,
+    trained: dict[str, Any],
+    config: PPOConfig,
+    memory: dict[str, Any],
+    average: Sequence[zero_state.Slice] = (),
 ) -> tuple[int, dict[str, Any]]:
     """Bring every model, optimizer and schedule to the saved state, on any number of ranks and at any ZeRO stage.
 
-    Fills `average` and returns the step and what else was remembered.
+    Fills `average` and returns the step and what was remembered of `memory`, which is what would be saved now.
     """
     try:
-        atomic.verify(folder)
+        names = atomic.verify(folder)
     except UserError as error:
         older = [path for path in _steps_in(folder.parent) if path.name < folder.name]
         hint = f"; to go back further, set resume_from_checkpoint to {older[-1]}" if older else ""
         raise UserError(f"{error}{hint}") from error
-    content = _content(folder)
+    content = _content(folder, listed=STATE in names)
+    _refuse_another_form(folder, content, list(trained))
     _refuse_changes(folder, content["config"], dataclasses.asdict(config))
+    remembered = _remembered(content["memory"], memory, folder / STATE)
     for name, model in trained.items():
-        zero_state.restore(model, folder, name, content["models"][name])
-    zero_state.read(folder, "ema", average)
+        zero_state.restore(model, folder, names, name, content["models"][name])
+    zero_state.read(folder, names, "ema", average)
     loaded = {name: zero_state.slices(model) for name, model in trained.items()} | {"ema": list(average)}
     for name, slices in loaded.items():
         _refuse_non_finite(f"{folder} holds weights of the {name} that are not finite: resume from one before", slices)
-    return content["step"], content["memory"]
+    return content["step"], remembered
 
 
 def find(request: str, folder: Path) -> Path:
@@ -238,9 +246,9 @@ def _kind(path: Path) -> str:
     return files.kind(path)
 
 
-def _content(folder: Path) -> dict[str, Any]:
+def _content(folder: Path, *, listed: bool = True) -> dict[str, Any]:
     try:
-        content = json.loads((folder / STATE).read_text()) if (folder / STATE).is_file() else {}
+        content = json.loads((folder / STATE).read_text()) if listed and (folder / STATE).is_file() else {}
     except (ValueError, RecursionError) as error:
         raise UserError(f"{folder / STATE} is not what a checkpoint holds: {error}") from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
@@ -249,6 +257,47 @@ def _content(folder: Path) -> dict[str, Any]:
             "version, or start anew from a saved model (sft_model_path)"
         )
     return content
+
+
+def _refuse_another_form(folder: Path, content: dict[str, Any], models: Sequence[str]) -> None:
+    """What is used of a file is of the type that is written there, and named by us, not by the file."""
+    try:
+        kinds = isinstance(content["config"], dict) and isinstance(content["memory"], dict)
+        fits = kinds and _is_count(content["step"]) and all(_is_of_a_model(content["models"][name]) for name in models)
+    except (KeyError, TypeError, AttributeError):
+        fits = False
+    if not fits:
+        raise UserError(
+            f"{folder / STATE} is not what a checkpoint of {' and '.join(models)} holds; resume from another"
+        )
+
+
+def _is_of_a_model(saved: dict[str, Any]) -> bool:
+    counts = [saved["schedule"]["last_epoch"], saved["skipped"], *saved["updates"].values()]
+    counts += [saved["counters"][name] for name in zero_state.COUNTERS]
+    return (
+        isinstance(saved["shapes"], dict)
+        and all(_is_count(value) for value in counts)
+        and all(_is_number(value) for name, value in saved["loss_scale"].items() if name in zero_state.LOSS_SCALE)
+    )
+
+
+def _is_count(value: object) -> bool:
+    return type(value) is int and 0 <= value < 1 << 53
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
+
+
+def _remembered(saved: Any, memory: Any, source: Path) -> Any:
+    """Of what is remembered now what was saved; what an earlier version did not save is as it is."""
+    if isinstance(memory, dict) and isinstance(saved, dict):
+        return {key: _remembered(saved[key], now, source) if key in saved else now for key, now in memory.items()}
+    numbers = isinstance(memory, int | float) and _is_number(saved)
+    if not numbers and not (isinstance(memory, str) and isinstance(saved, str)):
+        raise UserError(f"{source} is not what a checkpoint holds: {str(saved)[:60]!r}; resume from another")
+    return saved
 
 
 def _refuse_changes(folder: Path, before: dict[str, Any], now: dict[str, Any]) -> None:

@@ -2,12 +2,10 @@
 
 import contextlib
 import io
-import os
 import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
@@ -69,11 +67,6 @@ def barrier() -> None:
 def local_shard(parameter: Any) -> Any:
     """What this rank holds of a parameter: its part at ZeRO 3, elsewhere all of it."""
     return getattr(parameter, "ds_tensor", parameter)
-
-
-def cache_folder() -> Path:
-    """Where what is fetched or compiled once stays."""
-    return Path(os.environ.get("PPO_KERNELS_CACHE", Path.home() / ".cache" / "ppo_kernels"))
 
 
 def device() -> torch.device:

@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from . import distributed
 from .config import SamplingConfig, UserError
-from .data import Task
+from .data import Prompt, Task, readable
 from .deepspeed_engine import Policy
 from .rollout import Generator, HfGenerator, RewardFn, by_rows, sample, score_tokens
 
@@ -48,7 +48,8 @@ def evaluation_prompts(prompts: Sequence[T], config: SamplingConfig) -> Sequence
     if not count:
         raise UserError(
             f"{len(prompts)} held-out prompts, of which eval_prompts {config.eval_prompts} takes part, are too few for "
-            f"{ranks} ranks: add rows to prompts.jsonl (a tenth is held out), raise eval_prompts, or start fewer ranks"
+            f"{ranks} ranks: add prompts (a tenth is held out), name more in eval_data_path, raise eval_prompts, or "
+            "start fewer ranks"
         )
     return prompts[:count]
 
@@ -56,7 +57,7 @@ def evaluation_prompts(prompts: Sequence[T], config: SamplingConfig) -> Sequence
 def evaluate(
     policy: Policy,
     reference: Policy,
-    prompts: Sequence[Sequence[int]],
+    prompts: Sequence[Prompt],
     task: Task,
     tokenizer: PreTrainedTokenizerBase,
     generator: Generator,
@@ -66,15 +67,15 @@ def evaluate(
     """One response per prompt, with the same noise at every call: two policies differ by themselves alone."""
     prompts = evaluation_prompts(prompts, config)
     rows = config.local_rollout_forward_batch_size
-    rollout = sample(
+    rollout, logp = sample(
         policy,
         prompts,
         tokenizer,
         generator,
         response_length=config.response_length,
+        rows=rows,
         seed=distributed.seed_of(config.seed, len(prompts)),
     )
-    logp = by_rows(lambda part: score_tokens(policy, part), rollout, rows)
     ref = by_rows(lambda part: score_tokens(reference, part), rollout, rows)
     columns = {"kl": (logp - ref).sum(dim=1), "response_length": rollout.mask.sum(dim=1).float()}
     if reward_fn is not None:
@@ -94,6 +95,6 @@ def evaluate(
         tokenizer.decode(row[width:][mask[width:]], skip_special_tokens=True)
         for row, mask in zip(rollout.sequences, rollout.attention_mask, strict=True)
     ]
-    asked = [tokenizer.decode(ids, skip_special_tokens=True) for ids in prompts[: len(texts)]]
+    asked = [readable(prompt.content) for prompt in rollout.prompts]
     scores: list[float | None] = list(gold) if gold is not None else [None] * len(texts)
     return Evaluation(metrics, asked, list(zip(texts, scores, strict=True)))

@@ -29,6 +29,9 @@ LINE = (
 )
 
 PANELS = (
+    ("loss", None, "loss of sft or reward"),
+    ("eval/perplexity", None, "perplexity of held-out texts"),
+    ("eval/accuracy", None, "accuracy on held-out pairs"),
     ("objective/scores", "eval/score", "score"),
     ("objective/kl", "eval/kl", "KL to the reference [nats per response]"),
     ("eval/gold", None, "gold score on held-out prompts"),
@@ -93,12 +96,20 @@ class Log:
                 self._reports = open_reports(config, folder, start)
 
     def record(self, step: int, metrics: Mapping[str, float]) -> None:
+        self._last = metrics
         if self._file is not None:
-            finite = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
-            self._file.write(json.dumps({"step": step, **finite}) + "\n")  # JSON has no NaN
+            self._file.write(as_json({"step": step, **metrics}) + "\n")
             self._file.flush()
-        for report in self._reports:
-            report.record(step, metrics)
+        self._report(lambda report: report.record(step, metrics))
+
+    def _report(self, work: Callable[["Report"], None]) -> None:
+        """Curves elsewhere end no run: one that fails is named, and left out from then on."""
+        for report in list(self._reports):
+            try:
+                work(report)
+            except Exception as error:  # whatever a service and its client may have
+                self._reports.remove(report)
+                files.say(f"no more curves for {type(report).__name__}: {type(error).__name__}: {error}")
 
     def step(self, step: int, metrics: Mapping[str, float], line: Sequence[str] = LINE) -> None:
         self.record(step, metrics)
@@ -115,8 +126,7 @@ class Log:
 
     def close(self) -> None:
         self._bar.close()
-        for report in self._reports:
-            report.close()
+        self._report(lambda report: report.close())
         if self._file is not None:
             self._file.close()
 
@@ -125,23 +135,46 @@ class Log:
         if not self.path.exists():
             return
         kept = [row for row in read(self.path) if row["step"] <= step]
-        files.write(self.path, "".join(json.dumps(row) + "\n" for row in kept))
+        files.write(self.path, "".join(as_json(row) + "\n" for row in kept))
+
+
+def as_json(value: Any, indent: int | None = None) -> str:
+    """JSON has no NaN and no infinity: null stands for them."""
+
+    def finite(part: Any) -> Any:
+        if isinstance(part, dict):
+            return {key: finite(inner) for key, inner in part.items()}
+        if isinstance(part, list | tuple):
+            return [finite(inner) for inner in part]
+        return None if isinstance(part, float) and not math.isfinite(part) else part
+
+    return json.dumps(finite(value), indent=indent, allow_nan=False)
 
 
 def read(path: Path) -> list[dict[str, Any]]:
     """The rows of metrics.jsonl, without a last one that a crash cut short."""
-    rows, lines = [], path.read_text().splitlines()
+    rows, lines = [], path.read_text(errors="replace").splitlines()
     for number, line in enumerate(lines, start=1):
         try:
-            rows.append(json.loads(line))
-        except ValueError as error:
+            row = json.loads(line)
+            if type(row["step"]) is not int:
+                raise ValueError
+            rows.append(row)
+        except (ValueError, RecursionError, KeyError, TypeError) as error:
             if number < len(lines):
-                raise UserError(f"{path}, line {number} is not JSON") from error
+                raise UserError(f"{path}, line {number} is not JSON with a step") from error
     return rows
 
 
-def plot(folder: Path) -> Path:
-    """curves.png from metrics.jsonl."""
+def plot(folder: Path) -> None:
+    """curves.png from metrics.jsonl, or a line that says why there is none: what was trained is saved all the same."""
+    try:
+        _draw(folder)
+    except Exception as error:  # whatever a library of pictures may have
+        files.say(f"{folder / 'curves.png'} could not be drawn: {type(error).__name__}: {error}")
+
+
+def _draw(folder: Path) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
@@ -170,7 +203,6 @@ def plot(folder: Path) -> Path:
     figure.savefig(picture, dpi=120)
     files.write(path, picture.getvalue())
     pyplot.close(figure)
-    return path
 
 
 class Report(Protocol):

@@ -18,11 +18,21 @@ from . import checkpoint, distributed, zero_state
 from .algorithms import KlControl, load_algorithm
 from .atomic import atomic_dir
 from .config import PPOConfig, UserError
-from .data import encode_prompts, load_task, shuffled_positions
+from .data import load_task, shuffled_positions
 from .deepspeed_engine import Policy, Trainable, init_distributed, step_together
 from .evaluate import Evaluation, choose_generator, evaluate, evaluation_prompts
 from .logging import Averages, Log, plot
-from .models import MovingAverage, build_models, context_of, save_model, starting_point
+from .models import (
+    SEQUENCES,
+    MovingAverage,
+    build_models,
+    context_of,
+    refuse_missing_embeddings,
+    refuse_short_context,
+    save_model,
+    starting_point,
+    vocabulary,
+)
 from .rewards import ScoreShaping, load_reward_fn, reward_model_path
 from .rollout import (
     Experience,
@@ -39,6 +49,7 @@ from .rollout import (
 )
 from .settings import save
 from .sft import Pretraining
+from .tokens import encode_prompts
 
 RATIO_TOLERANCE = 1e-5
 
@@ -65,10 +76,13 @@ class Trainer:
         evaluation_prompts(heldout, config)  # before the models load
         policy, self.tokenizer = starting_point(config, self.task)
         self.train_prompts, self.heldout_prompts = (
-            encode_prompts(prompts, self.tokenizer, response_length=config.response_length, context=context_of(policy))
-            for prompts in (train, heldout)
+            encode_prompts(prompts, self.tokenizer, config, context_of(policy)) for prompts in (train, heldout)
         )
-        self.reward_fn: RewardFn = load_reward_fn(config, self.task, self.tokenizer)
+        every_prompt = [*self.train_prompts, *self.heldout_prompts]
+        refuse_missing_embeddings(policy, (token for prompt in every_prompt for token in prompt.ids), "prompts")
+        self.reward_fn: RewardFn = load_reward_fn(
+            config, self.task, self.tokenizer, every_prompt, vocabulary(policy, self.tokenizer)
+        )
         needs_critic = self.algorithm.needs_critic
         like_the_reward_model = needs_critic and config.value_model_init == "reward" and config.value_model_path is None
         self.models = build_models(
@@ -78,8 +92,11 @@ class Trainer:
             needs_critic=needs_critic,
             reward_model_path=reward_model_path(config) if like_the_reward_model else None,
         )
+        if self.critic is not None:
+            longest = max(len(prompt.ids) for prompt in every_prompt) + config.response_length
+            refuse_short_context(self.critic.module.model, longest, *SEQUENCES)
         self.ema = None if config.ema_decay is None else MovingAverage(self.actor.module, config.ema_decay)
-        self.ptx = Pretraining(config, self.task, self.tokenizer) if config.ptx_coef else None
+        self.ptx = Pretraining(config, self.task, self.tokenizer, self.actor.end_ids) if config.ptx_coef else None
         self.done = 0
         for name, model in self.trained.items():
             zero_state.refuse_unknown_layout(name, model)  # now, not at the first save, which SIGTERM may ask for
@@ -113,7 +130,7 @@ class Trainer:
             model.refuse_non_finite_weights(name)
         self.done += 1
         kl_coef = self.kl.coef
-        figures = summary(experience, self.tokenizer.eos_token_id, kl_coef, self.config.ops_impl)
+        figures = summary(experience, kl_coef, self.config.ops_impl)
         self.kl.update(figures["objective/kl"], self.config.batch_size)
         return (
             figures
@@ -132,31 +149,31 @@ class Trainer:
         """Responses of the current policy with all that the losses need: the global batch, the same on every rank."""
         config, group = self.config, self.algorithm.group_size
         # Sample: `group` responses to each prompt; from here to the end this rank has its share of them.
-        distinct = config.batch_size // group
+        distinct, rows = config.batch_size // group, config.local_rollout_forward_batch_size
         chosen = shuffled_positions(len(self.train_prompts), config.seed, self.done * distinct, distinct)
-        rollout = sample(
+        rollout, logprobs = sample(
             self.actor,
             [self.train_prompts[index] for index in chosen for _ in range(group)],
             self.tokenizer,
             self.generator,
             response_length=config.response_length,
+            rows=rows,
             seed=distributed.seed_of(config.seed, self.done, 1),
         )
-        # Score: log-probabilities of policy and reference, the critic's values, and one number for each response.
-        rows = config.local_rollout_forward_batch_size
-        logprobs = by_rows(functools.partial(score_tokens, self.actor), rollout, rows)
+        # Score: log-probabilities of the reference too, the critic's values, and one number for each response.
         ref_logprobs = by_rows(functools.partial(score_tokens, self.reference), rollout, rows)
         values = torch.zeros_like(logprobs)
         if self.critic is not None:
             values = by_rows(functools.partial(score_values, self.critic), rollout, rows)
         raw = by_rows(self.reward_fn, rollout, rows).to(logprobs)
         _refuse_non_finite_scores(raw)
-        raw = self.shaping.penalised(raw, rollout.ended(self.tokenizer.eos_token_id))
+        raw = self.shaping.penalised(raw, rollout.ended)
         self.shaping.observe(distributed.gather_rows(raw))
         local = Experience(
             rollout.sequences,
             rollout.attention_mask,
             rollout.mask,
+            rollout.ended,
             logprobs,
             ref_logprobs,
             values,
@@ -279,10 +296,10 @@ class Trainer:
                 )
         log.close()
         with atomic_dir(self.folder / "model") as place:
-            save_model(self.actor.model, self.tokenizer, place)
+            save_model(self.actor.model, self.tokenizer, place, config.lora_save)
         if self.ema is not None:
             with atomic_dir(self.folder / "ema") as place, self.ema.in_place_of(self.actor.module):
-                save_model(self.actor.model, self.tokenizer, place)
+                save_model(self.actor.model, self.tokenizer, place, config.lora_save)
         if distributed.is_main():
             plot(self.folder)
         return before, after
@@ -304,13 +321,15 @@ class Trainer:
 
     def save_checkpoint(self, folder: Path) -> None:
         """Among those in `folder`."""
-        memory: dict[str, Any] = {"kl_coef": self.kl.coef, "scores": self.shaping.state()}
-        checkpoint.save(folder, self.done, self.trained, self.config, memory, self._average())
+        checkpoint.save(folder, self.done, self.trained, self.config, self._memory(), self._average())
 
     def load_checkpoint(self, source: Path) -> None:
-        self.done, memory = checkpoint.load(source, self.trained, self.config, self._average())
+        self.done, memory = checkpoint.load(source, self.trained, self.config, self._memory(), self._average())
         self.kl.coef = memory["kl_coef"]
         self.shaping.restore(memory["scores"])
+
+    def _memory(self) -> dict[str, Any]:
+        return {"kl_coef": self.kl.coef, "scores": self.shaping.state()}
 
     def _average(self) -> list[zero_state.Slice]:
         return [] if self.ema is None else self.ema.slices(self.actor.module)
