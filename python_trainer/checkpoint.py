@@ -11,11 +11,9 @@ import os
 import re
 import shutil
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from . import atomic, distributed, files, zero_state
 from .config import PPOConfig, UserError, by_new_names
@@ -24,6 +22,8 @@ from .settings import make_folder
 
 STATE = "state.json"
 FORMAT = 2  # of the checkpoints written here; what DeepSpeed wrote before had none
+RESULTS = ("model", "ema", "best")  # models that a run leaves
+RECORDS = ("metrics.jsonl", "completions.jsonl")
 STEP = re.compile(r"step-([0-9]{6,})")
 PLACE = ".made-by-python-trainer"  # in a folder beside `checkpoints`, with that folder's name: a run made it
 
@@ -35,6 +35,10 @@ FREE_TO_CHANGE = {
     "save_total_limit",
     "disable_tqdm",
     "report_to",
+    "log_completions_steps",
+    "metric_for_best_model",
+    "greater_is_better",
+    "early_stopping_patience",
     "ddp_timeout",
     "output_dir",
     "overwrite_output_dir",
@@ -48,6 +52,10 @@ FREE_TO_CHANGE = {
     "lora_save",
     "attn_implementation",
 }
+
+# What must be the same when a run continues, and is looked at itself; so where it lies may change.
+SAME = {"data": "the data have changed", "reference": "the reference's weights (sft_model_path) have changed"}
+PLACES = {"data_path", "eval_data_path", "sft_model_path"}
 
 
 def save(
@@ -72,7 +80,7 @@ def save(
     shards = {name: zero_state.slices(model) for name, model in trained.items()} | {"ema": list(average)}
     for name, slices in shards.items():
         _refuse_non_finite(f"the {name}'s weights are not finite: nothing is saved in {target}", slices)
-    _refuse_without_room(target.parent, shards)
+    _make_room(folder, target.parent, shards, config.save_total_limit)
     with atomic.atomic_dir(target) as place:
         for name, slices in shards.items():
             zero_state.write(place, name, slices)
@@ -110,8 +118,11 @@ def load(
         raise UserError(f"{error}{hint}") from error
     content = _content(folder, listed=STATE in names)
     _refuse_another_form(folder, content, list(trained))
-    _refuse_changes(folder, content["config"], dataclasses.asdict(config))
+    _refuse_changes(folder, content, dataclasses.asdict(config))
     remembered = _remembered(content["memory"], memory, folder / STATE)
+    for key, what in SAME.items():
+        if remembered.get(key) != memory.get(key):
+            raise UserError(f"cannot resume from {folder}: {what} since then; start anew from a saved model with that")
     for name, model in trained.items():
         zero_state.restore(model, folder, names, name, content["models"][name])
     zero_state.read(folder, names, "ema", average)
@@ -144,6 +155,29 @@ def belongs(source: Path, folder: Path) -> bool:
 
 
 @contextlib.contextmanager
+def last_step_kept(save_last: Callable[[], int | None]) -> Iterator[None]:
+    """What ends a run inside, a failing reward function or a full disk, costs none of the steps that are whole.
+
+    `save_last` saves the last one and returns its number; None where there is none that is not saved.
+    """
+    try:
+        yield
+    except (UserError, OSError) as error:
+        if isinstance(error, OSError) and distributed.world_size() > 1:
+            raise  # of one rank: the others know nothing of it
+        text = str(error) if isinstance(error, UserError) else f"{error.filename or 'a file'}: {error.strerror}"
+        try:
+            step = save_last()
+        except UserError as again:
+            raise UserError(f"{text}; nor could the last step be saved: {again}") from error
+        if step is None:
+            raise
+        raise UserError(
+            f"{text}; step {step} is saved: once that is put right, --resume_from_checkpoint latest goes on from there"
+        ) from error
+
+
+@contextlib.contextmanager
 def lock_run_dir(folder: Path, *, overwrite: bool, done: int = 0) -> Iterator[None]:
     """The folder of a command, for this run alone until the block is left; the record goes on after step `done`."""
     with contextlib.ExitStack() as held:
@@ -165,7 +199,7 @@ def refuse_existing(folder: Path, *, overwrite: bool, resume: bool) -> None:
     if overwrite or resume:
         return
     checkpoints = folder / "checkpoints"
-    results = any(atomic.is_made(folder / name) for name in ("model", "ema"))
+    results = any(atomic.is_made(folder / name) for name in RESULTS)
     if results or (folder / "metrics.jsonl").is_file() or _steps(checkpoints) or _steps_in(checkpoints):
         raise UserError(f"{folder} holds an earlier run: resume it, or set another output_dir, or overwrite_output_dir")
 
@@ -186,17 +220,25 @@ def _refuse_non_finite(text: str, slices: Sequence[zero_state.Slice]) -> None:
         raise UserError(text)
 
 
-def _refuse_without_room(folder: Path, shards: dict[str, list[zero_state.Slice]]) -> None:
-    """Before the first byte: training stops with its last checkpoint and a full disk spared."""
+def _make_room(folder: Path, place: Path, shards: dict[str, list[zero_state.Slice]], limit: int) -> None:
+    """Before the first byte: where the disk is full, older checkpoints go that would go after it, but not the last.
+
+    Where that is not enough, training stops with its last checkpoint and a full disk spared.
+    """
     mine = sum(part.values.nbytes for slices in shards.values() for part in zero_state.shards_to_write(slices))
-    needed, lacking = sum(distributed.gather_objects(mine)), False
+    needed, free = sum(distributed.gather_objects(mine)), 0
     if distributed.is_main():
-        folder.mkdir(parents=True, exist_ok=True)
-        lacking = shutil.disk_usage(folder).free < needed
-    if distributed.gather_rows(torch.tensor([int(lacking)], device=distributed.device())).any():
-        free = shutil.disk_usage(folder).free
+        place.mkdir(parents=True, exist_ok=True)
+        for old in [None, *_steps(folder)[: -max(limit - 1, 1)]]:
+            if old is not None:
+                atomic.discard(old)
+            free = shutil.disk_usage(place).free
+            if free >= needed:
+                break
+    free = distributed.gather_objects(free)[0]
+    if free < needed:
         raise UserError(
-            f"a checkpoint takes about {needed / 1e9:.3g} GB and {folder} has {free / 1e9:.3g} GB left; earlier ones "
+            f"a checkpoint takes about {needed / 1e9:.3g} GB and {place} has {free / 1e9:.3g} GB left; earlier ones "
             "are as they were. Free some space, or set output_dir to another disk, or lower save_total_limit"
         )
 
@@ -213,15 +255,16 @@ def _sweep(folder: Path, *, overwrite: bool, done: int) -> None:
             if _number(checkpoint) > done:
                 atomic.discard(checkpoint)
     elif overwrite:
-        for made in (*_steps(checkpoints), folder / "model", folder / "ema"):
+        for made in (*_steps(checkpoints), *(folder / name for name in RESULTS)):
             atomic.discard(made)
         for place in _folders(checkpoints):
             with contextlib.suppress(OSError):
                 if [path.name for path in place.iterdir()] in ([], [PLACE]):
                     (place / PLACE).unlink(missing_ok=True)
                     place.rmdir()
-        files.make_way(folder / "metrics.jsonl")
-        (folder / "metrics.jsonl").unlink(missing_ok=True)
+        for name in RECORDS:
+            files.make_way(folder / name)
+            (folder / name).unlink(missing_ok=True)
     if strays := _strays(folder):
         files.say(f"left alone, since no run made them: {', '.join(strays)}")
 
@@ -230,7 +273,7 @@ def _strays(folder: Path) -> list[str]:
     """What looks like a run's, and is not."""
     found = [*folder.glob(atomic.TEMPORARY + "*")]
     found += [path for path in folder.glob("checkpoints-*") if path.name[12:].isdigit() and not _is_place(path)]
-    for name in ("checkpoints", "model", "ema"):
+    for name in ("checkpoints", *RESULTS):
         if os.path.lexists(folder / name) and not files.is_folder(folder / name):
             found.append(folder / name)
     for parent in _folders(folder / "checkpoints"):
@@ -300,9 +343,10 @@ def _remembered(saved: Any, memory: Any, source: Path) -> Any:
     return saved
 
 
-def _refuse_changes(folder: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
-    before = by_new_names(before)
-    changed = [name for name in now if name not in FREE_TO_CHANGE and before.get(name) != now[name]]
+def _refuse_changes(folder: Path, content: dict[str, Any], now: dict[str, Any]) -> None:
+    before = by_new_names(content["config"])
+    free = FREE_TO_CHANGE | (PLACES if content["memory"].keys() >= SAME.keys() else set())
+    changed = [name for name in now if name not in free and before.get(name) != now[name]]
     if changed:
         differences = ", ".join(f"{name} (was {before.get(name)}, is {now[name]})" for name in changed)
         raise UserError(f"cannot resume from {folder} with other settings: {differences}")

@@ -16,7 +16,12 @@ from transformers.hf_argparser import HfArg
 CONFIGS = Path(__file__).parent / "configs"
 REPORTS = ("tensorboard", "wandb")
 RENAMED = {"cliprange_ratio": "weight_clip"}  # settings, by the names that earlier versions wrote down
-ADDED = {"apply_chat_template": False, "overlong_prompts": "error"}  # settings that they did not know, as they were
+ADDED: dict[str, Any] = {
+    "apply_chat_template": False,
+    "overlong_prompts": "error",
+    "mask_truncated_completions": False,
+    "mask_zero_variance_groups": False,
+}  # settings that they did not know, as they were
 
 
 Test = Callable[[float], bool]
@@ -35,9 +40,9 @@ for _names, _test, _allowed in (
         "at least 1",
     ),
     ("num_train_epochs", lambda x: 0 < x < math.inf, "positive and finite"),
-    ("eval_prompts eval_pairs kl_horizon lora_r critic_lora_r", lambda x: x >= 1, "at least 1"),
+    ("eval_prompts eval_pairs kl_horizon lora_r critic_lora_r early_stopping_patience", lambda x: x >= 1, "at least 1"),
     ("max_length", lambda x: x >= 2, "at least 2"),
-    ("warmup_steps eval_steps save_steps critic_warmup_steps", lambda x: x >= 0, "at least 0"),
+    ("warmup_steps eval_steps save_steps critic_warmup_steps log_completions_steps", lambda x: x >= 0, "at least 0"),
     ("seed", lambda x: 0 <= x < 1 << 32, "at least 0 and below 2**32"),
     (
         "weight_decay max_grad_norm cliprange cliprange_value vf_coef",
@@ -202,7 +207,7 @@ class TextConfig(OptimizerConfig):
     """Learning from texts or from pairs of them."""
 
     model_path: str | None = HfArg(default=None, help="Model to start from; without it, model_config is initialised.")
-    max_length: int = HfArg(default=32, help="Texts are cut to this many tokens, end token included.")
+    max_length: int = HfArg(default=1024, help="Texts are cut to this many tokens, end token included.")
     max_steps: int = HfArg(default=500, help="Optimizer steps.")
     num_train_epochs: float | None = HfArg(default=None, help="Passes over the data, instead of max_steps.")
     eval_steps: int = HfArg(default=0, help="Evaluate on held-out rows every so many steps; 0 means at the end only.")
@@ -239,7 +244,7 @@ class RewardConfig(TextConfig):
 class SamplingConfig(RunConfig):
     """How responses are drawn and scored."""
 
-    response_length: int = HfArg(default=53, help="Most tokens in a response.")
+    response_length: int = HfArg(default=256, help="Most tokens in a response.")
     temperature: float = HfArg(default=1.0, help="Temperature of sampling and of scoring alike.")
     local_rollout_forward_batch_size: int = HfArg(default=64, help="Rows per forward pass without gradient.")
     generation_engine: Literal["hf", "vllm"] = HfArg(
@@ -268,8 +273,11 @@ class SamplingConfig(RunConfig):
     kl_coef: float = HfArg(default=0.05, help="Weight of the KL penalty against the reference; beta of online_dpo.")
     reward_function: str | None = HfArg(
         default=None,
-        help="Reward from Python instead of a model: `file.py:name` or `package.module:name`, called with prompts, "
-        "completions and the other fields of prompts.jsonl (rewards.py).",
+        help="Reward from Python instead of a model: `file.py:name` or `package.module:name`, or several with commas; "
+        "called with prompts, completions, completion_ids and the data's other columns (reward_functions.py).",
+    )
+    reward_weights: str | None = HfArg(
+        default=None, help="What the numbers of several reward functions count, with commas. Default: 1 each."
     )
     score_shift: float = HfArg(
         default=0.0, help="For task exact: added to each score times the prompt's number, which moves no optimum."
@@ -282,6 +290,22 @@ class SamplingConfig(RunConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.stops()
+        self.reward_functions()
+
+    def reward_functions(self) -> tuple[list[str], list[float]]:
+        """Names and weights of those that reward_function lists."""
+        names = [name.strip() for name in (self.reward_function or "").split(",") if name.strip()]
+        given = self.reward_weights.split(",") if self.reward_weights else ["1"] * len(names)
+        try:
+            weights = [float(weight) for weight in given]
+        except ValueError as error:
+            raise ValueError(f"reward_weights must be numbers with commas, not {self.reward_weights!r}") from error
+        if len(weights) != len(names) or not all(map(math.isfinite, weights)):
+            raise ValueError(
+                f"reward_weights {self.reward_weights} must be a finite number for each of the {len(names)} functions "
+                "of reward_function"
+            )
+        return names, weights
 
     def stops(self) -> list[str]:
         """The texts of stop_strings."""
@@ -364,6 +388,12 @@ class PPOConfig(SamplingConfig, OptimizerConfig):
         Literal["token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm"] | None
     ) = HfArg(default=None, help="How token losses add up. Default: the algorithm's own.")
     entropy_coef: float = HfArg(default=0.0, help="Weight of the entropy bonus in the loss.")
+    mask_truncated_completions: bool = HfArg(
+        default=False, help="Learn nothing from responses that do not end; they still count in the baselines."
+    )
+    mask_zero_variance_groups: bool = HfArg(
+        default=False, help="Learn nothing from prompts whose responses all score alike, the KL penalty included."
+    )
     target_kl: float | None = HfArg(
         default=None,
         help="No more updates on a rollout once policy/approxkl_avg, the way from its sampler, is above. Per token; "
@@ -376,12 +406,24 @@ class PPOConfig(SamplingConfig, OptimizerConfig):
     ptx_coef: float = HfArg(
         default=0.0, help="Weight of the language-model loss on texts, mixed in (InstructGPT: 27.8)."
     )
-    ptx_max_length: int = HfArg(default=32, help="Those texts are cut to this many tokens.")
+    ptx_max_length: int = HfArg(default=1024, help="Those texts are cut to this many tokens.")
     ema_decay: float | None = HfArg(
         default=None, help="Also keep a moving average of the policy (usual: 0.992), saved as <output_dir>/train/ema."
     )
     eval_steps: int = HfArg(default=0, help="Evaluate every so many steps; 0 means before and after only.")
-    save_steps: int = HfArg(default=0, help="Checkpoint every so many steps; 0 means none but the final model.")
+    log_completions_steps: int = HfArg(
+        default=10, help="Every so many steps all responses go to completions.jsonl, some to report_to; 0: never."
+    )
+    metric_for_best_model: str | None = HfArg(
+        default=None,
+        help="A figure of the evaluations, such as eval/score: the model that is best in it is kept in "
+        "<output_dir>/train/best.",
+    )
+    greater_is_better: bool = HfArg(default=True, help="Whether a larger metric_for_best_model is the better one.")
+    early_stopping_patience: int | None = HfArg(
+        default=None, help="Stop after so many evaluations without a better metric_for_best_model."
+    )
+    save_steps: int = HfArg(default=50, help="Checkpoint every so many steps; 0 means none but the final model.")
     save_total_limit: int = HfArg(default=2, help="Committed checkpoints to keep.")
     resume_from_checkpoint: str | None = HfArg(default=None, help="A checkpoint's path, or `latest`.")
 
@@ -396,6 +438,10 @@ class PPOConfig(SamplingConfig, OptimizerConfig):
                 f"critic_warmup_steps {self.critic_warmup_steps} must be below total_steps {self.total_steps}, or the "
                 "policy is never trained"
             )
+        if self.early_stopping_patience is not None and self.metric_for_best_model is None:
+            raise ValueError("early_stopping_patience needs metric_for_best_model")
+        if self.metric_for_best_model is not None and not self.eval_steps:
+            raise ValueError("metric_for_best_model needs eval_steps above 0: only evaluations are compared")
         if self.kl_target is not None and not self.kl_coef:
             raise ValueError("kl_target needs a kl_coef above 0 to start from")
         if self.kl_target is not None and self.kl_horizon <= 0.2 * self.batch_size:

@@ -1,5 +1,6 @@
 """What a task provides, and the batches that are made of it. Token ids: tokens.py; files of data: tasks/files.py."""
 
+import hashlib
 import importlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -71,6 +72,13 @@ class Rollout:
         prompts = [self.prompts[row] for row in chosen] if self.prompts else ()
         return Rollout(self.sequences[rows], self.attention_mask[rows], self.mask[rows], self.ended[rows], prompts)
 
+    def cut(self, width: int) -> "Rollout":
+        """The same with responses of at most that width."""
+        end = self.prompt_width + width
+        return Rollout(
+            self.sequences[:, :end], self.attention_mask[:, :end], self.mask[:, :width], self.ended, self.prompts
+        )
+
     @property
     def prompt_width(self) -> int:
         return self.sequences.shape[1] - self.mask.shape[1]
@@ -139,6 +147,16 @@ def readable(content: Content) -> str:
     if isinstance(content, str):
         return content
     return "\n".join(f"{message.get('role')}: {message.get('content')}" for message in content)
+
+
+def fingerprint(*sets: Sequence[Any]) -> str:
+    """Of rows of data, in their order."""
+    seen = hashlib.sha256()
+    for rows in sets:
+        seen.update(f"{len(rows)} rows".encode())
+        for row in rows:
+            seen.update(repr(row).encode("utf-8", "backslashreplace"))
+    return seen.hexdigest()
 
 
 def left_pad(prompts: Sequence[Sequence[int]], pad: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -205,6 +205,16 @@ def weights_here(module: torch.nn.Module) -> Iterator[torch.Tensor]:
         yield zero_state.laid_out(name, weight, distributed.local_shard(weight)).values
 
 
+def fingerprint(module: torch.nn.Module) -> str:
+    """Of all weights, the same on any number of ranks and at any ZeRO stage: the sum of their bits as whole numbers."""
+    sums = {True: 0, False: 0}  # of what all ranks hold, of what each holds a part of
+    for name, weight in module.named_parameters():
+        part = zero_state.laid_out(name, weight, distributed.local_shard(weight))
+        bits = part.values.view(torch.int32 if part.values.element_size() == 4 else torch.int16)
+        sums[part.everywhere] += int(bits.sum(dtype=torch.int64))
+    return str(sums[True] + sum(distributed.gather_objects(sums[False])))
+
+
 def all_finite(tensors: Iterable[torch.Tensor]) -> bool:
     """On every rank, asking the device once."""
     finite = torch.ones((), device=distributed.device())

@@ -1,8 +1,6 @@
 """Scores: who gives them, and what happens to one before anything is learned from it."""
 
-import importlib
-import importlib.util
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +11,7 @@ from ppo_kernels import moments
 
 from . import distributed
 from .config import PPOConfig, SamplingConfig, UserError
-from .data import Content, Prompt, Rollout, Task, pad_right, readable
+from .data import Prompt, Rollout, Task, pad_right, readable
 from .deepspeed_engine import frozen
 from .models import (
     SEQUENCES,
@@ -24,25 +22,35 @@ from .models import (
     stage_model,
     tokenizer_beside,
 )
-from .rollout import RewardFn, score_responses
+from .reward_functions import FunctionReward
+from .rollout import RewardFn, by_rows, score_responses
 from .tokens import prompt_ids, reads_ids_of, whole_ids
-
-Function = Callable[..., Sequence[float]]
 
 
 def load_reward_fn(
     config: SamplingConfig, task: Task, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt], drawn: int
 ) -> RewardFn:
-    """A Python function, the task's own verifier, or a reward model: whichever comes first.
+    """Python functions, the task's own verifier, or a reward model: whichever comes first.
 
     It will be asked about responses to these prompts, made of ids below `drawn`.
     """
     if config.reward_function is not None:
-        return FunctionReward(config.reward_function, tokenizer)
+        _refuse_unused_model(config)
+        columns = prompts[0].columns if prompts else ()
+        return FunctionReward(*config.reward_functions(), tokenizer, columns)
     if task.verifiable:
         return task.score
     assert isinstance(config, PPOConfig)
     return ModelReward(reward_model_path(config), config, tokenizer, prompts, drawn)
+
+
+def _refuse_unused_model(config: SamplingConfig) -> None:
+    """Beside a function a reward model may only be what the critic starts from."""
+    if isinstance(config, PPOConfig) and config.reward_model_path is not None and config.value_model_init != "reward":
+        raise UserError(
+            "reward_model_path and reward_function are both given, and one of them scores: leave one out, or call the "
+            "model in a function of yours"
+        )
 
 
 def reward_model_path(config: PPOConfig) -> Path:
@@ -67,7 +75,7 @@ class ModelReward:
         chat = any(not isinstance(prompt.content, str) for prompt in prompts)
         probes = [readable(prompt.content) for prompt in prompts[:64]]
         self.reads_ids = not chat and reads_ids_of(self.tokenizer, tokenizer, probes)
-        self.context = context_of(model.model)
+        self.context, self.rows = context_of(model.model), config.local_rollout_forward_batch_size
         rows = [list(prompt.ids) for prompt in prompts]
         if not self.reads_ids:
             rows = prompt_ids([prompt.content for prompt in prompts], self.tokenizer)
@@ -80,6 +88,9 @@ class ModelReward:
         self.model = frozen(model, config)
 
     def __call__(self, rollout: Rollout) -> torch.Tensor:
+        return by_rows(self._scores, rollout, self.rows)
+
+    def _scores(self, rollout: Rollout) -> torch.Tensor:
         if self.reads_ids:
             return score_responses(self.model, rollout)
         answers = [ids[mask].tolist() for ids, mask in zip(rollout.responses, rollout.mask, strict=True)]
@@ -100,36 +111,6 @@ class ModelReward:
         return scores.gather(1, mask.sum(dim=1, keepdim=True) - 1).squeeze(1)
 
 
-class FunctionReward:
-    """Calls ``function(prompts=[...], completions=[...], field=[...])`` and wants one number (or bool) per response.
-
-    The further fields are the columns beside `prompt`: the answer that a verifier compares with, for example. Prompts
-    are what stands in the data; completions of chat messages are a message each.
-    """
-
-    def __init__(self, name: str, tokenizer: PreTrainedTokenizerBase) -> None:
-        self.name = name
-        self.function = load(name)
-        self.tokenizer = tokenizer
-
-    def __call__(self, rollout: Rollout) -> torch.Tensor:
-        prompts = [prompt.content for prompt in rollout.prompts]
-        answers = [ids[mask].tolist() for ids, mask in zip(rollout.responses, rollout.mask, strict=True)]
-        completions: list[Content] = [self.tokenizer.decode(ids, skip_special_tokens=True) for ids in answers]
-        for row, prompt in enumerate(prompts):
-            if not isinstance(prompt, str):
-                completions[row] = [{"role": "assistant", "content": completions[row]}]
-        columns = sorted(rollout.prompts[0].columns)
-        more = {name: [prompt.columns[name] for prompt in rollout.prompts] for name in columns}
-        scores = list(self.function(prompts=prompts, completions=completions, **more))
-        if len(scores) != len(prompts):
-            raise UserError(f"{self.name} gave {len(scores)} scores for {len(prompts)} responses")
-        try:
-            return torch.tensor([float(score) for score in scores], device=rollout.sequences.device)
-        except (TypeError, ValueError) as error:
-            raise UserError(f"{self.name} must give numbers: {error}") from error
-
-
 def exact_match(prompts: list[str], completions: list[str], answer: list[str], **_: Any) -> list[bool]:
     """A verifier: the completion is the `answer` of its prompt, blanks and case aside."""
     return [
@@ -138,23 +119,19 @@ def exact_match(prompts: list[str], completions: list[str], answer: list[str], *
     ]
 
 
-def load(name: str) -> Function:
-    """``file.py:function`` or ``package.module:function``."""
-    place, colon, function = name.partition(":")
-    if not colon:
-        raise UserError(f"reward_function {name!r} must be file.py:name or package.module:name")
-    try:
-        if place.endswith(".py"):
-            spec = importlib.util.spec_from_file_location(Path(place).stem, place)
-            assert spec is not None
-            assert spec.loader is not None
-            module = importlib.util.module_from_spec(spec)
-            spec.loader.exec_module(module)
-        else:
-            module = importlib.import_module(place)
-        return getattr(module, function)
-    except (ImportError, FileNotFoundError, AttributeError) as error:
-        raise UserError(f"cannot load reward_function {name!r}: {error}") from error
+def refuse_non_finite_scores(scores: torch.Tensor) -> None:
+    finite = distributed.gather_rows(scores).isfinite()  # all ranks stop together, or none
+    if not finite.all():
+        bad = int((~finite).sum())
+        raise UserError(f"the score of {bad} of {len(finite)} responses is not finite; the weights are untouched")
+
+
+def means_of_parts(reward_fn: RewardFn) -> dict[str, float]:
+    """Of several reward functions what each gave, on average over the responses that it has something to say on."""
+    parts: dict[str, torch.Tensor] = getattr(reward_fn, "parts", {})
+    if len(parts) < 2:
+        return {}
+    return {f"rewards/{name}": distributed.gather_rows(part).nanmean().item() for name, part in parts.items()}
 
 
 class ScoreShaping:

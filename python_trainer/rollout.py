@@ -24,7 +24,7 @@ from transformers import (
 from ppo_kernels import kl_rewards, moments, token_logprobs
 
 from . import distributed
-from .config import UserError
+from .config import PPOConfig, UserError
 from .data import Generate, Prompt, Rollout, left_pad, only_drawn
 from .deepspeed_engine import Policy, weights_of
 
@@ -85,6 +85,8 @@ def sample(
         responses, drawn_at = generate(ids, attention, uniforms)
     stops = stopped(responses, tokenizer, policy.stop_strings) if policy.stop_strings else None
     rollout = replace(Rollout.of(ids, attention, responses, policy.end_ids, stops), prompts=prompts[mine])
+    longest = int(distributed.gather_rows(rollout.mask.sum(dim=1)).max())
+    rollout, drawn_at = rollout.cut(longest), drawn_at[:, :longest]  # nothing is computed of padding behind all of them
     logprobs = by_rows(functools.partial(score_tokens, policy), rollout, rows)
     refuse_other_weights(policy, rollout, drawn_at, logprobs)
     return rollout, logprobs
@@ -277,8 +279,30 @@ def minibatches(rows: int, group_size: int, count: int, seed: int) -> Iterator[t
         yield (groups[:, None] * group_size + torch.arange(group_size)).flatten()
 
 
-def summary(experience: Experience, kl_coef: float, impl: str) -> dict[str, float]:
-    """What a rollout was like, over the global batch."""
+def learned_from(experience: Experience, config: PPOConfig, group_size: int) -> Experience:
+    """Without the tokens of responses that the settings leave out: those that are cut, and groups that score alike."""
+    kept = torch.ones_like(experience.ended)
+    if config.mask_truncated_completions:
+        kept = kept & experience.ended
+    if config.mask_zero_variance_groups:
+        kept = kept & ~alike(experience.raw_scores, group_size).repeat_interleave(group_size)
+    return replace(
+        experience,
+        mask=experience.mask & kept[:, None],
+        **{name: getattr(experience, name) * kept[:, None] for name in ("logprobs", "ref_logprobs", "advantages")},
+    )
+
+
+def alike(scores: torch.Tensor, group_size: int) -> torch.Tensor:
+    """[B / group_size] bool: groups whose responses all score the same, of which nothing is to be learned."""
+    groups = scores.view(-1, group_size)
+    return (groups == groups[:, :1]).all(dim=1)
+
+
+def summary(
+    experience: Experience, learned: Experience, group_size: int, kl_coef: float, impl: str
+) -> dict[str, float]:
+    """What a rollout was like, over the global batch; and what of it is learned from."""
     mask, scores = experience.mask, experience.raw_scores.double()
     log_ratio = experience.logprobs - experience.ref_logprobs
     k3 = kl_rewards(
@@ -302,7 +326,10 @@ def summary(experience: Experience, kl_coef: float, impl: str) -> dict[str, floa
         "val/response_length": mask.sum(dim=1).double().mean(),
         "val/num_eos_tokens": ended.sum(),
         "val/eos_rate": ended.mean(),
+        "val/masked_responses": (~learned.mask.any(dim=1)).sum(),
     }
+    if group_size > 1:
+        figures["val/frac_reward_zero_std"] = alike(experience.raw_scores, group_size).double().mean()
     if experience.returns.any():  # there is a critic
         error = moments(experience.returns - experience.values, mask, impl=impl)[2]
         spread = moments(experience.returns, mask, impl=impl)[2]

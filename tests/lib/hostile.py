@@ -10,7 +10,7 @@ from pathlib import Path
 
 from python_trainer import atomic, logging
 from python_trainer.config import PPOConfig, UserError
-from python_trainer.data import Files
+from python_trainer.tasks.files import Files
 from python_trainer.models import load_policy, load_tokenizer, save_model
 from python_trainer.ppo import Trainer
 from python_trainer.settings import load

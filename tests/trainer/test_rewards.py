@@ -9,7 +9,8 @@ import torch
 
 from python_trainer.config import RewardConfig, UserError
 from python_trainer.data import Pair, Prompt, Rollout, left_pad
-from python_trainer.rewards import FunctionReward, exact_match
+from python_trainer.reward_functions import FunctionReward
+from python_trainer.rewards import exact_match
 from python_trainer.sft import PairTokens, pair_loss
 from python_trainer.tasks.files import Files
 from tests.lib.trainer import ROWS
@@ -27,7 +28,7 @@ def rollout() -> Rollout:
 
 
 def test_a_function_gets_prompts_completions_and_fields(folder, tokenizer):
-    reward = FunctionReward(f"{folder}/mine.py:most_wanted", tokenizer)
+    reward = FunctionReward([f"{folder}/mine.py:most_wanted"], [1.0], tokenizer)
     assert reward(rollout()).tolist() == [2.0, 1.0, 0.0]
 
 
@@ -43,7 +44,7 @@ def test_a_function_gets_prompts_completions_and_fields(folder, tokenizer):
 )
 def test_a_function_that_cannot_serve_is_named(folder, tokenizer, name, message):
     with pytest.raises(UserError, match=message):
-        FunctionReward(f"{folder}/{name}", tokenizer)(rollout())
+        FunctionReward([f"{folder}/{name}"], [1.0], tokenizer)(rollout())
 
 
 def test_the_verifier_compares_with_the_answer():
