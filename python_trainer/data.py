@@ -190,6 +190,27 @@ def shuffled_positions(count: int, seed: int, start: int, size: int) -> list[int
     return positions
 
 
+def _where_cdf_passes(probabilities: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:
+    """[B, 1] columns: first the block of columns that the uniform number [B, 1] falls into, then one of them.
+
+    A cumulative sum in float64 over the whole of a vocabulary would take a fifth of the time of a small model.
+    """
+    width = probabilities.shape[1]
+    size = min(256, width)
+    whole = width - width % size
+    sums = probabilities[:, :whole].unflatten(1, (-1, size)).sum(dim=-1)
+    sums = torch.cat([sums, probabilities[:, whole:].sum(dim=-1, keepdim=True)], dim=1).double()
+    ends = sums.cumsum(dim=-1)
+    target = uniforms * ends[:, -1:]
+    block = torch.searchsorted(ends, target, right=True).clamp(max=sums.shape[1] - 1)
+    rest = (target - (ends - sums).gather(1, block)) / sums.gather(1, block)
+    columns = block * size + torch.arange(size, device=block.device)
+    inside = probabilities.gather(1, columns.clamp(max=width - 1)).double() * (columns < width)
+    cdf = inside.cumsum(dim=-1)
+    at = torch.searchsorted(cdf, rest.clamp(0, 1) * cdf[:, -1:], right=True).clamp(max=size - 1)
+    return columns.gather(1, at).clamp(max=width - 1)
+
+
 def only_drawn(
     logits: torch.Tensor, uniforms: torch.Tensor, temperature: float | torch.Tensor, vocabulary: int | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -198,8 +219,10 @@ def only_drawn(
     It is the token at which the CDF of softmax(logits / temperature) passes the row's uniform number [B, 1];
     temperature is a number or [B, 1]. Ids from `vocabulary` on are no tokens.
     """
-    probabilities = (logits[:, :vocabulary].float() / temperature).softmax(dim=-1)
-    cdf = probabilities.double().cumsum(dim=-1)
-    token = torch.searchsorted(cdf, uniforms * cdf[:, -1:], right=True).clamp(max=cdf.shape[1] - 1)
+    logits_of_tokens = logits[:, :vocabulary].float()
+    if not isinstance(temperature, float) or temperature != 1:
+        logits_of_tokens = logits_of_tokens / temperature
+    probabilities = logits_of_tokens.softmax(dim=-1)
+    token = _where_cdf_passes(probabilities, uniforms)
     drawn = torch.full_like(logits, float("-inf")).scatter(1, token, 0.0)
     return drawn, probabilities.gather(1, token).squeeze(1).log()
