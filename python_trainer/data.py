@@ -193,7 +193,7 @@ def shuffled_positions(count: int, seed: int, start: int, size: int) -> list[int
 def _where_cdf_passes(probabilities: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:
     """[B, 1] columns: first the block of columns that the uniform number [B, 1] falls into, then one of them.
 
-    A cumulative sum in float64 over the whole of a vocabulary would take a fifth of the time of a small model.
+    One cumulative sum in float64 over a vocabulary of 50 000 takes six times as long.
     """
     width = probabilities.shape[1]
     size = min(256, width)
