@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,6 +50,9 @@ class Op:
     #: By device type, the implementations that can run here, best first.
     available: dict[str, tuple[str, ...]]
     _reference: Callable | None
+    #: Positions of the float arguments, and by implementation the op that takes them as one tensor.
+    floats: tuple[int, ...]
+    traced: dict[str, Callable]
 
     def implementations(self, device_type: str) -> tuple[str, ...]:
         """The implementations that can run on a device type here, best first."""
@@ -73,13 +76,89 @@ class Op:
         """The registered op behind an implementation other than "torch"."""
         return self.kernels[impl]
 
+    def call(self, impl: str, *args: Any) -> Any:
+        """Call the registered op."""
+        if torch.compiler.is_compiling():
+            traced, args = self.traceable(impl, args)
+            return traced(*args)
+        return self.kernels[impl](*args)
+
+    def traceable(self, impl: str, args: tuple) -> tuple[Callable, tuple]:
+        """The op for a graph, and its arguments there: the floats as one float64 tensor on the CPU.
+
+        A float would become a constant of the graph, and each new value a compilation. What torch.export makes keeps
+        its constants, and with them runs without Python.
+        """
+        traced = self.traced.get(impl)
+        if traced is None or torch.compiler.is_exporting():
+            return self.kernels[impl], args
+        numbers = torch.stack([_as_element(args[i]) for i in self.floats if i < len(args)])
+        rest = [x for i, x in enumerate(args) if i not in self.floats]
+        rest.insert(self.floats[0], numbers)
+        return traced, tuple(rest)
+
     def reference(self, *args: Any, **options: Any) -> Any:
         """Call the eager reference and count the call. A traced one becomes part of a graph and is not a call."""
         assert self._reference is not None
         if not torch.compiler.is_compiling():
+            if args[0].requires_grad:  # autograd refuses to save tensors of inference mode
+                args = tuple(_out_of_inference(x) for x in args)
+                options = {name: _out_of_inference(x) for name, x in options.items()}
             with _torch_calls_lock:
                 _torch_calls[self.name] += 1
         return self._reference(*args, **options)
+
+
+def _as_element(x: Any) -> torch.Tensor:
+    return x if isinstance(x, torch.Tensor) else torch.full((), x, dtype=torch.float64)
+
+
+_traced_library = torch.library.Library("ppo_kernels_traced", "DEF")
+
+
+def _register_traced(name: str, schema: str, floats: tuple[int, ...], fake: Callable, kernel: Callable) -> Callable:
+    """The op with its float arguments as one tensor, which takes the place of the first."""
+    inside, _, returns = schema.partition("(")[2].partition(") ->")
+    arguments = [x for i, x in enumerate(inside.split(", ")) if i not in floats]
+    arguments.insert(floats[0], "Tensor numbers")
+    _traced_library.define(f"{name}({', '.join(arguments)}) ->{returns}")
+
+    def with_floats(args: tuple, values: Sequence[float]) -> list:
+        full = list(args)
+        del full[floats[0]]
+        for i, value in zip(floats, values, strict=True):
+            full.insert(i, value)
+        return full
+
+    def call(*args: Any) -> Any:
+        return kernel(*with_floats(args, args[floats[0]].tolist()))
+
+    for key in ("CPU", "CUDA", "XPU"):
+        _traced_library.impl(name, call, key)
+    zeros = [0.0] * len(floats)
+    torch.library.register_fake(
+        f"ppo_kernels_traced::{name}", lambda *args: fake(*with_floats(args, zeros)), lib=_traced_library
+    )
+    return getattr(torch.ops.ppo_kernels_traced, name).default
+
+
+def _out_of_inference(x: Any) -> Any:
+    return x.clone() if isinstance(x, torch.Tensor) and x.is_inference() else x
+
+
+def _vmap_by_calls(kernel: Any) -> Callable:
+    """A rule for ``torch.func.vmap``: one call per element of the batch."""
+
+    def rule(info: Any, in_dims: Sequence[int | None], *args: Any) -> tuple[Any, Any]:
+        def call(i: int) -> Any:
+            return kernel(*(x if d is None else x.select(d, i) for x, d in zip(args, in_dims, strict=True)))
+
+        results = [call(i) for i in range(info.batch_size)]
+        if isinstance(results[0], torch.Tensor):
+            return torch.stack(results), 0
+        return tuple(torch.stack(parts) for parts in zip(*results, strict=True)), (0,) * len(results[0])
+
+    return rule
 
 
 def register(name: str, *, fake: Callable, triton_kernel: Callable, reference: Callable | None = None) -> Op:
@@ -102,6 +181,21 @@ def register(name: str, *, fake: Callable, triton_kernel: Callable, reference: C
             kernels["triton"] = triton.register(SCHEMAS[name], fake, triton_kernel)
         except RuntimeError as error:  # torch cannot parse the schema: the reference needs none
             logger.warning("%s: no Triton kernel, %s", name, error)
+    if "!" not in SCHEMAS[name]:  # writes to no argument
+        for kernel in set(kernels.values()):
+            torch.library.register_vmap(
+                kernel,  # type: ignore[arg-type]
+                _vmap_by_calls(kernel),
+            )
+
+    arguments = SCHEMAS[name].partition("(")[2].partition(") ->")[0].split(", ")
+    floats = tuple(i for i, argument in enumerate(arguments) if argument.startswith("float "))
+    traced: dict[str, Callable] = {}
+    if floats and "!" not in SCHEMAS[name]:
+        for kernel in set(kernels.values()):
+            twin = "_triton" if kernel is kernels.get("triton") else ""
+            op = _register_traced(name + twin, SCHEMAS[name], floats, fake, kernel)
+            traced |= {impl: op for impl in kernels if kernels[impl] is kernel}
 
     def runs(impl: str, device_type: str) -> bool:
         if impl == "triton":
@@ -112,7 +206,7 @@ def register(name: str, *, fake: Callable, triton_kernel: Callable, reference: C
         device_type: tuple(impl for impl in preference if runs(impl, device_type))
         for device_type, preference in PREFERENCE.items()
     }
-    _ops[name] = Op(name, kernels, available, reference)
+    _ops[name] = Op(name, kernels, available, reference, floats, traced)
     return _ops[name]
 
 

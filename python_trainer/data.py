@@ -104,7 +104,7 @@ class Task:
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The tokenizer of a model that starts from random weights."""
-        raise UserError("this task brings no tokenizer: give the path of a model that has one")
+        raise UserError("no model to start from: give the path of one with its tokenizer, or run the sft command first")
 
     def texts(self) -> tuple[list[Example], list[Example]]:
         raise UserError("this task has no texts for sft")

@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import re
 import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ from typing import Any
 
 import torch
 from transformers import (
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
@@ -20,7 +20,6 @@ from transformers import (
 )
 
 from . import distributed, files, zero_state
-from .atomic import MANIFEST, refuse_unlisted
 from .config import OptimizerConfig, PPOConfig, RunConfig, SamplingConfig, UserError
 from .data import Task
 from .deepspeed_engine import (
@@ -42,12 +41,10 @@ from .pretrained import (
     load_tokenizer_files,
     save_adapter,
     save_whole,
+    undamaged,
 )
 from .tokens import reads_ids_of, vocabulary_of
 
-READ_BY_TRANSFORMERS = re.compile(
-    r".*\.(json|safetensors|bin|jinja|model)|(vocab|merges)\.txt|additional_chat_templates"
-)
 UNSEEN = 1e-3  # of the largest logit: what a token may change where it is not to be seen, and padding anywhere
 SEQUENCES = ("prompts with their responses", "max_prompt_length or response_length")  # and what shortens them
 
@@ -72,6 +69,12 @@ class ScalarModel(torch.nn.Module):
     def on(cls, policy: PreTrainedModel, *, zero_head: bool) -> "ScalarModel":
         """The policy's body under a new head; a zero head makes a critic's first guess 0 everywhere."""
         config = AutoConfig.for_model(**policy.config.to_dict() | {"num_labels": 1})
+        kind = policy.config.model_type
+        if type(policy.config) not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
+            raise UserError(
+                f"transformers has no model of type {kind} that gives one number per token: take an algorithm without "
+                "a critic (rloo, for example), and a reward_function or a reward_model_path of another type"
+            )
         try:
             model = AutoModelForSequenceClassification.from_config(
                 config,
@@ -80,13 +83,9 @@ class ScalarModel(torch.nn.Module):
                 trust_remote_code=False,
             )
             model.base_model.load_state_dict(merged_weights(policy.base_model))
-        except (ValueError, RuntimeError) as error:  # no such class, or one with another body
-            kind = policy.config.model_type
-            raise UserError(
-                f"transformers has no model of type {kind} that gives one number: take an algorithm without a critic "
-                f"(rloo, for example) and a reward_function, or a reward_model_path and a value_model_path of another "
-                f"type ({str(error).splitlines()[0][:120]})"
-            ) from error
+        except RuntimeError as error:
+            name = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING[type(policy.config)].__name__
+            raise UserError(f"a {name} has another body than a {type(policy).__name__}: {error}") from error
         scalar = cls(model)
         torch.nn.init.normal_(model.score.weight, std=0.0 if zero_head else (model.score.in_features + 1) ** -0.5)
         model.origin = Origin(policy.origin.dtype, policy.origin.dtypes, None, policy.origin.base)
@@ -165,13 +164,16 @@ def load_policy(
         } | json.loads(config.model_config)
         torch.manual_seed(config.seed)
         attention = {} if config.attn_implementation is None else {"attn_implementation": config.attn_implementation}
-        model = AutoModelForCausalLM.from_config(
-            AutoConfig.for_model(**architecture), dtype=torch.float32, trust_remote_code=False, **attention
-        )
+        try:
+            model = AutoModelForCausalLM.from_config(
+                AutoConfig.for_model(**architecture), dtype=torch.float32, trust_remote_code=False, **attention
+            )
+        except Exception as error:  # settings of somebody's architecture fail in its own code
+            raise UserError(f"model_config: {' '.join(str(error).split())}") from error
         model.origin = Origin(getattr(torch, config.torch_dtype or "float32"))
     else:
         raise UserError("no model to start from: give a path or model_config")
-    source = path or f"model_config {config.model_config}"
+    source = path or "model_config"
     refuse_missing_embeddings(model, (tokenizer.pad_token_id, tokenizer.eos_token_id), "pad or end token")
     _refuse_non_finite(model, source)
     _refuse_unfit(model, source)
@@ -198,10 +200,10 @@ def _refuse_unfit(model: PreTrainedModel, source: object) -> None:
     """A policy reads from left to right, and does not see the padding on its left."""
     if "flash" in (model.config._attn_implementation or ""):
         return  # it runs on the device alone; the check of each rollout sees as much
-    size = model.get_input_embeddings().num_embeddings
+    size = len(model.get_input_embeddings().weight)
     ids = torch.arange(2, 6) % size
     other = torch.cat([ids[:-1], (ids[-1:] + 1) % size])
-    left = torch.tensor([0, 0])
+    left = ids[1:3]  # no pad token, whose embedding may happen to be 0
     padded = torch.stack([torch.cat([left, row]) for row in (ids, other)])
     mask = (torch.arange(6) >= 2).long().expand(2, 6)
     positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
@@ -223,7 +225,9 @@ def _refuse_unfit(model: PreTrainedModel, source: object) -> None:
 def stop_strings(config: SamplingConfig, policy: PreTrainedModel) -> tuple[str, ...]:
     """Text that ends a response: what the settings say, and the generation settings of the source."""
     of_source = getattr(policy.origin.generation_config, "stop_strings", None) or []
-    own = [of_source] if isinstance(of_source, str) else of_source
+    own = of_source if isinstance(of_source, list) else [of_source]
+    if not all(isinstance(one, str) and one for one in own):
+        raise UserError(f"stop_strings of the model's generation_config.json must be texts, not {of_source}")
     return tuple(dict.fromkeys([*config.stops(), *own]))
 
 
@@ -233,13 +237,6 @@ def stage_model(config: RunConfig, stage: str, given: str | None) -> Path | None
     if given is None and not path.exists():
         return None
     return undamaged(path)
-
-
-def undamaged(path: Path) -> Path:
-    """The same path, once its files are those of the manifest that our commands write beside a model."""
-    if (path / MANIFEST).is_file():
-        refuse_unlisted(path, lambda name: READ_BY_TRANSFORMERS.fullmatch(name) is not None)
-    return path
 
 
 def load_scalar(path: str | Path, key: str, config: RunConfig) -> ScalarModel:
@@ -256,10 +253,7 @@ def load_scalar(path: str | Path, key: str, config: RunConfig) -> ScalarModel:
 
 
 def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
-    tokenizer = checked(load_tokenizer_files(path))
-    if _is_empty(tokenizer, Path(path)):
-        raise UserError(f"{path} has no tokenizer: save the one there that its model was trained with")
-    return tokenizer
+    return checked(load_tokenizer_files(path))
 
 
 def tokenizer_beside(path: str | Path, policy: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
@@ -268,13 +262,6 @@ def tokenizer_beside(path: str | Path, policy: PreTrainedTokenizerBase) -> PreTr
         files.say_once(f"{path} has no tokenizer: it is taken to read the tokens of the policy's")
         return policy
     return load_tokenizer(path)
-
-
-def _is_empty(tokenizer: PreTrainedTokenizerBase, folder: Path) -> bool:
-    """transformers makes a tokenizer without words of a folder that has none."""
-    names = type(tokenizer).vocab_files_names.values()
-    alone = folder.is_dir() and not (folder / "adapter_config.json").exists()  # else it may be that of the base
-    return alone and bool(names) and not any((folder / name).exists() for name in names)
 
 
 def checked(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
@@ -398,7 +385,7 @@ def _critic(
         path, key = str(reward_model_path), "reward_model_path"
     if path is None:
         return ScalarModel.on(policy, zero_head=True)
-    model = load_scalar(path, key, config)
+    model = load_scalar(undamaged(Path(path)), key, config)
     if not reads_ids_of(tokenizer_beside(path, tokenizer), tokenizer, []):
         raise UserError(
             f"{key}: {path} has another tokenizer than the policy, whose ids a critic reads: set value_model_init "

@@ -7,6 +7,7 @@ random weights; peft does so too. Here all of that ends the command.
 import contextlib
 import copy
 import json
+import re
 import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -14,14 +15,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.peft_utils import find_adapter_config_file
 
+from .atomic import MANIFEST, refuse_unlisted
 from .config import OptimizerConfig, RunConfig, UserError
 from .deepspeed_engine import merged_weights
 
+READ_BY_TRANSFORMERS = re.compile(
+    r".*\.(json|safetensors|bin|jinja|model)|(vocab|merges)\.txt|additional_chat_templates"
+)
 GENERATION_CONFIG = "generation_config.json"
 NOT_CONTINUED = (  # of LoRA: what changes more than the plain pairs of matrices that a run trains
     "use_dora",
@@ -53,13 +57,15 @@ def load_model(kind: Any, path: str | Path, config: RunConfig, *, continue_rank:
     base = adapter.base_model_name_or_path
     if not base:
         raise UserError(
-            f"the adapter {path} names no model that it stands on (base_model_name_or_path): merge it first"
+            f"the adapter {path} does not name its base (base_model_name_or_path): name it there, or merge it first"
         )
-    if _adapter_at(base) is not None:
-        raise UserError(f"the adapter {path} stands on another adapter, {base}: merge that one first")
+    if adapter.is_prompt_learning:
+        raise UserError(f"the adapter {path} is of type {adapter.peft_type.value}, which is no change of weights")
     scores = adapter.task_type == "SEQ_CLS"
     try:
-        model = _whole(kind, base, config, headless=scores, **({"num_labels": 1} if scores else {}))
+        if _adapter_at(base) is not None:
+            raise UserError(f"{base} is an adapter too: merge that one first")
+        model = _whole(kind, undamaged(Path(base)), config, headless=scores, **({"num_labels": 1} if scores else {}))
     except UserError as error:
         raise UserError(f"the adapter {path} needs its base (base_model_name_or_path): {error}") from error
     with_adapter = _injected(model, adapter, path)
@@ -67,24 +73,35 @@ def load_model(kind: Any, path: str | Path, config: RunConfig, *, continue_rank:
         _refuse_to_continue(adapter, path, continue_rank)
         return model
     if not hasattr(with_adapter, "merge_and_unload"):
-        raise UserError(
-            f"the adapter {path} is of type {adapter.peft_type.value}, which cannot be merged into its base"
-        )
+        raise UserError(f"the adapter {path} is of type {adapter.peft_type.value}, which cannot be merged: give a LoRA")
     model.origin.base = None  # what is on disk is another model from now on
     return with_adapter.merge_and_unload().requires_grad_(True)
+
+
+def undamaged(path: Path) -> Path:
+    """The same path, once its files are those of the manifest that our commands write beside a model."""
+    if (path / MANIFEST).is_file():
+        refuse_unlisted(path, lambda name: READ_BY_TRANSFORMERS.fullmatch(name) is not None)
+    return path
 
 
 def load_tokenizer_files(path: str | Path) -> PreTrainedTokenizerBase:
     """Those of an adapter may lie beside its base."""
     try:
-        with _readable(path):
-            return AutoTokenizer.from_pretrained(str(path), trust_remote_code=False)
+        return _tokenizer(path)
     except UserError:
         adapter = _adapter_at(path)
         if adapter is None or not adapter.base_model_name_or_path:
             raise
-        with _readable(adapter.base_model_name_or_path):
-            return AutoTokenizer.from_pretrained(adapter.base_model_name_or_path, trust_remote_code=False)
+        return _tokenizer(adapter.base_model_name_or_path)
+
+
+def _tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
+    with _readable(path):
+        tokenizer = AutoTokenizer.from_pretrained(str(path), trust_remote_code=False)
+    if len(tokenizer) <= len(tokenizer.all_special_ids):  # of some architectures it makes up an empty one
+        raise UserError(f"{path} holds no tokenizer: save the one of its model there")
+    return tokenizer
 
 
 def add_adapters(body: PreTrainedModel, config: OptimizerConfig, rank: int) -> None:
@@ -97,7 +114,13 @@ def add_adapters(body: PreTrainedModel, config: OptimizerConfig, rank: int) -> N
         lost = [name for name in targets if not any(one == name or one.endswith(f".{name}") for one in known)]
         if lost:
             raise UserError(f"lora_target_modules: {type(body).__name__} has no module named {', '.join(lost)}")
-    settings = peft.LoraConfig(r=rank, lora_alpha=config.lora_alpha, lora_dropout=0.0, target_modules=targets)
+    settings = peft.LoraConfig(
+        r=rank,
+        lora_alpha=config.lora_alpha,
+        lora_dropout=0.0,
+        target_modules=targets,
+        task_type="CAUSAL_LM" if body.can_generate() else "SEQ_CLS",
+    )
     try:
         with _silent():
             peft.inject_adapter_in_model(settings, body)
@@ -132,9 +155,9 @@ def save_adapter(body: Any, score: torch.Tensor | None, folder: Path) -> None:
     """The adapters alone, as peft reads them; with the trained head of a model that scores."""
     from peft.utils import get_peft_model_state_dict
 
+    folder.mkdir(parents=True, exist_ok=True)
     settings = copy.copy(body.peft_config["default"])
     settings.base_model_name_or_path, settings.inference_mode = body.origin.base, True
-    settings.task_type = "CAUSAL_LM" if score is None else "SEQ_CLS"
     weights = get_peft_model_state_dict(body, save_embedding_layers=False)
     if score is not None:
         settings.modules_to_save, weights["score.weight"] = ["score"], score
@@ -186,7 +209,7 @@ def _refuse_other_weights(model: Any, report: dict[str, Any], path: object, opti
     if mismatched:
         name, there, here = mismatched[0]
         found.append(f"{name} of shape {tuple(there)}, not {tuple(here)}")
-    prefix = next((one.removesuffix(missing[0]) for one in foreign if missing and one.endswith(missing[0])), None)
+    prefix = next((one.removesuffix(name) for one in foreign for name in missing if one.endswith(f".{name}")), None)
     what = f"take the prefix {prefix!r} off their names" if prefix else "give the folder that such a model was saved in"
     raise UserError(f"{path} does not hold the weights of a {type(model).__name__} ({'; '.join(found)}): {what}")
 
@@ -205,15 +228,13 @@ def _generation_config(model: Any, path: str | Path) -> GenerationConfig:
     size = model.get_input_embeddings().num_embeddings
     wrong = [token for token in end_tokens(found) if not (isinstance(token, int) and 0 <= token < size)]
     if wrong:
-        raise UserError(
-            f"{path}: {GENERATION_CONFIG} has the end token {wrong[0]!r}, and the model knows 0 to {size - 1}"
-        )
+        raise UserError(f"{path}: {GENERATION_CONFIG} ends at {wrong[0]!r}, and the model has tokens 0 to {size - 1}")
     return found
 
 
 def end_tokens(generation_config: GenerationConfig | None) -> list[Any]:
     found = None if generation_config is None else generation_config.eos_token_id
-    return [] if found is None else [found] if isinstance(found, int) else list(found)
+    return [] if found is None else found if isinstance(found, list) else [found]
 
 
 def _adapter_at(path: str | Path) -> Any:
@@ -252,9 +273,7 @@ def _refuse_to_continue(adapter: Any, path: str | Path, rank: int) -> None:
     if adapter.peft_type.value != "LORA":
         raise UserError(f"lora_r: the adapter {path} is of type {adapter.peft_type.value}, not LORA: {way_out}")
     if adapter.r != rank:
-        raise UserError(
-            f"lora_r: the adapter {path} has rank {adapter.r}, not {rank}: set lora_r to that, or {way_out}"
-        )
+        raise UserError(f"lora_r: the adapter {path} has rank {adapter.r}, not {rank}: set lora_r to it, or {way_out}")
     special = [name for name in NOT_CONTINUED if getattr(adapter, name, None)]
     special += ["bias"] if adapter.bias != "none" else []
     if special:
@@ -318,6 +337,8 @@ def _readable(path: object) -> Any:
     """What transformers and peft raise about a model that they cannot load, in one line."""
     try:
         yield
-    except (OSError, ValueError, ImportError, RuntimeError, SafetensorError, json.JSONDecodeError) as error:
+    except UserError:
+        raise
+    except Exception as error:  # a file that is nothing like what they expect ends in errors of any kind
         lines = str(error).strip().splitlines() or [type(error).__name__]
         raise UserError(f"cannot load a model from {path}: {lines[0]}") from error

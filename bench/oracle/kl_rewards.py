@@ -16,7 +16,7 @@ def kl_rewards(
     *,
     kl_coef=0.1,
     kl_estimator="k1",
-    score_clip=5.0,
+    score_clip=None,
     kl_log_clamp=None,
     kl_clamp=None,
     score_index=None,

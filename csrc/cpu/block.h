@@ -100,7 +100,7 @@ PPO_CLONES double kl_block(const T* logp, const T* ref, const T* valid, int64_t 
     const bool is_valid = valid[i] != T(0);
     const KlTerm<T> term = kl_term<kEstimator>(is_valid ? l : T(0), is_valid ? l_ref : T(0), log_clamp, value_clamp);
     sum += term.value;
-    const T change = scale * (kGradient ? term.grad : term.value);
+    const T change = kGradient ? scale * term.grad : scaled_or_off(scale, term.value);
     out[i] = before + (is_valid ? change : T(0));
   }
   return static_cast<double>(sum);

@@ -95,7 +95,7 @@ struct PolicyInputs {
 template <class T>
 PolicySums policy_chunk(const PolicyInputs<T>& in, const Rows& rows, const Chunk& chunk, const PolicyOptions<T>& o,
                         const KlPenalty<T>& kl) {
-  T adv[kBlock], weights[kBlock], valid[kBlock], unwanted[kBlock];
+  T adv[kBlock], weights[kBlock], valid[kBlock], unwanted[kBlock], off[kBlock];
   std::fill(valid, valid + kBlock, T(1));
   PolicySums total;
   const T row_weight = in.row_weight ? in.row_weight[chunk.row] : T(1);
@@ -111,12 +111,16 @@ PolicySums policy_chunk(const PolicyInputs<T>& in, const Rows& rows, const Chunk
                                        o, grads);
     double& loss = block.sums[PolicySum::kLoss];
     if (in.ref.data != nullptr) {
+      const T* ref = in.ref.row(rows, chunk.row) + begin;
       const double ref_kl = dispatch_estimator(kl.estimator, [&](auto estimator) {
-        return kl_block<estimator(), true>(logp, in.ref.row(rows, chunk.row) + begin, valid, n, kl.log_clamp,
-                                           kl.value_clamp, kl.coef * row_weight, grads);
+        if (kl.coef == T(0)) {  // for the statistic alone
+          return kl_block<estimator(), false>(logp, ref, valid, n, kl.log_clamp, kl.value_clamp, T(0), off);
+        }
+        return kl_block<estimator(), true>(logp, ref, valid, n, kl.log_clamp, kl.value_clamp, kl.coef * row_weight,
+                                           grads);
       });
       block.sums[PolicySum::kRefKl] = ref_kl;
-      loss += static_cast<double>(kl.coef) * ref_kl;
+      loss += scaled_or_off(static_cast<double>(kl.coef), ref_kl);
     }
     loss = block.excess.count > 0.0 ? loss * row_weight : 0.0;
     total.add(block);

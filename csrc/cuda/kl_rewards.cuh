@@ -88,7 +88,7 @@ struct KlTile {
       const float logprob = is_valid ? rewards[k] : 0.0f, ref_logprob = is_valid ? ref[k] : 0.0f;
       const float estimate = kl_term<kEstimator>(logprob, ref_logprob, in.log_clamp, in.value_clamp).value;
       sum += estimate;
-      rewards[k] = is_valid ? 0.0f + row.scale * estimate : 0.0f;  // never -0
+      rewards[k] = is_valid ? 0.0f + scaled_or_off(row.scale, estimate) : 0.0f;  // never -0
       if (is_valid) part.last = at() + k;
     }
     part.sum = static_cast<double>(sum);

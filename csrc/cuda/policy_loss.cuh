@@ -49,8 +49,8 @@ __device__ void policy_tokens(const PolicyInputs& in, const TokenVector& tokens,
     if constexpr (kHasRef) {
       const KlTerm<float> kl = kl_term<kEstimator>(logp[k], ref[k], in.kl_log_clamp, in.kl_clamp);
       sums[PolicySum::kRefKl] += kl.value;
-      loss += kl_coef * kl.value;
-      slope += kl_coef * kl.grad;
+      loss += scaled_or_off(kl_coef, kl.value);
+      slope += scaled_or_off(kl_coef, kl.grad);
     }
     sums[PolicySum::kLoss] += loss * row_weight[k];
     grad[k] = slope * row_weight[k];

@@ -19,6 +19,12 @@ PPO_INLINE T clamp_gradient(T x, T bound, T gradient) {
   return bound == std::numeric_limits<T>::infinity() ? gradient : within;
 }
 
+// A coefficient of 0 switches its term off, be that infinite or NaN.
+template <class T>
+PPO_INLINE T scaled_or_off(T coef, T term) {
+  return coef == T(0) ? T(0) : coef * term;
+}
+
 template <class T>
 struct KlTerm {
   T value;

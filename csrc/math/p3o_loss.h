@@ -70,7 +70,7 @@ struct P3OSum {
 // Adds the half of a pair that is row `a`'s and returns its gradient d loss / d S_a. Ties as autograd has them.
 PPO_INLINE double pair_half(const Response& a, const Response& b, const PairOptions& o, double* sums) {
   const double reward = a.score - b.score, gap = a.ref_log_ratio - b.ref_log_ratio;
-  const double q = reward - o.kl_coef * gap;
+  const double q = reward - scaled_or_off(o.kl_coef, gap);
   const double log_weight = o.joint ? a.log_ratio + b.log_ratio : b.log_ratio;
   const double weight = o.joint ? exp_fast(clamp(log_weight, o.log_weight_bound)) : b.weight;
   const double slope = -q * weight;
@@ -83,7 +83,9 @@ PPO_INLINE double pair_half(const Response& a, const Response& b, const PairOpti
   const double larger = plain > clipped ? plain : clipped;
   const double change = slope * (from_plain + (1.0 - from_plain) * inside);
   const double preferred = reward > 0.0 ? gap : (reward < 0.0 ? -gap : reward * gap);  // 0 or NaN
-  sums[P3OSum::kPairLoss] += o.joint ? 0.25 * (larger + slope * (gap - x)) : 0.5 * larger;
+  // What joint adds has no gradient: with the reference off, one that is not finite drops out.
+  const double constant = o.kl_coef == 0.0 && !(gap - gap == 0.0) ? 0.0 : gap - x;
+  sums[P3OSum::kPairLoss] += o.joint ? 0.25 * (larger + slope * constant) : 0.5 * larger;
   sums[P3OSum::kPairs] += 1.0;
   sums[P3OSum::kPairWeight] += weight;
   sums[P3OSum::kPairWeightClipped] += log_weight < -o.log_weight_bound || log_weight > o.log_weight_bound ? 1.0 : 0.0;

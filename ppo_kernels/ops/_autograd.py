@@ -1,61 +1,219 @@
-"""What the ops' autograd functions share."""
+"""What the ops' autograd functions share.
+
+Each has three forms with one backward. The eager one is the cheapest to call. ``torch.func`` needs forward and
+``setup_context`` apart, a rule for vmap, and every output that the backward reads. A traced one may have neither.
+"""
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch._C._functorch import get_interpreter_stack
 
 from ppo_kernels.backends import Op
 
 
-def refuse_double_backward(op: str) -> None:
-    """Raise if a backward is itself recorded: second-order terms would be silently dropped.
+def transformed() -> bool:
+    """Whether a transform of ``torch.func`` runs, eagerly."""
+    return torch._C._are_functorch_transforms_active()
 
-    While a graph is traced, grad mode does not tell; a compiled backward refuses by itself.
+
+@torch.compiler.assume_constant_result
+def _transforms() -> str:
+    """The transforms around a traced call, outermost first, as text, which a graph may hold."""
+    names = [str(interpreter.key()).rpartition(".")[2] for interpreter in get_interpreter_stack() or ()]
+    return " ".join(names)
+
+
+def forward_mode_message(op: str) -> str:
+    return f"{op}: forward-mode differentiation (jvp, jacfwd, hessian) is not supported; use grad, vjp or jacrev"
+
+
+def twice_message(op: str) -> str:
+    return f"{op}: differentiating twice is not supported; second derivatives of this op are not available"
+
+
+class _Once(torch.autograd.Function):
+    """A gradient that depends on what it was taken by, and refuses to be differentiated."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(op, grad, x):
+        return grad.view_as(grad)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.op = inputs[0]
+
+    @staticmethod
+    def backward(ctx, _grad):
+        raise RuntimeError(twice_message(ctx.op))
+
+    @staticmethod
+    def jvp(ctx, *_tangents):
+        raise RuntimeError(forward_mode_message(ctx.op))
+
+
+def once(op: str, grad: Tensor, x: Tensor) -> Tensor:
+    """The gradient with respect to ``x``, as a backward returns it.
+
+    It is recorded with create_graph=True, and under torch.func always: only who differentiates it is refused.
     """
-    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-        raise RuntimeError(f"{op}: differentiating twice is not supported; call backward without create_graph=True")
+    return _Once.apply(op, grad, x) if torch.is_grad_enabled() and not torch.compiler.is_dynamo_compiling() else grad
 
 
 class _FirstOrderOnly(torch.autograd.Function):
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx, op, x):
-        ctx.op = op
+    def forward(op, x):
         return x.view_as(x)
 
     @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.op = inputs[0]
+        ctx.save_for_backward(inputs[1])
+
+    @staticmethod
     def backward(ctx, grad):
-        refuse_double_backward(ctx.op)
-        return None, grad
+        return None, once(ctx.op, grad, ctx.saved_tensors[0])
+
+    @staticmethod
+    def jvp(ctx, *_tangents):
+        raise RuntimeError(forward_mode_message(ctx.op))
 
 
 def first_order_only(op: str, x: Tensor) -> Tensor:
     """``x`` for the reference: autograd could differentiate it twice, but a switch of ``impl`` changes no contract."""
-    return _FirstOrderOnly.apply(op, x) if x.requires_grad else x
+    if torch.compiler.is_compiling():
+        return traced_input(op, x, vmap=False)
+    return _FirstOrderOnly.apply(op, x) if x.requires_grad or transformed() else x
+
+
+# Opaque to Dynamo, whose own way with an autograd function loses the refusal; nothing is left of it in a graph.
+_library = torch.library.Library("ppo_kernels_traced", "FRAGMENT")
+_library.define("first_order_only(str op, Tensor(a) x) -> Tensor(a)")
+_library.impl("first_order_only", _FirstOrderOnly.apply, "CompositeImplicitAutograd")
+
+
+@torch.compiler.allow_in_graph
+def _differentiated_once(op: str, x: Tensor) -> Tensor:
+    """``x`` apart from what torch.func differentiates, whose gradient Dynamo would make 0.
+
+    A graph cannot hold the refusal of a second differentiation within torch.func: who could ask for one is refused.
+    """
+    outer = x
+    while torch._C._functorch.is_functorch_wrapped_tensor(outer):
+        outer = torch._C._functorch.get_unwrapped(outer)
+    grads = (i for i in get_interpreter_stack() or () if i.key() == torch._C._functorch.TransformType.Grad)
+    if outer.requires_grad and all(torch._C._functorch.CGradInterpreterPtr(i).prevGradMode() for i in grads):
+        raise RuntimeError(
+            f"{op}: torch.func inside torch.compile got an input that requires grad by itself, and differentiating"
+            " twice is not supported; pass it detached, or call torch.func without torch.compile"
+        )
+    return x.view_as(x)
+
+
+def traced_input(op: str, x: Tensor, *, vmap: bool) -> Tensor:
+    """``x`` as a traced autograd function takes it, or one sentence where torch.compile would make a graph with
+    gradients of 0 or break inside itself (with ``vmap``, under vmap too).
+
+    That function's input must not be what torch.func differentiates, or Dynamo gives it a gradient of 0.
+    """
+    names = _transforms()
+    # The level is read here for Dynamo to guard it: a graph that was made without one would drop tangents.
+    if "Jvp" in names or torch.autograd.forward_ad._current_level >= 0:
+        raise RuntimeError(forward_mode_message(op))
+    if names.count("Grad") > 1:
+        raise RuntimeError(twice_message(op))
+    if vmap and "Vmap" in names:
+        raise RuntimeError(
+            f"{op}: torch.func.vmap inside torch.compile is not supported; call vmap without torch.compile,"
+            ' or pass impl="torch"'
+        )
+    if names:
+        return _differentiated_once(op, x)
+    return torch.ops.ppo_kernels_traced.first_order_only(op, x)
 
 
 def fused_loss(op: Op, impl: str, x: Tensor, arguments: tuple[object, ...]) -> tuple[Tensor, tuple[Tensor, ...]]:
     """Loss and statistics of a kernel that takes ``x``, the arguments and whether to write the gradient."""
-    loss, stats = _ScaledGradient.apply(op, impl, x, arguments)
+    if torch.compiler.is_compiling():
+        kernel, (x, *rest) = op.traceable(impl, (traced_input(op.name, x, vmap=True), *arguments))
+        loss, stats = _TracedLoss.apply(kernel, x, tuple(rest))
+    elif transformed():
+        loss, stats, _, _ = _TransformedLoss.apply(op, impl, x, *arguments)
+    else:
+        loss, stats = _EagerLoss.apply(op, impl, x, arguments)
     return loss, stats.unbind(0)
 
 
-class _ScaledGradient(torch.autograd.Function):
+class _TracedLoss(torch.autograd.Function):
     """A scalar loss. Its kernel already wrote d(loss * normalizer)/dx, which the backward scales, on the device."""
 
     @staticmethod
-    def forward(ctx, op, impl, x, arguments):
+    def forward(ctx, kernel, x, arguments):
         ctx.set_materialize_grads(False)
-        ctx.op = op.name
-        loss, stats, grad, inv_normalizer = op.kernel(impl)(x, *arguments, ctx.needs_input_grad[2])
+        loss, stats, grad, inv_normalizer = kernel(x, *arguments, ctx.needs_input_grad[1])
         ctx.save_for_backward(grad, inv_normalizer)
         ctx.mark_non_differentiable(stats)
         return loss, stats
 
     @staticmethod
     def backward(ctx, grad_loss, _grad_stats):
-        refuse_double_backward(ctx.op)
+        if grad_loss is None:
+            return None, None, None
+        grad, inv_normalizer = ctx.saved_tensors
+        return None, grad * (grad_loss * inv_normalizer), None
+
+
+class _EagerLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, op, impl, x, arguments):
+        ctx.set_materialize_grads(False)
+        loss, stats, grad, inv_normalizer = op.kernel(impl)(x, *arguments, ctx.needs_input_grad[2])
+        # Not saved: the gradient depends on x but not on its memory, which the caller may write to.
+        ctx.op, ctx.x = op.name, x
+        ctx.save_for_backward(grad, inv_normalizer)
+        ctx.mark_non_differentiable(stats)
+        return loss, stats
+
+    @staticmethod
+    def backward(ctx, grad_loss, _grad_stats):
         if grad_loss is None:
             return None, None, None, None
         grad, inv_normalizer = ctx.saved_tensors
-        return None, None, grad * (grad_loss * inv_normalizer), None
+        return None, None, once(ctx.op, grad * (grad_loss * inv_normalizer), ctx.x), None
+
+    @staticmethod
+    def jvp(ctx, *_tangents):
+        raise RuntimeError(forward_mode_message(ctx.op))
+
+
+class _TransformedLoss(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(op, impl, x, *arguments):
+        return op.kernel(impl)(x, *arguments, True)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        op, _, x, *arguments = inputs
+        ctx.op, ctx.inputs = op.name, 3 + len(arguments)
+        ctx.save_for_backward(*output[2:], x)
+        ctx.mark_non_differentiable(*output[1:])
+
+    @staticmethod
+    def backward(ctx, grad_loss, *_others):
+        grad, inv_normalizer, x = ctx.saved_tensors
+        grads: list[Any] = [None] * ctx.inputs
+        grads[2] = once(ctx.op, grad * (grad_loss * inv_normalizer), x)
+        return tuple(grads)
+
+    @staticmethod
+    def jvp(ctx, *_tangents):
+        raise RuntimeError(forward_mode_message(ctx.op))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Sequence
 
 import torch
@@ -11,19 +12,42 @@ from torch import Tensor
 from ppo_kernels._types import compute_dtype
 
 _FLOATING = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
-_MASK_DTYPES = (torch.bool, torch.uint8, torch.int32, torch.int64, *_FLOATING)
+_MASK_DTYPES = (torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, *_FLOATING)
 
 
 def check_tensor(op: str, name: str, x: object) -> Tensor:
     if not isinstance(x, Tensor):
         raise TypeError(f"{op}: {name} must be a torch.Tensor, got {type(x).__name__}")
+    if type(x) is not Tensor:
+        _refuse_nested_and_sharded(op, name, x)
     return x
+
+
+def _refuse_nested_and_sharded(op: str, name: str, x: Tensor) -> None:
+    if x.is_nested:
+        raise TypeError(
+            f"{op}: {name} is a NestedTensor; pass its .values() for every input, and cu_seqlens=its .offsets() where"
+            " the op takes them"
+        )
+    if hasattr(x, "placements"):
+        raise TypeError(
+            f"{op}: {name} is a DTensor with placements {tuple(x.placements)}; pass .to_local() if every rank holds"
+            " whole rows or a replica, else .full_tensor() or .redistribute() first"
+        )
 
 
 def check_floating(op: str, name: str, x: object) -> Tensor:
     x = check_tensor(op, name, x)
     if x.dtype not in _FLOATING:
         raise TypeError(f"{op}: {name} must be bfloat16, float16, float32 or float64, got {x.dtype}")
+    return x
+
+
+def check_real(op: str, name: str, x: object) -> Tensor:
+    """Floating, or integers, which count as float32: scores often are."""
+    x = check_tensor(op, name, x)
+    if x.dtype not in _FLOATING and x.dtype not in (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64):
+        raise TypeError(f"{op}: {name} must be floating or an integer of 8 to 64 bits, got {x.dtype}")
     return x
 
 
@@ -54,13 +78,49 @@ def check_choice(op: str, name: str, value: object, allowed: Sequence[str]) -> i
 def check_number(
     op: str, name: str, value: object, *, above: float = -math.inf, least: float = -math.inf, most: float = math.inf
 ) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float, torch.SymFloat, torch.SymInt)):
-        raise TypeError(f"{op}: {name} must be a number, got {type(value).__name__}")
+    """A float option as a Python number: given as one, as a NumPy scalar or as one element on the CPU.
+
+    While tracing it may be symbolic, or stay a 0-d tensor, whose value is not looked at: a graph outlives it.
+    """
+    value = _as_number(op, name, value)
+    if isinstance(value, Tensor):
+        return value  # type: ignore[return-value]
     if not (value > above and value >= least and value <= most and -math.inf < value < math.inf):
         limits = [f"> {above}"] * (above > -math.inf) + [f">= {least}"] * (least > -math.inf)
         limits += [f"<= {most}"] * (most < math.inf)
         raise ValueError(f"{op}: {name} must be {' and '.join(limits) or 'finite'}, got {value}")
-    return value  # type: ignore[return-value]
+    return value
+
+
+def _as_number(op: str, name: str, value: object) -> float | Tensor:
+    if isinstance(value, Tensor):
+        return _one_element(op, name, value)
+    if isinstance(value, (float, int, torch.SymFloat, torch.SymInt)) and not isinstance(value, bool):
+        return value  # type: ignore[return-value]
+    if isinstance(value, numbers.Real) and not isinstance(value, bool):
+        return float(value)
+    if getattr(value, "shape", None) == () and value.dtype != "bool":  # type: ignore[attr-defined]  # a NumPy array of one number
+        return float(value)  # type: ignore[arg-type]
+    raise TypeError(f"{op}: {name} must be a number or one element, got {type(value).__name__}")
+
+
+def _check_one(op: str, name: str, value: Tensor) -> None:
+    if value.numel() != 1 or value.dtype == torch.bool or value.is_complex():
+        raise ValueError(
+            f"{op}: {name} must be a number or one real element, got {value.dtype} of shape {tuple(value.shape)}"
+        )
+
+
+def _one_element(op: str, name: str, value: Tensor) -> float | Tensor:
+    _check_one(op, name, value)
+    if value.device.type != "cpu":
+        raise ValueError(
+            f"{op}: {name} is on {value.device}, and to read it there would wait for the device;"
+            " pass a number or a CPU tensor"
+        )
+    if torch.compiler.is_compiling():
+        return value.detach().to(torch.float64).reshape(())
+    return value.item()
 
 
 def check_integer_option(op: str, name: str, value: object, *, least: int) -> int:
@@ -78,9 +138,7 @@ def number_or_tensor(op: str, name: str, value: object, device: torch.device) ->
     graph, and every new value a compilation.
     """
     if isinstance(value, Tensor):
-        check_floating(op, name, value)
-        if value.numel() != 1:
-            raise ValueError(f"{op}: {name} must be a number or one element, got shape {tuple(value.shape)}")
+        _check_one(op, name, value)
         return 0.0, value.detach().to(device=device, dtype=torch.float64).reshape(())
     value = check_number(op, name, value)
     if torch.compiler.is_compiling():
@@ -88,9 +146,14 @@ def number_or_tensor(op: str, name: str, value: object, device: torch.device) ->
     return value, None
 
 
-def bound(op: str, name: str, value: float | None) -> float:
-    """A clamp's bound as kernels take it: infinity where the clamp is off."""
-    return math.inf if value is None or value == math.inf else check_number(op, name, value, least=0.0)
+def bound(op: str, name: str, value: object, *, above: float = -math.inf, least: float = -math.inf) -> float:
+    """A clip or clamp as kernels take it: infinity where None or infinity switches it off."""
+    if value is None:
+        return math.inf
+    value = _as_number(op, name, value)
+    if isinstance(value, Tensor) or value != math.inf:
+        return check_number(op, name, value, above=above, least=least)
+    return math.inf
 
 
 def to_mask(op: str, mask: object, like: Tensor) -> Tensor | None:
@@ -99,12 +162,17 @@ def to_mask(op: str, mask: object, like: Tensor) -> Tensor | None:
         return None
     mask = check_tensor(op, "mask", mask)
     if mask.dtype not in _MASK_DTYPES:
-        raise TypeError(f"{op}: mask must be bool, uint8, int32, int64 or floating, got {mask.dtype}")
+        raise TypeError(f"{op}: mask must be bool, an integer of 8 to 64 bits or floating, got {mask.dtype}")
     check_shape(op, "mask", mask, like.shape, "its tokens")
     check_device(op, "mask", mask, like.device)
     if mask.dtype not in (torch.bool, torch.uint8):
         mask = mask != 0
     return unit_last_stride(mask)
+
+
+def keepable(x: Tensor | None) -> Tensor | None:
+    """``x``, or a copy of a tensor of inference mode, which autograd refuses to save."""
+    return x.clone() if x is not None and x.is_inference() else x
 
 
 def unit_last_stride(x: Tensor) -> Tensor:
@@ -174,7 +242,7 @@ class Tokens:
         return x.to(self.dtype).reshape(self.rows, 1)
 
     def per_row(self, name: str, x: object) -> Tensor:
-        x = check_floating(self.op, name, x)
+        x = check_real(self.op, name, x)
         check_shape(self.op, name, x, (self.rows,), "one value per row")
         check_device(self.op, name, x, self.like.device)
         return x.to(self.dtype).contiguous()

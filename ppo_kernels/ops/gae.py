@@ -47,7 +47,7 @@ def gae(
 
     Args:
         rewards, values: ``[B, T]`` with any row stride, or packed ``[N]`` with ``cu_seqlens``; floating.
-        mask: same shape; non-zero = valid. bool, uint8, int32, int64 or floating. None means all valid.
+        mask: same shape; non-zero = valid. None means all valid.
         gamma: discount per token, in [0, 1].
         lam: a number in [0, 1], or ``[B]`` with one per row.
         masked_steps: what a masked token before L does.
@@ -68,17 +68,25 @@ def gae(
 
     Source: Schulman et al., "High-Dimensional Continuous Control Using Generalized Advantage Estimation" (2015).
     """
-    tokens = Tokens("gae", cu_seqlens, rewards=rewards, values=values, extra=(bootstrap_value, lam))
-    check_number("gae", "gamma", gamma, least=0.0, most=1.0)
+    tokens = Tokens(
+        "gae",
+        cu_seqlens,
+        rewards=rewards,
+        values=values,
+        extra=(bootstrap_value, lam if isinstance(lam, Tensor) and lam.numel() != 1 else None),
+    )
+    gamma = check_number("gae", "gamma", gamma, least=0.0, most=1.0)
     code = check_choice("gae", "masked_steps", masked_steps, MASKED_STEPS)
     mask = tokens.mask(mask)
     lam_rows = None
-    if isinstance(lam, Tensor):
+    if isinstance(lam, Tensor) and lam.numel() == 1 and lam.device.type != "cpu":
+        lam_rows = lam.detach().to(torch.float64).reshape(1).expand(tokens.rows).contiguous()
+    elif isinstance(lam, Tensor) and lam.numel() != 1:
         lam_rows = tokens.per_row("lam", lam).detach().to(torch.float64)
     else:
-        check_number("gae", "lam", lam, least=0.0, most=1.0)
+        lam = check_number("gae", "lam", lam, least=0.0, most=1.0)
         if torch.compiler.is_compiling():  # a float would become a constant of the graph
-            lam_rows = torch.full((tokens.rows,), lam, dtype=torch.float64, device=tokens.like.device)
+            lam_rows = torch.full((tokens.rows,), 0.0, dtype=torch.float64, device=tokens.like.device) + lam
     if bootstrap_value is not None:
         bootstrap_value = tokens.per_row("bootstrap_value", bootstrap_value).detach()
     if validate:
@@ -91,10 +99,9 @@ def gae(
     if impl == "torch":
         return _GAE.reference(
             rewards, values, mask,
-            gamma=gamma, lam=lam, masked_steps=masked_steps, bootstrap_value=bootstrap_value,
+            gamma=gamma, lam=lam if lam_rows is None else lam_rows, masked_steps=masked_steps,
+            bootstrap_value=bootstrap_value,
             cu_seqlens=tokens.cu_seqlens,
         )  # fmt: skip
     lam_number = 0.0 if lam_rows is not None else lam
-    return _GAE.kernel(impl)(
-        rewards, values, mask, lam_rows, bootstrap_value, tokens.cu_seqlens, gamma, lam_number, code
-    )
+    return _GAE.call(impl, rewards, values, mask, lam_rows, bootstrap_value, tokens.cu_seqlens, gamma, lam_number, code)

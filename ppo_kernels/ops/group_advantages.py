@@ -13,10 +13,10 @@ from ppo_kernels.ops._fakes import like_first
 from ppo_kernels.ops._inputs import (
     check_choice,
     check_device,
-    check_floating,
     check_integer,
     check_integer_option,
     check_number,
+    check_real,
     check_shape,
 )
 from ppo_kernels.ops.whiten import whiten
@@ -68,7 +68,7 @@ def group_advantages(
     the raw score through in "rloo", and divides it by 1 + eps in "grpo".) A NaN score shows in its whole group.
 
     Args:
-        scores: ``[B]``, floating: one per response; with "rloo" usually after the KL penalty of the sequence.
+        scores: ``[B]``, floating or integer; with "rloo" usually after the KL penalty of the sequence.
         group_ids: ``[B]`` int32 or int64, equal for the responses to one prompt; any numbers, in any order. They are
             sorted on the device, without a synchronisation.
         group_size: instead of ``group_ids``: K responses per prompt, in rows iK to iK + K - 1. Needs no sorting.
@@ -93,7 +93,7 @@ def group_advantages(
     "Understanding R1-Zero-Like Training" (Dr. GRPO, 2025); Hu, "REINFORCE++" (2025).
     """
     op = "group_advantages"
-    check_floating(op, "scores", scores)
+    check_real(op, "scores", scores)
     if scores.dim() != 1:
         raise ValueError(f"{op}: scores must be [B], one per response; got shape {tuple(scores.shape)}")
     if (group_ids is None) == (group_size is None):
@@ -111,7 +111,7 @@ def group_advantages(
                 " differ in size"
             )
     if eps is not None:
-        check_number(op, "eps", eps, least=0.0)
+        eps = check_number(op, "eps", eps, least=0.0)
     whitened = mode == "reinforce++_baseline"
     if process_group is not None and not whitened:
         raise ValueError(f'{op}: process_group is for mode="reinforce++_baseline"; {mode!r} has no batch statistics')
@@ -134,4 +134,4 @@ def _over_groups(scores: Tensor, group_ids: Tensor | None, group_size: int, mode
     if group_ids is not None:
         sorted_ids, order = torch.sort(group_ids.to(torch.int64), stable=True)  # a group keeps the order of its scores
     code = BASELINES.index(mode)
-    return _GROUP_ADVANTAGES.kernel(impl)(scores, sorted_ids, order, group_size, code, eps)
+    return _GROUP_ADVANTAGES.call(impl, scores, sorted_ids, order, group_size, code, eps)

@@ -39,7 +39,7 @@ def kl_rewards(
     *,
     kl_coef: float | Tensor = 0.1,
     kl_estimator: str = "k1",
-    score_clip: float | None = 5.0,
+    score_clip: float | None = None,
     kl_log_clamp: float | None = None,
     kl_clamp: float | None = None,
     score_index: Tensor | None = None,
@@ -56,12 +56,12 @@ def kl_rewards(
 
     Args:
         logprobs, ref_logprobs: ``[B, T]`` with any row stride, or packed ``[N]`` with ``cu_seqlens``; floating; nats.
-        scores: ``[B]`` floating, one score per sequence.
+        scores: ``[B]`` floating or integer, one score per sequence.
         mask: same shape as the log-probabilities; non-zero = valid. None means all valid.
         kl_coef: weight of the penalty (reward per nat), a number or a one-element tensor.
         kl_estimator: "k1", "abs", "k2" or "k3".
-        score_clip: bound of the score; None switches it off.
-        kl_log_clamp, kl_clamp: bounds of the log-ratio and of the estimate; None switches them off.
+        score_clip: bound of the score (DeepSpeed-Chat: 5); None, the default, or inf switches it off.
+        kl_log_clamp, kl_clamp: bounds of the log-ratio and of the estimate; None or inf switches them off.
             verl uses 20 and 10, OpenRLHF 10 for the second alone.
         score_index: ``[B]`` int32 or int64, the token of the row that gets the score; it may be masked. -1, or any
             index outside the row, places no score. None means the last valid token.
@@ -86,9 +86,9 @@ def kl_rewards(
     coef, coef_tensor = number_or_tensor(op, "kl_coef", kl_coef, tokens.like.device)
     code = check_choice(op, "kl_estimator", kl_estimator, KL_ESTIMATORS)
     bounds = (
-        bound(op, "score_clip", score_clip),
-        bound(op, "kl_log_clamp", kl_log_clamp),
-        bound(op, "kl_clamp", kl_clamp),
+        bound(op, "score_clip", score_clip, least=0.0),
+        bound(op, "kl_log_clamp", kl_log_clamp, least=0.0),
+        bound(op, "kl_clamp", kl_clamp, least=0.0),
     )
     mask = tokens.mask(mask)
     if score_index is not None:
@@ -105,11 +105,11 @@ def kl_rewards(
     if impl == "torch":
         return _KL_REWARDS.reference(
             logprobs, ref_logprobs, scores, mask,
-            kl_coef=kl_coef, kl_estimator=kl_estimator, score_clip=score_clip, kl_log_clamp=kl_log_clamp,
-            kl_clamp=kl_clamp, score_index=score_index, cu_seqlens=tokens.cu_seqlens,
+            kl_coef=coef if coef_tensor is None else coef_tensor, kl_estimator=kl_estimator, score_clip=bounds[0],
+            kl_log_clamp=bounds[1], kl_clamp=bounds[2], score_index=score_index, cu_seqlens=tokens.cu_seqlens,
         )  # fmt: skip
-    return _KL_REWARDS.kernel(impl)(
-        logprobs, ref_logprobs, scores, mask, score_index, tokens.cu_seqlens, coef_tensor, coef, code, *bounds
+    return _KL_REWARDS.call(
+        impl, logprobs, ref_logprobs, scores, mask, score_index, tokens.cu_seqlens, coef_tensor, coef, code, *bounds
     )
 
 

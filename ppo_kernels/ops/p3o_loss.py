@@ -8,7 +8,7 @@ from ppo_kernels._types import P3OStats
 from ppo_kernels.backends import register
 from ppo_kernels.ops import _fakes
 from ppo_kernels.ops._autograd import first_order_only, fused_loss
-from ppo_kernels.ops._inputs import Tokens, bound, check_choice, check_integer_option, check_number, number_or_tensor
+from ppo_kernels.ops._inputs import Tokens, bound, check_choice, check_integer_option, number_or_tensor
 from ppo_kernels.reference import p3o_loss as reference
 
 
@@ -35,8 +35,8 @@ def p3o_loss(
     variant: str = "joint",
     group_size: int = 2,
     kl_coef: float | Tensor = 0.05,
-    cliprange: float = 0.2,
-    weight_clip: float = 10.0,
+    cliprange: float | None = 0.2,
+    weight_clip: float | None = 10.0,
     log_ratio_clamp: float | None = 20.0,
     normalizer: float | Tensor | None = None,
     cu_seqlens: Tensor | None = None,
@@ -63,15 +63,16 @@ def p3o_loss(
         logprobs, old_logprobs, ref_logprobs: of the current, the rollout and the frozen reference policy; ``[B, T]``
             with any row stride, or packed ``[N]`` with ``cu_seqlens``; floating; nats. The gradient flows to
             ``logprobs`` alone.
-        scores: ``[B]``, floating: one per response, without any KL penalty.
+        scores: ``[B]``, floating or integer: one per response, without any KL penalty.
         mask: the tokens' shape; non-zero = valid. None means all valid. A pair counts if both of its rows have a valid
             token: a row that is masked out drops out with its score.
         variant: "joint" or "separate".
         group_size: K >= 2 responses per prompt, in rows iK to iK + K - 1; K (K - 1) / 2 pairs each.
         kl_coef: weight of the sequence KL in q, a number or a one-element tensor.
-        cliprange: half-width of the clip, >= 0; of a ratio ("separate") or of a difference in nats ("joint").
-        weight_clip: bound c of the importance weights, >= 1.
-        log_ratio_clamp: bound of D before exp ("separate", statistics), or None (off).
+        cliprange: half-width of the clip, >= 0, or None or inf (off); of a ratio ("separate") or of a difference in
+            nats ("joint").
+        weight_clip: bound c of the importance weights, >= 1, or None or inf (off).
+        log_ratio_clamp: bound of D before exp ("separate", statistics), or None or inf (off).
         normalizer: what the sum is divided by, a number or a one-element tensor such as a count over all ranks.
             None means the number of pairs that count. 0 gives loss 0.
         cu_seqlens: ``[B+1]`` int32 or int64, row starts and the end of a packed batch (first 0, last N).
@@ -105,9 +106,9 @@ def p3o_loss(
             " in neighbouring rows, as many for each, or change group_size"
         )
     coef, coef_tensor = number_or_tensor(op, "kl_coef", kl_coef, tokens.like.device)
-    check_number(op, "cliprange", cliprange, least=0.0)
-    check_number(op, "weight_clip", weight_clip, least=1.0)
-    log_bound = bound(op, "log_ratio_clamp", log_ratio_clamp)
+    clip = bound(op, "cliprange", cliprange, least=0.0)
+    weight_bound = bound(op, "weight_clip", weight_clip, least=1.0)
+    log_bound = bound(op, "log_ratio_clamp", log_ratio_clamp, least=0.0)
     mask = tokens.mask(mask)
     scores = tokens.per_row("scores", scores).detach()
     normalizer = tokens.normalizer(normalizer)
@@ -120,10 +121,11 @@ def p3o_loss(
     if impl == "torch":
         return _P3O_LOSS.reference(
             first_order_only(op, logprobs), old_logprobs, ref_logprobs, scores, mask,
-            variant=variant, group_size=group_size, kl_coef=kl_coef, cliprange=cliprange, weight_clip=weight_clip,
-            log_ratio_clamp=log_ratio_clamp, normalizer=normalizer, cu_seqlens=tokens.cu_seqlens,
+            variant=variant, group_size=group_size, kl_coef=coef if coef_tensor is None else coef_tensor,
+            cliprange=clip, weight_clip=weight_bound, log_ratio_clamp=log_bound, normalizer=normalizer,
+            cu_seqlens=tokens.cu_seqlens,
         )  # fmt: skip
     inputs = (old_logprobs, ref_logprobs, scores, mask, normalizer, tokens.cu_seqlens, coef_tensor)
-    options = (code, group_size, coef, cliprange, weight_clip, log_bound)
+    options = (code, group_size, coef, clip, weight_bound, log_bound)
     loss, stats = fused_loss(_P3O_LOSS, impl, logprobs, (*inputs, *options))
     return loss, P3OStats(*stats)

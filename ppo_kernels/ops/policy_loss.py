@@ -8,7 +8,7 @@ from ppo_kernels._types import KL_ESTIMATORS, PolicyStats
 from ppo_kernels.backends import register
 from ppo_kernels.ops import _fakes
 from ppo_kernels.ops._autograd import first_order_only, fused_loss
-from ppo_kernels.ops._inputs import Tokens, bound, check_choice, check_floating, check_number, number_or_tensor
+from ppo_kernels.ops._inputs import Tokens, bound, check_choice, check_floating, number_or_tensor
 from ppo_kernels.reference import policy_loss as reference
 
 
@@ -29,7 +29,7 @@ def policy_loss(
     advantages: Tensor,
     mask: Tensor | None = None,
     *,
-    cliprange: float | tuple[float, float] = 0.2,
+    cliprange: float | tuple[float | None, float | None] | None = 0.2,
     dual_clip: float | None = None,
     log_ratio_clamp: float | None = 20.0,
     weights: Tensor | None = None,
@@ -63,9 +63,9 @@ def policy_loss(
         advantages: the tokens' shape, or one per row ``[B]`` or ``[B, 1]`` (where N = B in a packed
             batch, ``[N]`` is token-level).
         mask: the tokens' shape; non-zero = valid. None means all valid.
-        cliprange: a number, or ``(low, high)``; each >= 0.
-        dual_clip: > 1, or None (off).
-        log_ratio_clamp: bound of the log-ratio before exp, or None (off).
+        cliprange: a number, or ``(low, high)``; each >= 0, or None or inf (off).
+        dual_clip: > 1, or None or inf (off).
+        log_ratio_clamp: bound of the log-ratio before exp, or None or inf (off).
         weights: importance weights that multiply the surrogate, shaped like ``advantages``.
         ref_logprobs: log-probabilities of the reference policy; needed if ``kl_coef`` is not 0.
         kl_coef: weight of the KL penalty in the loss, a number or a one-element tensor.
@@ -100,16 +100,15 @@ def policy_loss(
     if isinstance(cliprange, (tuple, list)) and len(cliprange) != 2:
         raise ValueError(f"policy_loss: cliprange must be a number or (low, high), got {cliprange}")
     low, high = cliprange if isinstance(cliprange, (tuple, list)) else (cliprange, cliprange)
-    check_number(op, "cliprange (low)", low, least=0.0)
-    check_number(op, "cliprange (high)", high, least=0.0)
-    if dual_clip is not None:
-        check_number(op, "dual_clip", dual_clip, above=1.0)
+    low = bound(op, "cliprange (low)", low, least=0.0)
+    high = bound(op, "cliprange (high)", high, least=0.0)
+    dual_bound = bound(op, "dual_clip", dual_clip, above=1.0)
     coef, coef_tensor = number_or_tensor(op, "kl_coef", kl_coef, tokens.like.device)
     if ref_logprobs is None and (isinstance(kl_coef, Tensor) or kl_coef != 0):
         raise ValueError(f"policy_loss: kl_coef={kl_coef} needs ref_logprobs; pass them or set kl_coef=0")
     code = check_choice(op, "kl_estimator", kl_estimator, KL_ESTIMATORS)
-    log_bound = bound(op, "log_ratio_clamp", log_ratio_clamp)
-    kl_bounds = bound(op, "kl_log_clamp", kl_log_clamp), bound(op, "kl_clamp", kl_clamp)
+    log_bound = bound(op, "log_ratio_clamp", log_ratio_clamp, least=0.0)
+    kl_bounds = bound(op, "kl_log_clamp", kl_log_clamp, least=0.0), bound(op, "kl_clamp", kl_clamp, least=0.0)
     mask = tokens.mask(mask)
     advantages = tokens.per_token("advantages", advantages.detach())
     if weights is not None:
@@ -127,12 +126,13 @@ def policy_loss(
     if impl == "torch":
         return _POLICY_LOSS.reference(
             first_order_only(op, logprobs), old_logprobs, advantages, mask,
-            cliprange=(low, high), dual_clip=dual_clip, log_ratio_clamp=log_ratio_clamp, weights=weights,
-            ref_logprobs=ref_logprobs, kl_coef=kl_coef, kl_estimator=kl_estimator, kl_log_clamp=kl_log_clamp,
-            kl_clamp=kl_clamp, row_weight=row_weight, normalizer=normalizer, cu_seqlens=tokens.cu_seqlens,
+            cliprange=(low, high), dual_clip=dual_bound, log_ratio_clamp=log_bound, weights=weights,
+            ref_logprobs=ref_logprobs, kl_coef=coef if coef_tensor is None else coef_tensor, kl_estimator=kl_estimator,
+            kl_log_clamp=kl_bounds[0], kl_clamp=kl_bounds[1], row_weight=row_weight, normalizer=normalizer,
+            cu_seqlens=tokens.cu_seqlens,
         )  # fmt: skip
     rows = (row_weight, normalizer, tokens.cu_seqlens, coef_tensor)
-    options = (low, high, float("inf") if dual_clip is None else dual_clip, log_bound, coef, code, *kl_bounds)
+    options = (low, high, dual_bound, log_bound, coef, code, *kl_bounds)
     loss, stats = fused_loss(
         _POLICY_LOSS, impl, logprobs, (old_logprobs, advantages, mask, weights, ref_logprobs, *rows, *options)
     )

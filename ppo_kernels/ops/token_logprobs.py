@@ -9,7 +9,13 @@ from torch import Tensor
 
 from ppo_kernels._types import compute_dtype
 from ppo_kernels.backends import register
-from ppo_kernels.ops._autograd import first_order_only, refuse_double_backward
+from ppo_kernels.ops._autograd import (
+    first_order_only,
+    forward_mode_message,
+    once,
+    traced_input,
+    transformed,
+)
 from ppo_kernels.ops._fakes import like_first
 from ppo_kernels.ops._inputs import (
     check_device,
@@ -17,9 +23,11 @@ from ppo_kernels.ops._inputs import (
     check_integer,
     check_number,
     check_shape,
+    keepable,
     to_mask,
     unit_last_stride,
 )
+from ppo_kernels.ops._overwrite import Chunk, check_overwritable, saved_as_they_are
 from ppo_kernels.reference import token_logprobs as reference
 
 
@@ -54,37 +62,115 @@ _BACKWARD_INPLACE = register(
 )
 
 
-class _TokenLogprobs(torch.autograd.Function):
+def _contiguous(grads):
+    return [None if g is None else g.contiguous() for g in grads]
+
+
+def _gradient(impl, logits, labels, temperature_rows, grads, rest, temperature):
+    return _BACKWARD.kernel(impl)(logits, labels, temperature_rows, *_contiguous(grads), *rest, temperature)
+
+
+class _TracedLogprobs(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, impl, logits, labels, mask, temperature_rows, temperature, ignore_index, entropy, inplace):
+    def forward(ctx, impl, logits, labels, mask, temperature_rows, temperature, ignore_index, entropy, _inplace):
         ctx.set_materialize_grads(False)
-        ctx.impl, ctx.temperature, ctx.entropy, ctx.inplace = impl, temperature, entropy, inplace
-        logprobs, h, row_max, log_sum = _TOKEN_LOGPROBS.kernel(impl)(
+        ctx.impl, ctx.temperature, ctx.entropy = impl, temperature, entropy
+        logprobs, h, *sums = _TOKEN_LOGPROBS.kernel(impl)(
             logits, labels, mask, temperature_rows, temperature, ignore_index, entropy is not False
         )
-        ctx.save_for_backward(logits, labels, temperature_rows, logprobs, h, row_max, log_sum)
+        # Copies: the caller may write to the results before the backward.
+        ctx.save_for_backward(logits, labels, temperature_rows, logprobs.clone(), h.clone(), *sums)
         if entropy is not True:
             ctx.mark_non_differentiable(h)
         return logprobs, h
 
     @staticmethod
     def backward(ctx, grad_logprobs, grad_entropy):
-        refuse_double_backward("token_logprobs")
         none = (None,) * 7
         if ctx.entropy is not True:
             grad_entropy = None  # a traced graph passes zeros
         if grad_logprobs is None and grad_entropy is None:
             return None, None, *none
-        logits, labels, temperature_rows, logprobs, h, row_max, log_sum = ctx.saved_tensors
-        grads = [None if g is None else g.contiguous() for g in (grad_logprobs, grad_entropy)]
-        rest = (labels, temperature_rows, *grads, logprobs, h, row_max, log_sum, ctx.temperature)
-        # A traced graph has no use for the in-place form: the compiler plans the memory.
-        if ctx.inplace and not torch.compiler.is_compiling():
-            grad = logits.detach()
-            _BACKWARD_INPLACE.kernel(ctx.impl)(grad, *rest)
-            torch.autograd.graph.increment_version(logits)
-            return None, grad, *none
-        return None, _BACKWARD.kernel(ctx.impl)(logits, *rest), *none
+        logits, labels, temperature_rows, *rest = ctx.saved_tensors
+        grads = (grad_logprobs, grad_entropy)
+        return None, _gradient(ctx.impl, logits, labels, temperature_rows, grads, rest, ctx.temperature), *none
+
+
+class _EagerLogprobs(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, impl, logits, labels, mask, temperature_rows, temperature, ignore_index, entropy, inplace):
+        ctx.set_materialize_grads(False)
+        logprobs, h, *sums = _TOKEN_LOGPROBS.kernel(impl)(
+            logits, labels, mask, temperature_rows, temperature, ignore_index, entropy is not False
+        )
+        if ctx.needs_input_grad[1]:
+            ctx.impl, ctx.temperature, ctx.entropy, ctx.inplace = impl, temperature, entropy, inplace
+            ctx.chunk = Chunk(logits) if inplace and saved_as_they_are() else None
+            # Copies: the caller may write to the results before the backward. It reads no entropy without a gradient.
+            kept = h if entropy is False else h.clone() if entropy is True else h.new_empty(0)
+            saved = None if ctx.chunk is not None else logits
+            ctx.save_for_backward(saved, keepable(labels), keepable(temperature_rows), logprobs.clone(), kept, *sums)
+        if entropy is False:
+            return logprobs
+        if entropy is not True:
+            ctx.mark_non_differentiable(h)
+        return logprobs, h
+
+    @staticmethod
+    def backward(ctx, grad_logprobs, grad_entropy=None):
+        none = (None,) * 7
+        if grad_logprobs is None and grad_entropy is None:
+            return None, None, *none
+        logits, labels, temperature_rows, *rest = ctx.saved_tensors
+        grads = (grad_logprobs, grad_entropy)
+        if not ctx.inplace:
+            grad = _gradient(ctx.impl, logits, labels, temperature_rows, grads, rest, ctx.temperature)
+            return None, once("token_logprobs", grad, logits), *none
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "token_logprobs: inplace_backward=True overwrites what a second differentiation would need;"
+                " pass inplace_backward=False, or call backward without create_graph=True"
+            )
+        chunk = ctx.chunk or Chunk(logits)
+        chunk.begin()
+        grad = chunk.logits
+        upstream = _contiguous(grads)
+        _BACKWARD_INPLACE.kernel(ctx.impl)(grad, labels, temperature_rows, *upstream, *rest, ctx.temperature)
+        chunk.end()
+        return None, grad, *none
+
+    @staticmethod
+    def jvp(ctx, *_tangents):
+        raise RuntimeError(forward_mode_message("token_logprobs"))
+
+
+class _TransformedLogprobs(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(impl, logits, labels, mask, temperature_rows, temperature, ignore_index, entropy):
+        logprobs, h, row_max, log_sum = _TOKEN_LOGPROBS.kernel(impl)(
+            logits, labels, mask, temperature_rows, temperature, ignore_index, entropy is not False
+        )
+        return logprobs, h, logprobs.clone(), h.clone(), row_max, log_sum
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.impl, logits, labels, _, temperature_rows, ctx.temperature, _, ctx.entropy = inputs
+        ctx.save_for_backward(logits, labels, temperature_rows, *output[2:])
+        ctx.mark_non_differentiable(*output[1 if ctx.entropy is not True else 2 :])
+
+    @staticmethod
+    def backward(ctx, grad_logprobs, grad_entropy, *_others):
+        logits, labels, temperature_rows, *rest = ctx.saved_tensors
+        grads = (grad_logprobs, grad_entropy if ctx.entropy is True else None)
+        with torch.no_grad():
+            grad = _gradient(ctx.impl, logits, labels, temperature_rows, grads, rest, ctx.temperature)
+        return None, once("token_logprobs", grad, logits), None, None, None, None, None, None
+
+    @staticmethod
+    def jvp(ctx, *_tangents):
+        raise RuntimeError(forward_mode_message("token_logprobs"))
 
 
 @overload
@@ -179,11 +265,11 @@ def token_logprobs(
     if isinstance(temperature, Tensor):
         rows = _temperature_rows(temperature, logits, labels)
     else:
-        check_number(op, "temperature", temperature, above=0.0)
+        temperature = check_number(op, "temperature", temperature, above=0.0)
         if torch.compiler.is_compiling():  # a float would become a constant of the graph
             rows = torch.full(labels.shape, temperature, dtype=torch.float64, device=logits.device)
-    if inplace_backward and not torch.compiler.is_compiling():
-        _check_overwritable(logits)
+    if inplace_backward and not (torch.compiler.is_compiling() or transformed()):
+        check_overwritable(logits)
     if validate:
         _validate(logits, labels, mask, rows, ignore_index)
     logits = unit_last_stride(logits)
@@ -198,17 +284,20 @@ def token_logprobs(
             ignore_index=ignore_index,
             entropy=entropy,
         )
-    logprobs, h = _TokenLogprobs.apply(
-        impl,
-        logits,
-        labels.long().contiguous(),
+    arguments = (
+        (labels if labels.dtype == torch.int64 else labels.long()).contiguous(),
         None if mask is None else mask.contiguous(),
         rows,
         1.0 if rows is not None else temperature,
         ignore_index,
         entropy,
-        inplace_backward,
     )
+    if torch.compiler.is_compiling():
+        logprobs, h = _TracedLogprobs.apply(impl, traced_input(op, logits, vmap=True), *arguments, False)
+    elif transformed():
+        logprobs, h = _TransformedLogprobs.apply(impl, logits, *arguments)[:2]
+    else:
+        return _EagerLogprobs.apply(impl, logits, *arguments, inplace_backward)
     if entropy is False:
         return logprobs
     return logprobs, h
@@ -225,24 +314,6 @@ def _temperature_rows(temperature: Tensor, logits: Tensor, labels: Tensor) -> Te
             f" got {tuple(temperature.shape)}"
         ) from error
     return rows.contiguous()
-
-
-def _check_overwritable(logits: Tensor) -> None:
-    base = logits._base if logits._is_view() and logits._base is not None else logits
-    if base.requires_grad and base.is_leaf:
-        raise ValueError(
-            "token_logprobs: inplace_backward=True would overwrite a leaf (or a view of one); pass a layer's output"
-        )
-    reach = 0  # of the dimensions with smaller strides
-    for stride, size in sorted(zip(logits.stride(), logits.shape, strict=True)):
-        if size > 1 and stride <= reach:
-            raise ValueError(
-                "token_logprobs: inplace_backward=True needs logits that do not overlap themselves; got shape"
-                f" {tuple(logits.shape)} with strides {logits.stride()} (expanded or unfolded)"
-            )
-        reach += (size - 1) * stride
-    if logits.stride(-1) != 1 and logits.size(-1) > 1:
-        raise ValueError("token_logprobs: inplace_backward=True needs logits with a last stride of 1")
 
 
 def _validate(logits: Tensor, labels: Tensor, mask: Tensor | None, rows: Tensor | None, ignore_index: int) -> None:

@@ -45,7 +45,7 @@ def value_loss(
         values, old_values, returns: ``[B, T]`` with any row stride, or packed ``[N]`` with ``cu_seqlens``; floating.
             The gradient flows to ``values`` alone.
         mask: same shape; non-zero = valid. None means all valid.
-        cliprange_value: half-width of the clip around the old values, >= 0; None is plain ``(V - R)^2 / 2``.
+        cliprange_value: half-width of the clip around the old values, >= 0; None or inf is plain ``(V - R)^2 / 2``.
         row_weight: ``[B]``, one weight per row; see ``aggregation_weights``.
         normalizer: what the sum is divided by, a number or a one-element tensor such as a count over all ranks.
             None means the number of valid tokens. 0 gives loss 0.
@@ -66,7 +66,7 @@ def value_loss(
     """
     op = "value_loss"
     tokens = Tokens(op, cu_seqlens, values=values, old_values=old_values, returns=returns, extra=(row_weight,))
-    clip = bound(op, "cliprange_value", cliprange_value)
+    clip = bound(op, "cliprange_value", cliprange_value, least=0.0)
     mask = tokens.mask(mask)
     if row_weight is not None:
         row_weight = tokens.per_row("row_weight", row_weight).detach()
@@ -83,7 +83,7 @@ def value_loss(
             old_values,
             returns,
             mask,
-            cliprange_value=cliprange_value,
+            cliprange_value=clip,
             row_weight=row_weight,
             normalizer=normalizer,
             cu_seqlens=tokens.cu_seqlens,

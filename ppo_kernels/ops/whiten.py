@@ -71,7 +71,7 @@ def moments(
     impl = _MOMENTS.choose(impl, x.device.type, x.dtype)
     if impl == "torch":
         return _MOMENTS.reference(x, mask)
-    return _MOMENTS.kernel(impl)(x, mask)
+    return _MOMENTS.call(impl, x, mask)
 
 
 def whiten(
@@ -110,7 +110,7 @@ def whiten(
 
     Source: Ziegler et al. (2019); moments merged as by Chan, Golub and LeVeque (1979).
     """
-    check_number("whiten", "eps", eps, least=0.0)
+    eps = check_number("whiten", "eps", eps, least=0.0)
     x, mask = _prepare("whiten", x, mask)
     statistics = None
     if group is not None:
@@ -118,7 +118,7 @@ def whiten(
     impl = _WHITEN.choose(impl, x.device.type, x.dtype)
     if impl == "torch":
         return _WHITEN.reference(x, mask, shift_mean=shift_mean, unbiased=unbiased, eps=eps, statistics=statistics)
-    return _WHITEN.kernel(impl)(x, mask, *(statistics or (None, None, None)), bool(shift_mean), bool(unbiased), eps)
+    return _WHITEN.call(impl, x, mask, *(statistics or (None, None, None)), bool(shift_mean), bool(unbiased), eps)
 
 
 def _shared_moments(x: Tensor, mask: Tensor | None, group: ProcessGroup, impl: str) -> tuple[Tensor, Tensor, Tensor]:

@@ -11,6 +11,7 @@ from ppo_kernels.reference.rows import (
     last_valid,
     row_sum,
     scalar,
+    scaled_or_off,
     select,
     spread,
     valid_tokens,
@@ -46,7 +47,7 @@ def kl_rewards(
     *,
     kl_coef: float | Tensor = 0.1,
     kl_estimator: str = "k1",
-    score_clip: float | None = 5.0,
+    score_clip: float | None = None,
     kl_log_clamp: float | None = None,
     kl_clamp: float | None = None,
     score_index: Tensor | None = None,
@@ -64,4 +65,4 @@ def kl_rewards(
         at = torch.where(inside & (at >= 0), rows.start + score_index, -1)
     here = rows.owned & (torch.arange(valid.numel(), device=valid.device) == spread(at, rows))
     bonus = torch.where(here, spread(clamp(scores.to(dtype), score_clip), rows), 0.0)
-    return (bonus - scalar(kl_coef, dtype) * k).reshape(logprobs.shape), row_sum(k, rows)
+    return (bonus - scaled_or_off(scalar(kl_coef, dtype), k)).reshape(logprobs.shape), row_sum(k, rows)

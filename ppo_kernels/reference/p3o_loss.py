@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
@@ -15,6 +13,7 @@ from ppo_kernels.reference.rows import (
     reduce_loss,
     row_sum,
     scalar,
+    scaled_or_off,
     select,
     valid_tokens,
 )
@@ -58,8 +57,11 @@ def p3o_loss(
     margin_i, margin_j = of_pairs(margin)
     reward_i, reward_j = of_pairs(reward)
     s_gap = margin_i - margin_j
-    q = reward_i - reward_j - scalar(kl_coef, torch.float64) * s_gap
-    bound = math.log(weight_clip)
+    coef = scalar(kl_coef, torch.float64)
+    q = reward_i - reward_j - scaled_or_off(coef, s_gap)
+    # A tensor even of a number: a traced math.log() makes a constant of it.
+    made = weight_clip if isinstance(weight_clip, Tensor) else torch.full((), weight_clip, dtype=torch.float64)
+    bound = made.to(logprobs.device).log()
     if variant == "separate":
         log_weights = torch.stack([shift_i, shift_j]).detach()
         w_i, w_j = log_weights.clamp(-bound, bound).exp()
@@ -74,7 +76,9 @@ def p3o_loss(
         # however large, can round away what decides.
         step = shift_i - shift_j
         surrogate, clipped_ij = _clipped(-k, step, -cliprange, cliprange)
-        loss, clipped = 0.5 * (surrogate - k * (s_gap - step.detach())), clipped_ij[None]
+        # This has no gradient: with the reference off, one that is not finite drops out.
+        constant = torch.where(s_gap.isfinite() | (torch.as_tensor(coef) != 0), s_gap - step.detach(), 0.0)
+        loss, clipped = 0.5 * (surrogate - k * constant), clipped_ij[None]
     total, count = reduce_loss(loss.reshape(-1), both.reshape(-1), rows, None, normalizer)
     total = total.to(dtype)
 

@@ -27,6 +27,13 @@ def scalar(x: float | Tensor, dtype: torch.dtype) -> float | Tensor:
     return x.detach().to(dtype).reshape(()) if isinstance(x, Tensor) else x
 
 
+def scaled_or_off(coef: float | Tensor, term: Tensor) -> Tensor:
+    """A coefficient of 0 switches its term off, be that infinite or NaN."""
+    if isinstance(coef, Tensor):
+        return torch.where(coef == 0, 0.0, coef * term)
+    return coef * term if coef != 0 else torch.zeros_like(term)
+
+
 def find_rows(x: Tensor, cu_seqlens: Tensor | None) -> Rows:
     if cu_seqlens is None:
         batch, length = x.shape

@@ -56,6 +56,12 @@ def clamp_gradient(x, bound, gradient):
 
 
 @triton.jit
+def scaled_or_off(coef, term):
+    """A coefficient of 0 switches its term off, be that infinite or NaN."""
+    return tl.where(coef == 0.0, 0.0, coef * term)
+
+
+@triton.jit
 def kl_term(logp, ref, log_clamp, value_clamp, ESTIMATOR: tl.constexpr):
     """An estimate of KL(pi || ref) and its gradient in logp: k1, abs, k2 or k3 by number, bounded before and after."""
     raw = ref - logp

@@ -18,7 +18,7 @@ from ppo_kernels.triton._launch import (
     row_stride,
     token_rows,
 )
-from ppo_kernels.triton._math import clamp, kl_term, last_valid, load_valid, row_span
+from ppo_kernels.triton._math import clamp, kl_term, last_valid, load_valid, row_span, scaled_or_off
 
 
 @triton.jit
@@ -52,7 +52,7 @@ def _kl_rewards_rows(
         k, _ = kl_term(logp, ref, kl_log_clamp, kl_clamp, ESTIMATOR)
         total += k
         # 0 - x is never -0, whatever the sign of the penalty.
-        tl.store(rewards + t, tl.where(t == at, score, 0.0) - kl_coef * k, mask=inside)
+        tl.store(rewards + t, tl.where(t == at, score, 0.0) - scaled_or_off(kl_coef, k), mask=inside)
     tl.store(kl + row, tl.sum(total, 0))
 
 

@@ -26,7 +26,7 @@ from ppo_kernels.triton._launch import (
     token_rows,
 )
 from ppo_kernels.triton._loss import Outputs, columns, finish, fold_sums, launch_fold, new_outputs, pick
-from ppo_kernels.triton._math import clamp, clamp_gradient, exp, expm1_minus, load_valid, row_span
+from ppo_kernels.triton._math import clamp, clamp_gradient, exp, expm1_minus, load_valid, row_span, scaled_or_off
 
 # Columns of a row's line of partial sums: the statistics, of rows and then of ordered pairs; and two more.
 (
@@ -100,7 +100,7 @@ def _pairs(
     live = there & (tl.load(sums + other * 3 + 2, mask=there, other=0.0) > 0.0)
     reward = score - tl.load(scores + other, mask=there, other=0.0).to(tl.float64)
     gap = margin - b_margin
-    q = reward - kl_coef * gap
+    q = reward - scaled_or_off(kl_coef, gap)
     if JOINT:
         # d - d_old takes the place of d, so that no d_old, however large, can round away what decides.
         log_weight, x = shift + b_shift, shift - b_shift
@@ -114,7 +114,9 @@ def _pairs(
     change = slope * (from_plain + (1.0 - from_plain) * inside_clip)
     loss = tl.where(plain > clipped, plain, clipped)
     if JOINT:
-        loss = 0.25 * (loss + slope * (gap - x))
+        # What joint adds has no gradient: with the reference off, one that is not finite drops out.
+        constant = tl.where(gap - gap == 0.0, gap - x, tl.where(kl_coef == 0.0, 0.0, gap - x))
+        loss = 0.25 * (loss + slope * constant)
     else:
         loss = 0.5 * loss
         change = clamp_gradient(tl.zeros([MEMBERS], tl.float64) + shift, log_ratio_clamp, change * ratio)

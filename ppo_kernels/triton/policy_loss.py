@@ -25,7 +25,7 @@ from ppo_kernels.triton._loss import (
     row_arguments,
     store_tokens,
 )
-from ppo_kernels.triton._math import INF, clamp, clamp_gradient, exp, expm1_minus, kl_term
+from ppo_kernels.triton._math import INF, clamp, clamp_gradient, exp, expm1_minus, kl_term, scaled_or_off
 
 # One binary for every size and stride.
 INTEGERS = ("N", "T", "B", *(f"{name}_stride" for name in ("logp", "old", "adv", "mask", "weights", "ref")))
@@ -104,8 +104,8 @@ def policy_chunks(
         coef = kl_coef
         if kl_coef_ptr is not None:
             coef = tl.load(kl_coef_ptr).to(logp.dtype)
-        loss += coef * kl
-        slope += coef * kl_slope
+        loss += scaled_or_off(coef, kl)
+        slope += scaled_or_off(coef, kl_slope)
         tl.store(line + REF_KL, tl.sum(kl, 0))
     else:
         tl.store(line + REF_KL, 0.0)

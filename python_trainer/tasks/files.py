@@ -16,12 +16,12 @@ from typing import Any, NoReturn, TypeVar
 
 from ..config import RunConfig, SamplingConfig, UserError
 from ..data import Content, Example, Message, Pair, Prompt, Task, readable
+from ..reward_functions import ARGUMENTS
 from ..tokens import tell
 
 T = TypeVar("T")
 Row = dict[str, Any]
 FORMATS = (".jsonl", ".json", ".csv", ".parquet")
-ARGUMENTS = {"prompts", "completions", "completion_ids"}  # of a reward function: no column can have their names
 SAVED = ("dataset_dict.json", "dataset_info.json", "state.json")  # one of them is in what `save_to_disk` wrote
 HELD_OUT_SPLITS = ("test", "validation", "eval")
 
@@ -175,6 +175,8 @@ class Files(Task):
         if isinstance(value, str):
             if not value and not empty:
                 _refuse(place, number, f"{name} is empty: leave such rows out")
+            if not _is_text(value):
+                _refuse(place, number, f"{name} holds half a character, which no text has: {value[:60]!a}")
             return value
         if not isinstance(value, list) or not all(isinstance(part, dict) for part in value):
             _refuse(place, number, f"{name} must be text or a list of chat messages, not {value!r}"[:200])
@@ -183,6 +185,8 @@ class Files(Task):
         for message in value:
             if "role" not in message or "content" not in message:
                 _refuse(place, number, f"a message of {name} needs `role` and `content`, and has {', '.join(message)}")
+            if not _is_text(str(message["content"])):
+                _refuse(place, number, f"a message of {name} holds half a character, which no text has")
         return [_without_none(message) for message in value]
 
 
@@ -265,7 +269,7 @@ def _read_json(path: Path, text: str) -> list[Row]:
     if text.lstrip().startswith("["):
         try:
             rows = json.loads(text)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise UserError(f"{path} begins as a JSON array and is none: {error}") from error
         for number, row in enumerate(rows, 1):
             if not isinstance(row, dict):
@@ -277,7 +281,7 @@ def _read_json(path: Path, text: str) -> list[Row]:
             continue
         try:
             row = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise UserError(f"{path}, line {number}: expected a JSON object (on each line one)") from error
         if not isinstance(row, dict):
             raise UserError(f"{path}, line {number}: expected a JSON object, not {row!r}"[:300])
@@ -352,7 +356,7 @@ def _refuse_columns(place: str, prompts: Sequence[Prompt]) -> None:
                 f"a reward function gets the same columns of all rows: {readable(prompt.content)[:60]!r} has "
                 f"{', '.join(prompt.columns) or 'none'}, and the first row {', '.join(prompts[0].columns) or 'none'}",
             )
-    taken = ARGUMENTS & prompts[0].columns.keys() if prompts else None
+    taken = prompts[0].columns.keys() & ARGUMENTS if prompts else None
     if taken:
         name = min(taken)
         raise UserError(
@@ -373,6 +377,14 @@ def _number(place: str, number: int, value: Any) -> float:
 
 def _key(content: Content) -> str:
     return content if isinstance(content, str) else json.dumps(content, sort_keys=True)
+
+
+def _is_text(value: str) -> bool:
+    """Whether it is Unicode: JSON can hold halves of characters."""
+    try:
+        return value.isascii() or bool(value.encode())
+    except UnicodeEncodeError:
+        return False
 
 
 def _without_none(message: Message) -> Message:

@@ -10,10 +10,10 @@ from pathlib import Path
 
 from python_trainer import atomic, logging
 from python_trainer.config import PPOConfig, UserError
-from python_trainer.tasks.files import Files
 from python_trainer.models import load_policy, load_tokenizer, save_model
 from python_trainer.ppo import Trainer
 from python_trainer.settings import load
+from python_trainer.tasks.files import Files
 
 LIMIT = 20  # seconds
 FRAGMENTS = [  # in the place of a value
@@ -84,7 +84,7 @@ def readers(trainer: Trainer, folder: Path) -> dict[str, Reader]:
     trainer.save_checkpoint(folder)
     checkpoint, model = folder / f"step-{trainer.done:06d}", folder / "model"
     save_model(trainer.actor.model, trainer.tokenizer, model)
-    task = Files(str(folder))
+    task = Files(str(folder), for_function=True)
 
     def read_model() -> None:
         load_policy(model, config, load_tokenizer(model))
@@ -97,7 +97,7 @@ def readers(trainer: Trainer, folder: Path) -> dict[str, Reader]:
         "settings": Reader(settings, lambda: load("train", str(settings), [], PPOConfig)),
         "deepspeed": Reader(deepspeed, lambda: load("train", None, [f"--deepspeed={deepspeed}"], PPOConfig)),
         "metrics": Reader(record, lambda: logging.read(record)),
-        "prompts": Reader(folder / "prompts.jsonl", lambda: (task.prompts(), task.columns())),
+        "prompts": Reader(folder / "prompts.jsonl", task.prompts),
         "pairs": Reader(folder / "pairs.jsonl", task.pairs),
         "texts": Reader(folder / "texts.jsonl", task.texts),
         "manifest": Reader(

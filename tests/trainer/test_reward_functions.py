@@ -16,7 +16,7 @@ from python_trainer.data import Prompt, Rollout, left_pad
 from python_trainer.reward_functions import FunctionReward, load
 from tests.lib.trainer import TINY
 
-MINE = '''
+MINE = """
 import asyncio
 import dataclasses
 import multiprocessing
@@ -90,7 +90,7 @@ async def raising_later(completions, **_):
 
 def wants_more(completions, trainer_state):
     return []
-'''
+"""
 ROWS = [("a ", "b"), ("b  c", "c"), ("d", "e")]  # blanks as the tokenizer does not keep them
 
 

@@ -1,0 +1,139 @@
+"""Results are the caller's to write to, constants may come from inference mode, and chunks may be overwritten."""
+
+import pytest
+import torch
+
+import ppo_kernels as pk
+from tests.lib import cases
+from tests.lib.cases import DIFFERENTIABLE, NAMES, REGISTERED
+from tests.lib.devices import IMPLEMENTATIONS, KERNELS
+
+
+@pytest.fixture(params=IMPLEMENTATIONS)
+def impl_of(request, require_impl):
+    return lambda name: require_impl(name.partition(":")[0], request.param)
+
+
+def gradient(case, impl, change):
+    leaf = case.tensors[case.leaf].detach().clone().requires_grad_()
+    out = case.call(case.tensors | {case.leaf: leaf}, impl)
+    change(out).backward()
+    return leaf.grad
+
+
+@pytest.mark.parametrize("name", DIFFERENTIABLE)
+def test_results_may_be_written_to_before_the_backward(impl_of, name):
+    impl, case = impl_of(name), cases.make(name, batch=3, length=4)
+    wanted = REGISTERED[name].differentiable
+
+    def weigh(out):
+        return sum((0.5 * x).sum() for x in out[:wanted])
+
+    def halve(out):
+        for x in out:
+            x.mul_(0.5)
+        return sum(x.sum() for x in out[:wanted])
+
+    def clear(out):
+        for x in out[wanted:]:
+            x.zero_()
+        for x in out[:wanted]:
+            if x.dim():
+                x[::2] = 0
+                x.masked_fill_(x < -1e30, 0.0).div_(2)
+            else:
+                x /= 2
+        return sum(x.sum() for x in out[:wanted])
+
+    def clear_after(out):
+        odd = [x[1::2] if x.dim() else x for x in out[:wanted]]
+        return sum((0.5 * x).sum() for x in odd)
+
+    torch.testing.assert_close(gradient(case, impl, halve), gradient(case, "torch", weigh), equal_nan=True)
+    torch.testing.assert_close(gradient(case, impl, clear), gradient(case, "torch", clear_after), equal_nan=True)
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name not in DIFFERENTIABLE])
+def test_results_without_a_gradient_may_be_written_to(impl_of, name):
+    impl, case = impl_of(name), cases.make(name, batch=3, length=4)
+    want = [x.clone() for x in case.call(case.tensors, impl)]
+    for x in case.call(case.tensors, impl):
+        x.zero_()
+    for got, first in zip(case.call(case.tensors, impl), want, strict=True):
+        torch.testing.assert_close(got, first, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_constants_may_be_tensors_of_inference_mode(impl_of, name):
+    impl, case = impl_of(name), cases.make(name, batch=3, length=4)
+    with torch.inference_mode():
+        constants = {k: x.clone() for k, x in case.tensors.items()}
+    if case.leaf is None:
+        case.call(constants, impl)
+        return
+    want = gradient(case, impl, lambda out: out[0].sum())
+    for changed in (constants, *({k: x} for k, x in constants.items() if k != case.leaf)):
+        leaf = case.tensors[case.leaf].detach().clone().requires_grad_()
+        case.call(case.tensors | changed | {case.leaf: leaf}, impl)[0].sum().backward()
+        assert torch.equal(leaf.grad, want)
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+def test_labels_and_temperatures_of_inference_mode(require_impl, impl_name, dtype):
+    impl = require_impl("token_logprobs", impl_name)
+    with torch.inference_mode():
+        tokens, tau = torch.randint(7, (3, 5), dtype=dtype), torch.full((3, 1), 0.7, dtype=torch.float64)
+        coef = torch.tensor(0.1)
+    logits = torch.randn(3, 4, 7, requires_grad=True)
+    pk.token_logprobs(logits, tokens[:, 1:], temperature=tau, impl=impl).sum().backward()
+    want, logits.grad = logits.grad, None
+    pk.token_logprobs(logits, tokens[:, 1:].clone(), temperature=0.7, impl=impl).sum().backward()
+    torch.testing.assert_close(logits.grad, want)
+    logp = torch.zeros(3, 4, requires_grad=True)
+    pk.policy_loss(logp, logp.detach(), logp.detach() + 1, ref_logprobs=logp.detach(), kl_coef=coef, impl=impl)[
+        0
+    ].backward()
+    assert logp.grad.isfinite().all()
+
+
+@pytest.fixture(params=IMPLEMENTATIONS)
+def impl_name(request):
+    return request.param
+
+
+def chunk_gradient(impl, chunks, touch=lambda z: None):
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(4, 6, 3), torch.randn(3, 8, requires_grad=True)
+    logits, labels = hidden @ weight, torch.randint(8, (4, 6))
+    parts = [pk.token_logprobs(logits[part], labels[part], inplace_backward=True, impl=impl).sum() for part in chunks]
+    with torch.no_grad():
+        touch(logits)
+    sum(parts).backward()
+    return weight.grad
+
+
+ALL = slice(None)
+HALVES = [(slice(0, 2), ALL), (slice(2, 4), ALL)]
+TIMES = [(ALL, slice(0, 1)), (ALL, slice(1, 4)), (ALL, slice(4, 6))]
+
+
+@pytest.mark.parametrize("chunks", [HALVES, TIMES], ids=["rows", "tokens"])
+def test_disjoint_chunks_may_be_overwritten(require_impl, impl_name, chunks):
+    impl = require_impl("token_logprobs", impl_name)
+    torch.testing.assert_close(chunk_gradient(impl, chunks), chunk_gradient("torch", [(ALL, ALL)]))
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_chunks_that_share_logits_or_were_written_to_are_refused(require_impl, kernel):
+    impl = require_impl("token_logprobs", kernel)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        chunk_gradient(impl, [(slice(0, 3), ALL), (slice(2, 4), ALL)])
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        chunk_gradient(impl, [TIMES[0], (ALL, slice(0, 2))])
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        chunk_gradient(impl, HALVES, lambda z: z.mul_(2))
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        logits = torch.randn(2, 3, 5, requires_grad=True) * 1
+        loss = pk.token_logprobs(logits, torch.zeros(2, 3, dtype=torch.int64), inplace_backward=True, impl=impl).sum()
+        loss.backward(retain_graph=True)
+        loss.backward()

@@ -1,0 +1,174 @@
+"""A float option is a number in any form, None and inf switch a clip off, and a new value compiles nothing anew."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch._dynamo.testing import CompileCounter
+
+import ppo_kernels as pk
+from tests.lib.devices import IMPLEMENTATIONS
+from tests.lib.helpers import bit_equal
+
+torch.manual_seed(0)
+LOGP, OLD, REF, ADV = torch.randn(4, 4, 6)
+SCORES = 3 * torch.randn(4)
+POLICY = {"ref_logprobs": REF, "kl_coef": 0.3, "kl_estimator": "k3"}
+
+
+def policy(x, impl, **options):
+    return pk.policy_loss(x, OLD, ADV, impl=impl, **(POLICY | options))
+
+
+def rewards(x, impl, **options):
+    return pk.kl_rewards(x, REF, SCORES, kl_estimator="k3", impl=impl, **options)
+
+
+def p3o(x, impl, **options):
+    return pk.p3o_loss(x, OLD, REF, SCORES, variant="separate", impl=impl, **options)
+
+
+def value(x, impl, **options):
+    return pk.value_loss(x, OLD, ADV, impl=impl, **options)
+
+
+def gae(x, impl, **options):
+    return pk.gae(x, OLD, impl=impl, **options)
+
+
+def whiten(x, impl, **options):
+    return (pk.whiten(x, impl=impl, **options),)
+
+
+def groups(x, impl, **options):
+    return (pk.group_advantages(x[:, 0], group_size=2, mode="grpo", impl=impl, **options),)
+
+
+def logprobs(x, impl, **options):
+    return (pk.token_logprobs(x, torch.arange(4), impl=impl, **options),)
+
+
+#: By option: the op, a value in use.
+CLIPS = {
+    "cliprange": (policy, 0.25),
+    "dual_clip": (policy, 1.5),
+    "log_ratio_clamp": (policy, 0.5),
+    "kl_log_clamp": (policy, 0.5),
+    "kl_clamp": (policy, 0.25),
+    "score_clip": (rewards, 1.5),
+    "rewards kl_log_clamp": (rewards, 0.5),
+    "rewards kl_clamp": (rewards, 0.25),
+    "cliprange_value": (value, 0.25),
+    "p3o cliprange": (p3o, 0.25),
+    "weight_clip": (p3o, 1.5),
+    "p3o log_ratio_clamp": (p3o, 0.5),
+}
+NUMBERS = {
+    "kl_coef": (policy, 0.25),
+    "normalizer": (policy, 8.0),
+    "rewards kl_coef": (rewards, 0.25),
+    "p3o kl_coef": (p3o, 0.25),
+    "gamma": (gae, 0.75),
+    "lam": (gae, 0.5),
+    "eps": (whiten, 0.25),
+    "groups eps": (groups, 0.25),
+    "temperature": (logprobs, 0.5),
+}
+FORMS = (np.float32, np.float64, np.array, torch.tensor, lambda x: torch.tensor([x], dtype=torch.float64))
+
+
+def flat(found):
+    return tuple(x for y in found for x in (y if isinstance(y, tuple) else (y,)))
+
+
+@pytest.fixture(params=IMPLEMENTATIONS)
+def impl(request, require_impl):
+    return require_impl("policy_loss", request.param)
+
+
+@pytest.mark.parametrize("option", CLIPS | NUMBERS)
+def test_a_number_may_come_in_any_form(impl, option):
+    op, number = (CLIPS | NUMBERS)[option]
+    name = option.split()[-1]
+    want = flat(op(LOGP, impl, **{name: number}))
+    for form in FORMS:
+        for got, expected in zip(flat(op(LOGP, impl, **{name: form(number)})), want, strict=True):
+            torch.testing.assert_close(got, expected, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("option", CLIPS)
+def test_none_and_infinity_switch_a_clip_off(impl, option):
+    op, number = CLIPS[option]
+    name = option.split()[-1]
+    off = op(LOGP, impl, **{name: None})
+    for form in (math.inf, np.float32(math.inf), torch.tensor(math.inf)):
+        assert bit_equal(flat(op(LOGP, impl, **{name: form})), flat(off))
+    assert not bit_equal(flat(op(LOGP, impl, **{name: number})), flat(off))
+    assert bit_equal(flat(op(LOGP, impl, **{name: 1e30})), flat(off))
+
+
+def test_scores_are_not_clipped_unless_asked(impl):
+    assert bit_equal(pk.kl_rewards(OLD, OLD, 100 * SCORES, impl=impl)[0][:, -1], 100 * SCORES)
+
+
+@pytest.mark.large
+@pytest.mark.parametrize("option", CLIPS | NUMBERS)
+def test_a_new_value_compiles_nothing_anew(impl, option):
+    op, number = (CLIPS | NUMBERS)[option]
+    name = option.split()[-1]
+    torch._dynamo.reset()
+    counter = CompileCounter()
+    step = torch.compile(lambda x, v: op(x, impl, **{name: v})[0], fullgraph=True, backend=counter)
+    for i in range(4):
+        changed = number * (1 + 0.01 * i)
+        torch.testing.assert_close(step(LOGP, changed), op(LOGP, impl, **{name: changed})[0])
+    assert counter.frame_count <= 2  # the first makes a constant of the float
+
+
+@pytest.mark.large
+@pytest.mark.parametrize("option", CLIPS)
+def test_an_element_compiles_once(impl, option):
+    op, number = CLIPS[option]
+    name = option.split()[-1]
+    torch._dynamo.reset()
+    counter = CompileCounter()
+    step = torch.compile(lambda x, v: op(x, impl, **{name: v})[0], fullgraph=True, backend=counter)
+    for v in (number, 1.5 * number, math.inf):
+        torch.testing.assert_close(step(LOGP, torch.tensor(v)), op(LOGP, impl, **{name: v})[0])
+    assert counter.frame_count == 1
+
+
+@pytest.mark.parametrize("bad", [True, "0.2", 1j, np.bool_(True), torch.tensor([0.1, 0.2]), torch.tensor(True)])
+@pytest.mark.parametrize("option", ["cliprange", "gamma", "kl_coef"])
+def test_what_is_not_a_number_is_refused(impl, option, bad):
+    op, _ = (CLIPS | NUMBERS)[option]
+    with pytest.raises((TypeError, ValueError), match=f"{option}.* must be a number or one"):
+        op(LOGP, impl, **{option: bad})
+    with pytest.raises(ValueError, match=option):
+        op(LOGP, impl, **{option: torch.tensor(float("nan")) if option != "kl_coef" else float("nan")})
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.int16, torch.uint8, torch.int32, torch.int64])
+def test_masks_and_scores_of_integers(impl, dtype):
+    mask, scores = torch.tensor([[1, 2, 0, 3, 0, 1]] * 4, dtype=dtype), torch.tensor([1, 0, 3, 2], dtype=dtype)
+    want = pk.kl_rewards(LOGP, REF, scores.float(), mask != 0, impl=impl)
+    assert bit_equal(pk.kl_rewards(LOGP, REF, scores, mask, impl=impl), want)
+    assert bit_equal(p3o(LOGP, impl), pk.p3o_loss(LOGP, OLD, REF, SCORES, variant="separate", impl=impl))
+    for op in (
+        lambda s: pk.p3o_loss(LOGP, OLD, REF, s, mask, impl=impl)[0],
+        lambda s: pk.group_advantages(s, group_size=2, impl=impl),
+    ):
+        assert bit_equal((op(scores),), (op(scores.float()),))
+
+
+def test_scores_in_bfloat16(impl):
+    scores = SCORES.bfloat16()
+    assert bit_equal(pk.kl_rewards(LOGP, REF, scores, impl=impl), pk.kl_rewards(LOGP, REF, scores.float(), impl=impl))
+
+
+def test_nested_tensors_are_named(impl):
+    x = torch.nested.nested_tensor([torch.randn(3), torch.randn(5)], layout=torch.jagged)
+    for op in (policy, rewards, p3o, value, gae, whiten):
+        with pytest.raises((TypeError, ValueError), match=r"NestedTensor; pass its \.values\(\)"):
+            op(x, impl)
