@@ -22,7 +22,7 @@ import torch
 if "--accuracy" in sys.argv and not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when the package is imported
 
-from bench import measure, report
+from bench import measure, report, trainers
 from bench.accuracy import main as accuracy
 from bench.results import Results
 from bench.rows import Row, all_of
@@ -41,6 +41,7 @@ def options() -> argparse.Namespace:
     ):
         size.add_argument(f"--{name}", dest="size", action="store_const", const=name, default="small", help=text)
     size.add_argument("--accuracy", action="store_true", help="errors against float64 beside those of eager code")
+    size.add_argument("--trainers", action="store_true", help="a step of our trainer beside TRL's, 10 minutes")
     size.add_argument("--results", type=Path, metavar="FILE", help="measure nothing; take the results of this file")
     parser.add_argument("--only", default="", metavar="TEXT", help="rows whose name contains this")
     parser.add_argument("--seconds", type=float, help="of timing per group (default: by size)")
@@ -92,6 +93,8 @@ def main() -> int:
     chosen = options()
     if chosen.accuracy:
         return accuracy()
+    if chosen.trainers:
+        return trainers.main(chosen.only)
     start = time.perf_counter()
     if chosen.results:
         data = json.loads(chosen.results.read_text())

@@ -39,6 +39,7 @@ def different(prompts, completions, **_):
 def make_inputs(folder: Path, vocabulary: int) -> None:
     """A model with its tokenizer, prompts and a reward function, as both trainers read them."""
     import torch
+    import transformers
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
@@ -46,6 +47,7 @@ def make_inputs(folder: Path, vocabulary: int) -> None:
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<pad>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>")
+    transformers.logging.disable_progress_bar()
     torch.manual_seed(0)
     size = {"n_layer": 4, "n_embd": 256, "n_head": 4, "n_positions": 256, "vocab_size": vocabulary}
     rates = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)
@@ -209,8 +211,10 @@ def main(only: str = "") -> int:
             peaks = [f"{max(row['peak'] for row in rows) / MIB:.0f}" for rows in (ours, its)]
             cells = [f"{one:.2f} s" for one in seconds]
             table.lines.append([name, *cells, times(seconds[1] / seconds[0]), times(cpu[1] / cpu[0]), *peaks])
+    load = ", ".join(f"{load:.1f}" for load in os.getloadavg())
+    print(f"\n{table.markdown()}\n")
     print(
-        f"\n{table.markdown()}\n\nSeconds per step of {ROWS} responses of {RESPONSE} tokens, median of {STEPS}, TRL {trl};"
+        f"Medians of {STEPS} steps in turns, each of {ROWS} responses of {RESPONSE} tokens; ratios are TRL's over ours."
     )
-    print(f"load averages {', '.join(f'{load:.1f}' for load in os.getloadavg())} on {os.cpu_count()} cores.")
+    print(f"TRL {trl}, torch {version('torch')}; load averages {load} on {os.cpu_count()} cores.")
     return 0

@@ -201,14 +201,19 @@ def _where_cdf_passes(probabilities: torch.Tensor, uniforms: torch.Tensor) -> to
     sums = probabilities[:, :whole].unflatten(1, (-1, size)).sum(dim=-1)
     sums = torch.cat([sums, probabilities[:, whole:].sum(dim=-1, keepdim=True)], dim=1).double()
     ends = sums.cumsum(dim=-1)
-    target = uniforms * ends[:, -1:]
-    block = torch.searchsorted(ends, target, right=True).clamp(max=sums.shape[1] - 1)
+    block, target = _passed(ends, uniforms)
     rest = (target - (ends - sums).gather(1, block)) / sums.gather(1, block)
     columns = block * size + torch.arange(size, device=block.device)
     inside = probabilities.gather(1, columns.clamp(max=width - 1)).double() * (columns < width)
-    cdf = inside.cumsum(dim=-1)
-    at = torch.searchsorted(cdf, rest.clamp(0, 1) * cdf[:, -1:], right=True).clamp(max=size - 1)
+    at, _ = _passed(inside.cumsum(dim=-1), rest.clamp(0, 1))
     return columns.gather(1, at).clamp(max=width - 1)
+
+
+def _passed(cdf: torch.Tensor, uniforms: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Where it passes that share of its end, never a column without a share of its own; and at which value."""
+    end = cdf[:, -1:]
+    target = torch.minimum(uniforms * end, end.nextafter(torch.zeros_like(end)))
+    return torch.searchsorted(cdf, target, right=True).clamp(max=cdf.shape[1] - 1), target
 
 
 def only_drawn(

@@ -7,12 +7,14 @@ import json
 import os
 import subprocess
 import sys
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from bench import cases, measure, peers, report, results, rows, source
+from bench import cases, measure, peers, report, results, rows, source, trainers
 from bench.rows import Row, Setup
 
 pytestmark = pytest.mark.host
@@ -134,6 +136,26 @@ def test_errors_see_what_is_wrong_and_not_what_is_masked():
     assert setup.errors(got, exact)[1] > 1e-3
     with pytest.raises(AssertionError, match="shape"):
         setup.errors([got[0][:1]], exact)
+
+
+def test_a_step_of_our_trainer_is_timed(tmp_path, monkeypatch):
+    pytest.importorskip("deepspeed", reason="the trainer is not installed")
+    for name, size in {"ROWS": 4, "GENERATIONS": 2, "PROMPT": 3, "RESPONSE": 4, "STEPS": 1}.items():
+        monkeypatch.setattr(trainers, name, size)
+    turns: list[str] = []
+    watch = SimpleNamespace(begin=lambda: turns.append("begin"), end=lambda: turns.append("end"))
+    trainers.make_inputs(tmp_path, 50)
+    trainers.run_ours("grpo", tmp_path, watch)
+    assert turns == ["begin", "end"] * 2
+
+
+def test_without_trl_the_command_says_what_to_install(monkeypatch, capsys):
+    def version(name):
+        raise PackageNotFoundError(name)
+
+    monkeypatch.setattr(trainers, "version", version)
+    assert trainers.main() == 2
+    assert "trl is not here; install it with: pip install --no-deps --target" in capsys.readouterr().err
 
 
 def test_calls_take_turns():
