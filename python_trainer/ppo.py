@@ -255,7 +255,10 @@ class Trainer:
 
     @property
     def _one_pass(self) -> bool:
-        """Whether a rollout has one update of one micro-batch: its forward pass then is what scores the responses."""
+        """Whether a rollout has one update of one micro-batch: its forward pass then is what scores the responses.
+
+        The ratio is 1 by construction then, and sampling is compared with that pass by `sample` alone.
+        """
         config = self.config
         updates = config.num_ppo_epochs * config.num_mini_batches
         fits = config.batch_size <= config.per_device_train_batch_size * distributed.world_size()
