@@ -19,6 +19,7 @@ from . import atomic, distributed, files, zero_state
 from .config import PPOConfig, UserError, by_new_names
 from .deepspeed_engine import all_finite
 from .settings import make_folder
+from .state_file import refuse_another_form, remembered_of
 
 STATE = "state.json"
 FORMAT = 2  # of the checkpoints written here; what DeepSpeed wrote before had none
@@ -117,9 +118,9 @@ def load(
         hint = f"; to go back further, set resume_from_checkpoint to {older[-1]}" if older else ""
         raise UserError(f"{error}{hint}") from error
     content = _content(folder, listed=STATE in names)
-    _refuse_another_form(folder, content, list(trained))
+    refuse_another_form(folder / STATE, content, list(trained))
     _refuse_changes(folder, content, dataclasses.asdict(config))
-    remembered = _remembered(content["memory"], memory, folder / STATE)
+    remembered = remembered_of(content["memory"], memory, folder / STATE)
     for key, what in SAME.items():
         if remembered.get(key) != memory.get(key):
             raise UserError(f"cannot resume from {folder}: {what} since then; start anew from a saved model with that")
@@ -300,47 +301,6 @@ def _content(folder: Path, *, listed: bool = True) -> dict[str, Any]:
             "version, or start anew from a saved model (sft_model_path)"
         )
     return content
-
-
-def _refuse_another_form(folder: Path, content: dict[str, Any], models: Sequence[str]) -> None:
-    """What is used of a file is of the type that is written there, and named by us, not by the file."""
-    try:
-        kinds = isinstance(content["config"], dict) and isinstance(content["memory"], dict)
-        fits = kinds and _is_count(content["step"]) and all(_is_of_a_model(content["models"][name]) for name in models)
-    except (KeyError, TypeError, AttributeError):
-        fits = False
-    if not fits:
-        raise UserError(
-            f"{folder / STATE} is not what a checkpoint of {' and '.join(models)} holds; resume from another"
-        )
-
-
-def _is_of_a_model(saved: dict[str, Any]) -> bool:
-    counts = [saved["schedule"]["last_epoch"], saved["skipped"], *saved["updates"].values()]
-    counts += [saved["counters"][name] for name in zero_state.COUNTERS]
-    return (
-        isinstance(saved["shapes"], dict)
-        and all(_is_count(value) for value in counts)
-        and all(_is_number(value) for name, value in saved["loss_scale"].items() if name in zero_state.LOSS_SCALE)
-    )
-
-
-def _is_count(value: object) -> bool:
-    return type(value) is int and 0 <= value < 1 << 53
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
-
-
-def _remembered(saved: Any, memory: Any, source: Path) -> Any:
-    """Of what is remembered now what was saved; what an earlier version did not save is as it is."""
-    if isinstance(memory, dict) and isinstance(saved, dict):
-        return {key: _remembered(saved[key], now, source) if key in saved else now for key, now in memory.items()}
-    numbers = isinstance(memory, int | float) and _is_number(saved)
-    if not numbers and not (isinstance(memory, str) and isinstance(saved, str)):
-        raise UserError(f"{source} is not what a checkpoint holds: {str(saved)[:60]!r}; resume from another")
-    return saved
 
 
 def _refuse_changes(folder: Path, content: dict[str, Any], now: dict[str, Any]) -> None:

@@ -39,13 +39,13 @@ from .pretrained import (
     has_adapters,
     load_model,
     load_tokenizer_files,
+    refuse_unfit,
     save_adapter,
     save_whole,
     undamaged,
 )
 from .tokens import reads_ids_of, vocabulary_of
 
-UNSEEN = 1e-3  # of the largest logit: what a token may change where it is not to be seen, and padding anywhere
 SEQUENCES = ("prompts with their responses", "max_prompt_length or response_length")  # and what shortens them
 
 
@@ -176,7 +176,7 @@ def load_policy(
     source = path or "model_config"
     refuse_missing_embeddings(model, (tokenizer.pad_token_id, tokenizer.eos_token_id), "pad or end token")
     _refuse_non_finite(model, source)
-    _refuse_unfit(model, source)
+    refuse_unfit(model, source)
     _generate_plainly(model, tokenizer)
     return model
 
@@ -193,33 +193,6 @@ def _generate_plainly(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
     if (kept := model.origin.generation_config) is not None:
         kept.eos_token_id = ids["eos_token_id"]
         kept.pad_token_id = ids["pad_token_id"] if kept.pad_token_id is None else kept.pad_token_id
-
-
-@torch.no_grad()
-def _refuse_unfit(model: PreTrainedModel, source: object) -> None:
-    """A policy reads from left to right, and does not see the padding on its left."""
-    if "flash" in (model.config._attn_implementation or ""):
-        return  # it runs on the device alone; the check of each rollout sees as much
-    size = len(model.get_input_embeddings().weight)
-    ids = torch.arange(2, 6) % size
-    other = torch.cat([ids[:-1], (ids[-1:] + 1) % size])
-    left = ids[1:3]  # no pad token, whose embedding may happen to be 0
-    padded = torch.stack([torch.cat([left, row]) for row in (ids, other)])
-    mask = (torch.arange(6) >= 2).long().expand(2, 6)
-    positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
-    model.eval()
-    one, changed = model(input_ids=padded, attention_mask=mask, position_ids=positions, use_cache=False).logits[:, 2:]
-    bare = model(input_ids=ids[None], use_cache=False).logits[0]
-    bound = UNSEEN * bare.abs().max()
-    if (one - changed)[:-1].abs().max() > bound:
-        raise UserError(
-            f"{source}: a {type(model).__name__} sees the tokens that it is to predict: give a causal language model"
-        )
-    if (one - bare).abs().max() > bound:
-        raise UserError(
-            f"{source}: a {type(model).__name__} gives other logits where a prompt is padded on the left, so rollouts "
-            "would be wrong: take another architecture"
-        )
 
 
 def stop_strings(config: SamplingConfig, policy: PreTrainedModel) -> tuple[str, ...]:

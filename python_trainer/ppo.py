@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
 from ppo_kernels import value_loss
 
@@ -45,6 +44,7 @@ from .rollout import (
     Experience,
     RewardFn,
     by_rows,
+    check_ratio,
     gathered,
     learned_from,
     minibatches,
@@ -59,9 +59,12 @@ from .settings import save
 from .sft import Pretraining
 from .tokens import encode_prompts
 
+<<<<<<< HEAD
 RATIO_TOLERANCE = 1e-5
 Scored = tuple[torch.Tensor, torch.Tensor]  # log-probabilities and entropies [B, T], with their graph
 
+=======
+>>>>>>> main
 
 class Trainer:
     """The models of one run, and the steps that train them."""
@@ -240,7 +243,7 @@ class Trainer:
                     if "critic" in trained:
                         self._value_gradients(batch, tokens, seen)
                 if epoch == 0 and number == 0 and "actor" in trained:
-                    self._check_ratio(distributed.gather_rows(drift[None]).max().item())
+                    check_ratio(distributed.gather_rows(drift[None]).max().item(), self.done + 1, config)
                 if self.ptx is not None and "actor" in trained:
                     position = (self.done * config.num_ppo_epochs + epoch) * config.num_mini_batches + number
                     seen.add(self.ptx.backward(self.actor, position, len(rows)), one)
@@ -408,18 +411,6 @@ class Trainer:
 
     def _average(self) -> list[zero_state.Slice]:
         return [] if self.ema is None else self.ema.slices(self.actor.module)
-
-    def _check_ratio(self, drift: float) -> None:
-        """Before the first update the policy is the one that sampled; anything beyond rounding is a bug."""
-        if drift <= RATIO_TOLERANCE:
-            return
-        text = f"before the first update of step {self.done + 1} the log-ratio is off by {drift:.2g}, not 0"
-        # On a GPU another batch shape may choose a kernel that adds up in another order.
-        exact = distributed.device().type == "cpu"
-        if exact and not (self.config.bf16 or self.config.fp16):
-            raise RuntimeError(text + ": sampling-time and training-time scoring disagree")
-        if distributed.is_main():
-            tqdm.write(f"warning: {text} (rounding, or sampling-time and training-time scoring disagree)")
 
     def _moved_too_far(self, seen: Averages) -> bool:
         if self.config.target_kl is None:

@@ -27,6 +27,7 @@ READ_BY_TRANSFORMERS = re.compile(
     r".*\.(json|safetensors|bin|jinja|model)|(vocab|merges)\.txt|additional_chat_templates"
 )
 GENERATION_CONFIG = "generation_config.json"
+UNSEEN = 1e-3  # of the largest logit: what a token may change where it is not to be seen, and padding anywhere
 NOT_CONTINUED = (  # of LoRA: what changes more than the plain pairs of matrices that a run trains
     "use_dora",
     "lora_bias",
@@ -100,7 +101,7 @@ def _tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
     with _readable(path):
         tokenizer = AutoTokenizer.from_pretrained(str(path), trust_remote_code=False)
     if len(tokenizer) <= len(tokenizer.all_special_ids):  # of some architectures it makes up an empty one
-        raise UserError(f"{path} holds no tokenizer: save the one of its model there")
+        raise UserError(f"{path} has no tokenizer: save the one there that its model was trained with")
     return tokenizer
 
 
@@ -232,6 +233,33 @@ def _generation_config(model: Any, path: str | Path) -> GenerationConfig:
     return found
 
 
+@torch.no_grad()
+def refuse_unfit(model: PreTrainedModel, source: object) -> None:
+    """A policy reads from left to right, and does not see the padding on its left."""
+    if "flash" in (model.config._attn_implementation or ""):
+        return  # it runs on the device alone; the check of each rollout sees as much
+    size = len(model.get_input_embeddings().weight)
+    ids = torch.arange(2, 6) % size
+    other = torch.cat([ids[:-1], (ids[-1:] + 1) % size])
+    left = ids[1:3]  # no pad token, whose embedding may happen to be 0
+    padded = torch.stack([torch.cat([left, row]) for row in (ids, other)])
+    mask = (torch.arange(6) >= 2).long().expand(2, 6)
+    positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
+    model.eval()
+    one, changed = model(input_ids=padded, attention_mask=mask, position_ids=positions, use_cache=False).logits[:, 2:]
+    bare = model(input_ids=ids[None], use_cache=False).logits[0]
+    bound = UNSEEN * bare.abs().max()
+    if (one - changed)[:-1].abs().max() > bound:
+        raise UserError(
+            f"{source}: a {type(model).__name__} sees the tokens that it is to predict: give a causal language model"
+        )
+    if (one - bare).abs().max() > bound:
+        raise UserError(
+            f"{source}: a {type(model).__name__} gives other logits where a prompt is padded on the left, so rollouts "
+            "would be wrong: take another architecture"
+        )
+
+
 def end_tokens(generation_config: GenerationConfig | None) -> list[Any]:
     found = None if generation_config is None else generation_config.eos_token_id
     return [] if found is None else found if isinstance(found, list) else [found]
@@ -245,10 +273,10 @@ def _adapter_at(path: str | Path) -> Any:
         return None
     peft = _peft()
     try:
-        with _readable(file), warnings.catch_warnings():
+        with warnings.catch_warnings():
             warnings.simplefilter("error")  # a setting that this version does not know is left out with a warning
             return peft.PeftConfig.from_peft_type(**json.loads(Path(file).read_text()))
-    except (KeyError, TypeError, UserWarning) as error:
+    except Exception as error:
         raise UserError(f"{path} holds an adapter that peft {peft.__version__} does not know: {error}") from error
 
 

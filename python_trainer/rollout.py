@@ -10,6 +10,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Any, Protocol
 
 import torch
+from tqdm import tqdm
 from transformers import (
     AutoModelForCausalLM,
     GenerationConfig,
@@ -29,6 +30,7 @@ from .deepspeed_engine import Policy, weights_of
 
 RewardFn = Callable[[Rollout], torch.Tensor]  # [B] the score of each response
 
+RATIO_TOLERANCE = 1e-5  # of log-probabilities before the first update
 # How far log-probabilities at generation may be from those at scoring, on average over the tokens of a rollout. A few
 # tokens with keys and values from a cache, in another order of addition, are off by more.
 GENERATION_TOLERANCE = {"exact": 1e-4, "rounded": 0.1}
@@ -276,6 +278,18 @@ def minibatches(rows: int, group_size: int, count: int, seed: int) -> Iterator[t
     order = torch.randperm(rows // group_size, generator=torch.Generator().manual_seed(seed))
     for groups in order.chunk(count):
         yield (groups[:, None] * group_size + torch.arange(group_size)).flatten()
+
+
+def check_ratio(drift: float, step: int, config: PPOConfig) -> None:
+    """Before the first update the policy is the one that sampled; anything beyond rounding is a bug."""
+    if drift <= RATIO_TOLERANCE:
+        return
+    text = f"before the first update of step {step} the log-ratio is off by {drift:.2g}, not 0"
+    # On a GPU another batch shape may choose a kernel that adds up in another order.
+    if distributed.device().type == "cpu" and not (config.bf16 or config.fp16):
+        raise RuntimeError(text + ": sampling-time and training-time scoring disagree")
+    if distributed.is_main():
+        tqdm.write(f"warning: {text} (rounding, or sampling-time and training-time scoring disagree)")
 
 
 def learned_from(experience: Experience, config: PPOConfig, group_size: int) -> Experience:

@@ -155,7 +155,7 @@ def _parse(command: str, kind: type[C], settings: dict[str, Any], overrides: Seq
 def _read(path: str | None, command: str) -> tuple[dict[str, Any], dict[str, Any]]:
     if path is None:
         return {}, {}
-    content = _read_yaml(path, resolve(path)) or {}
+    content = read_yaml(path, resolve(path)) or {}
     if not isinstance(content, dict):
         raise UserError(f"{path} must hold a mapping of settings")
     sections = {name: content.get(name) or {} for name in COMMANDS if name in content}
@@ -170,7 +170,7 @@ def _read(path: str | None, command: str) -> tuple[dict[str, Any], dict[str, Any
     return {key: value for key, value in content.items() if key not in sections}, sections.get(command, {})
 
 
-def _read_yaml(path: str, file: Path) -> Any:
+def read_yaml(path: str, file: Path) -> Any:
     """Aliases are allowed, but not a few lines that stand for millions."""
     try:
         text = file.read_text(encoding="utf-8-sig")

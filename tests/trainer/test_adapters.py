@@ -86,6 +86,7 @@ def test_an_adapter_is_trained_further_and_saved_as_one(tiny, base, adapter, tmp
     expected = by_peft(base, folder)
     settings = {"algorithm": "rloo", "lora_r": 4, "lora_save": "adapter", "deepspeed": f"ds_zero{stage}.json"}
     trainer = tiny(sft_model_path=str(folder), learning_rate=1e-2, **settings)
+    torch.testing.assert_close(logits(trainer.actor.module), expected, atol=1e-5, rtol=0)
     rows = [trainer.train_step() for _ in range(2)]
     assert abs(rows[0]["objective/kl"]) < 1e-6
     assert abs(rows[1]["objective/kl"]) > 1e-3
@@ -173,7 +174,11 @@ def test_a_reward_model_is_an_adapter(tiny, base, adapter, labels):
 
 def test_every_command_saves_and_takes_adapters(tiny, base, tmp_path):
     """sft of a model, a reward model of that policy, and the policy trained further."""
-    rows = {"texts": [{"text": "a b c"}] * 8, "pairs": [{"chosen": "a b", "rejected": "c d"}] * 8}
+    letters = "abcde"
+    rows = {
+        "texts": [{"text": f"{one} {other} c"} for one in letters for other in letters],
+        "pairs": [{"chosen": f"a {one}", "rejected": f"c {one}"} for one in letters],
+    }
     for name, content in rows.items():
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in content))
     common = {"task": "files", "data_path": str(tmp_path), "output_dir": str(tmp_path / "run"), "disable_tqdm": True}

@@ -50,7 +50,7 @@ def test_a_section_holds_for_its_command_only(file):
         ({"output_dir": ["a", "b"]}, [], "output_dir must be one value, not"),
         ({"model_config": {"model_type": ["gpt2"]}}, [], "model_config needs a model_type"),
         ({}, ["--model_config=" + "[" * 100_000], "model_config is not JSON"),
-        ({"num_train_epochs": 1}, [], "'num_train_epochs'.*: set total_steps"),
+        ({}, ["--num_train_epochs=1"], "'num_train_epochs'.*: set total_steps"),
         ({"train": {"gradient_accumulation_steps": 1}}, [], "what lies between is accumulated"),
         ({}, ["--max_new_tokens=9"], "most tokens of a response are response_length"),
         ({}, ["--top_k=9"], "responses are drawn from the whole distribution"),

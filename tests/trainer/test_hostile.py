@@ -8,7 +8,7 @@ def test_hostile_files_are_read_or_refused_in_one_sentence(tiny, tmp_path):
     trainer.train_step()
     (tmp_path / "files").mkdir()
     readers = hostile.readers(trainer, tmp_path / "files")
-    found = {kind: [end for end, _ in hostile.failures(kind, reader, 12)] for kind, reader in readers.items()}
+    found = {kind: [end for end, _ in hostile.failures(kind, reader, 8)] for kind, reader in readers.items()}
     assert not {kind: ends for kind, ends in found.items() if ends}
 
 

@@ -114,7 +114,7 @@ def test_a_broken_generation_config_is_refused(tiny, saved, content, message):
 def test_a_model_without_tokenizer_is_refused(tiny, saved):
     (saved / "tokenizer.json").unlink()
     (saved / "tokenizer_config.json").unlink()
-    with pytest.raises(UserError, match="model holds no tokenizer: save the one of its model there"):
+    with pytest.raises(UserError, match="model has no tokenizer: save the one there that its model was trained with"):
         tiny(sft_model_path=str(saved))
 
 

@@ -228,7 +228,7 @@ def test_a_function_gets_chat_where_the_data_are_chat(brought, tiny, tmp_path):
     write_rows(tmp_path / "prompts.jsonl", rows)
     trainer = tiny(**rlhf(brought, tmp_path))
     calls = []
-    trainer.reward_fn.function = lambda prompts, completions, answer: (
+    trainer.reward_fn.functions[0] = lambda prompts, completions, answer: (
         calls.append((prompts, completions, answer)) or [0.0] * len(prompts)
     )
     rollout = trainer.collect_experience().rollout
@@ -356,5 +356,5 @@ def test_a_folder_without_a_tokenizer_is_not_one_with_an_empty_one(brought, tiny
     model = saved(tmp_path / "bare", tokenizer_of(), model_type="qwen2")
     for path in (tmp_path / "bare").glob("*token*"):
         path.unlink()
-    with pytest.raises(UserError, match="bare holds no tokenizer|cannot load a model from .*bare"):
+    with pytest.raises(UserError, match="bare (has|holds) no tokenizer|cannot load a model from .*bare"):
         tiny(**rlhf(brought, tmp_path, sft_model_path=model))
