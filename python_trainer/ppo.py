@@ -59,12 +59,8 @@ from .settings import save
 from .sft import Pretraining
 from .tokens import encode_prompts
 
-<<<<<<< HEAD
-RATIO_TOLERANCE = 1e-5
 Scored = tuple[torch.Tensor, torch.Tensor]  # log-probabilities and entropies [B, T], with their graph
 
-=======
->>>>>>> main
 
 class Trainer:
     """The models of one run, and the steps that train them."""
@@ -234,7 +230,7 @@ class Trainer:
             for number, rows in enumerate(chunks):
                 seen, drift, mask = Averages(), 0.0 * one, experience.mask[rows]
                 # DeepSpeed averages gradients over ranks, so each rank divides by its share.
-                normalizer, tokens = algorithm.normalizer(mask) / ranks, mask.sum() / ranks
+                normalizer, tokens = algorithm.normalizer(mask) / ranks, mask.sum().clamp(min=1) / ranks
                 for micro in rows[shard(len(rows))].split(config.per_device_train_batch_size):
                     batch = experience[micro]
                     if "actor" in trained:
