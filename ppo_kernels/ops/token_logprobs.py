@@ -7,7 +7,7 @@ from typing import Literal, overload
 import torch
 from torch import Tensor
 
-from ppo_kernels._types import compute_dtype
+from ppo_kernels._types import compute_dtype, wide_dtype
 from ppo_kernels.backends import register
 from ppo_kernels.ops._autograd import (
     first_order_only,
@@ -24,6 +24,7 @@ from ppo_kernels.ops._inputs import (
     check_number,
     check_shape,
     keepable,
+    reads_replicas,
     to_mask,
     unit_last_stride,
 )
@@ -203,6 +204,7 @@ def token_logprobs(
 ) -> tuple[Tensor, Tensor]: ...
 
 
+@reads_replicas
 def token_logprobs(
     logits: Tensor,
     labels: Tensor,
@@ -267,7 +269,7 @@ def token_logprobs(
     else:
         temperature = check_number(op, "temperature", temperature, above=0.0)
         if torch.compiler.is_compiling():  # a float would become a constant of the graph
-            rows = torch.full(labels.shape, temperature, dtype=torch.float64, device=logits.device)
+            rows = torch.full(labels.shape, temperature, dtype=wide_dtype(logits.device), device=logits.device)
     if inplace_backward and not (torch.compiler.is_compiling() or transformed()):
         check_overwritable(logits)
     if validate:
@@ -307,7 +309,7 @@ def _temperature_rows(temperature: Tensor, logits: Tensor, labels: Tensor) -> Te
     check_floating("token_logprobs", "temperature", temperature)
     check_device("token_logprobs", "temperature", temperature, logits.device)
     try:
-        rows = temperature.detach().to(torch.float64).expand(labels.shape)
+        rows = temperature.detach().to(wide_dtype(temperature.device)).expand(labels.shape)
     except RuntimeError as error:
         raise ValueError(
             f"token_logprobs: temperature must broadcast to the labels' shape {tuple(labels.shape)},"
@@ -330,6 +332,7 @@ def _validate(logits: Tensor, labels: Tensor, mask: Tensor | None, rows: Tensor 
         raise ValueError(f"token_logprobs: every temperature must be > 0, the least is {float(rows.min())}")
 
 
+@reads_replicas
 def selective_log_softmax(
     logits: Tensor, index: Tensor, temperature: float | Tensor = 1.0, row_mask: Tensor | None = None
 ) -> Tensor:
@@ -362,6 +365,7 @@ def selective_log_softmax(
     return logp if row_mask is None else torch.where(row_mask[..., None] != 0, logp, 0.0)
 
 
+@reads_replicas
 def selective_log_softmax_and_entropy(
     logits: Tensor, index: Tensor, temperature: float | Tensor = 1.0, row_mask: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
