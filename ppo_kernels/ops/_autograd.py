@@ -89,7 +89,7 @@ class _FirstOrderOnly(torch.autograd.Function):
 def first_order_only(op: str, x: Tensor) -> Tensor:
     """``x`` for the reference: autograd could differentiate it twice, but a switch of ``impl`` changes no contract."""
     if torch.compiler.is_compiling():
-        return traced_input(op, x, vmap=False)
+        return traced_input(op, x, kernel=False)
     return _FirstOrderOnly.apply(op, x) if x.requires_grad or transformed() else x
 
 
@@ -117,9 +117,9 @@ def _differentiated_once(op: str, x: Tensor) -> Tensor:
     return x.view_as(x)
 
 
-def traced_input(op: str, x: Tensor, *, vmap: bool) -> Tensor:
+def traced_input(op: str, x: Tensor, *, kernel: bool) -> Tensor:
     """``x`` as a traced autograd function takes it, or one sentence where torch.compile would make a graph with
-    gradients of 0 or break inside itself (with ``vmap``, under vmap too).
+    gradients of 0 or break inside itself: for a kernel under vmap, too, and in a strict export.
 
     That function's input must not be what torch.func differentiates, or Dynamo gives it a gradient of 0.
     """
@@ -129,10 +129,16 @@ def traced_input(op: str, x: Tensor, *, vmap: bool) -> Tensor:
         raise RuntimeError(forward_mode_message(op))
     if names.count("Grad") > 1:
         raise RuntimeError(twice_message(op))
-    if vmap and "Vmap" in names:
+    if kernel and "Vmap" in names:
         raise RuntimeError(
             f"{op}: torch.func.vmap inside torch.compile is not supported; call vmap without torch.compile,"
             ' or pass impl="torch"'
+        )
+    strict = torch.compiler.is_exporting() and torch.compiler.is_dynamo_compiling()
+    if kernel and strict and x.requires_grad and torch.is_grad_enabled():
+        raise RuntimeError(
+            f"{op}: torch.export with strict=True drops the gradient of this op; pass strict=False, export under"
+            ' torch.no_grad(), or pass impl="torch"'
         )
     if names:
         return _differentiated_once(op, x)
@@ -142,7 +148,7 @@ def traced_input(op: str, x: Tensor, *, vmap: bool) -> Tensor:
 def fused_loss(op: Op, impl: str, x: Tensor, arguments: tuple[object, ...]) -> tuple[Tensor, tuple[Tensor, ...]]:
     """Loss and statistics of a kernel that takes ``x``, the arguments and whether to write the gradient."""
     if torch.compiler.is_compiling():
-        kernel, (x, *rest) = op.traceable(impl, (traced_input(op.name, x, vmap=True), *arguments))
+        kernel, (x, *rest) = op.traceable(impl, (traced_input(op.name, x, kernel=True), *arguments))
         loss, stats = _TracedLoss.apply(kernel, x, tuple(rest))
     elif transformed():
         loss, stats, _, _ = _TransformedLoss.apply(op, impl, x, *arguments)
@@ -174,7 +180,7 @@ class _EagerLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, op, impl, x, arguments):
         ctx.set_materialize_grads(False)
-        loss, stats, grad, inv_normalizer = op.kernel(impl)(x, *arguments, ctx.needs_input_grad[2])
+        loss, stats, grad, inv_normalizer = op.run(impl, x, *arguments, ctx.needs_input_grad[2])
         # Not saved: the gradient depends on x but not on its memory, which the caller may write to.
         ctx.op, ctx.x = op.name, x
         ctx.save_for_backward(grad, inv_normalizer)

@@ -68,7 +68,10 @@ def _contiguous(grads):
 
 
 def _gradient(impl, logits, labels, temperature_rows, grads, rest, temperature):
-    return _BACKWARD.kernel(impl)(logits, labels, temperature_rows, *_contiguous(grads), *rest, temperature)
+    arguments = (logits, labels, temperature_rows, *_contiguous(grads), *rest, temperature)
+    if torch.compiler.is_compiling() or transformed():
+        return _BACKWARD.kernel(impl)(*arguments)
+    return _BACKWARD.run(impl, *arguments)
 
 
 class _TracedLogprobs(torch.autograd.Function):
@@ -101,8 +104,8 @@ class _EagerLogprobs(torch.autograd.Function):
     @staticmethod
     def forward(ctx, impl, logits, labels, mask, temperature_rows, temperature, ignore_index, entropy, inplace):
         ctx.set_materialize_grads(False)
-        logprobs, h, *sums = _TOKEN_LOGPROBS.kernel(impl)(
-            logits, labels, mask, temperature_rows, temperature, ignore_index, entropy is not False
+        logprobs, h, *sums = _TOKEN_LOGPROBS.run(
+            impl, logits, labels, mask, temperature_rows, temperature, ignore_index, entropy is not False
         )
         if ctx.needs_input_grad[1]:
             ctx.impl, ctx.temperature, ctx.entropy, ctx.inplace = impl, temperature, entropy, inplace
@@ -136,7 +139,7 @@ class _EagerLogprobs(torch.autograd.Function):
         chunk.begin()
         grad = chunk.logits
         upstream = _contiguous(grads)
-        _BACKWARD_INPLACE.kernel(ctx.impl)(grad, labels, temperature_rows, *upstream, *rest, ctx.temperature)
+        _BACKWARD_INPLACE.run(ctx.impl, grad, labels, temperature_rows, *upstream, *rest, ctx.temperature)
         chunk.end()
         return None, grad, *none
 
@@ -295,7 +298,7 @@ def token_logprobs(
         entropy,
     )
     if torch.compiler.is_compiling():
-        logprobs, h = _TracedLogprobs.apply(impl, traced_input(op, logits, vmap=True), *arguments, False)
+        logprobs, h = _TracedLogprobs.apply(impl, traced_input(op, logits, kernel=True), *arguments, False)
     elif transformed():
         logprobs, h = _TransformedLogprobs.apply(impl, logits, *arguments)[:2]
     else:
