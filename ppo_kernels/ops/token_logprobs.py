@@ -24,11 +24,11 @@ from ppo_kernels.ops._inputs import (
     check_number,
     check_shape,
     keepable,
-    reads_replicas,
     to_mask,
     unit_last_stride,
 )
 from ppo_kernels.ops._overwrite import Chunk, check_overwritable, saved_as_they_are
+from ppo_kernels.ops._public import not_a_graph, public
 from ppo_kernels.reference import token_logprobs as reference
 
 
@@ -121,6 +121,7 @@ class _EagerLogprobs(torch.autograd.Function):
         return logprobs, h
 
     @staticmethod
+    @not_a_graph
     def backward(ctx, grad_logprobs, grad_entropy=None):
         none = (None,) * 7
         if grad_logprobs is None and grad_entropy is None:
@@ -165,6 +166,7 @@ class _TransformedLogprobs(torch.autograd.Function):
         ctx.mark_non_differentiable(*output[1 if ctx.entropy is not True else 2 :])
 
     @staticmethod
+    @not_a_graph
     def backward(ctx, grad_logprobs, grad_entropy, *_others):
         logits, labels, temperature_rows, *rest = ctx.saved_tensors
         grads = (grad_logprobs, grad_entropy if ctx.entropy is True else None)
@@ -207,7 +209,7 @@ def token_logprobs(
 ) -> tuple[Tensor, Tensor]: ...
 
 
-@reads_replicas
+@public
 def token_logprobs(
     logits: Tensor,
     labels: Tensor,
@@ -335,7 +337,7 @@ def _validate(logits: Tensor, labels: Tensor, mask: Tensor | None, rows: Tensor 
         raise ValueError(f"token_logprobs: every temperature must be > 0, the least is {float(rows.min())}")
 
 
-@reads_replicas
+@public
 def selective_log_softmax(
     logits: Tensor, index: Tensor, temperature: float | Tensor = 1.0, row_mask: Tensor | None = None
 ) -> Tensor:
@@ -368,7 +370,7 @@ def selective_log_softmax(
     return logp if row_mask is None else torch.where(row_mask[..., None] != 0, logp, 0.0)
 
 
-@reads_replicas
+@public
 def selective_log_softmax_and_entropy(
     logits: Tensor, index: Tensor, temperature: float | Tensor = 1.0, row_mask: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
