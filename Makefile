@@ -21,7 +21,7 @@ help:
 	@echo "make build     the extension; the first time a virtual environment in $(VENV) too"
 	@echo "make test      the tests that every change has to pass: six minutes on two cores"
 	@echo "make lint      ruff, clang-format and mypy"
-	@echo "make bench     the speed of every op beside other libraries (ARGS: --quick, --full, --gpu, --check, --accuracy)"
+	@echo "make bench     the speed of every op beside other libraries (ARGS: --quick, --full, --gpu, --check, --accuracy, --trainers)"
 	@echo "make demo      train a small model on a CPU and plot its learning"
 	@echo "make docs      where the documentation is"
 	@echo "make verify    what make test leaves out, hours of it; PART=\"build aot\" for some; ARGS=--list names the parts"
@@ -95,7 +95,7 @@ demo: build
 	$(RUN) -m python_trainer demo --config $(DEMO_CONFIG) $(ARGS)
 
 docs:
-	@echo "README.md: the ops and the trainer; CONTRIBUTING.md: the structure, tests and rules; bench/NOTES.md: the benchmarks;"
+	@echo "README.md: the ops and the trainer; docs/first_model.md: a first trained model; CONTRIBUTING.md: the structure, tests and rules; bench/NOTES.md: the benchmarks;"
 	@echo "python_trainer/METRICS.md: what a run logs. The reference of an op is its docstring: help(ppo_kernels.gae)"
 
 verify: build

@@ -6,6 +6,8 @@ Every function takes ``impl="auto"``: a compiled kernel where one serves the ten
 
 from __future__ import annotations
 
+from ppo_kernels._process import refuse_another_interpreter as _refuse_another_interpreter
+
 __version__ = "0.1.0"
 
 __all__: list[str] = [
@@ -27,9 +29,12 @@ __all__: list[str] = [
     "whiten",
 ]
 
+_refuse_another_interpreter()
 try:
-    import torch as _torch  # noqa: F401
-except (ImportError, OSError) as _error:  # `python -m ppo_kernels.env` must still be able to say so
+    import torch as _torch
+
+    _torch.Tensor  # noqa: B018  # a folder named torch has none
+except (Exception, SystemExit) as _error:  # `python -m ppo_kernels.env` must still be able to say so
     _torch_error = _error
 
     def __getattr__(name: str) -> object:

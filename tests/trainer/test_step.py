@@ -10,7 +10,7 @@ from python_trainer.config import PPOConfig
 from python_trainer.data import Rollout, left_pad
 from python_trainer.deepspeed_engine import Trainable
 from python_trainer.logging import Log, plot
-from python_trainer.rollout import InverseCdf, score_responses, score_tokens
+from python_trainer.rollout import InverseCdf, check_ratio, score_responses, score_tokens
 from tests.lib.trainer import TINY
 
 
@@ -38,10 +38,9 @@ def test_a_policy_that_changed_before_its_first_update_is_noticed(tiny):
         trainer.update(experience)
 
 
-def test_rounding_off_the_cpu_is_no_reason_to_stop(tiny, monkeypatch, capsys):
-    trainer = tiny()
+def test_rounding_off_the_cpu_is_no_reason_to_stop(monkeypatch, capsys):
     monkeypatch.setattr(distributed, "device", lambda: torch.device("cuda"))
-    trainer._check_ratio(2e-5)
+    check_ratio(2e-5, 1, PPOConfig())
     assert "warning: before the first update of step 1 the log-ratio is off by 2e-05" in capsys.readouterr().out
 
 
@@ -53,6 +52,34 @@ def test_step_does_not_depend_on_the_micro_batch(tiny, micro):
         assert rows[0]["val/ratio_var"] > 1e-6
         assert rows[0]["val/ratio_var"] == pytest.approx(rows[1]["val/ratio_var"], rel=1e-3)
     torch.testing.assert_close(weights(one), weights(other), atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"entropy_coef": 0.01},
+        {"algorithm": "rloo"},
+        {"algorithm": "grpo", "mask_zero_variance_groups": True, "temperature": 0.8},
+    ],
+)
+def test_the_pass_of_the_only_update_scores_the_responses(tiny, settings):
+    """The policy is not asked twice for what its weights say of a rollout; in two micro-batches it has to be."""
+    one, other = tiny(per_device_train_batch_size=16, **settings), tiny(per_device_train_batch_size=8, **settings)
+    passes: list[list[bool]] = [[], []]
+    for trainer, seen in zip((one, other), passes, strict=True):
+
+        def watch(module, arguments, options, out, seen=seen):
+            if not options["use_cache"]:
+                seen.append(out.logits.requires_grad)
+
+        trainer.actor.module.register_forward_hook(watch, with_kwargs=True)
+    for _ in range(2):
+        mine, its = one.train_step(), other.train_step()
+        for row in (mine, its):
+            row.pop("time/rollout"), row.pop("time/update")
+        assert mine == pytest.approx(its, abs=1e-5, nan_ok=True)
+    torch.testing.assert_close(weights(one), weights(other), atol=1e-6, rtol=0)
+    assert passes == [[True] * 2, [False, True, True] * 2]
 
 
 def test_same_step_with_reference_ops_and_with_the_chosen_ones(tiny):
@@ -96,6 +123,20 @@ def test_sampling_follows_the_softmax():
         torch.testing.assert_close(share, (logits / temperature).softmax(0), atol=1e-4, rtol=0)
 
 
+@pytest.mark.parametrize("size", [255, 256, 257, 1000])
+def test_every_token_of_a_large_vocabulary_is_drawn_by_its_probability(size):
+    """They are found in blocks: the token is the one at which the CDF of the whole vocabulary passes the number."""
+    logits = 5 * torch.randn(size, generator=torch.Generator().manual_seed(size))
+    logits[torch.arange(0, size, 7)] = float("-inf")
+    logits[-1] = float("-inf")
+    uniforms = torch.cat([(torch.arange(5000, dtype=torch.float64) + 0.5) / 5000, torch.tensor([0.0, 1 - 2**-53])])
+    draw = InverseCdf(uniforms[:, None], 3, 1.0)
+    drawn = draw(torch.zeros(len(uniforms), 3), logits.expand(len(uniforms), -1)).argmax(1)
+    cdf = logits.softmax(0).double().cumsum(0)
+    assert drawn[:-1].equal(torch.searchsorted(cdf, uniforms[:-1] * cdf[-1], right=True))
+    assert draw.logprobs.isfinite().all()
+
+
 def test_samples_are_those_of_the_scored_distribution(tiny):
     """Mean log-probability of samples equals minus the entropy, at a temperature that is not 1."""
     trainer = tiny(batch_size=2048, temperature=0.7, per_device_train_batch_size=2048)
@@ -108,7 +149,7 @@ def test_missing_end_is_penalised(tiny):
     lenient, trainer = tiny(), tiny()
     trainer.config.missing_eos_penalty = 1.0  # the task, which knows the optimum without it, would refuse it
     plain, strict = lenient.collect_experience(), trainer.collect_experience()
-    ended = plain.rollout.ended(1)
+    ended = plain.ended
     assert ended.any()
     assert not ended.all()
     torch.testing.assert_close(plain.scores - strict.scores, (~ended).float())
@@ -163,4 +204,5 @@ def test_the_record_holds_no_nan(tmp_path):
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert rows[0]["eval/score_se"] is None
     assert rows[1] == {"step": 1, "eval/score": None, "objective/scores": None}
-    assert plot(tmp_path).exists()
+    plot(tmp_path)
+    assert (tmp_path / "curves.png").exists()
