@@ -91,7 +91,7 @@ def gradient_written_over_rows_beyond_32_bits(impl, rows, stride):
     for x in (logits.clone(), far_rows(logits, stride)):
         saved = pk.backends.op("token_logprobs").kernel(impl)(x, labels, None, None, 0.7, -100, True)
         backward = pk.backends.op("token_logprobs_backward_").kernel(impl)
-        backward(x, labels, None, grad_output, grad_output, *saved, 0.7)
+        backward(x, labels, None, grad_output, grad_output, *saved, 0.7, -100)
         grads.append(x)
     assert bit_equal(*grads)
     assert not bit_equal(grads[0], logits)

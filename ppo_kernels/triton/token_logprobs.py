@@ -370,6 +370,7 @@ def _write_gradient(
     row_max: Tensor,
     log_sum: Tensor,
     temperature: float,
+    ignore_index: int,
 ) -> Tensor:
     """Write the gradient to ``out``: contiguous, or the logits themselves."""
     _check_logits(logits)
