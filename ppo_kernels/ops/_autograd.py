@@ -24,7 +24,7 @@ def transformed() -> bool:
 def _transforms() -> str:
     """The transforms around a traced call, outermost first, as text, which a graph may hold."""
     names = [str(interpreter.key()).rpartition(".")[2] for interpreter in get_interpreter_stack() or ()]
-    return " ".join(names + ["Jvp"] * (torch.autograd.forward_ad._current_level >= 0))
+    return " ".join(names)
 
 
 def forward_mode_message(op: str) -> str:
@@ -99,6 +99,24 @@ _library.define("first_order_only(str op, Tensor(a) x) -> Tensor(a)")
 _library.impl("first_order_only", _FirstOrderOnly.apply, "CompositeImplicitAutograd")
 
 
+@torch.compiler.allow_in_graph
+def _differentiated_once(op: str, x: Tensor) -> Tensor:
+    """``x`` apart from what torch.func differentiates, whose gradient Dynamo would make 0.
+
+    A graph cannot hold the refusal of a second differentiation within torch.func: who could ask for one is refused.
+    """
+    outer = x
+    while torch._C._functorch.is_functorch_wrapped_tensor(outer):
+        outer = torch._C._functorch.get_unwrapped(outer)
+    grads = (i for i in get_interpreter_stack() or () if i.key() == torch._C._functorch.TransformType.Grad)
+    if outer.requires_grad and all(torch._C._functorch.CGradInterpreterPtr(i).prevGradMode() for i in grads):
+        raise RuntimeError(
+            f"{op}: torch.func inside torch.compile got an input that requires grad by itself, and differentiating"
+            " twice is not supported; pass it detached, or call torch.func without torch.compile"
+        )
+    return x.view_as(x)
+
+
 def traced_input(op: str, x: Tensor, *, vmap: bool) -> Tensor:
     """``x`` as a traced autograd function takes it, or one sentence where torch.compile would make a graph with
     gradients of 0 or break inside itself (with ``vmap``, under vmap too).
@@ -106,7 +124,8 @@ def traced_input(op: str, x: Tensor, *, vmap: bool) -> Tensor:
     That function's input must not be what torch.func differentiates, or Dynamo gives it a gradient of 0.
     """
     names = _transforms()
-    if "Jvp" in names:
+    # The level is read here for Dynamo to guard it: a graph that was made without one would drop tangents.
+    if "Jvp" in names or torch.autograd.forward_ad._current_level >= 0:
         raise RuntimeError(forward_mode_message(op))
     if names.count("Grad") > 1:
         raise RuntimeError(twice_message(op))
@@ -115,7 +134,9 @@ def traced_input(op: str, x: Tensor, *, vmap: bool) -> Tensor:
             f"{op}: torch.func.vmap inside torch.compile is not supported; call vmap without torch.compile,"
             ' or pass impl="torch"'
         )
-    return x.view_as(x) if names else torch.ops.ppo_kernels_traced.first_order_only(op, x)
+    if names:
+        return _differentiated_once(op, x)
+    return torch.ops.ppo_kernels_traced.first_order_only(op, x)
 
 
 def fused_loss(op: Op, impl: str, x: Tensor, arguments: tuple[object, ...]) -> tuple[Tensor, tuple[Tensor, ...]]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -21,7 +23,7 @@ def value_loss(
     returns: Tensor,
     mask: Tensor | None = None,
     *,
-    cliprange_value: float | None = 0.2,
+    cliprange_value: float | Tensor | None = 0.2,
     row_weight: Tensor | None = None,
     normalizer: float | Tensor | None = None,
     cu_seqlens: Tensor | None = None,
@@ -32,8 +34,10 @@ def value_loss(
     v, ret = select(values, valid, dtype), select(returns.detach(), valid, dtype)
     square = (v - ret).square()
     clipped_larger = torch.zeros_like(valid)
-    if cliprange_value is not None:
+    if isinstance(cliprange_value, Tensor) or cliprange_value not in (None, math.inf):
         old = select(old_values.detach(), valid, dtype)
+        if isinstance(cliprange_value, Tensor):  # of a traced graph, and may be infinite: then they are not read
+            old = torch.where(cliprange_value == math.inf, 0.0, old)
         clipped = (torch.clamp(v, old - cliprange_value, old + cliprange_value) - ret).square()
         clipped_larger = clipped > square
         square = torch.maximum(square, clipped)
