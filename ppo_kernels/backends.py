@@ -146,7 +146,7 @@ def _out_of_inference(x: Any) -> Any:
     return x.clone() if isinstance(x, torch.Tensor) and x.is_inference() else x
 
 
-def _vmap_by_calls(kernel: Any) -> Callable:
+def vmap_by_calls(kernel: Any) -> Callable:
     """A rule for ``torch.func.vmap``: one call per element of the batch."""
 
     def rule(info: Any, in_dims: Sequence[int | None], *args: Any) -> tuple[Any, Any]:
@@ -185,7 +185,7 @@ def register(name: str, *, fake: Callable, triton_kernel: Callable, reference: C
         for kernel in set(kernels.values()):
             torch.library.register_vmap(
                 kernel,  # type: ignore[arg-type]
-                _vmap_by_calls(kernel),
+                vmap_by_calls(kernel),
             )
 
     arguments = SCHEMAS[name].partition("(")[2].partition(") ->")[0].split(", ")

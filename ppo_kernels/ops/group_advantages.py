@@ -18,6 +18,7 @@ from ppo_kernels.ops._inputs import (
     check_number,
     check_real,
     check_shape,
+    reads_replicas,
 )
 from ppo_kernels.ops.whiten import whiten
 from ppo_kernels.reference import group_advantages as reference
@@ -40,6 +41,7 @@ BASELINES = ("rloo", "grpo", "dr_grpo")
 MODES = (*BASELINES, "reinforce++_baseline")
 
 
+@reads_replicas
 def group_advantages(
     scores: Tensor,
     group_ids: Tensor | None = None,

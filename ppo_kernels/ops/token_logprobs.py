@@ -7,7 +7,7 @@ from typing import Literal, overload
 import torch
 from torch import Tensor
 
-from ppo_kernels._types import compute_dtype
+from ppo_kernels._types import compute_dtype, wide_dtype
 from ppo_kernels.backends import register
 from ppo_kernels.ops._autograd import (
     first_order_only,
@@ -24,6 +24,7 @@ from ppo_kernels.ops._inputs import (
     check_number,
     check_tensor,
     keepable,
+    reads_replicas,
     to_mask,
     unit_last_stride,
 )
@@ -204,6 +205,7 @@ def token_logprobs(
 ) -> tuple[Tensor, Tensor]: ...
 
 
+@reads_replicas
 def token_logprobs(
     logits: Tensor,
     labels: Tensor,
@@ -272,7 +274,7 @@ def token_logprobs(
     else:
         temperature = check_number(op, "temperature", temperature, above=0.0)
         if torch.compiler.is_compiling():  # a float would become a constant of the graph
-            rows = torch.full(logits.shape[:-1], temperature, dtype=torch.float64, device=logits.device)
+            rows = torch.full(logits.shape[:-1], temperature, dtype=wide_dtype(logits.device), device=logits.device)
     if inplace_backward and not (torch.compiler.is_compiling() or transformed()):
         check_overwritable(logits)
     if validate:
@@ -331,7 +333,7 @@ def _temperature_rows(temperature: Tensor, logits: Tensor) -> Tensor:
     check_floating("token_logprobs", "temperature", temperature)
     check_device("token_logprobs", "temperature", temperature, logits.device)
     try:
-        rows = temperature.detach().to(torch.float64).expand(logits.shape[:-1])
+        rows = temperature.detach().to(wide_dtype(temperature.device)).expand(logits.shape[:-1])
     except RuntimeError as error:
         raise ValueError(
             f"token_logprobs: temperature must broadcast to the logits' shape without V {tuple(logits.shape[:-1])},"
@@ -354,6 +356,7 @@ def _validate(logits: Tensor, labels: Tensor, mask: Tensor | None, rows: Tensor 
         raise ValueError(f"token_logprobs: every temperature must be > 0, the least is {float(rows.min())}")
 
 
+@reads_replicas
 def selective_log_softmax(
     logits: Tensor, index: Tensor, temperature: float | Tensor = 1.0, row_mask: Tensor | None = None
 ) -> Tensor:
@@ -364,6 +367,7 @@ def selective_log_softmax(
     return token_logprobs(logits, index, temperature=temperature, mask=row_mask)
 
 
+@reads_replicas
 def selective_log_softmax_and_entropy(
     logits: Tensor, index: Tensor, temperature: float | Tensor = 1.0, row_mask: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
