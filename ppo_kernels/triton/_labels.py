@@ -16,7 +16,8 @@ from ppo_kernels.triton._math import INF, LN2, LOG2E, exp, expm1
 NOT_READ = tl.constexpr(-1.0)  # log_sum of a row that is masked or ignored: no softmax has a negative one
 NAN = tl.constexpr(float("nan"))
 _NO_LABEL = tl.constexpr(2**62)
-_BLOCK = 64
+_BLOCK = 64  # labels at a time
+_OTHERS = 16  # that those are compared with at a time
 _SIZES = "outer_stride inner_stride inner vocab many blocks ignore_index"
 _VALUES = "labels mask temperature_rows grad_logprobs grad_entropy logprobs entropy row_max log_sum anchors sums"
 _GENERAL = f"logits out {_SIZES} {_VALUES}".split()
@@ -122,7 +123,7 @@ def _sums(grad_logprobs, labels, log_sum, sums, vocab, many, ignore_index, BLOCK
 def _gradients(
     out, labels, temperature_rows, grad_logprobs, grad_entropy, logprobs, entropy, log_sum,
     outer_stride, inner_stride, inner, vocab, many, blocks, ignore_index, temperature: tl.float64,
-    BLOCK: tl.constexpr,
+    BLOCK: tl.constexpr, OTHERS: tl.constexpr,
 ):  # fmt: skip
     """The gradient of BLOCK labels of a row: own (1 - p) - others p, with what comes in for the same label and for the
     others. A label that a row has several times is written as often, each time the same bits."""
@@ -133,8 +134,8 @@ def _gradients(
     own = tl.zeros_like(logp)
     others = tl.zeros_like(logp)
     some = 0
-    for begin_other in range(0, many, BLOCK):
-        at_g, other, counts, known = _labels_from(labels, row, begin_other, many, many, vocab, ignore_index, BLOCK)
+    for begin_other in range(0, many, OTHERS):
+        at_g, other, counts, known = _labels_from(labels, row, begin_other, many, many, vocab, ignore_index, OTHERS)
         g = tl.load(grad_logprobs + at_g, mask=counts, other=0.0)
         some += tl.max(tl.where(g != 0.0, 1, 0), axis=0)
         g = tl.where(counts & (known == 0), NAN, g)
@@ -204,4 +205,4 @@ def write_gradients(out, data, layout, many, ignore_index, temperature):
     blocks = triton.cdiv(many, _BLOCK)
     sizes = (*layout, out.size(-1), many, blocks, ignore_index, temperature)
     programs = out.numel() // out.size(-1) * blocks
-    launch(_gradients, programs, out, *data, *sizes, num_warps=4, BLOCK=_BLOCK)
+    launch(_gradients, programs, out, *data, *sizes, num_warps=4, BLOCK=_BLOCK, OTHERS=_OTHERS)
