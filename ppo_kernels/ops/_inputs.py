@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import functools
 import math
 import numbers
-from collections.abc import Callable, Sequence
-from typing import Any, TypeVar, cast
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from ppo_kernels._types import compute_dtype, wide_dtype
-
-Function = TypeVar("Function", bound=Callable)
 
 _FLOATING = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 _MASK_DTYPES = (torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, *_FLOATING)
@@ -38,31 +34,6 @@ def _refuse_nested_and_sharded(op: str, name: str, x: Tensor) -> None:
             f"{op}: {name} is a DTensor with placements {tuple(x.placements)}, and only replicas are taken as they are;"
             " pass .to_local() if every rank holds whole rows, with group= where the op takes one, else .full_tensor()"
         )
-
-
-def reads_replicas(public: Function) -> Function:
-    """A public function that reads a DTensor which every rank holds whole as this rank's tensor, and returns tensors.
-
-    The gradient of such a DTensor is one too, with the same placements.
-    """
-
-    @functools.wraps(public)
-    def call(*arguments: Any, **options: Any) -> Any:
-        for x in (*arguments, *options.values()):
-            if type(x) is not Tensor and _is_replica(x):
-                return public(*map(_local, arguments), **{name: _local(x) for name, x in options.items()})
-        return public(*arguments, **options)
-
-    return cast(Function, call)
-
-
-def _is_replica(x: object) -> bool:
-    placements = getattr(x, "placements", None) if isinstance(x, Tensor) else None
-    return placements is not None and all(p.is_replicate() for p in placements)
-
-
-def _local(x: Any) -> Any:
-    return x.to_local() if _is_replica(x) else x
 
 
 def check_floating(op: str, name: str, x: object) -> Tensor:

@@ -7,7 +7,8 @@ from torch import Tensor
 
 from ppo_kernels._types import wide_dtype
 from ppo_kernels.backends import register, vmap_by_calls
-from ppo_kernels.ops._inputs import Tokens, check_choice, check_number, reads_replicas
+from ppo_kernels.ops._inputs import Tokens, check_choice, check_number
+from ppo_kernels.ops._public import public
 from ppo_kernels.reference import gae as reference
 
 
@@ -34,7 +35,7 @@ torch.library.register_vmap(_SCAN, vmap_by_calls(_SCAN), lib=_library)
 MASKED_STEPS = ("skip", "zero", "keep")
 
 
-@reads_replicas
+@public
 def gae(
     rewards: Tensor,
     values: Tensor,

@@ -18,8 +18,8 @@ from ppo_kernels.ops._inputs import (
     check_number,
     check_real,
     check_shape,
-    reads_replicas,
 )
+from ppo_kernels.ops._public import public
 from ppo_kernels.ops.whiten import whiten
 from ppo_kernels.reference import group_advantages as reference
 
@@ -41,7 +41,7 @@ BASELINES = ("rloo", "grpo", "dr_grpo")
 MODES = (*BASELINES, "reinforce++_baseline")
 
 
-@reads_replicas
+@public
 def group_advantages(
     scores: Tensor,
     group_ids: Tensor | None = None,

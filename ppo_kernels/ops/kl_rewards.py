@@ -14,8 +14,8 @@ from ppo_kernels.ops._inputs import (
     check_integer,
     check_shape,
     number_or_tensor,
-    reads_replicas,
 )
+from ppo_kernels.ops._public import public
 from ppo_kernels.reference import kl_rewards as reference
 
 
@@ -32,7 +32,7 @@ def _triton_kernel():
 _KL_REWARDS = register("kl_rewards", fake=_fake, triton_kernel=_triton_kernel, reference=reference.kl_rewards)
 
 
-@reads_replicas
+@public
 def kl_rewards(
     logprobs: Tensor,
     ref_logprobs: Tensor,

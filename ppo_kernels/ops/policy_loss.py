@@ -8,7 +8,8 @@ from ppo_kernels._types import KL_ESTIMATORS, PolicyStats
 from ppo_kernels.backends import register
 from ppo_kernels.ops import _fakes
 from ppo_kernels.ops._autograd import first_order_only, fused_loss
-from ppo_kernels.ops._inputs import Tokens, bound, check_choice, check_floating, number_or_tensor, reads_replicas
+from ppo_kernels.ops._inputs import Tokens, bound, check_choice, check_floating, number_or_tensor
+from ppo_kernels.ops._public import public
 from ppo_kernels.reference import policy_loss as reference
 
 
@@ -23,7 +24,7 @@ _POLICY_LOSS = register(
 )
 
 
-@reads_replicas
+@public
 def policy_loss(
     logprobs: Tensor,
     old_logprobs: Tensor,

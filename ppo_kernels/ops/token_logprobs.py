@@ -24,11 +24,11 @@ from ppo_kernels.ops._inputs import (
     check_number,
     check_tensor,
     keepable,
-    reads_replicas,
     to_mask,
     unit_last_stride,
 )
 from ppo_kernels.ops._overwrite import Chunk, check_overwritable, saved_as_they_are
+from ppo_kernels.ops._public import not_a_graph, public
 from ppo_kernels.reference import token_logprobs as reference
 
 
@@ -69,7 +69,10 @@ def _contiguous(grads):
 
 
 def _gradient(impl, logits, labels, temperature_rows, grads, rest, numbers):
-    return _BACKWARD.kernel(impl)(logits, labels, temperature_rows, *_contiguous(grads), *rest, *numbers)
+    arguments = (logits, labels, temperature_rows, *_contiguous(grads), *rest, *numbers)
+    if torch.compiler.is_compiling() or transformed():
+        return _BACKWARD.kernel(impl)(*arguments)
+    return _BACKWARD.run(impl, *arguments)
 
 
 class _TracedLogprobs(torch.autograd.Function):
@@ -102,8 +105,8 @@ class _EagerLogprobs(torch.autograd.Function):
     @staticmethod
     def forward(ctx, impl, logits, labels, mask, temperature_rows, temperature, ignore_index, entropy, inplace):
         ctx.set_materialize_grads(False)
-        logprobs, h, *sums = _TOKEN_LOGPROBS.kernel(impl)(
-            logits, labels, mask, temperature_rows, temperature, ignore_index, entropy is not False
+        logprobs, h, *sums = _TOKEN_LOGPROBS.run(
+            impl, logits, labels, mask, temperature_rows, temperature, ignore_index, entropy is not False
         )
         if ctx.needs_input_grad[1]:
             ctx.impl, ctx.numbers, ctx.entropy, ctx.inplace = impl, (temperature, ignore_index), entropy, inplace
@@ -119,6 +122,7 @@ class _EagerLogprobs(torch.autograd.Function):
         return logprobs, h
 
     @staticmethod
+    @not_a_graph
     def backward(ctx, grad_logprobs, grad_entropy=None):
         none = (None,) * 7
         if grad_logprobs is None and grad_entropy is None:
@@ -137,7 +141,7 @@ class _EagerLogprobs(torch.autograd.Function):
         chunk.begin()
         grad = chunk.logits
         upstream = _contiguous(grads)
-        _BACKWARD_INPLACE.kernel(ctx.impl)(grad, labels, temperature_rows, *upstream, *rest, *ctx.numbers)
+        _BACKWARD_INPLACE.run(ctx.impl, grad, labels, temperature_rows, *upstream, *rest, *ctx.numbers)
         chunk.end()
         return None, grad, *none
 
@@ -163,6 +167,7 @@ class _TransformedLogprobs(torch.autograd.Function):
         ctx.mark_non_differentiable(*output[1 if ctx.entropy is not True else 2 :])
 
     @staticmethod
+    @not_a_graph
     def backward(ctx, grad_logprobs, grad_entropy, *_others):
         logits, labels, temperature_rows, *rest = ctx.saved_tensors
         grads = (grad_logprobs, grad_entropy if ctx.entropy is True else None)
@@ -205,7 +210,7 @@ def token_logprobs(
 ) -> tuple[Tensor, Tensor]: ...
 
 
-@reads_replicas
+@public
 def token_logprobs(
     logits: Tensor,
     labels: Tensor,
@@ -300,7 +305,7 @@ def token_logprobs(
         entropy,
     )
     if torch.compiler.is_compiling():
-        logprobs, h = _TracedLogprobs.apply(impl, traced_input(op, logits, vmap=True), *arguments, False)
+        logprobs, h = _TracedLogprobs.apply(impl, traced_input(op, logits, kernel=True), *arguments, False)
     elif transformed():
         logprobs, h = _TransformedLogprobs.apply(impl, logits, *arguments)[:2]
     else:
@@ -356,7 +361,7 @@ def _validate(logits: Tensor, labels: Tensor, mask: Tensor | None, rows: Tensor 
         raise ValueError(f"token_logprobs: every temperature must be > 0, the least is {float(rows.min())}")
 
 
-@reads_replicas
+@public
 def selective_log_softmax(
     logits: Tensor, index: Tensor, temperature: float | Tensor = 1.0, row_mask: Tensor | None = None
 ) -> Tensor:
@@ -367,7 +372,7 @@ def selective_log_softmax(
     return token_logprobs(logits, index, temperature=temperature, mask=row_mask)
 
 
-@reads_replicas
+@public
 def selective_log_softmax_and_entropy(
     logits: Tensor, index: Tensor, temperature: float | Tensor = 1.0, row_mask: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:

@@ -8,7 +8,8 @@ from ppo_kernels._types import ValueStats
 from ppo_kernels.backends import register
 from ppo_kernels.ops import _fakes
 from ppo_kernels.ops._autograd import first_order_only, fused_loss
-from ppo_kernels.ops._inputs import Tokens, bound, reads_replicas
+from ppo_kernels.ops._inputs import Tokens, bound
+from ppo_kernels.ops._public import public
 from ppo_kernels.reference import value_loss as reference
 
 
@@ -23,7 +24,7 @@ _VALUE_LOSS = register(
 )
 
 
-@reads_replicas
+@public
 def value_loss(
     values: Tensor,
     old_values: Tensor,
