@@ -59,12 +59,8 @@ from .settings import save
 from .sft import Pretraining
 from .tokens import encode_prompts
 
-<<<<<<< HEAD
-RATIO_TOLERANCE = 1e-5
 Scored = tuple[torch.Tensor, torch.Tensor]  # log-probabilities and entropies [B, T], with their graph
 
-=======
->>>>>>> main
 
 class Trainer:
     """The models of one run, and the steps that train them."""
