@@ -248,7 +248,7 @@ class Trainer:
                 if self.ema is not None and "actor" in trained:
                     self.ema.update(self.actor.module)
                 averages.merge(seen)
-                if config.target_kl is not None and seen.reduce().get("policy/approxkl_avg", 0.0) > config.target_kl:
+                if self._moved_too_far(seen):
                     return averages.reduce()
         return averages.reduce()
 
@@ -402,6 +402,11 @@ class Trainer:
 
     def _average(self) -> list[zero_state.Slice]:
         return [] if self.ema is None else self.ema.slices(self.actor.module)
+
+    def _moved_too_far(self, seen: Averages) -> bool:
+        if self.config.target_kl is None:
+            return False
+        return seen.reduce().get("policy/approxkl_avg", 0.0) > self.config.target_kl
 
     def _stop_if_unhealthy(self) -> None:
         skipped = max(model.skipped for model in self.trained.values())
