@@ -230,7 +230,7 @@ class Trainer:
             for number, rows in enumerate(chunks):
                 seen, drift, mask = Averages(), 0.0 * one, experience.mask[rows]
                 # DeepSpeed averages gradients over ranks, so each rank divides by its share.
-                normalizer, tokens = algorithm.normalizer(mask) / ranks, mask.sum() / ranks
+                normalizer, tokens = algorithm.normalizer(mask) / ranks, mask.sum().clamp(min=1) / ranks
                 for micro in rows[shard(len(rows))].split(config.per_device_train_batch_size):
                     batch = experience[micro]
                     if "actor" in trained:
