@@ -9,6 +9,7 @@ from ppo_kernels.backends import register
 from ppo_kernels.ops import _fakes
 from ppo_kernels.ops._autograd import first_order_only, fused_loss
 from ppo_kernels.ops._inputs import Tokens, bound, check_choice, check_floating, number_or_tensor
+from ppo_kernels.ops._public import public
 from ppo_kernels.reference import policy_loss as reference
 
 
@@ -23,6 +24,7 @@ _POLICY_LOSS = register(
 )
 
 
+@public
 def policy_loss(
     logprobs: Tensor,
     old_logprobs: Tensor,
