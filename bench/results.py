@@ -245,7 +245,6 @@ def sources_table(results: Results) -> Table:
         "cuda": "ours, CUDA C++",
         "triton": "ours, Triton",
         "bare op": "ours, the registered op without the public function's checks",
-        "F.cross_entropy": "torch.nn.functional.cross_entropy with reduction none",
         "reference": 'impl="torch": our eager reference, which computes in float32',
         "eager": "the few lines that a trainer would write, in the dtype of the inputs",
         "torch.compile": "torch.compile of the reference",

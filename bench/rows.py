@@ -18,10 +18,9 @@ from ppo_kernels import _native, backends
 
 OURS = ("cpu", "cuda", "triton")
 REFERENCE, EAGER, COMPILE, BARE = "reference", "eager", "torch.compile", "bare op"
-CROSS_ENTROPY = "F.cross_entropy"
 PORTABLE = "portable loops"  # "cpu" as it is without AVX-512
 #: The order of columns.
-PROVIDERS = (*OURS, PORTABLE, BARE, REFERENCE, EAGER, CROSS_ENTROPY, COMPILE, *peers.PEERS)
+PROVIDERS = (*OURS, PORTABLE, BARE, REFERENCE, EAGER, COMPILE, *peers.PEERS)
 #: Of shapes: small ones, those of the targets with other libraries (full) and without them (quick), those for a GPU,
 #: and tiny ones, which show that every row for a GPU runs.
 SIZES = (*MEASURED, "gpu", "tiny")
@@ -114,11 +113,10 @@ class Row:
 
 
 def of(case: Case, shape: Shape, size: str, *, compiled: bool, file: str) -> list[Row]:
-    """A row for everyone who can do this work. The quick size does without other libraries."""
-    others = () if size == "quick" else peers.for_work(case.work)
+    """A row for everyone who can do this work. The quick size does without libraries beside torch."""
+    others = set(peers.for_work(case.work)) & ({"F.cross_entropy"} if size == "quick" else peers.PEERS.keys())
     left_out = {
         *([] if case.bare else [BARE]),
-        *([] if case.cross_entropy else [CROSS_ENTROPY]),
         *([] if case.portable_loops and DEVICE == "cpu" else [PORTABLE]),
         *([] if compiled else [COMPILE]),
         *([EAGER] if case.time_loop and DEVICE == "cuda" else []),  # it takes seconds
@@ -187,9 +185,7 @@ def call_of(setup: Setup, provider: str) -> Callable[[Inputs], Callable[[], obje
     if provider == COMPILE and case.time_loop:
         raise AbsentError("the loop over time would be unrolled into one graph of T steps")
     impl = {PORTABLE: "cpu", REFERENCE: "torch", COMPILE: "torch"}.get(provider, provider)
-    function = {EAGER: case.eager, BARE: case.bare, CROSS_ENTROPY: case.cross_entropy}.get(provider) or partial(
-        run, impl
-    )
+    function = {EAGER: case.eager, BARE: case.bare}.get(provider) or partial(run, impl)
     if provider == COMPILE:
         function = torch.compile(function, dynamic=False)
     return lambda inputs: partial(function, **inputs)

@@ -66,7 +66,8 @@ inline void check_estimator(int64_t estimator) {
 inline void check_leading_shape(const Tensor& x, const Tensor& logits) {
   STD_TORCH_CHECK(x.dim() == logits.dim() - 1, "expected ", logits.dim() - 1, " dimensions, got ", x.dim());
   for (int64_t d = 0; d < x.dim(); ++d) {
-    STD_TORCH_CHECK(x.size(d) == logits.size(d), "size ", x.size(d), " of dimension ", d, " should be ", logits.size(d));
+    STD_TORCH_CHECK(x.size(d) == logits.size(d), "size ", x.size(d), " of dimension ", d, " should be ",
+                    logits.size(d));
   }
 }
 

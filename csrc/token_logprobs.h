@@ -1,9 +1,31 @@
-// The two registered forms of the backward of token_logprobs, for the CPU and for CUDA.
+// What the launchers of token_logprobs share, for the CPU and for CUDA: labels per row, and the two registered forms of
+// the backward.
 #pragma once
+
+#include <vector>
 
 #include "checks.h"
 
 namespace ppo {
+
+// The sizes of a value per row of logits [..., V].
+inline std::vector<int64_t> row_sizes(const Tensor& logits) {
+  std::vector<int64_t> sizes;
+  for (int64_t d = 0; d < logits.dim() - 1; ++d) sizes.push_back(logits.size(d));
+  return sizes;
+}
+
+// K of labels [..., K], and 1 of labels [...].
+inline int64_t labels_per_row(const Tensor& labels, const Tensor& logits) {
+  const int64_t rows = logits.dim() - 1, many = labels.dim() == logits.dim() ? labels.size(rows) : 1;
+  STD_TORCH_CHECK((labels.dim() == rows || labels.dim() == rows + 1) && many >= 1,
+                  "expected labels [...] or [..., K], K >= 1, for logits [..., V]");
+  for (int64_t d = 0; d < rows; ++d) {
+    STD_TORCH_CHECK(labels.size(d) == logits.size(d), "size ", labels.size(d), " of dimension ", d,
+                    " of the labels should be ", logits.size(d));
+  }
+  return many;
+}
 
 // kInto(gradient, logits, ...) writes the gradient, kEmptyLike(logits) is memory for it.
 template <class Into, Into* kInto, auto kEmptyLike>

@@ -89,17 +89,17 @@ class Op:
             return False
         return not (torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0)
 
-    def below_autograd(self, impl: str, *args: Any) -> Any:
-        """Call the registered op eagerly from where its gradient is seen to: autograd hears nothing of it."""
-        with torch._C._AutoDispatchBelowAutograd():
-            return self.kernels[impl](*args)
-
     def call(self, impl: str, *args: Any) -> Any:
         """Call the registered op."""
         if torch.compiler.is_compiling():
             traced, args = self.traceable(impl, args)
             return traced(*args)
-        return self.kernels[impl](*args)
+        return self.run(impl, *args)
+
+    def run(self, impl: str, *args: Any) -> Any:
+        """Call the registered op eagerly, from where it is differentiated by other means or not at all."""
+        with torch._C._AutoDispatchBelowAutograd():
+            return self.kernels[impl](*args)
 
     def traceable(self, impl: str, args: tuple) -> tuple[Callable, tuple]:
         """The op for a graph, and its arguments there: the floats as one float64 tensor on the CPU.
@@ -164,7 +164,19 @@ def _out_of_inference(x: Any) -> Any:
     return x.clone() if isinstance(x, torch.Tensor) and x.is_inference() else x
 
 
-def _vmap_by_calls(kernel: Any) -> Callable:
+def _refuse_gradient(name: str) -> Callable:
+    """The backward of a registered op: without one its gradient would be 0. An exported program calls it."""
+
+    def backward(_ctx: Any, *_grads: Any) -> Any:
+        raise RuntimeError(
+            f"{name}: the registered op and what torch.export makes of it have no gradient; call ppo_kernels.{name},"
+            ' or export it with impl="torch"'
+        )
+
+    return backward
+
+
+def vmap_by_calls(kernel: Any) -> Callable:
     """A rule for ``torch.func.vmap``: one call per element of the batch."""
 
     def rule(info: Any, in_dims: Sequence[int | None], *args: Any) -> tuple[Any, Any]:
@@ -201,10 +213,8 @@ def register(name: str, *, fake: Callable, triton_kernel: Callable, reference: C
             logger.warning("%s: no Triton kernel, %s", name, error)
     if "!" not in SCHEMAS[name]:  # writes to no argument
         for kernel in set(kernels.values()):
-            torch.library.register_vmap(
-                kernel,  # type: ignore[arg-type]
-                _vmap_by_calls(kernel),
-            )
+            torch.library.register_vmap(kernel, vmap_by_calls(kernel))  # type: ignore[arg-type]
+            torch.library.register_autograd(kernel, _refuse_gradient(name))  # type: ignore[arg-type]
 
     arguments = SCHEMAS[name].partition("(")[2].partition(") ->")[0].split(", ")
     floats = tuple(i for i, argument in enumerate(arguments) if argument.startswith("float "))

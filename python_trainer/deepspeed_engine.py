@@ -217,11 +217,9 @@ def fingerprint(module: torch.nn.Module) -> str:
 
 def is_finite(tensor: torch.Tensor) -> torch.Tensor:
     """Whether all of it is, in one pass over memory: NaN spreads to the extremes, and infinity is one."""
-    return (
-        torch.stack(tensor.detach().aminmax()).isfinite().all()
-        if tensor.numel()
-        else tensor.new_ones((), dtype=torch.bool)
-    )
+    if not tensor.numel():
+        return torch.ones((), dtype=torch.bool, device=tensor.device)
+    return torch.stack(tensor.detach().aminmax()).isfinite().all()
 
 
 def all_finite(tensors: Iterable[torch.Tensor]) -> bool:

@@ -48,6 +48,7 @@ from .rollout import (
     gathered,
     learned_from,
     minibatches,
+    one_micro_batch,
     sample,
     score_tokens,
     score_tokens_and_entropy,
@@ -59,12 +60,8 @@ from .settings import save
 from .sft import Pretraining
 from .tokens import encode_prompts
 
-<<<<<<< HEAD
-RATIO_TOLERANCE = 1e-5
 Scored = tuple[torch.Tensor, torch.Tensor]  # log-probabilities and entropies [B, T], with their graph
 
-=======
->>>>>>> main
 
 class Trainer:
     """The models of one run, and the steps that train them."""
@@ -175,14 +172,13 @@ class Trainer:
         distinct, rows = config.batch_size // group, config.local_rollout_forward_batch_size
         chosen = shuffled_positions(len(self.train_prompts), config.seed, self.done * distinct, distinct)
         prompts = [self.train_prompts[index] for index in chosen for _ in range(group)]
-        scored = functools.partial(score_tokens, self.actor)
         rollout, logprobs = sample(
             self.actor,
             prompts,
             self.tokenizer,
             self.generator,
             response_length=config.response_length,
-            score=self._only_pass if self._one_pass else functools.partial(by_rows, scored, rows=rows),
+            score=self._score,
             seed=distributed.seed_of(config.seed, self.done, 1),
         )
         # Score: log-probabilities of the reference too, the critic's values, and one number for each response.
@@ -229,16 +225,16 @@ class Trainer:
         for epoch in range(config.num_ppo_epochs):
             order = distributed.seed_of(config.seed, self.done, 2, epoch)
             chunks = minibatches(len(experience.mask), algorithm.group_size, config.num_mini_batches, order)
-            if made is not None:  # in the order of the rollout
-                chunks = iter([torch.arange(len(experience.mask))])
+            if made is not None:
+                chunks = iter([torch.arange(len(experience.mask))])  # in the order of the rollout
             for number, rows in enumerate(chunks):
                 seen, drift, mask = Averages(), 0.0 * one, experience.mask[rows]
                 # DeepSpeed averages gradients over ranks, so each rank divides by its share.
-                normalizer, tokens = algorithm.normalizer(mask) / ranks, mask.sum() / ranks
+                normalizer, tokens = algorithm.normalizer(mask) / ranks, mask.sum().clamp(min=1) / ranks
                 for micro in rows[shard(len(rows))].split(config.per_device_train_batch_size):
                     batch = experience[micro]
                     if "actor" in trained:
-                        scored = made or self._forward_pass(batch.rollout)
+                        scored = made or self._forward(batch.rollout)
                         drift = drift.maximum(self._policy_gradients(batch, scored, normalizer, tokens, seen))
                     if "critic" in trained:
                         self._value_gradients(batch, tokens, seen)
@@ -256,23 +252,18 @@ class Trainer:
                     return averages.reduce()
         return averages.reduce()
 
-    @property
-    def _one_pass(self) -> bool:
-        """Whether a rollout has one update of one micro-batch: its forward pass then is what scores the responses.
-
-        The ratio is 1 by construction then, and sampling is compared with that pass by `sample` alone.
-        """
+    def _score(self, rollout: Rollout) -> torch.Tensor:
+        """The policy's log-probabilities. The forward pass of the only update of a rollout is kept for it."""
         config = self.config
-        updates = config.num_ppo_epochs * config.num_mini_batches
-        fits = config.batch_size <= config.per_device_train_batch_size * distributed.world_size()
-        return updates == 1 and fits and self.done >= config.critic_warmup_steps
-
-    def _only_pass(self, rollout: Rollout) -> torch.Tensor:
+        if self.done < config.critic_warmup_steps or not one_micro_batch(config):
+            return by_rows(
+                functools.partial(score_tokens, self.actor), rollout, config.local_rollout_forward_batch_size
+            )
         with torch.enable_grad():
-            self.pass_of_update = self._forward_pass(rollout)
+            self.pass_of_update = self._forward(rollout)
         return self.pass_of_update[0].detach()
 
-    def _forward_pass(self, rollout: Rollout) -> Scored:
+    def _forward(self, rollout: Rollout) -> Scored:
         return score_tokens_and_entropy(self.actor, rollout, differentiable=self.config.entropy_coef != 0)
 
     def _policy_gradients(

@@ -292,6 +292,15 @@ def check_ratio(drift: float, step: int, config: PPOConfig) -> None:
         tqdm.write(f"warning: {text} (rounding, or sampling-time and training-time scoring disagree)")
 
 
+def one_micro_batch(config: PPOConfig) -> bool:
+    """Whether a rollout has one update, of one micro-batch on each rank. Its ratio is 1 by construction then.
+
+    What `sample` compares the generator with is the forward pass of that update.
+    """
+    fits = config.batch_size <= config.per_device_train_batch_size * distributed.world_size()
+    return fits and config.num_ppo_epochs * config.num_mini_batches == 1
+
+
 def learned_from(experience: Experience, config: PPOConfig, group_size: int) -> Experience:
     """Without the tokens of responses that the settings leave out: those that are cut, and groups that score alike."""
     kept = torch.ones_like(experience.ended)

@@ -135,7 +135,6 @@ class Case:
     eager: Callable[..., object] | None = None  # the same in the few lines of a trainer; its outputs are our first ones
     time_loop: bool = False  # ... which are a Python loop over time
     bare: Callable[..., object] | None = None  # the registered op without the public function around it
-    cross_entropy: Callable[..., object] | None = None  # torch's own fused function, where there is one
     portable_loops: bool = False  # the CPU op has loops for AVX-512, which a row compares with the portable ones
     moved: Callable[[Inputs], int] | None = None  # bytes that the passes over memory read and write
     tolerance: float = 1e-5

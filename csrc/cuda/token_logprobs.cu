@@ -1,5 +1,6 @@
 #include "cuda/launch.cuh"
 #include "cuda/token_logprobs.cuh"
+#include "cuda/token_logprobs_backward.cuh"
 #include "token_logprobs.h"
 
 namespace ppo {
@@ -48,11 +49,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> token_logprobs(const Tensor& logits, 
   check_logits(logits);
   const Launcher launch(logits);
   const int64_t vocab = logits.size(logits.dim() - 1), rows = logits.numel() / vocab;
-  const RowVector<int64_t> label(labels, rows);
+  const int64_t many = labels_per_row(labels, logits);
+  const RowVector<int64_t> label(labels, rows * many);
   const RowVector<uint8_t> valid(mask, rows);
   const RowVector<double> tau(temperature_rows, rows);
-  const auto row_value = [&] { return empty(labels.sizes(), ScalarType::Float, logits); };
-  const Tensor logp = row_value(), row_max = row_value(), log_sum = row_value();
+  const auto row_value = [&] { return empty(row_sizes(logits), ScalarType::Float, logits); };
+  const Tensor logp = empty(labels.sizes(), ScalarType::Float, logits), row_max = row_value(), log_sum = row_value();
   const Tensor h = entropy ? row_value() : empty({0}, ScalarType::Float, logits);
   dispatch_logits(logits, [&](auto zero) {
     using T = decltype(zero);
@@ -65,6 +67,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> token_logprobs(const Tensor& logits, 
     const LogprobInputs<T> in{data_of<const T>(logits),
                               logit_rows(logits),
                               label.data(),
+                              many,
                               valid.data(),
                               tau.data(),
                               temperature,
@@ -81,13 +84,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> token_logprobs(const Tensor& logits, 
 
 void backward_into(const Tensor& out, const Tensor& logits, const Tensor& labels, const OptTensor& temperature_rows,
                    const OptTensor& grad_logprobs, const OptTensor& grad_entropy, const Tensor& logprobs,
-                   const Tensor& entropy, const Tensor& row_max, const Tensor& log_sum, double temperature) {
+                   const Tensor& entropy, const Tensor& row_max, const Tensor& log_sum, double temperature,
+                   int64_t ignore_index) {
   check_logits(logits);
   const Launcher launch(logits);
   const int64_t vocab = logits.size(logits.dim() - 1), rows = logits.numel() / vocab;
-  const RowVector<int64_t> label(labels, rows);
+  const int64_t many = labels_per_row(labels, logits);
+  const RowVector<int64_t> label(labels, rows * many);
   const RowVector<double> tau(temperature_rows, rows);
-  const RowVector<float> g_logp(grad_logprobs, rows), g_h(grad_entropy, rows), logp(logprobs, rows),
+  const RowVector<float> g_logp(grad_logprobs, rows * many), logp(logprobs, rows * many), g_h(grad_entropy, rows),
       h(grad_entropy.has_value() ? OptTensor(entropy) : std::nullopt, rows), max(row_max, rows), sum(log_sum, rows);
   dispatch_logits(logits, [&](auto zero) {
     using T = decltype(zero);
@@ -98,8 +103,10 @@ void backward_into(const Tensor& out, const Tensor& logits, const Tensor& labels
                                logit_rows(logits),
                                logit_rows(out),
                                label.data(),
+                               many,
                                tau.data(),
                                temperature,
+                               ignore_index,
                                g_logp.data(),
                                g_h.data(),
                                logp.data(),
@@ -108,6 +115,9 @@ void backward_into(const Tensor& out, const Tensor& logits, const Tensor& labels
                                sum.data(),
                                static_cast<unsigned>(tiles)};
     launch(token_logprobs_backward_kernel<T>, rows * tiles, kGradientThreads, in);
+    if (many == 1 || !grad_logprobs.has_value()) return;
+    const int64_t parts = (many + kGradientThreads - 1) / kGradientThreads;
+    launch(label_gradients_kernel<T>, rows * parts, kGradientThreads, in, static_cast<unsigned>(parts));
   });
 }
 

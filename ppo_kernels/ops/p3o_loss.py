@@ -9,6 +9,7 @@ from ppo_kernels.backends import register
 from ppo_kernels.ops import _fakes
 from ppo_kernels.ops._autograd import first_order_only, fused_loss
 from ppo_kernels.ops._inputs import Tokens, bound, check_choice, check_integer_option, number_or_tensor
+from ppo_kernels.ops._public import public
 from ppo_kernels.reference import p3o_loss as reference
 
 
@@ -25,6 +26,7 @@ _P3O_LOSS = register(
 VARIANTS = ("separate", "joint")
 
 
+@public
 def p3o_loss(
     logprobs: Tensor,
     old_logprobs: Tensor,

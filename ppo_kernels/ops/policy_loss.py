@@ -19,6 +19,7 @@ from ppo_kernels.ops._inputs import (
     mask_as_it_is,
     number_or_tensor,
 )
+from ppo_kernels.ops._public import public
 from ppo_kernels.reference import policy_loss as reference
 
 
@@ -33,6 +34,7 @@ _POLICY_LOSS = register(
 )
 
 
+@public
 def policy_loss(
     logprobs: Tensor,
     old_logprobs: Tensor,

@@ -10,6 +10,7 @@ from ppo_kernels.backends import register
 from ppo_kernels.ops import _fakes
 from ppo_kernels.ops._autograd import first_order_only, fused_loss
 from ppo_kernels.ops._inputs import Tokens, as_they_are, bound, mask_as_it_is
+from ppo_kernels.ops._public import public
 from ppo_kernels.reference import value_loss as reference
 
 
@@ -24,6 +25,7 @@ _VALUE_LOSS = register(
 )
 
 
+@public
 def value_loss(
     values: Tensor,
     old_values: Tensor,

@@ -10,6 +10,7 @@ from torch import Tensor
 from ppo_kernels._types import ValueStats, compute_dtype
 from ppo_kernels.reference.rows import (
     find_rows,
+    how_many,
     masked_mean,
     reduce_loss,
     select,
@@ -44,12 +45,14 @@ def value_loss(
     total, count = reduce_loss(0.5 * square, valid, rows, row_weight, normalizer)
 
     with torch.no_grad():
-        error, target = v.double() - ret.double(), ret.double()
-        error_mean = masked_mean(error, valid)
-        var_target = masked_mean((target - masked_mean(target, valid)).square(), valid)
-        var_error = masked_mean((error - error_mean).square(), valid)
+        number = how_many(valid)
+        target = ret.to(number.dtype)
+        error = v.to(number.dtype) - target
+        error_mean = masked_mean(error, valid, number)
+        var_target = masked_mean((target - masked_mean(target, valid, number)).square(), valid, number)
+        var_error = masked_mean((error - error_mean).square(), valid, number)
         stats = ValueStats(
-            clipfrac=masked_mean(clipped_larger, valid),
+            clipfrac=masked_mean(clipped_larger, valid, number),
             error_mean=error_mean,
             explained_variance=torch.where(var_target > 0, 1.0 - var_error / var_target, 0.0),
             count=count,

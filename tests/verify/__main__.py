@@ -18,12 +18,22 @@ LOGS = ROOT / "build" / "verify"
 OPS = "--ignore tests/verify --ignore tests/trainer --ignore tests/test_bench.py"
 WITH_CUDA = "tests --ignore tests/trainer --ignore tests/test_bench.py " + " ".join(
     f"--ignore tests/verify/{name}"
-    for name in ("aot", "mutants", "trainer", "test_build.py", "test_gpu.py", "test_gpu_run.py", "test_template.py")
+    for name in (
+        "aot",
+        "mutants",
+        "trainer",
+        "test_build.py",
+        "test_inductor.py",
+        "test_gpu.py",
+        "test_gpu_run.py",
+        "test_template.py",
+    )
 )
 PARTS = {
     "patches": "pytest tests/verify/mutants",
     "build": "pytest tests/verify/test_build.py",
     "template": "pytest tests/verify/test_template.py",
+    "inductor": "pytest tests/verify/test_inductor.py",
     "metamorphic": "pytest tests/verify/test_metamorphic.py tests/verify/test_triton_losses.py",
     "aot": "pytest tests/verify/aot -rs",
     "host_cuda": f"PPO_KERNELS_HOST_CUDA=1 pytest {WITH_CUDA} -n 2 --dist loadfile --tier whole -k cuda",
