@@ -85,10 +85,10 @@ def gae(
         lam = check_number("gae", "lam", lam, least=0.0, most=1.0)
     code = check_choice("gae", "masked_steps", masked_steps, MASKED_STEPS)
     if not validate and _GAE.shortcut(impl, lam_tensor, bootstrap_value, cu_seqlens):
-        plain = as_they_are((torch.float32,), rewards, values) and mask_as_it_is(mask)
-        if plain and not (rewards.requires_grad or values.requires_grad):
+        plain = as_they_are((torch.float32,), rewards, values)
+        if plain and mask_as_it_is(mask):
             try:
-                return _GAE.kernels["cpu"](rewards, values, mask, None, None, None, gamma, lam, code)
+                return _GAE.run("cpu", rewards, values, mask, None, None, None, gamma, lam, code)
             except RuntimeError:
                 pass
     tokens = Tokens(
