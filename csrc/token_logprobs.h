@@ -19,6 +19,7 @@ struct TokenLogprobsBackward<void(const Tensor&, const Tensor&, Rest...), kInto,
   }
   static void in_place(const Tensor& logits, Rest... rest) {
     PPO_COUNT("token_logprobs_backward_");
+    check_no_overlap("logits", logits);
     kInto(logits, logits, rest...);
   }
 };

@@ -174,7 +174,7 @@ auto dispatch_logits(const Tensor& logits, F&& f) {
     case ScalarType::Float:
       return f(float{}, float{});
     default:
-      STD_TORCH_CHECK(logits.scalar_type() == ScalarType::Double, "expected floating logits");
+      PPO_CHECK(logits.scalar_type() == ScalarType::Double, "expected floating logits");
   }
   return f(double{}, double{});
 }
@@ -185,15 +185,17 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> token_logprobs(const Tensor& logits, 
                                                           const OptTensor& mask, const OptTensor& temperature_rows,
                                                           double temperature, int64_t ignore_index, bool entropy) {
   PPO_COUNT("token_logprobs");
+  check_no_tangent(logits);
   check_logits(logits);
   const RowOffsets offsets(logits);
   const int64_t vocab = logits.size(logits.dim() - 1), rows = logits.numel() / vocab;
   return dispatch_logits(logits, [&](auto in_zero, auto zero) {
     using In = decltype(in_zero);
     using T = decltype(zero);
-    const RowVector<int64_t> label(labels, rows);
-    const RowVector<double> tau(temperature_rows, rows);
-    const RowVector<uint8_t> valid(mask, rows);
+    const Sizes shape = leading_sizes(logits);
+    const RowVector<int64_t> label("labels", labels, shape);
+    const RowVector<double> tau("temperature_rows", temperature_rows, shape);
+    const RowVector<uint8_t> valid("mask", mask, shape);
     const auto row_value = [&] { return empty(labels.sizes(), dtype_of<T>(), logits); };
     Tensor logp_out = row_value(), max_out = row_value(), sum_out = row_value();
     Tensor entropy_out = entropy ? row_value() : empty({0}, dtype_of<T>(), logits);
@@ -206,7 +208,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> token_logprobs(const Tensor& logits, 
       SoftmaxRow row{0.0, 0.0, 0.0, kNotRead};
       if (label[i] != ignore_index && (!valid || valid[i] != 0)) {
         T target = std::numeric_limits<T>::quiet_NaN();  // stays so for a label outside the row
-        const double c = kLog2E / (tau ? tau[i] : temperature);
+        const double c = kLog2E / usable_temperature<T>(tau ? tau[i] : temperature);
         SoftmaxPart others = empty_softmax();
         if (label[i] >= 0 && label[i] < vocab) {
           others = scan_row(data + offsets(i), vocab, label[i], c, entropy, &target);
@@ -245,24 +247,31 @@ void backward_row(const In* in, int64_t vocab, int64_t label, GradOutput g, doub
 void backward_into(const Tensor& out, const Tensor& logits, const Tensor& labels, const OptTensor& temperature_rows,
                    const OptTensor& grad_logprobs, const OptTensor& grad_entropy, const Tensor& logprobs,
                    const Tensor& entropy, const Tensor& row_max, const Tensor& log_sum, double temperature) {
+  check_no_tangent(logits);
+  if (grad_logprobs.has_value()) check_no_tangent(*grad_logprobs);
+  if (grad_entropy.has_value()) check_no_tangent(*grad_entropy);
   check_logits(logits);
   const RowOffsets offsets(logits), out_offsets(out);
   const int64_t vocab = logits.size(logits.dim() - 1), rows = logits.numel() / vocab;
   dispatch_logits(logits, [&](auto in_zero, auto zero) {
     using In = decltype(in_zero);
     using T = decltype(zero);
-    const auto row_data = [&](const OptTensor& x) { return RowVector<T>(x, rows); };
-    const RowVector<int64_t> label(labels, rows);
-    const RowVector<double> tau(temperature_rows, rows);
-    const RowVector<T> g_logp = row_data(grad_logprobs), g_h = row_data(grad_entropy);
-    const RowVector<T> logp = row_data(logprobs), max = row_data(row_max), sum = row_data(log_sum);
-    const RowVector<T> h = row_data(grad_entropy.has_value() ? OptTensor(entropy) : std::nullopt);
+    const auto row_data = [&](const char* name, const OptTensor& x) {
+      return RowVector<T>(name, x, leading_sizes(logits));
+    };
+    const Sizes shape = leading_sizes(logits);
+    const RowVector<int64_t> label("labels", labels, shape);
+    const RowVector<double> tau("temperature_rows", temperature_rows, shape);
+    const RowVector<T> g_logp = row_data("grad_logprobs", grad_logprobs), g_h = row_data("grad_entropy", grad_entropy);
+    const RowVector<T> logp = row_data("logprobs", logprobs), max = row_data("row_max", row_max),
+                       sum = row_data("log_sum", log_sum);
+    const RowVector<T> h = row_data("entropy", grad_entropy.has_value() ? OptTensor(entropy) : std::nullopt);
     const auto* data = data_of<const In>(logits);
     auto* gradient = data_of<In>(out);
     for_each(rows, row_grain(vocab), [&](int64_t i) {
       const GradOutput g{g_logp ? static_cast<double>(g_logp[i]) : 0.0, g_h ? static_cast<double>(g_h[i]) : 0.0};
-      backward_row<In, T>(data + offsets(i), vocab, label[i], g, tau ? tau[i] : temperature, logp[i], h ? h[i] : T(0),
-                          max[i], sum[i], gradient + out_offsets(i));
+      backward_row<In, T>(data + offsets(i), vocab, label[i], g, usable_temperature<T>(tau ? tau[i] : temperature),
+                          logp[i], h ? h[i] : T(0), max[i], sum[i], gradient + out_offsets(i));
     });
     return 0;
   });
@@ -276,7 +285,7 @@ using Backward = TokenLogprobsBackward<decltype(backward_into), &backward_into, 
 }  // namespace ppo
 
 STABLE_TORCH_LIBRARY_IMPL(ppo_kernels, CPU, m) {
-  m.impl("token_logprobs", TORCH_BOX(&ppo::token_logprobs));
-  m.impl("token_logprobs_backward", TORCH_BOX(&ppo::Backward::returned));
-  m.impl("token_logprobs_backward_", TORCH_BOX(&ppo::Backward::in_place));
+  PPO_IMPL(m, "token_logprobs", ppo::token_logprobs);
+  PPO_IMPL(m, "token_logprobs_backward", ppo::Backward::returned);
+  PPO_IMPL(m, "token_logprobs_backward_", ppo::Backward::in_place);
 }

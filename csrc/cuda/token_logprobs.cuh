@@ -271,7 +271,8 @@ __global__ void __launch_bounds__(kLogitThreads, kLogitBlocks)
     return;
   }
   const T* row = in.logits + in.rows.offset(i);
-  const double c = kLog2E / (in.temperature_rows != nullptr ? in.temperature_rows[i] : in.temperature);
+  const double c =
+      kLog2E / usable_temperature<float>(in.temperature_rows != nullptr ? in.temperature_rows[i] : in.temperature);
   const int64_t chunks = (vocab + kChunkLogits<T> - 1) / kChunkLogits<T>;
   ChunkPart* parts = out.parts + i * chunks;
   const int64_t step = int64_t{out.blocks_per_row} * kLogitWarps;
@@ -322,7 +323,8 @@ __device__ GradientRow gradient_row(const GradientInputs<T>& in, int64_t i) {
   const double g_entropy = in.grad_entropy != nullptr ? in.grad_entropy[i] : 0.0;
   const double log_sum = in.log_sum[i];
   if (log_sum == kNotRead || (g_logp == 0.0 && g_entropy == 0.0)) return {0, 0, 0, 0, 0, 0, true};
-  const double tau = in.temperature_rows != nullptr ? in.temperature_rows[i] : in.temperature;
+  const double tau =
+      usable_temperature<float>(in.temperature_rows != nullptr ? in.temperature_rows[i] : in.temperature);
   const double h = in.grad_entropy != nullptr ? in.entropy[i] : 0.0;
   const SoftmaxGradient row(g_logp, g_entropy, tau, in.logprobs[i], h, log_sum);
   const auto to_single = [](double x) { return static_cast<float>(x); };

@@ -23,8 +23,10 @@ def token_logprobs(
         live = live & (mask != 0)
     in_range = (labels >= 0) & (labels < logits.size(-1))
     z = torch.where(live[..., None], logits.to(dtype), 0.0)
-    z = z / (temperature[..., None].to(dtype) if isinstance(temperature, Tensor) else temperature)
-    log_p = torch.log_softmax(z, -1)
+    tau = temperature[..., None] if isinstance(temperature, Tensor) else torch.as_tensor(temperature, dtype=dtype)
+    least = torch.finfo(dtype).tiny  # beyond it and its inverse the softmax is as good as its limit
+    tau = torch.where(tau > 0, tau.to(dtype).clamp(least, 1 / least), float("nan"))
+    log_p = torch.log_softmax((z - z.detach().amax(-1, keepdim=True)) / tau, -1)  # or z / tau may be infinite
     # Multiplying by NaN, rather than selecting it, makes the gradient of a bad row NaN as well.
     poison = torch.where(in_range, 1.0, float("nan")).to(dtype)
     chosen = log_p.gather(-1, torch.where(in_range, labels, 0).to(torch.int64)[..., None]).squeeze(-1)

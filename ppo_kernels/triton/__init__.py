@@ -14,6 +14,8 @@ from collections.abc import Callable
 
 import torch
 
+from ppo_kernels._registered import checked, guard_overwritten
+
 #: Whether kernels run in Triton's interpreter: on CPU tensors, slowly, for tests. Read when Triton is imported.
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "y", "yes", "t", "true", "on")
 INSTALLED = importlib.util.find_spec("triton") is not None
@@ -41,7 +43,9 @@ def register(schema: str, fake: Callable, find_launcher: Callable[[], Callable])
 
     _library.define(schema)
     for device_type in DEVICE_TYPES:
-        _library.impl(name, call, device_type.upper())
+        _library.impl(name, checked(schema, call), device_type.upper())
+    if "!" in schema:
+        guard_overwritten(_library, schema)
     torch.library.register_fake(f"ppo_kernels_triton::{name}", fake, lib=_library)
     return getattr(torch.ops.ppo_kernels_triton, name).default
 

@@ -7,9 +7,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ppo_kernels._registered import overlaps_itself, require, require_no_tangent
 from ppo_kernels._types import compute_dtype
 from ppo_kernels.triton import INTERPRETED
-from ppo_kernels.triton._launch import as_vector, launch, mask_bytes, require, require_unit_stride
+from ppo_kernels.triton._launch import as_vector, launch, mask_bytes, require_unit_stride
 from ppo_kernels.triton._math import INF, LN2, LOG2E, exp, expm1_minus, log1p
 
 NOT_READ = tl.constexpr(-1.0)  # log_sum of a row that is masked or ignored: no softmax has a negative one
@@ -36,12 +37,13 @@ def _misalignment(start, K: tl.constexpr):
 
 
 @triton.jit
-def _log2_per_logit(temperature_rows, temperature, row):
-    """log2(e) / temperature, float64."""
+def _log2_per_logit(temperature_rows, temperature, row, DTYPE: tl.constexpr):
+    """log2(e) / temperature, float64, at the nearest temperature at which it is a normal number of DTYPE."""
     tau = tl.full((), 0.0, tl.float64) + temperature
     if temperature_rows is not None:
         tau = tl.load(temperature_rows + row)
-    return LOG2E / tau
+    least = tl.full((), 2.0**-1022 if DTYPE.primitive_bitwidth == 64 else 2.0**-126, tl.float64)
+    return LOG2E / tl.where(tau > 0.0, tl.minimum(tl.maximum(tau, least), 1.0 / least), NAN)
 
 
 @triton.jit
@@ -122,7 +124,7 @@ def _forward(
     label = tl.where(read, label, 0).to(tl.int32)
     start = _row_start(logits, row, outer_stride, inner_stride, inner)
     target = tl.load(start + label, mask=read, other=-INF).to(DTYPE)
-    c64 = _log2_per_logit(temperature_rows, temperature, row)
+    c64 = _log2_per_logit(temperature_rows, temperature, row, DTYPE)
     c = c64.to(DTYPE)
     shift = _misalignment(start, K)
     vectors = tl.multiple_of(start - shift, 16)
@@ -232,7 +234,7 @@ def _backward(
     logp = tl.load(logprobs + row)
     logz = tl.load(log_sum + row)
     base = tl.load(row_max + row)
-    c64 = _log2_per_logit(temperature_rows, temperature, row)
+    c64 = _log2_per_logit(temperature_rows, temperature, row, DTYPE)
     per_tau = (c64 * LN2).to(DTYPE)
     c = c64.to(DTYPE)
     scale = exp(-logz) * per_tau
@@ -314,9 +316,10 @@ def _phase(x: Tensor, *strides: int) -> list[int]:
 
 
 def _check_logits(logits: Tensor) -> None:
-    require(logits.is_floating_point() and logits.dim() > 0, "expected floating logits [..., V]")
-    require(1 <= logits.size(-1) < 2**30, "expected 1 <= V < 2^30")
-    require_unit_stride(logits)
+    require(logits.is_floating_point(), f"logits must be floating, got {logits.dtype}")
+    fits = logits.dim() > 0 and 1 <= logits.size(-1) < 2**30
+    require(fits, f"logits must be [..., V] with 1 <= V < 2^30, got {list(logits.shape)}")
+    require_unit_stride("logits", logits)
 
 
 def token_logprobs(
@@ -328,9 +331,10 @@ def token_logprobs(
     ignore_index: int,
     entropy: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    require_no_tangent(logits)
     _check_logits(logits)
     vocab, dtype = logits.size(-1), compute_dtype(logits)
-    rows = logits.numel() // vocab
+    leading, rows = logits.shape[:-1], logits.numel() // vocab
     layout = _leading(logits)
     if layout is None:
         logits = logits.contiguous()
@@ -339,9 +343,9 @@ def token_logprobs(
     h = logits.new_empty(labels.shape if entropy else 0, dtype=dtype)
     warps, shape = _shape(vocab, logits.dtype)
     row_data = (
-        as_vector(labels, rows, torch.int64, logits),
-        as_vector(mask_bytes(mask, labels), rows, torch.uint8, logits),
-        as_vector(temperature_rows, rows, torch.float64, logits),
+        as_vector("labels", labels, leading, torch.int64),
+        as_vector("mask", mask_bytes(mask, labels), leading, torch.uint8),
+        as_vector("temperature_rows", temperature_rows, leading, torch.float64),
     )
     outputs = (logprobs, h if entropy else None, row_max, log_sum)
     sizes = (*layout, vocab, ignore_index, temperature)
@@ -355,6 +359,7 @@ def token_logprobs_backward(logits: Tensor, *rest) -> Tensor:
 
 
 def token_logprobs_backward_(logits: Tensor, *rest) -> None:
+    require(not overlaps_itself(logits), f"logits is overwritten and must not overlap itself, got {logits.stride()}")
     _write_gradient(logits, logits, *rest)
 
 
@@ -372,9 +377,10 @@ def _write_gradient(
     temperature: float,
 ) -> Tensor:
     """Write the gradient to ``out``: contiguous, or the logits themselves."""
+    require_no_tangent(logits, grad_logprobs, grad_entropy)
     _check_logits(logits)
     vocab, dtype = logits.size(-1), compute_dtype(logits)
-    rows = logits.numel() // vocab
+    leading, rows = logits.shape[:-1], logits.numel() // vocab
     layout = _leading(logits)
     to = out
     truncates = INTERPRETED and out.dtype == torch.bfloat16
@@ -389,11 +395,12 @@ def _write_gradient(
     if to.dtype != logits.dtype or _phase(to, *to_strides) != _phase(logits, *layout[:2]):
         shape |= {"U": 8, "K": 1}  # no vectors: those of the logits and of the gradient hold different columns
     tiles = triton.cdiv(vocab + shape["K"] - 1, _TILE)
-    h = None if grad_entropy is None else entropy
+    row_values = {"grad_logprobs": grad_logprobs, "grad_entropy": grad_entropy, "logprobs": logprobs}
+    row_values |= {"entropy": None if grad_entropy is None else entropy, "row_max": row_max, "log_sum": log_sum}
     row_data = (
-        as_vector(labels, rows, torch.int64, logits),
-        as_vector(temperature_rows, rows, torch.float64, logits),
-        *(as_vector(x, rows, dtype, logits) for x in (grad_logprobs, grad_entropy, logprobs, h, row_max, log_sum)),
+        as_vector("labels", labels, leading, torch.int64),
+        as_vector("temperature_rows", temperature_rows, leading, torch.float64),
+        *(as_vector(name, x, leading, dtype) for name, x in row_values.items()),
     )
     sizes = (*layout[:2], *to_strides, inner, vocab, tiles, temperature)
     launch(_backward, rows * tiles, logits, to, *row_data, *sizes, num_warps=warps, fp_fusion=True, TILE=_TILE, **shape)
