@@ -13,7 +13,6 @@
 #include <torch/headeronly/core/ScalarType.h>
 
 #include <algorithm>
-#include <array>
 #include <cstdint>
 #include <optional>
 #include <sstream>
@@ -70,6 +69,8 @@ inline const char* dtype_name(ScalarType dtype) {
       return "int64";
     case ScalarType::Int:
       return "int32";
+    case ScalarType::Short:
+      return "int16";
     case ScalarType::Bool:
       return "bool";
     default:
@@ -174,17 +175,6 @@ class SameDevice {
   int position_ = 0;
   int32_t type_ = 0, index_ = 0;
 };
-
-// What an op is differentiated in has no tangent, which would be lost in silence. Asking costs 0.7 us, and so only what
-// has a gradient is asked. The one level there is has the number 0.
-inline void check_no_tangent(const Tensor& x) {
-  std::array<StableIValue, 2> stack{torch::stable::detail::from(x), torch::stable::detail::from(int64_t{0})};
-  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::_unpack_dual", "", stack.data(), TORCH_ABI_VERSION));
-  const auto primal = torch::stable::detail::to<Tensor>(stack[0]);
-  const auto tangent = torch::stable::detail::to<Tensor>(stack[1]);
-  PPO_CHECK(!tangent.defined(),
-            "forward-mode differentiation (jvp, jacfwd, hessian) is not supported; use grad, vjp or jacrev");
-}
 
 // An op as it is registered: its calls are checked for what its signature tells, and what it refuses begins with its
 // name.

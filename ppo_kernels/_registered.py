@@ -1,4 +1,4 @@
-"""What every registered op checks itself where it runs in Python: its fake, its Triton kernel, and what it overwrites.
+"""What every registered op checks itself where it runs in Python: its fake, its Triton kernel, and what autograd knows.
 
 The compiled ops check the same in ``csrc/checks.h``. Compiled graphs and C++ callers hand over what no public function
 has seen, so that all of it is refused here in one sentence, without a look at a value: that would wait for a GPU.
@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 
 class Refusal(RuntimeError):
@@ -53,15 +54,25 @@ def _require_one_device(names: Sequence[str], args: Sequence[object], on_cpu: st
         require(x.device == wanted, f"{name} is on {x.device} and must be on {wanted}, as {names[0]} is on {device}")
 
 
-def require_no_tangent(*tensors: Tensor | None) -> None:
-    """What an op is differentiated in has no tangent, which would be lost in silence."""
-    forward_ad = torch.autograd.forward_ad
-    if forward_ad._current_level < 0:
-        return
-    require(
-        all(x is None or forward_ad.unpack_dual(x).tangent is None for x in tensors),
-        "forward-mode differentiation (jvp, jacfwd, hessian) is not supported; use grad, vjp or jacrev",
-    )
+def forward_mode_message(op: str) -> str:
+    return f"{op}: forward-mode differentiation (jvp, jacfwd, hessian) is not supported; use grad, vjp or jacrev"
+
+
+def guard_tangents(library: torch.library.Library, schema: str) -> None:
+    """Refuse dual tensors for an op that has a gradient: their tangents would be lost in silence."""
+    name = schema.partition("(")[0]
+    op = getattr(getattr(torch.ops, library.ns), name).default
+
+    def call(keyset: torch._C.DispatchKeySet, *args: object) -> object:
+        if forward_ad._current_level >= 0 and any(isinstance(x, Tensor) and _is_dual(x) for x in args):
+            raise RuntimeError(forward_mode_message(name))
+        return op.redispatch(keyset & torch._C._after_autograd_keyset, *args)
+
+    library.impl(name, call, "Autograd", with_keyset=True)
+
+
+def _is_dual(x: Tensor) -> bool:
+    return forward_ad.unpack_dual(x).tangent is not None
 
 
 def overlaps_itself(x: Tensor) -> bool:
@@ -72,6 +83,14 @@ def overlaps_itself(x: Tensor) -> bool:
             return x.numel() > 0
         reach += (size - 1) * stride
     return False
+
+
+def guard(library: torch.library.Library, schema: str, *, differentiable: bool) -> None:
+    """Register for an op of the library what it has to do with autograd."""
+    if differentiable:
+        guard_tangents(library, schema)
+    if "!" in schema:
+        guard_overwritten(library, schema)
 
 
 def guard_overwritten(library: torch.library.Library, schema: str) -> None:

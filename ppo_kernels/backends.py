@@ -18,7 +18,7 @@ import torch
 
 from ppo_kernels import __all__ as _public_names
 from ppo_kernels import _native, triton
-from ppo_kernels._registered import arguments, checked, guard_overwritten, require
+from ppo_kernels._registered import arguments, checked, guard, require
 from ppo_kernels._schemas import SCHEMAS
 
 logger = logging.getLogger("ppo_kernels")
@@ -54,6 +54,7 @@ class Op:
     #: Positions of the float arguments, and by implementation the op that takes them as one tensor.
     floats: tuple[int, ...]
     traced: dict[str, Callable]
+    differentiable: bool
 
     def implementations(self, device_type: str) -> tuple[str, ...]:
         """The implementations that can run on a device type here, best first."""
@@ -172,7 +173,14 @@ def _vmap_by_calls(kernel: Any) -> Callable:
     return rule
 
 
-def register(name: str, *, fake: Callable, triton_kernel: Callable, reference: Callable | None = None) -> Op:
+def register(
+    name: str,
+    *,
+    fake: Callable,
+    triton_kernel: Callable,
+    reference: Callable | None = None,
+    differentiable: bool = False,
+) -> Op:
     """Make the op of this name in ``csrc/ops.cpp`` callable and traceable.
 
     Args:
@@ -180,6 +188,7 @@ def register(name: str, *, fake: Callable, triton_kernel: Callable, reference: C
         triton_kernel: returns the function that launches the Triton kernel. It is called at the first launch, because
             importing that function imports Triton.
         reference: the same in eager PyTorch; a backward op has none.
+        differentiable: whether the op, or the one that it is the backward of, has a gradient.
     """
     schema = SCHEMAS[name]
     fake = checked(schema, fake)
@@ -189,11 +198,10 @@ def register(name: str, *, fake: Callable, triton_kernel: Callable, reference: C
             kernels[impl] = getattr(torch.ops.ppo_kernels, name).default
     if kernels:
         torch.library.register_fake(f"ppo_kernels::{name}", fake)
-        if "!" in schema:
-            guard_overwritten(_library, schema)
+        guard(_library, schema, differentiable=differentiable)
     if triton.INSTALLED:
         try:
-            kernels["triton"] = triton.register(schema, fake, triton_kernel)
+            kernels["triton"] = triton.register(schema, fake, triton_kernel, differentiable=differentiable)
         except RuntimeError as error:  # torch cannot parse the schema: the reference needs none
             logger.warning("%s: no Triton kernel, %s", name, error)
     if "!" not in schema:  # writes to no argument
@@ -220,7 +228,7 @@ def register(name: str, *, fake: Callable, triton_kernel: Callable, reference: C
         device_type: tuple(impl for impl in preference if runs(impl, device_type))
         for device_type, preference in PREFERENCE.items()
     }
-    _ops[name] = Op(name, kernels, available, reference, floats, traced)
+    _ops[name] = Op(name, kernels, available, reference, floats, traced, differentiable)
     return _ops[name]
 
 

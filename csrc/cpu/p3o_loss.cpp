@@ -75,7 +75,6 @@ LossResult p3o_loss(const Tensor& logprobs, const Tensor& old_logprobs, const Te
                     const OptTensor& cu_seqlens, const OptTensor& kl_coef_tensor, int64_t variant, int64_t group_size,
                     double kl_coef, double cliprange, double weight_clip, double log_ratio_clamp, bool grad) {
   PPO_COUNT("p3o_loss");
-  check_no_tangent(logprobs);
   const Rows rows(logprobs, cu_seqlens);
   check_code("variant", variant, P3OVariant::kCount);
   PPO_CHECK(group_size >= 1 && rows.count % group_size == 0, "group_size must divide the ", rows.count, " rows, got ",

@@ -135,7 +135,6 @@ LossResult policy_loss(const Tensor& logprobs, const Tensor& old_logprobs, const
                        double log_ratio_clamp, double kl_coef, int64_t kl_estimator, double kl_log_clamp,
                        double kl_clamp, bool grad) {
   PPO_COUNT("policy_loss");
-  check_no_tangent(logprobs);
   check_code("kl_estimator", kl_estimator, kEstimators);
   const Rows rows(logprobs, cu_seqlens);
   return dispatch_compute(logprobs, [&](auto zero) {

@@ -174,7 +174,8 @@ auto dispatch_logits(const Tensor& logits, F&& f) {
     case ScalarType::Float:
       return f(float{}, float{});
     default:
-      PPO_CHECK(logits.scalar_type() == ScalarType::Double, "expected floating logits");
+      PPO_CHECK(logits.scalar_type() == ScalarType::Double, "logits must be floating, got ",
+                dtype_name(logits.scalar_type()));
   }
   return f(double{}, double{});
 }
@@ -185,7 +186,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> token_logprobs(const Tensor& logits, 
                                                           const OptTensor& mask, const OptTensor& temperature_rows,
                                                           double temperature, int64_t ignore_index, bool entropy) {
   PPO_COUNT("token_logprobs");
-  check_no_tangent(logits);
   check_logits(logits);
   const RowOffsets offsets(logits);
   const int64_t vocab = logits.size(logits.dim() - 1), rows = logits.numel() / vocab;
@@ -247,9 +247,6 @@ void backward_row(const In* in, int64_t vocab, int64_t label, GradOutput g, doub
 void backward_into(const Tensor& out, const Tensor& logits, const Tensor& labels, const OptTensor& temperature_rows,
                    const OptTensor& grad_logprobs, const OptTensor& grad_entropy, const Tensor& logprobs,
                    const Tensor& entropy, const Tensor& row_max, const Tensor& log_sum, double temperature) {
-  check_no_tangent(logits);
-  if (grad_logprobs.has_value()) check_no_tangent(*grad_logprobs);
-  if (grad_entropy.has_value()) check_no_tangent(*grad_entropy);
   check_logits(logits);
   const RowOffsets offsets(logits), out_offsets(out);
   const int64_t vocab = logits.size(logits.dim() - 1), rows = logits.numel() / vocab;

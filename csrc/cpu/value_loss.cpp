@@ -89,7 +89,6 @@ LossResult value_loss(const Tensor& values, const Tensor& old_values, const Tens
                       const OptTensor& row_weight, const OptTensor& normalizer, const OptTensor& cu_seqlens,
                       double cliprange_value, bool grad) {
   PPO_COUNT("value_loss");
-  check_no_tangent(values);
   const Rows rows(values, cu_seqlens);
   return dispatch_compute(values, [&](auto zero) {
     using T = decltype(zero);

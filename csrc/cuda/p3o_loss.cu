@@ -9,8 +9,7 @@ LossResult p3o_loss(const Tensor& logprobs, const Tensor& old_logprobs, const Te
                     const OptTensor& cu_seqlens, const OptTensor& kl_coef_tensor, int64_t variant, int64_t group_size,
                     double kl_coef, double cliprange, double weight_clip, double log_ratio_clamp, bool grad) {
   PPO_COUNT("p3o_loss");
-  check_no_tangent(logprobs);
-  check_dtype<float>(logprobs);
+  check_dtype<float>("logprobs", logprobs);
   const Launcher launch(logprobs);
   const int64_t rows = token_rows(logprobs, cu_seqlens).count;
   check_code("variant", variant, P3OVariant::kCount);

@@ -15,7 +15,8 @@ void dispatch_logits(const Tensor& logits, F&& f) {
     case ScalarType::Half:
       return f(Float16{});
     default:
-      PPO_CHECK(logits.scalar_type() == ScalarType::Float, "expected bfloat16, float16 or float32 logits");
+      PPO_CHECK(logits.scalar_type() == ScalarType::Float, "logits must be bfloat16, float16 or float32, got ",
+                dtype_name(logits.scalar_type()));
   }
   return f(float{});
 }
@@ -45,7 +46,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> token_logprobs(const Tensor& logits, 
                                                           const OptTensor& mask, const OptTensor& temperature_rows,
                                                           double temperature, int64_t ignore_index, bool entropy) {
   PPO_COUNT("token_logprobs");
-  check_no_tangent(logits);
   check_logits(logits);
   const Launcher launch(logits);
   const int64_t vocab = logits.size(logits.dim() - 1), rows = logits.numel() / vocab;
@@ -84,9 +84,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> token_logprobs(const Tensor& logits, 
 void backward_into(const Tensor& out, const Tensor& logits, const Tensor& labels, const OptTensor& temperature_rows,
                    const OptTensor& grad_logprobs, const OptTensor& grad_entropy, const Tensor& logprobs,
                    const Tensor& entropy, const Tensor& row_max, const Tensor& log_sum, double temperature) {
-  check_no_tangent(logits);
-  if (grad_logprobs.has_value()) check_no_tangent(*grad_logprobs);
-  if (grad_entropy.has_value()) check_no_tangent(*grad_entropy);
   check_logits(logits);
   const Launcher launch(logits);
   const int64_t vocab = logits.size(logits.dim() - 1), rows = logits.numel() / vocab;

@@ -8,7 +8,6 @@ LossResult value_loss(const Tensor& values, const Tensor& old_values, const Tens
                       const OptTensor& row_weight, const OptTensor& normalizer, const OptTensor& cu_seqlens,
                       double cliprange_value, bool grad) {
   PPO_COUNT("value_loss");
-  check_no_tangent(values);
   const Launcher launch(values);
   const TokenRows rows = token_rows(values, cu_seqlens);
   const RowVector<float> row_weights("row_weight", row_weight, {rows.count});

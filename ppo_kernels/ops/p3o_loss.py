@@ -19,7 +19,11 @@ def _triton_kernel():
 
 
 _P3O_LOSS = register(
-    "p3o_loss", fake=_fakes.loss(P3OStats._fields), triton_kernel=_triton_kernel, reference=reference.p3o_loss
+    "p3o_loss",
+    fake=_fakes.loss(P3OStats._fields),
+    triton_kernel=_triton_kernel,
+    reference=reference.p3o_loss,
+    differentiable=True,
 )
 #: The two losses of the paper; kernels take the position.
 VARIANTS = ("separate", "joint")

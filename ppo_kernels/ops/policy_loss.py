@@ -19,7 +19,11 @@ def _triton_kernel():
 
 
 _POLICY_LOSS = register(
-    "policy_loss", fake=_fakes.loss(PolicyStats._fields), triton_kernel=_triton_kernel, reference=reference.policy_loss
+    "policy_loss",
+    fake=_fakes.loss(PolicyStats._fields),
+    triton_kernel=_triton_kernel,
+    reference=reference.policy_loss,
+    differentiable=True,
 )
 
 

@@ -7,11 +7,11 @@ from typing import Literal, overload
 import torch
 from torch import Tensor
 
+from ppo_kernels._registered import forward_mode_message
 from ppo_kernels._types import compute_dtype
 from ppo_kernels.backends import register
 from ppo_kernels.ops._autograd import (
     first_order_only,
-    forward_mode_message,
     once,
     traced_input,
     transformed,
@@ -49,16 +49,19 @@ _TOKEN_LOGPROBS = register(
     fake=_fake,
     triton_kernel=lambda: _triton_kernels().token_logprobs,
     reference=reference.token_logprobs,
+    differentiable=True,
 )
 _BACKWARD = register(
     "token_logprobs_backward",
     fake=like_first,
     triton_kernel=lambda: _triton_kernels().token_logprobs_backward,
+    differentiable=True,
 )
 _BACKWARD_INPLACE = register(
     "token_logprobs_backward_",
     fake=lambda *_arguments: None,
     triton_kernel=lambda: _triton_kernels().token_logprobs_backward_,
+    differentiable=True,
 )
 
 
@@ -226,7 +229,9 @@ def token_logprobs(
         logits: ``[..., V]``, bfloat16, float16, float32 or float64; any strides but a last one of 1
             (``logits[:, :-1]`` is not copied).
         labels: ``[...]``, int32 or int64.
-        temperature: tau > 0, a number or a tensor that broadcasts to ``[...]`` (not differentiated).
+        temperature: tau > 0, a number or a tensor that broadcasts to ``[...]`` (not differentiated). One below the
+            least normal number of the dtype that is computed in, or above its inverse, is taken as that: the largest
+            logits alone count, or all alike. In a tensor infinity is legal, and what is not above 0 gives NaN.
         mask: ``[...]``; non-zero = valid. None means all valid. Masked rows are not read.
         ignore_index: a label that masks its row.
         entropy: True also returns the entropy; "detached" returns it without a gradient.
@@ -338,15 +343,16 @@ def selective_log_softmax(
     Returns float32 (float64 for float64 logits) of the shape of ``index``, whatever the logits' dtype. The logits are
     read once, whatever K is.
     """
+    op = "selective_log_softmax"
+    check_floating(op, "logits", logits)
+    check_integer(op, "index", index)
     if index.dim() == logits.dim() - 1:
         return token_logprobs(logits, index, temperature=temperature, mask=row_mask)
-    op = "selective_log_softmax"
     if index.dim() != logits.dim() or index.shape[:-1] != logits.shape[:-1] or index.size(-1) == 0:
         raise ValueError(
             f"{op}: index must have the shape of the logits without V {tuple(logits.shape[:-1])}, or that and K >= 1"
             f" labels per row; got {tuple(index.shape)}"
         )
-    check_integer(op, "index", index)
     # The labels of a row share its normalizer: log p_k = log p_a + (z_k - z_a) / tau, with a the likeliest of them.
     inside = (index >= 0) & (index < logits.size(-1))
     z = logits.gather(-1, torch.where(inside, index, 0).long()).to(compute_dtype(logits))

@@ -19,7 +19,11 @@ def _triton_kernel():
 
 
 _VALUE_LOSS = register(
-    "value_loss", fake=_fakes.loss(ValueStats._fields), triton_kernel=_triton_kernel, reference=reference.value_loss
+    "value_loss",
+    fake=_fakes.loss(ValueStats._fields),
+    triton_kernel=_triton_kernel,
+    reference=reference.value_loss,
+    differentiable=True,
 )
 
 

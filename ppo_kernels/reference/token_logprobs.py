@@ -23,9 +23,9 @@ def token_logprobs(
         live = live & (mask != 0)
     in_range = (labels >= 0) & (labels < logits.size(-1))
     z = torch.where(live[..., None], logits.to(dtype), 0.0)
-    tau = temperature[..., None] if isinstance(temperature, Tensor) else torch.as_tensor(temperature, dtype=dtype)
+    tau = temperature[..., None] if isinstance(temperature, Tensor) else torch.tensor(temperature, dtype=torch.float64)
     least = torch.finfo(dtype).tiny  # beyond it and its inverse the softmax is as good as its limit
-    tau = torch.where(tau > 0, tau.to(dtype).clamp(least, 1 / least), float("nan"))
+    tau = torch.where(tau > 0, tau.clamp(least, 1 / least), float("nan")).to(dtype)
     log_p = torch.log_softmax((z - z.detach().amax(-1, keepdim=True)) / tau, -1)  # or z / tau may be infinite
     # Multiplying by NaN, rather than selecting it, makes the gradient of a bad row NaN as well.
     poison = torch.where(in_range, 1.0, float("nan")).to(dtype)

@@ -14,7 +14,7 @@ from collections.abc import Callable
 
 import torch
 
-from ppo_kernels._registered import checked, guard_overwritten
+from ppo_kernels._registered import checked, guard
 
 #: Whether kernels run in Triton's interpreter: on CPU tensors, slowly, for tests. Read when Triton is imported.
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "y", "yes", "t", "true", "on")
@@ -27,7 +27,9 @@ _calls: Counter[str] = Counter()
 _calls_lock = threading.Lock()
 
 
-def register(schema: str, fake: Callable, find_launcher: Callable[[], Callable]) -> torch._ops.OpOverload:
+def register(
+    schema: str, fake: Callable, find_launcher: Callable[[], Callable], *, differentiable: bool
+) -> torch._ops.OpOverload:
     """Register the op with this schema. Its calls ask ``find_launcher``, which imports Triton, for what launches it."""
     name = schema.partition("(")[0]
 
@@ -44,8 +46,7 @@ def register(schema: str, fake: Callable, find_launcher: Callable[[], Callable])
     _library.define(schema)
     for device_type in DEVICE_TYPES:
         _library.impl(name, checked(schema, call), device_type.upper())
-    if "!" in schema:
-        guard_overwritten(_library, schema)
+    guard(_library, schema, differentiable=differentiable)
     torch.library.register_fake(f"ppo_kernels_triton::{name}", fake, lib=_library)
     return getattr(torch.ops.ppo_kernels_triton, name).default
 

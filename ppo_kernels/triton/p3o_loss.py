@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ppo_kernels._registered import require, require_no_tangent
+from ppo_kernels._registered import require
 from ppo_kernels._types import P3OStats
 from ppo_kernels.triton._launch import (
     as_vector,
@@ -179,7 +179,6 @@ def p3o_loss(
     log_ratio_clamp: float,
     grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    require_no_tangent(logprobs)
     rows = token_rows(logprobs, cu_seqlens)
     require_code("variant", variant, 2)
     require(

@@ -7,7 +7,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ppo_kernels._registered import require_no_tangent
 from ppo_kernels._types import KL_ESTIMATORS, PolicyStats
 from ppo_kernels.triton._launch import as_vector, launch, mask_bytes, require_code, require_like, row_stride, token_rows
 from ppo_kernels.triton._loss import (
@@ -169,7 +168,6 @@ def policy_loss(
     kl_clamp: float,
     grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    require_no_tangent(logprobs)
     rows = token_rows(logprobs, cu_seqlens)
     adv_per_row = is_per_row("advantages", advantages, logprobs, rows)
     weights_per_row = is_per_row("weights", weights, logprobs, rows)

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ppo_kernels._registered import overlaps_itself, require, require_no_tangent
+from ppo_kernels._registered import overlaps_itself, require
 from ppo_kernels._types import compute_dtype
 from ppo_kernels.triton import INTERPRETED
 from ppo_kernels.triton._launch import as_vector, launch, mask_bytes, require_unit_stride
@@ -331,7 +331,6 @@ def token_logprobs(
     ignore_index: int,
     entropy: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    require_no_tangent(logits)
     _check_logits(logits)
     vocab, dtype = logits.size(-1), compute_dtype(logits)
     leading, rows = logits.shape[:-1], logits.numel() // vocab
@@ -377,7 +376,6 @@ def _write_gradient(
     temperature: float,
 ) -> Tensor:
     """Write the gradient to ``out``: contiguous, or the logits themselves."""
-    require_no_tangent(logits, grad_logprobs, grad_entropy)
     _check_logits(logits)
     vocab, dtype = logits.size(-1), compute_dtype(logits)
     leading, rows = logits.shape[:-1], logits.numel() // vocab

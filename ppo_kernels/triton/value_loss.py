@@ -6,7 +6,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ppo_kernels._registered import require_no_tangent
 from ppo_kernels._types import ValueStats
 from ppo_kernels.triton._launch import launch, mask_bytes, require_like, row_stride, token_rows
 from ppo_kernels.triton._loss import (
@@ -117,10 +116,9 @@ def value_loss(
     cliprange_value: float,
     grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    require_no_tangent(values)
     rows = token_rows(values, cu_seqlens)
-    require_like(old_values, values)
-    require_like(returns, values)
+    require_like("old_values", old_values, values)
+    require_like("returns", returns, values)
     mask = mask_bytes(mask, values)
     chunk, num_warps = chunk_for(values.numel())
     parts = new_parts(values, chunk, COLUMNS.value)

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from ppo_kernels import _native, backends
+from ppo_kernels._registered import guard
 from ppo_kernels._schemas import SCHEMAS
 
 #: Compile the CUDA kernels for the host and test them too.
@@ -20,6 +21,7 @@ HOST_CUDA = os.environ.get("PPO_KERNELS_HOST_CUDA") == "1" and not torch.cuda.is
 #: What is tested here, and of that what has kernels.
 IMPLEMENTATIONS = [*(["cuda"] if HOST_CUDA or torch.cuda.is_available() else []), "cpu", "triton", "torch"]
 KERNELS = IMPLEMENTATIONS[:-1]
+_host_cuda = torch.library.Library("ppo_kernels_host_cuda", "FRAGMENT")
 
 
 def serve() -> None:
@@ -38,6 +40,8 @@ def serve_cuda_from_host() -> None:
     path = host_cuda.build()
     _native.open_cuda_library(path)
     ops = getattr(torch.ops, host_cuda.NAMESPACE)
+    for name, schema in SCHEMAS.items():
+        guard(_host_cuda, schema, differentiable=backends.op(name).differentiable)
     _serve("cuda", lambda op: _float32_only("cuda", getattr(ops, op.name).default))
 
 
