@@ -61,12 +61,13 @@ def forward_mode_message(op: str) -> str:
 def guard_tangents(library: torch.library.Library, schema: str) -> None:
     """Refuse dual tensors for an op that has a gradient: their tangents would be lost in silence."""
     name = schema.partition("(")[0]
-    op = getattr(getattr(torch.ops, library.ns), name).default
+    redispatch = getattr(getattr(torch.ops, library.ns), name).default._handle.redispatch_boxed
+    after = torch._C._after_autograd_keyset
 
     def call(keyset: torch._C.DispatchKeySet, *args: object) -> object:
         if forward_ad._current_level >= 0 and any(isinstance(x, Tensor) and _is_dual(x) for x in args):
             raise RuntimeError(forward_mode_message(name))
-        return op.redispatch(keyset & torch._C._after_autograd_keyset, *args)
+        return redispatch(keyset & after, *args)
 
     library.impl(name, call, "Autograd", with_keyset=True)
 

@@ -85,6 +85,11 @@ class Op:
             return traced(*args)
         return self.kernels[impl](*args)
 
+    def below_autograd(self, impl: str, *args: Any) -> Any:
+        """Call the registered op from an autograd function, whose rules stand in place of the op's own."""
+        with torch._C._AutoDispatchBelowAutograd():
+            return self.kernels[impl](*args)
+
     def traceable(self, impl: str, args: tuple) -> tuple[Callable, tuple]:
         """The op for a graph, and its arguments there: the floats as one float64 tensor on the CPU.
 

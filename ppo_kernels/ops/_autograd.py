@@ -150,7 +150,7 @@ class _EagerLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, op, impl, x, arguments):
         ctx.set_materialize_grads(False)
-        loss, stats, grad, inv_normalizer = op.kernel(impl)(x, *arguments, ctx.needs_input_grad[2])
+        loss, stats, grad, inv_normalizer = op.below_autograd(impl, x, *arguments, ctx.needs_input_grad[2])
         # Not saved: the gradient depends on x but not on its memory, which the caller may write to.
         ctx.op, ctx.x = op.name, x
         ctx.save_for_backward(grad, inv_normalizer)

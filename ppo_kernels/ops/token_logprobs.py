@@ -103,8 +103,8 @@ class _EagerLogprobs(torch.autograd.Function):
     @staticmethod
     def forward(ctx, impl, logits, labels, mask, temperature_rows, temperature, ignore_index, entropy, inplace):
         ctx.set_materialize_grads(False)
-        logprobs, h, *sums = _TOKEN_LOGPROBS.kernel(impl)(
-            logits, labels, mask, temperature_rows, temperature, ignore_index, entropy is not False
+        logprobs, h, *sums = _TOKEN_LOGPROBS.below_autograd(
+            impl, logits, labels, mask, temperature_rows, temperature, ignore_index, entropy is not False
         )
         if ctx.needs_input_grad[1]:
             ctx.impl, ctx.temperature, ctx.entropy, ctx.inplace = impl, temperature, entropy, inplace
@@ -125,9 +125,9 @@ class _EagerLogprobs(torch.autograd.Function):
         if grad_logprobs is None and grad_entropy is None:
             return None, None, *none
         logits, labels, temperature_rows, *rest = ctx.saved_tensors
-        grads = (grad_logprobs, grad_entropy)
+        others = (labels, temperature_rows, *_contiguous((grad_logprobs, grad_entropy)), *rest, ctx.temperature)
         if not ctx.inplace:
-            grad = _gradient(ctx.impl, logits, labels, temperature_rows, grads, rest, ctx.temperature)
+            grad = _BACKWARD.below_autograd(ctx.impl, logits, *others)
             return None, once("token_logprobs", grad, logits), *none
         if torch.is_grad_enabled():
             raise RuntimeError(
@@ -136,11 +136,9 @@ class _EagerLogprobs(torch.autograd.Function):
             )
         chunk = ctx.chunk or Chunk(logits)
         chunk.begin()
-        grad = chunk.logits
-        upstream = _contiguous(grads)
-        _BACKWARD_INPLACE.kernel(ctx.impl)(grad, labels, temperature_rows, *upstream, *rest, ctx.temperature)
+        _BACKWARD_INPLACE.below_autograd(ctx.impl, chunk.logits, *others)
         chunk.end()
-        return None, grad, *none
+        return None, chunk.logits, *none
 
     @staticmethod
     def jvp(ctx, *_tangents):
