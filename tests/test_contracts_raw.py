@@ -10,7 +10,7 @@ import ppo_kernels as pk
 from ppo_kernels._registered import arguments
 from ppo_kernels._schemas import SCHEMAS
 from tests.lib import cases, recorded
-from tests.lib.devices import KERNELS
+from tests.lib.devices import KERNELS, ON_CPU, registered
 from tests.lib.helpers import bit_equal
 
 pytestmark = pytest.mark.host
@@ -101,11 +101,13 @@ def test_a_meta_tensor_among_others_is_refused(require_impl):
                 assert text == f"{op}: {name} is on meta and must be on cpu, as {first} is on cpu"
 
 
-def test_kernels_check_the_device_of_every_tensor(impl):
+@pytest.mark.parametrize("impl", ON_CPU)
+def test_kernels_check_the_device_of_every_tensor(require_impl, impl):
     """Here no other device has memory; what the dispatcher sends elsewhere is handed to the kernel itself."""
+    require_impl("gae", impl)
     for op, args in calls():
         for name in others(args):
-            call = functools.partial(kernel(op, impl).redispatch, CPU)
+            call = functools.partial(registered(op, impl).redispatch, CPU)
             text, place = sentence(call, args | {name: args[name].to("meta")}), list(args).index(name) + 1
             assert text.startswith((f"{op}: {name} is on meta", f"{op}: argument {place} is on another device")), text
 

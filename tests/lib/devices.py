@@ -21,6 +21,8 @@ HOST_CUDA = os.environ.get("PPO_KERNELS_HOST_CUDA") == "1" and not torch.cuda.is
 #: What is tested here, and of that what has kernels.
 IMPLEMENTATIONS = [*(["cuda"] if HOST_CUDA or torch.cuda.is_available() else []), "cpu", "triton", "torch"]
 KERNELS = IMPLEMENTATIONS[:-1]
+#: Of these, what can be called with the tensors of a CPU as they are.
+ON_CPU = ["cpu"] if torch.cuda.is_available() else KERNELS
 _host_cuda = torch.library.Library("ppo_kernels_host_cuda", "FRAGMENT")
 
 
@@ -43,6 +45,13 @@ def serve_cuda_from_host() -> None:
     for name, schema in SCHEMAS.items():
         guard(_host_cuda, schema, differentiable=backends.op(name).differentiable)
     _serve("cuda", lambda op: _float32_only("cuda", getattr(ops, op.name).default))
+
+
+def registered(name: str, impl: str) -> torch._ops.OpOverload:
+    """The op that ``impl`` serves CPU tensors by, itself."""
+    if impl == "cuda":
+        return getattr(torch.ops.ppo_kernels_host_cuda, name).default
+    return backends.op(name).kernel(impl)
 
 
 def serve_from_gpu(impl: str) -> None:
