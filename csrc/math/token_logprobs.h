@@ -44,7 +44,7 @@ PPO_INLINE SoftmaxPart empty_softmax() { return {-std::numeric_limits<double>::i
 // `part` as it would be with another maximum. -inf - -inf must not make NaN of an empty part.
 PPO_INLINE SoftmaxPart with_max(const SoftmaxPart& part, double max, double c) {
   if (part.max == max || part.sum == 0.0) return {max, part.sum, part.weighted};
-  const double shift = (part.max - max) * c, scale = std::exp2(shift);
+  const double shift = least_exponent((part.max - max) * c), scale = std::exp2(shift);  // 0 * -inf would be NaN
   return {max, part.sum * scale, (part.weighted + shift * part.sum) * scale};
 }
 
