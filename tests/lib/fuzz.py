@@ -133,6 +133,8 @@ def answer(impl: str, op: str, args: list, *, filled: bool) -> tuple | str:
 
 def check(seed: int, impl: str) -> None:
     op, args = call_of(seed)
+    if impl == "cuda" and any(isinstance(x, torch.Tensor) and x.is_meta for x in args):
+        return  # compiled for the host its ops have no fakes
     before = _copies(args)
     first = answer(impl, op, args, filled=True)
     written = op.endswith("_")
@@ -150,7 +152,7 @@ def check(seed: int, impl: str) -> None:
     if not first or first[0].is_meta:
         return
     assert bit_equal(first, second), "two answers to one call: an element is not written"
-    if impl != "cuda":  # compiled for the host its ops have no fakes
+    if impl != "cuda":
         args = [x.detach() if isinstance(x, torch.Tensor) else x for x in args]
         with FakeTensorMode() as mode:
             fake = [mode.from_tensor(x) if isinstance(x, torch.Tensor) else x for x in args]
