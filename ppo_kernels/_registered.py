@@ -6,6 +6,7 @@ has seen, so that all of it is refused here in one sentence, without a look at a
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 
 import torch
@@ -58,8 +59,25 @@ def forward_mode_message(op: str) -> str:
     return f"{op}: forward-mode differentiation (jvp, jacfwd, hessian) is not supported; use grad, vjp or jacrev"
 
 
-def guard_tangents(library: torch.library.Library, schema: str) -> None:
-    """Refuse dual tensors for an op that has a gradient: their tangents would be lost in silence."""
+class _NoGradient(torch.autograd.Function):
+    """A registered op. Without a backward its gradient would be 0; an exported program calls it."""
+
+    @staticmethod
+    def forward(ctx, op, call, *args):
+        ctx.op = op
+        with torch._C._AutoDispatchBelowAutograd():
+            return call(*args)
+
+    @staticmethod
+    def backward(ctx, *_grads):
+        raise RuntimeError(
+            f"{ctx.op}: the registered op and what torch.export makes of it have no gradient; call"
+            f' ppo_kernels.{ctx.op}, or export it with impl="torch"'
+        )
+
+
+def guard(library: torch.library.Library, schema: str) -> None:
+    """Register for an op that it loses no derivative in silence, and tells autograd what it overwrites."""
     name = schema.partition("(")[0]
     redispatch = getattr(getattr(torch.ops, library.ns), name).default._handle.redispatch_boxed
     after = torch._C._after_autograd_keyset
@@ -67,9 +85,13 @@ def guard_tangents(library: torch.library.Library, schema: str) -> None:
     def call(keyset: torch._C.DispatchKeySet, *args: object) -> object:
         if forward_ad._current_level >= 0 and any(isinstance(x, Tensor) and _is_dual(x) for x in args):
             raise RuntimeError(forward_mode_message(name))
+        if torch.is_grad_enabled() and "!" not in schema and torch._C._any_requires_grad(*args):
+            return _NoGradient.apply(name, functools.partial(redispatch, keyset & after), *args)
         return redispatch(keyset & after, *args)
 
     library.impl(name, call, "Autograd", with_keyset=True)
+    if "!" in schema:
+        _guard_overwritten(library, schema)
 
 
 def _is_dual(x: Tensor) -> bool:
@@ -86,15 +108,7 @@ def overlaps_itself(x: Tensor) -> bool:
     return False
 
 
-def guard(library: torch.library.Library, schema: str, *, differentiable: bool) -> None:
-    """Register for an op of the library what it has to do with autograd."""
-    if differentiable:
-        guard_tangents(library, schema)
-    if "!" in schema:
-        guard_overwritten(library, schema)
-
-
-def guard_overwritten(library: torch.library.Library, schema: str) -> None:
+def _guard_overwritten(library: torch.library.Library, schema: str) -> None:
     """Do for an op that overwrites its first argument what torch's own in-place ops do: nothing that autograd tracks
     is overwritten, and its version tells whoever has saved it."""
     name, first = schema.partition("(")[0], arguments(schema)[0].split()[-1]

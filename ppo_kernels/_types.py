@@ -19,6 +19,19 @@ def compute_dtype(*tensors: Tensor | None) -> torch.dtype:
     return torch.float32
 
 
+def wide_dtype(device: torch.device) -> torch.dtype:
+    """What the reference adds up in: float64, or float32 on a device without it, such as Apple's MPS."""
+    return torch.float64 if _has_float64(str(device)) else torch.float32
+
+
+@torch.compiler.assume_constant_result
+def _has_float64(device: str) -> bool:
+    try:
+        return torch.empty(0, dtype=torch.float64, device=device).dtype == torch.float64
+    except (TypeError, RuntimeError):
+        return False
+
+
 class PolicyStats(NamedTuple):
     """Statistics of ``policy_loss``: 0-d tensors, unweighted means over valid tokens, 0 where there are none.
 

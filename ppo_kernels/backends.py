@@ -54,7 +54,6 @@ class Op:
     #: Positions of the float arguments, and by implementation the op that takes them as one tensor.
     floats: tuple[int, ...]
     traced: dict[str, Callable]
-    differentiable: bool
 
     def implementations(self, device_type: str) -> tuple[str, ...]:
         """The implementations that can run on a device type here, best first."""
@@ -83,10 +82,10 @@ class Op:
         if torch.compiler.is_compiling():
             traced, args = self.traceable(impl, args)
             return traced(*args)
-        return self.kernels[impl](*args)
+        return self.run(impl, *args)
 
-    def below_autograd(self, impl: str, *args: Any) -> Any:
-        """Call the registered op from an autograd function, whose rules stand in place of the op's own."""
+    def run(self, impl: str, *args: Any) -> Any:
+        """Call the registered op eagerly, from where it is differentiated by other means or not at all."""
         with torch._C._AutoDispatchBelowAutograd():
             return self.kernels[impl](*args)
 
@@ -163,7 +162,7 @@ def _out_of_inference(x: Any) -> Any:
     return x.clone() if isinstance(x, torch.Tensor) and x.is_inference() else x
 
 
-def _vmap_by_calls(kernel: Any) -> Callable:
+def vmap_by_calls(kernel: Any) -> Callable:
     """A rule for ``torch.func.vmap``: one call per element of the batch."""
 
     def rule(info: Any, in_dims: Sequence[int | None], *args: Any) -> tuple[Any, Any]:
@@ -178,14 +177,7 @@ def _vmap_by_calls(kernel: Any) -> Callable:
     return rule
 
 
-def register(
-    name: str,
-    *,
-    fake: Callable,
-    triton_kernel: Callable,
-    reference: Callable | None = None,
-    differentiable: bool = False,
-) -> Op:
+def register(name: str, *, fake: Callable, triton_kernel: Callable, reference: Callable | None = None) -> Op:
     """Make the op of this name in ``csrc/ops.cpp`` callable and traceable.
 
     Args:
@@ -193,7 +185,6 @@ def register(
         triton_kernel: returns the function that launches the Triton kernel. It is called at the first launch, because
             importing that function imports Triton.
         reference: the same in eager PyTorch; a backward op has none.
-        differentiable: whether the op, or the one that it is the backward of, has a gradient.
     """
     schema = SCHEMAS[name]
     fake = checked(schema, fake)
@@ -203,18 +194,15 @@ def register(
             kernels[impl] = getattr(torch.ops.ppo_kernels, name).default
     if kernels:
         torch.library.register_fake(f"ppo_kernels::{name}", fake)
-        guard(_library, schema, differentiable=differentiable)
+        guard(_library, schema)
     if triton.INSTALLED:
         try:
-            kernels["triton"] = triton.register(schema, fake, triton_kernel, differentiable=differentiable)
+            kernels["triton"] = triton.register(schema, fake, triton_kernel)
         except RuntimeError as error:  # torch cannot parse the schema: the reference needs none
             logger.warning("%s: no Triton kernel, %s", name, error)
     if "!" not in schema:  # writes to no argument
         for kernel in set(kernels.values()):
-            torch.library.register_vmap(
-                kernel,  # type: ignore[arg-type]
-                _vmap_by_calls(kernel),
-            )
+            torch.library.register_vmap(kernel, vmap_by_calls(kernel))  # type: ignore[arg-type]
 
     floats = tuple(i for i, argument in enumerate(arguments(schema)) if argument.startswith("float "))
     traced: dict[str, Callable] = {}
@@ -233,7 +221,7 @@ def register(
         device_type: tuple(impl for impl in preference if runs(impl, device_type))
         for device_type, preference in PREFERENCE.items()
     }
-    _ops[name] = Op(name, kernels, available, reference, floats, traced, differentiable)
+    _ops[name] = Op(name, kernels, available, reference, floats, traced)
     return _ops[name]
 
 

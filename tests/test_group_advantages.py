@@ -181,7 +181,7 @@ WRONG = [
     ({"group_ids": torch.arange(6.0)}, TypeError, ("group_ids", "int64", "float32")),
     ({"group_ids": torch.arange(6, device="meta")}, ValueError, ("group_ids", "meta", "cpu")),
     ({"scores": torch.randn(2, 3)}, ValueError, ("scores", "[B]", "(2, 3)")),
-    ({"scores": torch.arange(6)}, TypeError, ("scores", "int64")),
+    ({"scores": torch.ones(6, dtype=torch.bool)}, TypeError, ("scores", "bool")),
     ({"eps": -1.0}, ValueError, ("eps", "0", "-1.0")),
     ({"process_group": object()}, ValueError, ("process_group", "reinforce++_baseline", "rloo")),
     ({"impl": "nonsense"}, ValueError, ("nonsense", "torch")),

@@ -14,6 +14,9 @@ from torch._C._functorch import get_interpreter_stack
 
 from ppo_kernels._registered import forward_mode_message
 from ppo_kernels.backends import Op
+from ppo_kernels.ops._public import not_a_graph
+
+Transform = torch._C._functorch.TransformType
 
 
 def transformed() -> bool:
@@ -25,11 +28,18 @@ def transformed() -> bool:
 def _transforms() -> str:
     """The transforms around a traced call, outermost first, as text, which a graph may hold."""
     names = [str(interpreter.key()).rpartition(".")[2] for interpreter in get_interpreter_stack() or ()]
-    return " ".join(names + ["Jvp"] * (torch.autograd.forward_ad._current_level >= 0))
+    return " ".join(names)
 
 
 def twice_message(op: str) -> str:
     return f"{op}: differentiating twice is not supported; second derivatives of this op are not available"
+
+
+def vmap_message(op: str) -> str:
+    return (
+        f"{op}: torch.func.vmap inside torch.compile is not supported; call vmap without torch.compile, or pass"
+        ' impl="torch"'
+    )
 
 
 class _Once(torch.autograd.Function):
@@ -54,6 +64,7 @@ class _Once(torch.autograd.Function):
         raise RuntimeError(forward_mode_message(ctx.op))
 
 
+@not_a_graph
 def once(op: str, grad: Tensor, x: Tensor) -> Tensor:
     """The gradient with respect to ``x``, as a backward returns it.
 
@@ -75,6 +86,7 @@ class _FirstOrderOnly(torch.autograd.Function):
         ctx.save_for_backward(inputs[1])
 
     @staticmethod
+    @not_a_graph
     def backward(ctx, grad):
         return None, once(ctx.op, grad, ctx.saved_tensors[0])
 
@@ -86,7 +98,7 @@ class _FirstOrderOnly(torch.autograd.Function):
 def first_order_only(op: str, x: Tensor) -> Tensor:
     """``x`` for the reference: autograd could differentiate it twice, but a switch of ``impl`` changes no contract."""
     if torch.compiler.is_compiling():
-        return traced_input(op, x, vmap=False)
+        return traced_input(op, x, kernel=False)
     return _FirstOrderOnly.apply(op, x) if x.requires_grad or transformed() else x
 
 
@@ -96,29 +108,58 @@ _library.define("first_order_only(str op, Tensor(a) x) -> Tensor(a)")
 _library.impl("first_order_only", _FirstOrderOnly.apply, "CompositeImplicitAutograd")
 
 
-def traced_input(op: str, x: Tensor, *, vmap: bool) -> Tensor:
-    """``x`` as a traced autograd function takes it, or one sentence where torch.compile would make a graph with
-    gradients of 0 or break inside itself (with ``vmap``, under vmap too).
+@torch.compiler.allow_in_graph
+def _differentiated_once(op: str, x: Tensor, kernel: bool) -> Tensor:
+    """``x`` apart from what torch.func differentiates, whose gradient Dynamo would make 0.
 
-    That function's input must not be what torch.func differentiates, or Dynamo gives it a gradient of 0.
+    Where a graph would hold wrong derivatives, one sentence, which ends the compilation: behind a break of the graph
+    eager code would run within a transform that Dynamo has half undone.
     """
-    names = _transforms()
-    if "Jvp" in names:
+    stack = get_interpreter_stack() or []
+    kinds = [interpreter.key() for interpreter in stack]
+    if Transform.Jvp in kinds:
         raise RuntimeError(forward_mode_message(op))
-    if names.count("Grad") > 1:
+    if kinds.count(Transform.Grad) > 1:
         raise RuntimeError(twice_message(op))
-    if vmap and "Vmap" in names:
+    if kernel and Transform.Vmap in kinds:
+        raise RuntimeError(vmap_message(op))
+    outer = x
+    while torch._C._functorch.is_functorch_wrapped_tensor(outer):
+        outer = torch._C._functorch.get_unwrapped(outer)
+    grads = (torch._C._functorch.CGradInterpreterPtr(i) for i in stack if i.key() == Transform.Grad)
+    if outer.requires_grad and all(interpreter.prevGradMode() for interpreter in grads):
         raise RuntimeError(
-            f"{op}: torch.func.vmap inside torch.compile is not supported; call vmap without torch.compile,"
-            ' or pass impl="torch"'
+            f"{op}: torch.func inside torch.compile got an input that requires grad by itself, and differentiating"
+            " twice is not supported; pass it detached, or call torch.func without torch.compile"
         )
-    return x.view_as(x) if names else torch.ops.ppo_kernels_traced.first_order_only(op, x)
+    return x.view_as(x)
+
+
+def traced_input(op: str, x: Tensor, *, kernel: bool) -> Tensor:
+    """``x`` as a traced autograd function takes it, or one sentence where torch.compile would make a graph with
+    gradients of 0 or break inside itself: for a kernel under vmap, too, and in a strict export.
+    """
+    # The level is read here for Dynamo to guard it: a graph that was made without one would drop tangents.
+    if torch.autograd.forward_ad._current_level >= 0:
+        raise RuntimeError(forward_mode_message(op))
+    names = _transforms()
+    if kernel and names == "Vmap":  # eager code can do it, behind a break of the graph
+        raise RuntimeError(vmap_message(op))
+    strict = torch.compiler.is_exporting() and torch.compiler.is_dynamo_compiling()
+    if kernel and strict and x.requires_grad and torch.is_grad_enabled():
+        raise RuntimeError(
+            f"{op}: torch.export with strict=True drops the gradient of this op; pass strict=False, export under"
+            ' torch.no_grad(), or pass impl="torch"'
+        )
+    if names:
+        return _differentiated_once(op, x, kernel)
+    return torch.ops.ppo_kernels_traced.first_order_only(op, x)
 
 
 def fused_loss(op: Op, impl: str, x: Tensor, arguments: tuple[object, ...]) -> tuple[Tensor, tuple[Tensor, ...]]:
     """Loss and statistics of a kernel that takes ``x``, the arguments and whether to write the gradient."""
     if torch.compiler.is_compiling():
-        kernel, (x, *rest) = op.traceable(impl, (traced_input(op.name, x, vmap=True), *arguments))
+        kernel, (x, *rest) = op.traceable(impl, (traced_input(op.name, x, kernel=True), *arguments))
         loss, stats = _TracedLoss.apply(kernel, x, tuple(rest))
     elif transformed():
         loss, stats, _, _ = _TransformedLoss.apply(op, impl, x, *arguments)
@@ -150,7 +191,7 @@ class _EagerLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, op, impl, x, arguments):
         ctx.set_materialize_grads(False)
-        loss, stats, grad, inv_normalizer = op.below_autograd(impl, x, *arguments, ctx.needs_input_grad[2])
+        loss, stats, grad, inv_normalizer = op.run(impl, x, *arguments, ctx.needs_input_grad[2])
         # Not saved: the gradient depends on x but not on its memory, which the caller may write to.
         ctx.op, ctx.x = op.name, x
         ctx.save_for_backward(grad, inv_normalizer)
@@ -158,6 +199,7 @@ class _EagerLoss(torch.autograd.Function):
         return loss, stats
 
     @staticmethod
+    @not_a_graph
     def backward(ctx, grad_loss, _grad_stats):
         if grad_loss is None:
             return None, None, None, None
@@ -184,6 +226,7 @@ class _TransformedLoss(torch.autograd.Function):
         ctx.mark_non_differentiable(*output[1:])
 
     @staticmethod
+    @not_a_graph
     def backward(ctx, grad_loss, *_others):
         grad, inv_normalizer, x = ctx.saved_tensors
         grads: list[Any] = [None] * ctx.inputs

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ppo_kernels._types import compute_dtype
+from ppo_kernels._types import compute_dtype, wide_dtype
 
 _FLOATING = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 _MASK_DTYPES = (torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, *_FLOATING)
@@ -31,8 +31,8 @@ def _refuse_nested_and_sharded(op: str, name: str, x: Tensor) -> None:
         )
     if hasattr(x, "placements"):
         raise TypeError(
-            f"{op}: {name} is a DTensor with placements {tuple(x.placements)}; pass .to_local() if every rank holds"
-            " whole rows or a replica, else .full_tensor() or .redistribute() first"
+            f"{op}: {name} is a DTensor with placements {tuple(x.placements)}, and only replicas are taken as they are;"
+            " pass .to_local() if every rank holds whole rows, with group= where the op takes one, else .full_tensor()"
         )
 
 
@@ -147,10 +147,10 @@ def number_or_tensor(op: str, name: str, value: object, device: torch.device) ->
     """
     if isinstance(value, Tensor):
         _check_one(op, name, value)
-        return 0.0, value.detach().to(device=device, dtype=torch.float64).reshape(())
+        return 0.0, value.detach().to(device=device, dtype=wide_dtype(device)).reshape(())
     value = check_number(op, name, value)
     if torch.compiler.is_compiling():
-        return 0.0, torch.full((), value, dtype=torch.float64, device=device)
+        return 0.0, torch.full((), value, dtype=wide_dtype(device), device=device)
     return value, None
 
 
@@ -258,15 +258,16 @@ class Tokens:
     def normalizer(self, value: object) -> Tensor | None:
         if value is None:
             return None
+        device = self.like.device
         if isinstance(value, Tensor):
             if value.numel() != 1 or value.is_complex():
                 raise ValueError(
                     f"{self.op}: normalizer must be a number or one real element,"
                     f" got {tuple(value.shape)} {value.dtype}"
                 )
-            return value.detach().to(device=self.like.device, dtype=torch.float64).reshape(())
+            return value.detach().to(device=device, dtype=wide_dtype(device)).reshape(())
         value = check_number(self.op, "normalizer", value, least=0.0)
-        return torch.full((), value, dtype=torch.float64, device=self.like.device)
+        return torch.full((), value, dtype=wide_dtype(device), device=device)
 
     def validate_cu_seqlens(self) -> None:
         cu = self.cu_seqlens

@@ -5,11 +5,13 @@ from __future__ import annotations
 from torch import Tensor
 
 from ppo_kernels.ops._inputs import check_choice, check_integer, check_number, check_tensor
+from ppo_kernels.ops._public import public
 from ppo_kernels.reference import aggregation_weights as reference
 
 MODES = ("token-mean", "token-sum", "seq-mean-token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm")
 
 
+@public
 def aggregation_weights(
     mask: Tensor,
     mode: str = "token-mean",

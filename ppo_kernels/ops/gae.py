@@ -5,8 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ppo_kernels.backends import register
+from ppo_kernels._types import wide_dtype
+from ppo_kernels.backends import register, vmap_by_calls
 from ppo_kernels.ops._inputs import Tokens, check_choice, check_number
+from ppo_kernels.ops._public import public
 from ppo_kernels.reference import gae as reference
 
 
@@ -21,10 +23,19 @@ def _triton_kernel():
 
 
 _GAE = register("gae", fake=_fake, triton_kernel=_triton_kernel, reference=reference.gae)
+
+_library = torch.library.Library("ppo_kernels_traced", "FRAGMENT")
+_library.define("reverse_affine_scan(Tensor a, Tensor b, Tensor row, SymInt longest) -> Tensor")
+_library.impl("reverse_affine_scan", reference.reverse_affine_scan, "CompositeExplicitAutograd")
+_SCAN = torch.ops.ppo_kernels_traced.reverse_affine_scan.default
+torch.library.register_fake(_SCAN, lambda a, b, row, longest: torch.empty_like(b), lib=_library)
+torch.library.register_vmap(_SCAN, vmap_by_calls(_SCAN), lib=_library)
+
 #: What a masked token does; kernels take the position.
 MASKED_STEPS = ("skip", "zero", "keep")
 
 
+@public
 def gae(
     rewards: Tensor,
     values: Tensor,
@@ -80,13 +91,15 @@ def gae(
     mask = tokens.mask(mask)
     lam_rows = None
     if isinstance(lam, Tensor) and lam.numel() == 1 and lam.device.type != "cpu":
-        lam_rows = lam.detach().to(torch.float64).reshape(1).expand(tokens.rows).contiguous()
+        lam_rows = lam.detach().to(wide_dtype(lam.device)).reshape(1).expand(tokens.rows).contiguous()
     elif isinstance(lam, Tensor) and lam.numel() != 1:
-        lam_rows = tokens.per_row("lam", lam).detach().to(torch.float64)
+        lam_rows = tokens.per_row("lam", lam).detach().to(wide_dtype(lam.device))
     else:
         lam = check_number("gae", "lam", lam, least=0.0, most=1.0)
         if torch.compiler.is_compiling():  # a float would become a constant of the graph
-            lam_rows = torch.full((tokens.rows,), 0.0, dtype=torch.float64, device=tokens.like.device) + lam
+            lam_rows = (
+                torch.full((tokens.rows,), 0.0, dtype=wide_dtype(tokens.like.device), device=tokens.like.device) + lam
+            )
     if bootstrap_value is not None:
         bootstrap_value = tokens.per_row("bootstrap_value", bootstrap_value).detach()
     if validate:

@@ -20,6 +20,7 @@ from ppo_kernels.ops._inputs import (
     check_real,
     check_shape,
 )
+from ppo_kernels.ops._public import public
 from ppo_kernels.ops.whiten import whiten
 from ppo_kernels.reference import group_advantages as reference
 
@@ -41,6 +42,7 @@ BASELINES = ("rloo", "grpo", "dr_grpo")
 MODES = (*BASELINES, "reinforce++_baseline")
 
 
+@public
 def group_advantages(
     scores: Tensor,
     group_ids: Tensor | None = None,

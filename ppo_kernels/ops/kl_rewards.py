@@ -15,6 +15,7 @@ from ppo_kernels.ops._inputs import (
     check_shape,
     number_or_tensor,
 )
+from ppo_kernels.ops._public import public
 from ppo_kernels.reference import kl_rewards as reference
 
 
@@ -31,6 +32,7 @@ def _triton_kernel():
 _KL_REWARDS = register("kl_rewards", fake=_fake, triton_kernel=_triton_kernel, reference=reference.kl_rewards)
 
 
+@public
 def kl_rewards(
     logprobs: Tensor,
     ref_logprobs: Tensor,

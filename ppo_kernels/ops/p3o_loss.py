@@ -9,6 +9,7 @@ from ppo_kernels.backends import register
 from ppo_kernels.ops import _fakes
 from ppo_kernels.ops._autograd import first_order_only, fused_loss
 from ppo_kernels.ops._inputs import Tokens, bound, check_choice, check_integer_option, number_or_tensor
+from ppo_kernels.ops._public import public
 from ppo_kernels.reference import p3o_loss as reference
 
 
@@ -19,16 +20,13 @@ def _triton_kernel():
 
 
 _P3O_LOSS = register(
-    "p3o_loss",
-    fake=_fakes.loss(P3OStats._fields),
-    triton_kernel=_triton_kernel,
-    reference=reference.p3o_loss,
-    differentiable=True,
+    "p3o_loss", fake=_fakes.loss(P3OStats._fields), triton_kernel=_triton_kernel, reference=reference.p3o_loss
 )
 #: The two losses of the paper; kernels take the position.
 VARIANTS = ("separate", "joint")
 
 
+@public
 def p3o_loss(
     logprobs: Tensor,
     old_logprobs: Tensor,

@@ -9,6 +9,7 @@ from ppo_kernels.backends import register
 from ppo_kernels.ops import _fakes
 from ppo_kernels.ops._autograd import first_order_only, fused_loss
 from ppo_kernels.ops._inputs import Tokens, bound, check_choice, check_floating, number_or_tensor
+from ppo_kernels.ops._public import public
 from ppo_kernels.reference import policy_loss as reference
 
 
@@ -19,14 +20,11 @@ def _triton_kernel():
 
 
 _POLICY_LOSS = register(
-    "policy_loss",
-    fake=_fakes.loss(PolicyStats._fields),
-    triton_kernel=_triton_kernel,
-    reference=reference.policy_loss,
-    differentiable=True,
+    "policy_loss", fake=_fakes.loss(PolicyStats._fields), triton_kernel=_triton_kernel, reference=reference.policy_loss
 )
 
 
+@public
 def policy_loss(
     logprobs: Tensor,
     old_logprobs: Tensor,

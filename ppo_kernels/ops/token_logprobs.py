@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ppo_kernels._registered import forward_mode_message
-from ppo_kernels._types import compute_dtype
+from ppo_kernels._types import compute_dtype, wide_dtype
 from ppo_kernels.backends import register
 from ppo_kernels.ops._autograd import (
     first_order_only,
@@ -28,6 +28,7 @@ from ppo_kernels.ops._inputs import (
     unit_last_stride,
 )
 from ppo_kernels.ops._overwrite import Chunk, check_overwritable, saved_as_they_are
+from ppo_kernels.ops._public import not_a_graph, public
 from ppo_kernels.reference import token_logprobs as reference
 
 
@@ -49,19 +50,16 @@ _TOKEN_LOGPROBS = register(
     fake=_fake,
     triton_kernel=lambda: _triton_kernels().token_logprobs,
     reference=reference.token_logprobs,
-    differentiable=True,
 )
 _BACKWARD = register(
     "token_logprobs_backward",
     fake=like_first,
     triton_kernel=lambda: _triton_kernels().token_logprobs_backward,
-    differentiable=True,
 )
 _BACKWARD_INPLACE = register(
     "token_logprobs_backward_",
     fake=lambda *_arguments: None,
     triton_kernel=lambda: _triton_kernels().token_logprobs_backward_,
-    differentiable=True,
 )
 
 
@@ -70,7 +68,10 @@ def _contiguous(grads):
 
 
 def _gradient(impl, logits, labels, temperature_rows, grads, rest, temperature):
-    return _BACKWARD.kernel(impl)(logits, labels, temperature_rows, *_contiguous(grads), *rest, temperature)
+    arguments = (logits, labels, temperature_rows, *_contiguous(grads), *rest, temperature)
+    if torch.compiler.is_compiling() or transformed():
+        return _BACKWARD.kernel(impl)(*arguments)
+    return _BACKWARD.run(impl, *arguments)
 
 
 class _TracedLogprobs(torch.autograd.Function):
@@ -103,7 +104,7 @@ class _EagerLogprobs(torch.autograd.Function):
     @staticmethod
     def forward(ctx, impl, logits, labels, mask, temperature_rows, temperature, ignore_index, entropy, inplace):
         ctx.set_materialize_grads(False)
-        logprobs, h, *sums = _TOKEN_LOGPROBS.below_autograd(
+        logprobs, h, *sums = _TOKEN_LOGPROBS.run(
             impl, logits, labels, mask, temperature_rows, temperature, ignore_index, entropy is not False
         )
         if ctx.needs_input_grad[1]:
@@ -120,6 +121,7 @@ class _EagerLogprobs(torch.autograd.Function):
         return logprobs, h
 
     @staticmethod
+    @not_a_graph
     def backward(ctx, grad_logprobs, grad_entropy=None):
         none = (None,) * 7
         if grad_logprobs is None and grad_entropy is None:
@@ -127,7 +129,7 @@ class _EagerLogprobs(torch.autograd.Function):
         logits, labels, temperature_rows, *rest = ctx.saved_tensors
         others = (labels, temperature_rows, *_contiguous((grad_logprobs, grad_entropy)), *rest, ctx.temperature)
         if not ctx.inplace:
-            grad = _BACKWARD.below_autograd(ctx.impl, logits, *others)
+            grad = _BACKWARD.run(ctx.impl, logits, *others)
             return None, once("token_logprobs", grad, logits), *none
         if torch.is_grad_enabled():
             raise RuntimeError(
@@ -136,7 +138,7 @@ class _EagerLogprobs(torch.autograd.Function):
             )
         chunk = ctx.chunk or Chunk(logits)
         chunk.begin()
-        _BACKWARD_INPLACE.below_autograd(ctx.impl, chunk.logits, *others)
+        _BACKWARD_INPLACE.run(ctx.impl, chunk.logits, *others)
         chunk.end()
         return None, chunk.logits, *none
 
@@ -162,6 +164,7 @@ class _TransformedLogprobs(torch.autograd.Function):
         ctx.mark_non_differentiable(*output[1 if ctx.entropy is not True else 2 :])
 
     @staticmethod
+    @not_a_graph
     def backward(ctx, grad_logprobs, grad_entropy, *_others):
         logits, labels, temperature_rows, *rest = ctx.saved_tensors
         grads = (grad_logprobs, grad_entropy if ctx.entropy is True else None)
@@ -204,6 +207,7 @@ def token_logprobs(
 ) -> tuple[Tensor, Tensor]: ...
 
 
+@public
 def token_logprobs(
     logits: Tensor,
     labels: Tensor,
@@ -270,7 +274,7 @@ def token_logprobs(
     else:
         temperature = check_number(op, "temperature", temperature, above=0.0)
         if torch.compiler.is_compiling():  # a float would become a constant of the graph
-            rows = torch.full(labels.shape, temperature, dtype=torch.float64, device=logits.device)
+            rows = torch.full(labels.shape, temperature, dtype=wide_dtype(logits.device), device=logits.device)
     if inplace_backward and not (torch.compiler.is_compiling() or transformed()):
         check_overwritable(logits)
     if validate:
@@ -296,7 +300,7 @@ def token_logprobs(
         entropy,
     )
     if torch.compiler.is_compiling():
-        logprobs, h = _TracedLogprobs.apply(impl, traced_input(op, logits, vmap=True), *arguments, False)
+        logprobs, h = _TracedLogprobs.apply(impl, traced_input(op, logits, kernel=True), *arguments, False)
     elif transformed():
         logprobs, h = _TransformedLogprobs.apply(impl, logits, *arguments)[:2]
     else:
@@ -310,7 +314,7 @@ def _temperature_rows(temperature: Tensor, logits: Tensor, labels: Tensor) -> Te
     check_floating("token_logprobs", "temperature", temperature)
     check_device("token_logprobs", "temperature", temperature, logits.device)
     try:
-        rows = temperature.detach().to(torch.float64).expand(labels.shape)
+        rows = temperature.detach().to(wide_dtype(temperature.device)).expand(labels.shape)
     except RuntimeError as error:
         raise ValueError(
             f"token_logprobs: temperature must broadcast to the labels' shape {tuple(labels.shape)},"
@@ -333,6 +337,7 @@ def _validate(logits: Tensor, labels: Tensor, mask: Tensor | None, rows: Tensor 
         raise ValueError(f"token_logprobs: every temperature must be > 0, the least is {float(rows.min())}")
 
 
+@public
 def selective_log_softmax(
     logits: Tensor, index: Tensor, temperature: float | Tensor = 1.0, row_mask: Tensor | None = None
 ) -> Tensor:
@@ -366,6 +371,7 @@ def selective_log_softmax(
     return logp if row_mask is None else torch.where(row_mask[..., None] != 0, logp, 0.0)
 
 
+@public
 def selective_log_softmax_and_entropy(
     logits: Tensor, index: Tensor, temperature: float | Tensor = 1.0, row_mask: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:

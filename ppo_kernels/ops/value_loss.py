@@ -9,6 +9,7 @@ from ppo_kernels.backends import register
 from ppo_kernels.ops import _fakes
 from ppo_kernels.ops._autograd import first_order_only, fused_loss
 from ppo_kernels.ops._inputs import Tokens, bound
+from ppo_kernels.ops._public import public
 from ppo_kernels.reference import value_loss as reference
 
 
@@ -19,14 +20,11 @@ def _triton_kernel():
 
 
 _VALUE_LOSS = register(
-    "value_loss",
-    fake=_fakes.loss(ValueStats._fields),
-    triton_kernel=_triton_kernel,
-    reference=reference.value_loss,
-    differentiable=True,
+    "value_loss", fake=_fakes.loss(ValueStats._fields), triton_kernel=_triton_kernel, reference=reference.value_loss
 )
 
 
+@public
 def value_loss(
     values: Tensor,
     old_values: Tensor,

@@ -11,6 +11,7 @@ from ppo_kernels._types import compute_dtype
 from ppo_kernels.backends import register
 from ppo_kernels.ops._fakes import like_first
 from ppo_kernels.ops._inputs import check_floating, check_group, check_number, to_mask
+from ppo_kernels.ops._public import public
 from ppo_kernels.reference import whiten as reference
 
 if TYPE_CHECKING:
@@ -47,6 +48,7 @@ def _prepare(op: str, x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | 
     return x.detach().to(compute_dtype(x)).contiguous(), None if mask is None else mask.contiguous()
 
 
+@public
 def moments(
     x: Tensor, mask: Tensor | None = None, *, impl: str = "auto", validate: bool = False
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -74,6 +76,7 @@ def moments(
     return _MOMENTS.call(impl, x, mask)
 
 
+@public
 def whiten(
     x: Tensor,
     mask: Tensor | None = None,

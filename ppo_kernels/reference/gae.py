@@ -5,9 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ppo_kernels._types import compute_dtype
+from ppo_kernels._types import compute_dtype, wide_dtype
 from ppo_kernels.reference.rows import (
-    Rows,
     find_rows,
     last_valid,
     select,
@@ -39,18 +38,23 @@ def gae(
     live = valid if masked_steps == "skip" else until_last
     read = until_last if masked_steps == "keep" else valid
     # A float32 carry misses the error bound at gamma * lam = 1 and large T.
-    r, v = select(rewards, read, torch.float64), select(values, read, torch.float64)
-    boot = torch.zeros((), dtype=torch.float64, device=v.device)
+    wide = wide_dtype(valid.device)
+    r, v = select(rewards, read, wide), select(values, read, wide)
+    boot = torch.zeros((), dtype=wide, device=v.device)
     if bootstrap_value is not None:
-        boot = spread(bootstrap_value.to(torch.float64), rows)
-    lam_t = spread(lam.to(torch.float64), rows) if isinstance(lam, Tensor) else torch.full_like(v, lam)
+        boot = spread(bootstrap_value.to(wide), rows)
+    lam_t = spread(lam.to(wide), rows) if isinstance(lam, Tensor) else torch.full_like(v, lam)
 
     following = _next_live(live)
     same_row = (following < tokens) & (rows.row[following.clamp(max=tokens - 1)] == rows.row)
     next_v = torch.where(same_row, v[following.clamp(max=tokens - 1)], boot)
     delta = torch.where(live, r + gamma * next_v - v, 0.0)
     decay = torch.where(live, gamma * lam_t, 1.0)
-    adv = _reverse_affine_scan(decay, delta, rows)
+    # Its steps double, and a graph of them would be made anew for each power of two of the length: one calls the scan
+    # that ops/gae.py registers.
+    opaque = torch.compiler.is_compiling() and not torch.compiler.is_exporting()
+    scan = torch.ops.ppo_kernels_traced.reverse_affine_scan if opaque else reverse_affine_scan
+    adv = scan(decay, delta, rows.row, tokens if rows.length is None else rows.length)
     adv, ret = torch.where(valid, adv, 0.0), torch.where(valid, adv + v, 0.0)
     return adv.to(dtype).reshape(rewards.shape), ret.to(dtype).reshape(rewards.shape)
 
@@ -63,11 +67,11 @@ def _next_live(live: Tensor) -> Tensor:
     return torch.cat([reach[1:], reach.new_full((1,), tokens)])
 
 
-def _reverse_affine_scan(a: Tensor, b: Tensor, rows: Rows) -> Tensor:
+def reverse_affine_scan(a: Tensor, b: Tensor, row: Tensor, longest: int) -> Tensor:
     """``y_t = b_t + a_t y_{t+1}`` within each row, by doubling: log2(longest row) vectorised steps."""
-    step, longest = 1, b.numel() if rows.length is None else rows.length
+    step, b = 1, b.clone()
     while step < longest:
-        joined = rows.row[step:] == rows.row[:-step]
+        joined = row[step:] == row[:-step]
         b_next = torch.where(joined, a[:-step] * b[step:], 0.0)
         a_next = torch.where(joined, a[step:], 0.0)
         b = torch.cat([b[:-step] + b_next, b[-step:]])

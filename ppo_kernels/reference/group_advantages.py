@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ppo_kernels._types import compute_dtype
+from ppo_kernels._types import compute_dtype, wide_dtype
 from ppo_kernels.reference.rows import Rows, row_sum
 
 
@@ -14,9 +14,10 @@ def group_advantages(scores: Tensor, group_ids: Tensor, *, mode: str = "rloo", e
     ids, order = torch.sort(group_ids, stable=True)
     groups = _runs(ids)
     # Differences to the group's first score: equal scores, whatever their size, have a deviation of exactly 0.
-    x = scores.double()[order]
+    wide = wide_dtype(scores.device)
+    x = scores.to(wide)[order]
     x = x - x[groups.start.clamp(max=max(x.numel() - 1, 0))][groups.row]
-    count = (groups.end - groups.start).double()
+    count = (groups.end - groups.start).to(wide)
     centred = x - (row_sum(x, groups) / count)[groups.row]
     if mode == "rloo":
         centred = centred * torch.where(count > 1, count / (count - 1), 1.0)[groups.row]

@@ -5,10 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ppo_kernels._types import P3OStats, compute_dtype
+from ppo_kernels._types import P3OStats, compute_dtype, wide_dtype
 from ppo_kernels.reference.kl_rewards import clamp
 from ppo_kernels.reference.rows import (
     find_rows,
+    how_many,
     masked_mean,
     reduce_loss,
     row_sum,
@@ -38,12 +39,13 @@ def p3o_loss(
     dtype = compute_dtype(logprobs, old_logprobs, ref_logprobs, scores)
     rows = find_rows(logprobs, cu_seqlens)
     valid = valid_tokens(logprobs, mask, rows)
-    # An error of a sum over a whole sequence is an error of its ratio's exponent: float64.
-    logp, old, ref = (select(x, valid, torch.float64) for x in (logprobs, old_logprobs.detach(), ref_logprobs.detach()))
+    # An error of a sum over a whole sequence is an error of its ratio's exponent.
+    wide = wide_dtype(valid.device)
+    logp, old, ref = (select(x, valid, wide) for x in (logprobs, old_logprobs.detach(), ref_logprobs.detach()))
     shift = row_sum(logp - old, rows)  # D = S - S_old
     margin = row_sum(logp.detach() - ref, rows)  # S
-    alive = row_sum(valid.double(), rows) > 0
-    reward = torch.where(alive, scores.detach().double(), 0.0)
+    alive = row_sum(valid.to(wide), rows) > 0
+    reward = torch.where(alive, scores.detach().to(wide), 0.0)
 
     first, second = torch.triu_indices(group_size, group_size, 1, device=logprobs.device)
     both = alive.reshape(-1, group_size)[:, first] & alive.reshape(-1, group_size)[:, second]
@@ -57,11 +59,11 @@ def p3o_loss(
     margin_i, margin_j = of_pairs(margin)
     reward_i, reward_j = of_pairs(reward)
     s_gap = margin_i - margin_j
-    coef = scalar(kl_coef, torch.float64)
+    coef = scalar(kl_coef, wide)
     q = reward_i - reward_j - scaled_or_off(coef, s_gap)
     # A tensor even of a number: a traced math.log() makes a constant of it.
-    made = weight_clip if isinstance(weight_clip, Tensor) else torch.full((), weight_clip, dtype=torch.float64)
-    bound = made.to(logprobs.device).log()
+    made = weight_clip if isinstance(weight_clip, Tensor) else torch.full((), weight_clip, dtype=wide)
+    bound = made.to(logprobs.device, wide).log()
     if variant == "separate":
         log_weights = torch.stack([shift_i, shift_j]).detach()
         w_i, w_j = log_weights.clamp(-bound, bound).exp()
@@ -86,21 +88,22 @@ def p3o_loss(
         d = clamp(shift, log_ratio_clamp)
         beyond = torch.zeros_like(alive) if log_ratio_clamp is None else shift.abs() > log_ratio_clamp
         each = both.expand(log_weights.shape)
+        rows_alive, pairs, weights = how_many(alive), how_many(both), how_many(each)
         better = reward_i - reward_j
         preferred = torch.where(better > 0, s_gap, torch.where(better < 0, -s_gap, better * s_gap))  # else 0 or NaN
         stats = P3OStats(
-            approx_kl_k1=masked_mean(-d, alive),
-            approx_kl_k3=masked_mean(torch.expm1(d) - d, alive),
-            ref_kl=masked_mean(margin, alive),
-            ratio_mean=masked_mean(d.exp(), alive),
+            approx_kl_k1=masked_mean(-d, alive, rows_alive),
+            approx_kl_k3=masked_mean(torch.expm1(d) - d, alive, rows_alive),
+            ref_kl=masked_mean(margin, alive, rows_alive),
+            ratio_mean=masked_mean(d.exp(), alive, rows_alive),
             ratio_max=torch.cat([torch.where(alive, d.exp(), 0.0), d.new_zeros(1)]).max(),
-            clamp_frac=masked_mean(beyond, alive),
-            weight_mean=masked_mean(log_weights.clamp(-bound, bound).exp(), each),
-            weight_clipfrac=masked_mean(log_weights.abs() > bound, each),
-            clipfrac=masked_mean(clipped, each),
-            reward_gap=masked_mean(q.abs(), both),
-            margin=masked_mean(preferred, both),
-            accuracy=masked_mean(preferred > 0, both),
+            clamp_frac=masked_mean(beyond, alive, rows_alive),
+            weight_mean=masked_mean(log_weights.clamp(-bound, bound).exp(), each, weights),
+            weight_clipfrac=masked_mean(log_weights.abs() > bound, each, weights),
+            clipfrac=masked_mean(clipped, each, weights),
+            reward_gap=masked_mean(q.abs(), both, pairs),
+            margin=masked_mean(preferred, both, pairs),
+            accuracy=masked_mean(preferred > 0, both, pairs),
             count=count,
         )
         return total, P3OStats(*(s.to(dtype) for s in stats))

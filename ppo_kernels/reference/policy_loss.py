@@ -9,6 +9,7 @@ from ppo_kernels._types import PolicyStats, compute_dtype
 from ppo_kernels.reference.kl_rewards import clamp, kl_estimate
 from ppo_kernels.reference.rows import (
     find_rows,
+    how_many,
     masked_mean,
     per_token,
     reduce_loss,
@@ -67,22 +68,24 @@ def policy_loss(
     total, count = reduce_loss(loss, valid, rows, row_weight, normalizer)
 
     with torch.no_grad():
-        excess = ratio.double() - 1.0
-        ratio_mean = masked_mean(excess, valid)
+        number = how_many(valid)
+        excess = ratio.to(number.dtype) - 1.0
+        ratio_mean = masked_mean(excess, valid, number)
         stats = PolicyStats(
-            approx_kl_k1=masked_mean(-d, valid),
-            approx_kl_k2=masked_mean(0.5 * d * d, valid),
-            approx_kl_k3=masked_mean(torch.expm1(d) - d, valid),
+            approx_kl_k1=masked_mean(-d, valid, number),
+            approx_kl_k2=masked_mean(0.5 * d * d, valid, number),
+            approx_kl_k3=masked_mean(torch.expm1(d) - d, valid, number),
             ratio_mean=torch.where(count > 0, 1.0 + ratio_mean, 0.0),
-            ratio_var=masked_mean((excess - ratio_mean).square(), valid),
+            ratio_var=masked_mean((excess - ratio_mean).square(), valid, number),
             ratio_max=torch.cat([torch.where(valid, ratio, 0.0), ratio.new_zeros(1)]).max(),
-            clipfrac_high=masked_mean((adv > 0) & (ratio > 1.0 + high), valid),
-            clipfrac_low=masked_mean((adv < 0) & (ratio < 1.0 - low), valid),
-            dual_clipfrac=masked_mean(dual, valid),
-            ref_kl=masked_mean(ref_kl, valid),
+            clipfrac_high=masked_mean((adv > 0) & (ratio > 1.0 + high), valid, number),
+            clipfrac_low=masked_mean((adv < 0) & (ratio < 1.0 - low), valid, number),
+            dual_clipfrac=masked_mean(dual, valid, number),
+            ref_kl=masked_mean(ref_kl, valid, number),
             clamp_frac=masked_mean(
                 torch.zeros_like(valid) if log_ratio_clamp is None else log_ratio.abs() > log_ratio_clamp,
                 valid,
+                number,
             ),
             count=count,
         )

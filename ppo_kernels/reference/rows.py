@@ -7,6 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ppo_kernels._types import wide_dtype
+
 
 class Rows(NamedTuple):
     """Which row each flattened token belongs to; ``owned`` is False for a token that no row claims."""
@@ -102,7 +104,12 @@ def reduce_loss(
     return torch.where(empty, 0.0, total) * torch.where(empty, 0.0, 1.0 / scale), count
 
 
-def masked_mean(x: Tensor, valid: Tensor) -> Tensor:
-    count = valid.sum().double()
-    total = torch.where(valid, x.double(), 0.0).sum()
-    return torch.where(count > 0, total / count, 0.0)
+def how_many(valid: Tensor) -> Tensor:
+    """The number of valid elements, in the dtype that statistics are added up in."""
+    return valid.sum().to(wide_dtype(valid.device))
+
+
+def masked_mean(x: Tensor, valid: Tensor, number: Tensor) -> Tensor:
+    """The mean over the valid elements, ``number`` of them; 0 if there are none."""
+    total = torch.where(valid, x.to(number.dtype), 0.0).sum()
+    return torch.where(number > 0, total / number, 0.0)

@@ -7,16 +7,17 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ppo_kernels._types import compute_dtype
+from ppo_kernels._types import compute_dtype, wide_dtype
 
 
 @torch.no_grad()
 def moments(x: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
     valid = torch.ones_like(x, dtype=torch.bool) if mask is None else mask != 0
-    count = valid.sum().to(torch.float64)
+    wide = wide_dtype(x.device)
+    count = valid.sum().to(wide)
     inverse = torch.where(count > 0, 1.0 / count, 0.0)
-    mean = torch.where(valid, x.to(torch.float64), 0.0).sum() * inverse
-    m2 = torch.where(valid, x.to(torch.float64) - mean, 0.0).square().sum()
+    mean = torch.where(valid, x.to(wide), 0.0).sum() * inverse
+    m2 = torch.where(valid, x.to(wide) - mean, 0.0).square().sum()
     return count, mean, m2
 
 
@@ -49,7 +50,7 @@ def whiten(
     variance = torch.where(count > 1, m2 / freedom, 0.0)
     scale = torch.where(variance + eps == 0, 0.0, torch.rsqrt(variance + eps))
     valid = torch.ones_like(x, dtype=torch.bool) if mask is None else mask != 0
-    y = torch.where(valid, x.to(torch.float64) - mean, 0.0) * scale
+    y = torch.where(valid, x.to(mean.dtype) - mean, 0.0) * scale
     if not shift_mean:
         y = y + mean
     return torch.where(valid, y, 0.0).to(dtype)

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ppo_kernels._registered import overlaps_itself, require
+from ppo_kernels._registered import require
 from ppo_kernels._types import compute_dtype
 from ppo_kernels.triton import INTERPRETED
 from ppo_kernels.triton._launch import as_vector, launch, mask_bytes, require_unit_stride
@@ -316,9 +316,8 @@ def _phase(x: Tensor, *strides: int) -> list[int]:
 
 
 def _check_logits(logits: Tensor) -> None:
-    require(logits.is_floating_point(), f"logits must be floating, got {logits.dtype}")
-    fits = logits.dim() > 0 and 1 <= logits.size(-1) < 2**30
-    require(fits, f"logits must be [..., V] with 1 <= V < 2^30, got {list(logits.shape)}")
+    fits = logits.is_floating_point() and logits.dim() > 0 and 1 <= logits.size(-1) < 2**30
+    require(fits, f"logits must be floating [..., V] with 1 <= V < 2^30, got {logits.dtype} {list(logits.shape)}")
     require_unit_stride("logits", logits)
 
 
@@ -336,8 +335,7 @@ def token_logprobs(
     leading, rows = logits.shape[:-1], logits.numel() // vocab
     layout = _leading(logits)
     if layout is None:
-        logits = logits.contiguous()
-        layout = (0, vocab, rows)
+        logits, layout = logits.contiguous(), (0, vocab, rows)
     logprobs, row_max, log_sum = (logits.new_empty(labels.shape, dtype=dtype) for _ in range(3))
     h = logits.new_empty(labels.shape if entropy else 0, dtype=dtype)
     warps, shape = _shape(vocab, logits.dtype)
@@ -358,7 +356,6 @@ def token_logprobs_backward(logits: Tensor, *rest) -> Tensor:
 
 
 def token_logprobs_backward_(logits: Tensor, *rest) -> None:
-    require(not overlaps_itself(logits), f"logits is overwritten and must not overlap itself, got {logits.stride()}")
     _write_gradient(logits, logits, *rest)
 
 
@@ -379,14 +376,12 @@ def _write_gradient(
     _check_logits(logits)
     vocab, dtype = logits.size(-1), compute_dtype(logits)
     leading, rows = logits.shape[:-1], logits.numel() // vocab
-    layout = _leading(logits)
-    to = out
+    layout, to = _leading(logits), out
     truncates = INTERPRETED and out.dtype == torch.bfloat16
     if truncates or (layout is None and out is logits):
         to = torch.empty(out.shape, dtype=dtype if INTERPRETED else out.dtype, device=out.device)
     if layout is None:
-        logits = logits.contiguous()
-        layout = (0, vocab, rows)
+        logits, layout = logits.contiguous(), (0, vocab, rows)
     inner = layout[2]
     to_strides = layout[:2] if to is logits else (inner * vocab if inner < rows else 0, vocab)
     warps, shape = _shape(vocab, logits.dtype)

@@ -42,8 +42,8 @@ def serve_cuda_from_host() -> None:
     path = host_cuda.build()
     _native.open_cuda_library(path)
     ops = getattr(torch.ops, host_cuda.NAMESPACE)
-    for name, schema in SCHEMAS.items():
-        guard(_host_cuda, schema, differentiable=backends.op(name).differentiable)
+    for schema in SCHEMAS.values():
+        guard(_host_cuda, schema)
     _serve("cuda", lambda op: _float32_only("cuda", getattr(ops, op.name).default))
 
 

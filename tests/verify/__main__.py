@@ -24,6 +24,7 @@ PARTS = {
     "patches": "pytest tests/verify/mutants",
     "build": "pytest tests/verify/test_build.py",
     "template": "pytest tests/verify/test_template.py",
+    "inductor": "pytest tests/verify/test_inductor.py",
     "metamorphic": "pytest tests/verify/test_metamorphic.py tests/verify/test_triton_losses.py",
     "aot": "pytest tests/verify/aot -rs",
     "host_cuda": f"PPO_KERNELS_HOST_CUDA=1 pytest {WITH_CUDA} -n 2 --dist loadfile --tier whole -k cuda",
