@@ -95,7 +95,7 @@ demo: build
 	$(RUN) -m python_trainer demo --config $(DEMO_CONFIG) $(ARGS)
 
 docs:
-	@echo "README.md: the ops and the trainer; CONTRIBUTING.md: the structure, tests and rules; bench/NOTES.md: the benchmarks;"
+	@echo "README.md: the ops and the trainer; docs/first_model.md: a first trained model; CONTRIBUTING.md: the structure, tests and rules; bench/NOTES.md: the benchmarks;"
 	@echo "python_trainer/METRICS.md: what a run logs. The reference of an op is its docstring: help(ppo_kernels.gae)"
 
 verify: build

@@ -28,8 +28,10 @@ __all__: list[str] = [
 ]
 
 try:
-    import torch as _torch  # noqa: F401
-except (ImportError, OSError) as _error:  # `python -m ppo_kernels.env` must still be able to say so
+    import torch as _torch
+
+    _torch.Tensor  # noqa: B018  # a folder named torch has none
+except (Exception, SystemExit) as _error:  # `python -m ppo_kernels.env` must still be able to say so
     _torch_error = _error
 
     def __getattr__(name: str) -> object:

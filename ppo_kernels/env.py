@@ -8,6 +8,7 @@ import importlib
 import importlib.metadata
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -123,7 +124,7 @@ def section(title: str, probe: Callable[[], Lines]) -> str:
     try:
         for name, value in probe():
             lines.append(f"  {name:<20} {value}")
-    except Exception as error:  # the rest of the report still helps
+    except (Exception, SystemExit) as error:  # the rest of the report still helps
         lines.append(f"  cannot tell: {type(error).__name__}: {error}")
     return "\n".join(lines)
 
@@ -131,11 +132,22 @@ def section(title: str, probe: Callable[[], Lines]) -> str:
 def report() -> str:
     try:
         version = importlib.import_module("ppo_kernels").__version__
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         version = f"cannot be imported: {type(error).__name__}: {error}"
     head = f"ppo_kernels {version}. Copy this into a bug report."
     return "\n\n".join([head, *(section(title, probe) for title, probe in SECTIONS.items())])
 
 
+def without_home(text: str) -> str:
+    """With ~ for the home folder, where there is one: a service may have none, or the root of all folders."""
+    try:
+        home = Path.home()
+    except RuntimeError:
+        return text
+    return text if len(home.parts) < 2 else re.sub(re.escape(str(home)) + r"(?![\w.-])", "~", text)
+
+
 if __name__ == "__main__":
-    sys.stdout.write(report().replace(str(Path.home()), "~") + "\n")
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a terminal may know ASCII alone
+    sys.stdout.write(without_home(report()) + "\n")

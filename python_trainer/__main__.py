@@ -1,29 +1,35 @@
 """python -m python_trainer sft|reward|train|eval|frontier|demo --config file.yaml [--key value ...]"""
 
 import argparse
+import contextlib
 import errno
 import functools
-import json
+import io
+import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any, TextIO
 
 from rich.console import Console
 from rich.table import Table
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from . import distributed, files
 from .config import CONFIGS, EvalConfig, FrontierConfig, PPOConfig, RewardConfig, RunConfig, SftConfig, UserError
-from .data import Task, encode_prompts, load_task
+from .data import Task, load_task
 from .deepspeed_engine import Policy, frozen, init_distributed
 from .evaluate import Evaluation, choose_generator, evaluate, evaluation_prompts
 from .frontier import frontier
-from .models import context_of, load_policy, load_tokenizer, stage_model
+from .logging import as_json
+from .models import context_of, load_policy, load_tokenizer, stage_model, stop_strings
 from .ppo import Trainer
 from .rewards import load_reward_fn
 from .rollout import score_tokens
 from .settings import COMMANDS, load, make_folder, save
 from .sft import reward, sft
+from .tokens import encode_prompts, vocabulary_of
 
 DEMO_CONFIG = "reviews_cpu.yaml"
 LEAST_GOLD_GAIN = 0.2
@@ -51,7 +57,8 @@ def main(arguments: Sequence[str]) -> int:
         return 0 if rest else 2
     command, *rest = rest
     try:
-        return _parsed(command, rest)
+        with _steady_output():
+            return _parsed(command, rest)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -60,6 +67,47 @@ def main(arguments: Sequence[str]) -> int:
             raise
         print(f"error: {error.strerror}: {error.filename or 'output_dir'}; what is committed is safe", file=sys.stderr)
         return 1
+
+
+class _Steady:
+    """A stream that ends no run: what it cannot take any more (a closed pipe, a full disk) goes nowhere."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        return self._try(self._stream.write, text) or len(text)
+
+    def flush(self) -> None:
+        self._try(self._stream.flush)
+
+    def _try(self, work: Callable[..., Any], *arguments: str) -> Any:
+        try:
+            return work(*arguments)
+        except OSError:
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, self._stream.fileno())  # also for what is written at the process's end
+            os.close(nowhere)
+            return None
+
+
+@contextlib.contextmanager
+def _steady_output() -> Iterator[None]:
+    """Inside, neither a sign that a terminal lacks nor a terminal that goes away decides how a run ends."""
+    before = sys.stdout, sys.stderr
+    for stream in before:
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+    sys.stdout, sys.stderr = (_Steady(stream) for stream in before)
+    try:
+        yield
+    finally:
+        for stream in (sys.stdout, sys.stderr):
+            stream.flush()
+        sys.stdout, sys.stderr = before
 
 
 def _underscored(argument: str) -> str:
@@ -128,15 +176,10 @@ def compare(config: EvalConfig) -> tuple[Evaluation, Evaluation]:
     evaluation_prompts(heldout, config)  # before the models load
     tokenizer = load_tokenizer(trained)
     source = stage_model(config, "sft", config.sft_model_path)
-    models = [frozen(load_policy(path, config, tokenizer), config) for path in (source, trained)]
-    reference, policy = (Policy(model, config.temperature, config.ops_impl) for model in models)
-    reward_fn = load_reward_fn(config, task, tokenizer) if task.verifiable or config.reward_function else None
-    prompts = encode_prompts(
-        heldout,
-        tokenizer,
-        response_length=config.response_length,
-        context=context_of(policy.module),
-    )
+    reference, policy = (_policy(load_policy(path, config, tokenizer), config, tokenizer) for path in (source, trained))
+    prompts = encode_prompts(heldout, tokenizer, config, context_of(policy.module))
+    wanted = task.verifiable or config.reward_function is not None
+    reward_fn = load_reward_fn(config, task, tokenizer, prompts, vocabulary_of(tokenizer)) if wanted else None
     before, after = (
         evaluate(p, reference, prompts, task, tokenizer, generator, reward_fn, config) for p in (reference, policy)
     )
@@ -146,8 +189,13 @@ def compare(config: EvalConfig) -> tuple[Evaluation, Evaluation]:
     if distributed.is_main():
         save(config, folder)
         figures = {"reference": before.metrics, "policy": after.metrics}
-        files.write(folder / "metrics.json", json.dumps(figures, indent=2) + "\n")
+        files.write(folder / "metrics.json", as_json(figures, indent=2) + "\n")
     return before, after
+
+
+def _policy(model: PreTrainedModel, config: EvalConfig, tokenizer: PreTrainedTokenizerBase) -> Policy:
+    strings, tokens = stop_strings(config, model), vocabulary_of(tokenizer)
+    return Policy(frozen(model, config), config.temperature, config.ops_impl, strings, tokens)
 
 
 def _prepare(study: FrontierConfig, path: str | None) -> None:

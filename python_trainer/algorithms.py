@@ -12,6 +12,7 @@ from .config import PPOConfig, UserError
 from .rollout import Experience
 
 Loss = tuple[torch.Tensor, dict[str, torch.Tensor]]
+MASKS = ("mask_truncated_completions", "mask_zero_variance_groups")  # for those to ignore that learn from pairs
 OF_TOKENS = ("gamma", "whiten_advantages")  # for those to ignore that take a response as a whole
 
 
@@ -63,6 +64,21 @@ class Algorithm:
         if self.place == "loss" and self.estimator in ("k1", "abs"):
             raise ValueError(f"kl_in loss needs kl_estimator k2 or k3: {self.estimator} has no such gradient")
         self.mode = config.loss_aggregation or self.aggregation
+
+    def refuse_sizes(self) -> None:
+        """Batches that cannot be divided so that the responses to one prompt stay together."""
+        config, group = self.config, self.group_size
+        share = config.num_mini_batches * distributed.world_size() * group
+        if config.batch_size % share:
+            raise UserError(
+                f"batch_size {config.batch_size} must be a multiple of num_mini_batches x ranks x "
+                f"responses per prompt = {share}"
+            )
+        micro = config.per_device_train_batch_size
+        if micro % group:
+            raise UserError(
+                f"per_device_train_batch_size {micro} must be a multiple of the {group} responses per prompt"
+            )
 
     def compute_advantages(self, local: Experience, rewards: torch.Tensor) -> None:
         """Fill advantages (and returns) of this rank's rows; statistics are over the rows of all ranks.
@@ -161,7 +177,7 @@ class P3O(Algorithm):
     ignored: ClassVar[tuple[str, ...]] = (
         *Algorithm.ignored,
         *OF_TOKENS,
-        *("loss_aggregation", "cliprange_high", "dual_clip", "kl_estimator"),
+        *("loss_aggregation", "cliprange_high", "dual_clip", "kl_estimator", *MASKS),
     )
 
     def __init__(self, config: PPOConfig, kl: KlControl) -> None:
@@ -314,7 +330,7 @@ class OnlineDPO(Algorithm):
     ignored: ClassVar[tuple[str, ...]] = (
         *Algorithm.ignored,
         *OF_TOKENS,
-        *("loss_aggregation", "cliprange", "cliprange_high", "dual_clip", "kl_estimator"),
+        *("loss_aggregation", "cliprange", "cliprange_high", "dual_clip", "kl_estimator", *MASKS),
     )
 
     def __init__(self, config: PPOConfig, kl: KlControl) -> None:

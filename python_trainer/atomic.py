@@ -17,7 +17,7 @@ import re
 import secrets
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from . import distributed, files
@@ -56,8 +56,11 @@ def atomic_dir(folder: Path) -> Iterator[Path]:
         ) from error
 
 
-def verify(folder: Path) -> None:
-    """Refuse a folder that is incomplete or whose bytes are not those that were written."""
+def verify(folder: Path) -> list[str]:
+    """Refuse a folder that is incomplete or whose bytes are not those that were written.
+
+    Returns the names of its files: whoever reads it reads these and no others.
+    """
     if not (folder / MANIFEST).is_file():  # a pipe would make it wait
         raise UserError(f"{folder} is not complete: it has no {MANIFEST}")
     try:
@@ -66,7 +69,7 @@ def verify(folder: Path) -> None:
         raise UserError(f"{folder / MANIFEST} is damaged: {error}") from error
     for name, (expected, _) in listed.items():
         path = folder / name
-        size = path.stat().st_size if path.is_file() else None
+        size = path.stat().st_size if files.is_plain(path) and _is_inside(folder, name) else None
         if size != expected:
             found = "is missing" if size is None else f"has {size} bytes"
             raise UserError(f"{folder} refused: {path} {found}, expected {expected} bytes")
@@ -74,6 +77,18 @@ def verify(folder: Path) -> None:
     for name, (_, sha256) in listed.items():
         if found_now[name] != sha256:
             raise UserError(f"{folder} refused: the content of {folder / name} has changed since it was written")
+    return list(listed)
+
+
+def refuse_unlisted(folder: Path, readable: Callable[[str], bool]) -> None:
+    """For a library that reads whatever it finds: of the names that it looks for, there are those of the manifest."""
+    listed = {*verify(folder), MANIFEST}
+    others = [path for path in folder.iterdir() if path.name not in listed and readable(path.name)]
+    if others:
+        raise UserError(
+            f"{folder} refused: {min(others)} is {files.kind(min(others))} that its {MANIFEST} does not list; take it "
+            f"away, or, if the folder is yours to change, take {MANIFEST} away"
+        )
 
 
 def is_made(folder: Path) -> bool:
@@ -110,10 +125,24 @@ def _listed(folder: Path) -> dict[str, tuple[int, str]]:
         raise ValueError("it is none that a run wrote") from error
     if not found:
         raise ValueError("it lists no files")
-    for size, sha256 in found.values():
+    for name, (size, sha256) in found.items():
         if type(size) is not int or not isinstance(sha256, str) or not SHA256.fullmatch(sha256):
             raise ValueError("it is none that a run wrote")
+        if not _can_be_inside(name):
+            raise ValueError(f"it lists {name[:60]!r}, which is no file of this folder")
     return found
+
+
+def _can_be_inside(name: str) -> bool:
+    """Whether it is the one spelling of a file below the folder, and not its manifest."""
+    parts = Path(name).parts
+    plain = "/".join(parts) == name and name.isprintable() and name != MANIFEST
+    return plain and parts != () and ".." not in parts and max(map(len, parts)) <= 255
+
+
+def _is_inside(folder: Path, name: str) -> bool:
+    """Whether no link leads elsewhere on the way."""
+    return all(files.is_folder(folder / parent) for parent in Path(name).parents if parent.name)
 
 
 def _obstacle(folder: Path) -> str | None:
@@ -183,9 +212,8 @@ def _remove_listed(folder: Path, original: Path) -> None:
     """Remove the files that the manifest lists; the others stay, in a folder that says so by its name."""
     listed = _listed(folder) if is_made(folder) else {}
     for name, (size, _) in listed.items():
-        path, parts = folder / name, Path(name)
-        inside = not parts.is_absolute() and ".." not in parts.parts
-        if inside and all(files.is_folder(folder / parent) for parent in parts.parents):
+        path = folder / name
+        if _is_inside(folder, name):
             with contextlib.suppress(FileNotFoundError, PermissionError):
                 if files.is_plain(path) and path.stat().st_size == size:
                     path.unlink()

@@ -11,19 +11,20 @@ import os
 import re
 import shutil
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from . import atomic, distributed, files, zero_state
 from .config import PPOConfig, UserError, by_new_names
 from .deepspeed_engine import all_finite
 from .settings import make_folder
+from .state_file import refuse_another_form, remembered_of
 
 STATE = "state.json"
 FORMAT = 2  # of the checkpoints written here; what DeepSpeed wrote before had none
+RESULTS = ("model", "ema", "best")  # models that a run leaves
+RECORDS = ("metrics.jsonl", "completions.jsonl")
 STEP = re.compile(r"step-([0-9]{6,})")
 PLACE = ".made-by-python-trainer"  # in a folder beside `checkpoints`, with that folder's name: a run made it
 
@@ -35,6 +36,10 @@ FREE_TO_CHANGE = {
     "save_total_limit",
     "disable_tqdm",
     "report_to",
+    "log_completions_steps",
+    "metric_for_best_model",
+    "greater_is_better",
+    "early_stopping_patience",
     "ddp_timeout",
     "output_dir",
     "overwrite_output_dir",
@@ -45,7 +50,13 @@ FREE_TO_CHANGE = {
     "vllm_gpu_memory_utilization",
     "ops_impl",
     "deepspeed",
+    "lora_save",
+    "attn_implementation",
 }
+
+# What must be the same when a run continues, and is looked at itself; so where it lies may change.
+SAME = {"data": "the data have changed", "reference": "the reference's weights (sft_model_path) have changed"}
+PLACES = {"data_path", "eval_data_path", "sft_model_path"}
 
 
 def save(
@@ -70,7 +81,7 @@ def save(
     shards = {name: zero_state.slices(model) for name, model in trained.items()} | {"ema": list(average)}
     for name, slices in shards.items():
         _refuse_non_finite(f"the {name}'s weights are not finite: nothing is saved in {target}", slices)
-    _refuse_without_room(target.parent, shards)
+    _make_room(folder, target.parent, shards, config.save_total_limit)
     with atomic.atomic_dir(target) as place:
         for name, slices in shards.items():
             zero_state.write(place, name, slices)
@@ -90,27 +101,36 @@ def save(
 
 
 def load(
-    folder: Path, trained: dict[str, Any], config: PPOConfig, average: Sequence[zero_state.Slice] = ()
+    folder: Path,
+    trained: dict[str, Any],
+    config: PPOConfig,
+    memory: dict[str, Any],
+    average: Sequence[zero_state.Slice] = (),
 ) -> tuple[int, dict[str, Any]]:
     """Bring every model, optimizer and schedule to the saved state, on any number of ranks and at any ZeRO stage.
 
-    Fills `average` and returns the step and what else was remembered.
+    Fills `average` and returns the step and what was remembered of `memory`, which is what would be saved now.
     """
     try:
-        atomic.verify(folder)
+        names = atomic.verify(folder)
     except UserError as error:
         older = [path for path in _steps_in(folder.parent) if path.name < folder.name]
         hint = f"; to go back further, set resume_from_checkpoint to {older[-1]}" if older else ""
         raise UserError(f"{error}{hint}") from error
-    content = _content(folder)
-    _refuse_changes(folder, content["config"], dataclasses.asdict(config))
+    content = _content(folder, listed=STATE in names)
+    refuse_another_form(folder / STATE, content, list(trained))
+    _refuse_changes(folder, content, dataclasses.asdict(config))
+    remembered = remembered_of(content["memory"], memory, folder / STATE)
+    for key, what in SAME.items():
+        if remembered.get(key) != memory.get(key):
+            raise UserError(f"cannot resume from {folder}: {what} since then; start anew from a saved model with that")
     for name, model in trained.items():
-        zero_state.restore(model, folder, name, content["models"][name])
-    zero_state.read(folder, "ema", average)
+        zero_state.restore(model, folder, names, name, content["models"][name])
+    zero_state.read(folder, names, "ema", average)
     loaded = {name: zero_state.slices(model) for name, model in trained.items()} | {"ema": list(average)}
     for name, slices in loaded.items():
         _refuse_non_finite(f"{folder} holds weights of the {name} that are not finite: resume from one before", slices)
-    return content["step"], content["memory"]
+    return content["step"], remembered
 
 
 def find(request: str, folder: Path) -> Path:
@@ -136,6 +156,29 @@ def belongs(source: Path, folder: Path) -> bool:
 
 
 @contextlib.contextmanager
+def last_step_kept(save_last: Callable[[], int | None]) -> Iterator[None]:
+    """What ends a run inside, a failing reward function or a full disk, costs none of the steps that are whole.
+
+    `save_last` saves the last one and returns its number; None where there is none that is not saved.
+    """
+    try:
+        yield
+    except (UserError, OSError) as error:
+        if isinstance(error, OSError) and distributed.world_size() > 1:
+            raise  # of one rank: the others know nothing of it
+        text = str(error) if isinstance(error, UserError) else f"{error.filename or 'a file'}: {error.strerror}"
+        try:
+            step = save_last()
+        except UserError as again:
+            raise UserError(f"{text}; nor could the last step be saved: {again}") from error
+        if step is None:
+            raise
+        raise UserError(
+            f"{text}; step {step} is saved: once that is put right, --resume_from_checkpoint latest goes on from there"
+        ) from error
+
+
+@contextlib.contextmanager
 def lock_run_dir(folder: Path, *, overwrite: bool, done: int = 0) -> Iterator[None]:
     """The folder of a command, for this run alone until the block is left; the record goes on after step `done`."""
     with contextlib.ExitStack() as held:
@@ -157,7 +200,7 @@ def refuse_existing(folder: Path, *, overwrite: bool, resume: bool) -> None:
     if overwrite or resume:
         return
     checkpoints = folder / "checkpoints"
-    results = any(atomic.is_made(folder / name) for name in ("model", "ema"))
+    results = any(atomic.is_made(folder / name) for name in RESULTS)
     if results or (folder / "metrics.jsonl").is_file() or _steps(checkpoints) or _steps_in(checkpoints):
         raise UserError(f"{folder} holds an earlier run: resume it, or set another output_dir, or overwrite_output_dir")
 
@@ -178,17 +221,25 @@ def _refuse_non_finite(text: str, slices: Sequence[zero_state.Slice]) -> None:
         raise UserError(text)
 
 
-def _refuse_without_room(folder: Path, shards: dict[str, list[zero_state.Slice]]) -> None:
-    """Before the first byte: training stops with its last checkpoint and a full disk spared."""
+def _make_room(folder: Path, place: Path, shards: dict[str, list[zero_state.Slice]], limit: int) -> None:
+    """Before the first byte: where the disk is full, older checkpoints go that would go after it, but not the last.
+
+    Where that is not enough, training stops with its last checkpoint and a full disk spared.
+    """
     mine = sum(part.values.nbytes for slices in shards.values() for part in zero_state.shards_to_write(slices))
-    needed, lacking = sum(distributed.gather_objects(mine)), False
+    needed, free = sum(distributed.gather_objects(mine)), 0
     if distributed.is_main():
-        folder.mkdir(parents=True, exist_ok=True)
-        lacking = shutil.disk_usage(folder).free < needed
-    if distributed.gather_rows(torch.tensor([int(lacking)], device=distributed.device())).any():
-        free = shutil.disk_usage(folder).free
+        place.mkdir(parents=True, exist_ok=True)
+        for old in [None, *_steps(folder)[: -max(limit - 1, 1)]]:
+            if old is not None:
+                atomic.discard(old)
+            free = shutil.disk_usage(place).free
+            if free >= needed:
+                break
+    free = distributed.gather_objects(free)[0]
+    if free < needed:
         raise UserError(
-            f"a checkpoint takes about {needed / 1e9:.3g} GB and {folder} has {free / 1e9:.3g} GB left; earlier ones "
+            f"a checkpoint takes about {needed / 1e9:.3g} GB and {place} has {free / 1e9:.3g} GB left; earlier ones "
             "are as they were. Free some space, or set output_dir to another disk, or lower save_total_limit"
         )
 
@@ -205,15 +256,16 @@ def _sweep(folder: Path, *, overwrite: bool, done: int) -> None:
             if _number(checkpoint) > done:
                 atomic.discard(checkpoint)
     elif overwrite:
-        for made in (*_steps(checkpoints), folder / "model", folder / "ema"):
+        for made in (*_steps(checkpoints), *(folder / name for name in RESULTS)):
             atomic.discard(made)
         for place in _folders(checkpoints):
             with contextlib.suppress(OSError):
                 if [path.name for path in place.iterdir()] in ([], [PLACE]):
                     (place / PLACE).unlink(missing_ok=True)
                     place.rmdir()
-        files.make_way(folder / "metrics.jsonl")
-        (folder / "metrics.jsonl").unlink(missing_ok=True)
+        for name in RECORDS:
+            files.make_way(folder / name)
+            (folder / name).unlink(missing_ok=True)
     if strays := _strays(folder):
         files.say(f"left alone, since no run made them: {', '.join(strays)}")
 
@@ -222,7 +274,7 @@ def _strays(folder: Path) -> list[str]:
     """What looks like a run's, and is not."""
     found = [*folder.glob(atomic.TEMPORARY + "*")]
     found += [path for path in folder.glob("checkpoints-*") if path.name[12:].isdigit() and not _is_place(path)]
-    for name in ("checkpoints", "model", "ema"):
+    for name in ("checkpoints", *RESULTS):
         if os.path.lexists(folder / name) and not files.is_folder(folder / name):
             found.append(folder / name)
     for parent in _folders(folder / "checkpoints"):
@@ -238,9 +290,9 @@ def _kind(path: Path) -> str:
     return files.kind(path)
 
 
-def _content(folder: Path) -> dict[str, Any]:
+def _content(folder: Path, *, listed: bool = True) -> dict[str, Any]:
     try:
-        content = json.loads((folder / STATE).read_text()) if (folder / STATE).is_file() else {}
+        content = json.loads((folder / STATE).read_text()) if listed and (folder / STATE).is_file() else {}
     except (ValueError, RecursionError) as error:
         raise UserError(f"{folder / STATE} is not what a checkpoint holds: {error}") from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
@@ -251,9 +303,10 @@ def _content(folder: Path) -> dict[str, Any]:
     return content
 
 
-def _refuse_changes(folder: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
-    before = by_new_names(before)
-    changed = [name for name in now if name not in FREE_TO_CHANGE and before.get(name) != now[name]]
+def _refuse_changes(folder: Path, content: dict[str, Any], now: dict[str, Any]) -> None:
+    before = by_new_names(content["config"])
+    free = FREE_TO_CHANGE | (PLACES if content["memory"].keys() >= SAME.keys() else set())
+    changed = [name for name in now if name not in free and before.get(name) != now[name]]
     if changed:
         differences = ", ".join(f"{name} (was {before.get(name)}, is {now[name]})" for name in changed)
         raise UserError(f"cannot resume from {folder} with other settings: {differences}")

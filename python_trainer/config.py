@@ -16,6 +16,12 @@ from transformers.hf_argparser import HfArg
 CONFIGS = Path(__file__).parent / "configs"
 REPORTS = ("tensorboard", "wandb")
 RENAMED = {"cliprange_ratio": "weight_clip"}  # settings, by the names that earlier versions wrote down
+ADDED: dict[str, Any] = {
+    "apply_chat_template": False,
+    "overlong_prompts": "error",
+    "mask_truncated_completions": False,
+    "mask_zero_variance_groups": False,
+}  # settings that they did not know, as they were
 
 
 Test = Callable[[float], bool]
@@ -26,11 +32,18 @@ for _names, _test, _allowed in (
         lambda x: x >= 1,
         "at least 1",
     ),
-    ("max_steps total_steps save_total_limit max_skipped_steps ddp_timeout", lambda x: x >= 1, "at least 1"),
-    ("response_length local_rollout_forward_batch_size ptx_max_length", lambda x: x >= 1, "at least 1"),
-    ("eval_prompts eval_pairs kl_horizon lora_r critic_lora_r", lambda x: x >= 1, "at least 1"),
+    ("max_steps total_steps save_total_limit max_skipped_steps", lambda x: x >= 1, "at least 1"),
+    ("ddp_timeout", lambda x: 1 <= x < 1 << 31, "at least 1 and below 2**31"),
+    (
+        "response_length local_rollout_forward_batch_size ptx_max_length max_prompt_length logging_steps",
+        lambda x: x >= 1,
+        "at least 1",
+    ),
+    ("num_train_epochs", lambda x: 0 < x < math.inf, "positive and finite"),
+    ("eval_prompts eval_pairs kl_horizon lora_r critic_lora_r early_stopping_patience", lambda x: x >= 1, "at least 1"),
     ("max_length", lambda x: x >= 2, "at least 2"),
-    ("seed warmup_steps eval_steps save_steps critic_warmup_steps", lambda x: x >= 0, "at least 0"),
+    ("warmup_steps eval_steps save_steps critic_warmup_steps log_completions_steps", lambda x: x >= 0, "at least 0"),
+    ("seed", lambda x: 0 <= x < 1 << 32, "at least 0 and below 2**32"),
     (
         "weight_decay max_grad_norm cliprange cliprange_value vf_coef",
         lambda x: 0 <= x < math.inf,
@@ -59,7 +72,7 @@ class UserError(Exception):
 
 
 def by_new_names(settings: dict[str, Any]) -> dict[str, Any]:
-    return {RENAMED.get(name, name): value for name, value in settings.items()}
+    return ADDED | {RENAMED.get(name, name): value for name, value in settings.items()}
 
 
 @dataclass
@@ -74,12 +87,34 @@ class RunConfig:
     )
     data_path: str | None = HfArg(
         default=None,
-        help="For task files: a folder with texts.jsonl, pairs.jsonl and prompts.jsonl. Of each, a tenth is held out, "
-        "drawn by a fixed seed: the same rows at every stage. "
+        help="For task files: a folder with texts, pairs and prompts, each a .jsonl, .json, .csv or .parquet or a "
+        "folder of that name; or one data set: a file, what `datasets` saved, or train and test files as on the Hub. "
+        "Where no part is named test or validation a tenth is held out, by a fixed seed: the same at every stage. "
         "For task reviews: the ratings file, instead of the copy fetched with pip.",
+    )
+    eval_data_path: str | None = HfArg(
+        default=None, help="For task files: what is held out, instead of a part of data_path; read as that is."
+    )
+    column_mapping: str | None = HfArg(
+        default=None,
+        help="For task files: names of your columns (a mapping, or JSON), such as {prompt: question}. Ours are prompt; "
+        "text, messages, or prompt and completion; chosen, rejected, and prompt and margin if you like.",
+    )
+    apply_chat_template: bool = HfArg(
+        default=False,
+        help="For task files: plain prompts become a user's message and plain answers an assistant's. What is messages "
+        "in the data goes through the tokenizer's chat template either way.",
     )
     model_config: str | None = HfArg(
         default=None, help="Architecture of a model that starts from random weights (a mapping, or JSON)."
+    )
+    attn_implementation: Literal["eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention"] | None = (
+        HfArg(default=None, help="How transformers computes attention. Default: its own choice for the model.")
+    )
+    torch_dtype: Literal["float32", "bfloat16", "float16"] | None = HfArg(
+        default=None,
+        help="Precision in which the policy's weights are read and, at the end, saved. Default: as they are stored. "
+        "Training is in float32, or as bf16 and fp16 say, either way.",
     )
     ops_impl: Literal["auto", "torch", "cpu", "triton", "cuda"] = HfArg(
         default="auto", help="The `impl` of every ppo_kernels op."
@@ -94,6 +129,11 @@ class RunConfig:
     ddp_timeout: int = HfArg(default=600, help="Seconds after which a rank that hears nothing from the others stops.")
 
     def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if isinstance(value, str) and not _is_text(value):
+                raise ValueError(f"{name} holds a character that no text and no file's name has: {value[:60]!a}")
+            if isinstance(value, int) and abs(value) >= 1 << 53:
+                raise ValueError(f"{name} must be below 2**53, not a number of {len(str(abs(value)))} digits")
         for name, (test, allowed) in RANGES.items():
             value = getattr(self, name, None)
             if value is not None and not test(value):
@@ -103,13 +143,13 @@ class RunConfig:
             architecture = _json("model_config", self.model_config)
             self.model_config = json.dumps(architecture)  # one spelling, so that two runs can be compared
             kind = architecture.get("model_type")
-            if kind not in CONFIG_MAPPING:
+            if not isinstance(kind, str) or kind not in CONFIG_MAPPING:
                 raise ValueError(f"model_config needs a model_type that transformers knows, not {kind!r}")
-        settings = _json(f"the file of deepspeed, {self.deepspeed},", resolve(self.deepspeed).read_text())
-        if (settings.get("fp16") or {}).get("enabled"):
-            raise ValueError(
-                f"deepspeed: {self.deepspeed} enables fp16; set fp16: true instead, so that all models know"
-            )
+        if self.column_mapping is not None:
+            names = _json("column_mapping", self.column_mapping)
+            if not all(isinstance(name, str) for name in names.values()) or len({*names.values()}) < len(names):
+                raise ValueError(f"column_mapping must give each of our names a column of its own, not {names}")
+            self.column_mapping = json.dumps(names)
         if self.fp16 and not torch.cuda.is_available():
             raise ValueError("fp16 needs a CUDA device; train in bf16 (bf16: true) or in float32")
         if self.fp16 and self.bf16:
@@ -147,24 +187,46 @@ class OptimizerConfig(RunConfig):
     gradient_checkpointing: bool = HfArg(
         default=False, help="Keep no activations inside the layers, compute them again in the backward pass."
     )
-    lora_r: int | None = HfArg(default=None, help="Train LoRA adapters of this rank (needs peft); saved merged.")
-    lora_alpha: int = HfArg(default=16, help="Adapters are scaled by lora_alpha / rank.")
+    lora_r: int | None = HfArg(
+        default=None,
+        help="Train LoRA adapters of this rank (needs peft). If the model to start from is such an adapter, it is "
+        "trained further, with its own lora_alpha and modules; without lora_r it is merged, and all are trained.",
+    )
+    lora_alpha: int = HfArg(default=16, help="New adapters are scaled by lora_alpha / rank.")
     lora_target_modules: str | None = HfArg(
-        default=None, help="Modules that get adapters, separated by commas. Default: those peft knows for the model."
+        default=None,
+        help="Modules that get new adapters, separated by commas, or all-linear. Default: peft's for the model.",
+    )
+    lora_save: Literal["merged", "adapter"] = HfArg(
+        default="merged", help="Save a whole model with the adapters merged in, or the adapters alone, for peft."
     )
 
 
 @dataclass
-class SftConfig(OptimizerConfig):
-    """Supervised fine-tuning on texts."""
+class TextConfig(OptimizerConfig):
+    """Learning from texts or from pairs of them."""
 
     model_path: str | None = HfArg(default=None, help="Model to start from; without it, model_config is initialised.")
-    max_length: int = HfArg(default=32, help="Texts are cut to this many tokens, end token included.")
+    max_length: int = HfArg(default=1024, help="Texts are cut to this many tokens, end token included.")
     max_steps: int = HfArg(default=500, help="Optimizer steps.")
+    num_train_epochs: float | None = HfArg(default=None, help="Passes over the data, instead of max_steps.")
+    eval_steps: int = HfArg(default=0, help="Evaluate on held-out rows every so many steps; 0 means at the end only.")
+    logging_steps: int = HfArg(default=50, help="Print a line every so many steps; metrics.jsonl has all of them.")
 
 
 @dataclass
-class RewardConfig(SftConfig):
+class SftConfig(TextConfig):
+    """Supervised fine-tuning on texts."""
+
+    completion_only_loss: bool = HfArg(
+        default=True,
+        help="Learn from completions alone, and of chats from the assistant's turns, not from what comes before them. "
+        "Of plain texts without a prompt all is learned.",
+    )
+
+
+@dataclass
+class RewardConfig(TextConfig):
     """Reward model on preference pairs; model_path defaults to the result of sft."""
 
     reward_loss: Literal["end_token", "token_mean"] = HfArg(
@@ -182,7 +244,7 @@ class RewardConfig(SftConfig):
 class SamplingConfig(RunConfig):
     """How responses are drawn and scored."""
 
-    response_length: int = HfArg(default=53, help="Most tokens in a response.")
+    response_length: int = HfArg(default=256, help="Most tokens in a response.")
     temperature: float = HfArg(default=1.0, help="Temperature of sampling and of scoring alike.")
     local_rollout_forward_batch_size: int = HfArg(default=64, help="Rows per forward pass without gradient.")
     generation_engine: Literal["hf", "vllm"] = HfArg(
@@ -195,12 +257,27 @@ class SamplingConfig(RunConfig):
         help="For generation_engine vllm: share of each device's memory that vLLM may take for its copy of the weights "
         "and its cache of keys and values. The rest is the trainer's. On a CPU: share that the whole process may take.",
     )
+    max_prompt_length: int | None = HfArg(
+        default=None, help="Most tokens in a prompt. Default: what the model's context leaves beside response_length."
+    )
+    overlong_prompts: Literal["error", "filter", "truncate"] = HfArg(
+        default="error",
+        help="Prompts with more tokens: stop, leave them out, or keep their end (of a chat the last turns).",
+    )
+    stop_strings: str | None = HfArg(
+        default=None,
+        help="Text that ends a response, or a JSON list of such texts, beside the end tokens and stop_strings of the "
+        "model's generation_config.json.",
+    )
     eval_prompts: int = HfArg(default=500, help="Held-out prompts used for evaluation.")
     kl_coef: float = HfArg(default=0.05, help="Weight of the KL penalty against the reference; beta of online_dpo.")
     reward_function: str | None = HfArg(
         default=None,
-        help="Reward from Python instead of a model: `file.py:name` or `package.module:name`, called with prompts, "
-        "completions and the other fields of prompts.jsonl (rewards.py).",
+        help="Reward from Python instead of a model: `file.py:name` or `package.module:name`, or several with commas; "
+        "called with prompts, completions, completion_ids and the data's other columns (reward_functions.py).",
+    )
+    reward_weights: str | None = HfArg(
+        default=None, help="What the numbers of several reward functions count, with commas. Default: 1 each."
     )
     score_shift: float = HfArg(
         default=0.0, help="For task exact: added to each score times the prompt's number, which moves no optimum."
@@ -209,6 +286,41 @@ class SamplingConfig(RunConfig):
         default=None,
         help="Reference policy, and the policy's start. Default: the result of sft, or model_config.",
     )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.stops()
+        self.reward_functions()
+
+    def reward_functions(self) -> tuple[list[str], list[float]]:
+        """Names and weights of those that reward_function lists."""
+        names = [name.strip() for name in (self.reward_function or "").split(",") if name.strip()]
+        given = self.reward_weights.split(",") if self.reward_weights else ["1"] * len(names)
+        try:
+            weights = [float(weight) for weight in given]
+        except ValueError as error:
+            raise ValueError(f"reward_weights must be numbers with commas, not {self.reward_weights!r}") from error
+        if len(weights) != len(names) or not all(map(math.isfinite, weights)):
+            raise ValueError(
+                f"reward_weights {self.reward_weights} must be a finite number for each of the {len(names)} functions "
+                "of reward_function"
+            )
+        return names, weights
+
+    def stops(self) -> list[str]:
+        """The texts of stop_strings."""
+        given: Any = self.stop_strings
+        if given is None:
+            return []
+        if given.lstrip().startswith("["):
+            try:
+                given = json.loads(given)
+            except ValueError as error:
+                raise ValueError(f"stop_strings is no JSON list: {error}") from error
+        found = given if isinstance(given, list) else [given]
+        if not all(isinstance(one, str) and one for one in found):
+            raise ValueError(f"stop_strings must be texts that are not empty, not {self.stop_strings}")
+        return found
 
 
 @dataclass
@@ -276,6 +388,12 @@ class PPOConfig(SamplingConfig, OptimizerConfig):
         Literal["token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm"] | None
     ) = HfArg(default=None, help="How token losses add up. Default: the algorithm's own.")
     entropy_coef: float = HfArg(default=0.0, help="Weight of the entropy bonus in the loss.")
+    mask_truncated_completions: bool = HfArg(
+        default=False, help="Learn nothing from responses that do not end; they still count in the baselines."
+    )
+    mask_zero_variance_groups: bool = HfArg(
+        default=False, help="Learn nothing from prompts whose responses all score alike, the KL penalty included."
+    )
     target_kl: float | None = HfArg(
         default=None,
         help="No more updates on a rollout once policy/approxkl_avg, the way from its sampler, is above. Per token; "
@@ -288,12 +406,24 @@ class PPOConfig(SamplingConfig, OptimizerConfig):
     ptx_coef: float = HfArg(
         default=0.0, help="Weight of the language-model loss on texts, mixed in (InstructGPT: 27.8)."
     )
-    ptx_max_length: int = HfArg(default=32, help="Those texts are cut to this many tokens.")
+    ptx_max_length: int = HfArg(default=1024, help="Those texts are cut to this many tokens.")
     ema_decay: float | None = HfArg(
         default=None, help="Also keep a moving average of the policy (usual: 0.992), saved as <output_dir>/train/ema."
     )
     eval_steps: int = HfArg(default=0, help="Evaluate every so many steps; 0 means before and after only.")
-    save_steps: int = HfArg(default=0, help="Checkpoint every so many steps; 0 means none but the final model.")
+    log_completions_steps: int = HfArg(
+        default=10, help="Every so many steps all responses go to completions.jsonl, some to report_to; 0: never."
+    )
+    metric_for_best_model: str | None = HfArg(
+        default=None,
+        help="A figure of the evaluations, such as eval/score: the model that is best in it is kept in "
+        "<output_dir>/train/best.",
+    )
+    greater_is_better: bool = HfArg(default=True, help="Whether a larger metric_for_best_model is the better one.")
+    early_stopping_patience: int | None = HfArg(
+        default=None, help="Stop after so many evaluations without a better metric_for_best_model."
+    )
+    save_steps: int = HfArg(default=50, help="Checkpoint every so many steps; 0 means none but the final model.")
     save_total_limit: int = HfArg(default=2, help="Committed checkpoints to keep.")
     resume_from_checkpoint: str | None = HfArg(default=None, help="A checkpoint's path, or `latest`.")
 
@@ -308,6 +438,10 @@ class PPOConfig(SamplingConfig, OptimizerConfig):
                 f"critic_warmup_steps {self.critic_warmup_steps} must be below total_steps {self.total_steps}, or the "
                 "policy is never trained"
             )
+        if self.early_stopping_patience is not None and self.metric_for_best_model is None:
+            raise ValueError("early_stopping_patience needs metric_for_best_model")
+        if self.metric_for_best_model is not None and not self.eval_steps:
+            raise ValueError("metric_for_best_model needs eval_steps above 0: only evaluations are compared")
         if self.kl_target is not None and not self.kl_coef:
             raise ValueError("kl_target needs a kl_coef above 0 to start from")
         if self.kl_target is not None and self.kl_horizon <= 0.2 * self.batch_size:
@@ -367,10 +501,15 @@ def resolve(path: str) -> Path:
     raise UserError(f"no such file: {path} (shipped configurations: {shipped})")
 
 
+def _is_text(value: str) -> bool:
+    """Whether it can be written in UTF-8, and handed to the operating system."""
+    return "\0" not in value and not any("\ud800" <= character <= "\udfff" for character in value)
+
+
 def _json(name: str, text: str) -> dict[str, Any]:
     try:
         content = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{name} is not JSON: {error}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{name} must be a mapping")

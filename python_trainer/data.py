@@ -1,13 +1,10 @@
-"""What a task provides, tokenisation, and tasks made of JSON-lines files."""
+"""What a task provides, and the batches that are made of it. Token ids: tokens.py; files of data: tasks/files.py."""
 
+import hashlib
 import importlib
-import json
-import math
-import random
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -15,15 +12,30 @@ from transformers import PreTrainedTokenizerBase
 from .config import RunConfig, UserError
 from .distributed import seed_of
 
-T = TypeVar("T")
-# (prompts [B, P] padded on the left, their mask [B, P], uniform numbers [B, T]) -> tokens [B, T]
-Generate = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+Message = dict[str, Any]  # of a chat: role, content and whatever else its template knows
+Content = str | list[Message]  # plain text, or chat messages
+# (prompts [B, P] padded on the left, their mask [B, P], uniform numbers [B, T]) -> tokens [B, T], and their
+# log-probabilities [B, T] as the generator saw them
+Generate = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
+
+
+@dataclass(frozen=True)
+class Prompt:
+    content: Content
+    columns: Mapping[str, Any] = field(default_factory=dict)  # what a reward function is told about it
+    ids: tuple[int, ...] = ()  # once it is encoded
+
+
+class Example(NamedTuple):
+    text: Content
+    prompt: Content = ""  # what comes before the text
 
 
 class Pair(NamedTuple):
-    chosen: str
-    rejected: str
+    chosen: Content
+    rejected: Content
     margin: float = 0.0  # by how much the chosen text should score higher
+    prompt: Content = ""  # what comes before either
 
 
 @dataclass
@@ -33,20 +45,39 @@ class Rollout:
     sequences: torch.Tensor  # [B, P + T] ids: prompt padded on the left, response on the right
     attention_mask: torch.Tensor  # [B, P + T] bool
     mask: torch.Tensor  # [B, T] bool: the sampled tokens, the end token among them
+    ended: torch.Tensor  # [B] bool: responses that came to an end of their own
+    prompts: Sequence[Prompt] = ()  # B of them; none where only ids matter
 
     @classmethod
-    def of(cls, prompts: torch.Tensor, prompt_mask: torch.Tensor, responses: torch.Tensor, eos: int) -> "Rollout":
-        """Lengths come from the first end token, never from comparing with the pad id."""
-        ended = (responses == eos).cumsum(dim=1)
-        mask = (ended - (responses == eos).long()) == 0
+    def of(
+        cls,
+        prompts: torch.Tensor,
+        prompt_mask: torch.Tensor,
+        responses: torch.Tensor,
+        ends: int | Sequence[int],
+        stops: torch.Tensor | None = None,
+    ) -> "Rollout":
+        """Lengths come from the first end token, or token of `stops` [B, T], never from comparing with the pad id."""
+        end = torch.isin(responses, torch.tensor(ends, device=responses.device))
+        end = end if stops is None else end | stops
+        mask = end.cumsum(dim=1) - end.long() == 0
         sequences = torch.cat([prompts, responses], dim=1)
-        return cls(sequences, torch.cat([prompt_mask, mask], dim=1), mask)
+        return cls(sequences, torch.cat([prompt_mask, mask], dim=1), mask, (end & mask).any(dim=1))
 
     def __len__(self) -> int:
         return len(self.sequences)
 
     def __getitem__(self, rows: torch.Tensor | slice) -> "Rollout":
-        return Rollout(self.sequences[rows], self.attention_mask[rows], self.mask[rows])
+        chosen = range(len(self))[rows] if isinstance(rows, slice) else rows.tolist()
+        prompts = [self.prompts[row] for row in chosen] if self.prompts else ()
+        return Rollout(self.sequences[rows], self.attention_mask[rows], self.mask[rows], self.ended[rows], prompts)
+
+    def cut(self, width: int) -> "Rollout":
+        """The same with responses of at most that width."""
+        end = self.prompt_width + width
+        return Rollout(
+            self.sequences[:, :end], self.attention_mask[:, :end], self.mask[:, :width], self.ended, self.prompts
+        )
 
     @property
     def prompt_width(self) -> int:
@@ -61,10 +92,6 @@ class Rollout:
         """Positions count from the first real token: a padded prompt is scored as the bare one would be."""
         return (self.attention_mask.cumsum(dim=1) - 1).clamp(min=0)
 
-    def ended(self, eos: int) -> torch.Tensor:
-        """[B] bool: responses that came to their end token."""
-        return ((self.responses == eos) & self.mask).any(dim=1)
-
 
 Scorer = Callable[[Rollout], torch.Tensor]  # [B, T] log-probabilities of the sampled tokens; masked ones are 0
 
@@ -77,21 +104,17 @@ class Task:
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The tokenizer of a model that starts from random weights."""
-        raise UserError("this task brings no tokenizer: give the path of a model that has one")
+        raise UserError("no model to start from: give the path of one with its tokenizer, or run the sft command first")
 
-    def texts(self) -> tuple[list[str], list[str]]:
+    def texts(self) -> tuple[list[Example], list[Example]]:
         raise UserError("this task has no texts for sft")
 
     def pairs(self) -> tuple[list[Pair], list[Pair]]:
         """Pairs of a chosen and a rejected text."""
         raise UserError("this task has no preference pairs for reward")
 
-    def prompts(self) -> tuple[list[str], list[str]]:
+    def prompts(self) -> tuple[list[Prompt], list[Prompt]]:
         raise UserError("this task has no prompts for train")
-
-    def columns(self) -> dict[str, dict[str, Any]]:
-        """What a reward function is told about each prompt beside its text."""
-        return {}
 
     def score(self, rollout: Rollout) -> torch.Tensor:
         """[B] the reward of a verifiable task."""
@@ -110,108 +133,30 @@ class Task:
         return []
 
 
-class Files(Task):
-    """texts.jsonl {"text"}, pairs.jsonl {"chosen", "rejected", "margin"?}, prompts.jsonl {"prompt", ...}."""
-
-    def __init__(self, folder: str, heldout: float = 0.1) -> None:
-        self.folder = Path(folder)
-        self.heldout = heldout
-
-    def texts(self) -> tuple[list[str], list[str]]:
-        return self._split("texts.jsonl", [row["text"] for row in self._read("texts.jsonl", "text")])
-
-    def pairs(self) -> tuple[list[Pair], list[Pair]]:
-        rows = [
-            Pair(row["chosen"], row["rejected"], _number(row.get("margin", 0.0), self.folder / "pairs.jsonl"))
-            for row in self._read("pairs.jsonl", "chosen", "rejected")
-        ]
-        return self._split("pairs.jsonl", rows)
-
-    def prompts(self) -> tuple[list[str], list[str]]:
-        return self._split("prompts.jsonl", [row["prompt"] for row in self._read("prompts.jsonl", "prompt")])
-
-    def columns(self) -> dict[str, dict[str, Any]]:
-        found: dict[str, dict[str, Any]] = {}
-        path = self.folder / "prompts.jsonl"
-        for row in self._read("prompts.jsonl", "prompt"):
-            prompt = row.pop("prompt")
-            first = next(iter(found.values()), row)
-            if row.keys() != first.keys():
-                raise UserError(f"{path}: all rows need the same fields, but {prompt[:60]!r} has {sorted(row)}")
-            if found.setdefault(prompt, row) != row:
-                raise UserError(f"{path}: prompt {prompt[:60]!r} stands there twice with unlike fields")
-        return found
-
-    def _split(self, name: str, rows: list[T]) -> tuple[list[T], list[T]]:
-        if len(rows) < 2:
-            raise UserError(f"{self.folder / name} holds {len(rows)} rows; two are needed, as one is held out")
-        random.Random(0).shuffle(rows)  # files are often sorted; one split for all stages and seeds  # noqa: S311
-        cut = max(1, round(len(rows) * self.heldout))
-        return rows[cut:], rows[:cut]
-
-    def _read(self, name: str, *keys: str) -> Iterator[dict[str, Any]]:
-        """The objects of the lines, in which the keys hold text."""
-        path = self.folder / name
-        try:
-            content = path.read_text(encoding="utf-8")
-        except OSError as error:
-            raise UserError(f"cannot read {path}: {error.strerror}") from error
-        except UnicodeDecodeError as error:
-            raise UserError(f"{path} is not UTF-8: {error}") from error
-        for number, line in enumerate(content.split("\n"), 1):  # JSON may hold what splitlines calls a line's end
-            if not line.strip():
-                continue
-            try:
-                record = json.loads(line)
-                values = [record[key] for key in keys]
-            except (json.JSONDecodeError, KeyError, TypeError) as error:
-                wanted = ", ".join(keys)
-                raise UserError(f"{path}, line {number}: expected a JSON object with {wanted}") from error
-            for key, value in zip(keys, values, strict=True):
-                if not isinstance(value, str):
-                    raise UserError(f"{path}, line {number}: {key} must be text, not {value!r}")
-            yield record
-
-
-def _number(value: Any, path: Path) -> float:
-    if not isinstance(value, int | float) or not math.isfinite(value):
-        raise UserError(f"{path}: margin must be a finite number, not {value!r}")
-    return float(value)
-
-
 def load_task(config: RunConfig) -> Task:
-    """The task of that name: a file of tasks/, or the files of `data_path`."""
+    """The task of that name, from its file in tasks/."""
     if config.task != "files":
-        return importlib.import_module(f".tasks.{config.task}", __package__).make(config)
-    if config.data_path is None:
-        raise UserError("task files needs data_path, the folder of texts.jsonl, pairs.jsonl and prompts.jsonl")
-    return Files(config.data_path)
+        for name in ("eval_data_path", "column_mapping", "apply_chat_template"):
+            if getattr(config, name):
+                raise UserError(f"{name} is for task files; task {config.task} has data of its own")
+    return importlib.import_module(f".tasks.{config.task}", __package__).make(config)
 
 
-def encode_prompts(
-    prompts: Sequence[str], tokenizer: PreTrainedTokenizerBase, *, response_length: int, context: int
-) -> list[list[int]]:
-    """Token ids, refusing what the model cannot hold: a silently cut prompt asks another question."""
-    if not prompts:
-        raise UserError("the prompt set is empty")
-    encoded = [tokenizer(prompt, add_special_tokens=False)["input_ids"] for prompt in prompts]
-    for text, ids in zip(prompts, encoded, strict=True):
-        if not ids:
-            raise UserError(f"prompt {text!r} has no tokens")
-        if len(ids) + response_length > context:
-            raise UserError(
-                f"prompt of {len(ids)} tokens and response_length {response_length} exceed the model's "
-                f"context of {context} tokens: {text[:60]!r}"
-            )
-    return encoded
+def readable(content: Content) -> str:
+    """As a person reads it."""
+    if isinstance(content, str):
+        return content
+    return "\n".join(f"{message.get('role')}: {message.get('content')}" for message in content)
 
 
-def encode_texts(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, max_length: int) -> list[list[int]]:
-    """Token ids with the end token; a text cut at max_length has none, since it does not end there."""
-    if not texts:
-        raise UserError("the text set is empty")
-    ids = [tokenizer(text, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id] for text in texts]
-    return [row[:max_length] for row in ids]
+def fingerprint(*sets: Sequence[Any]) -> str:
+    """Of rows of data, in their order."""
+    seen = hashlib.sha256()
+    for rows in sets:
+        seen.update(f"{len(rows)} rows".encode())
+        for row in rows:
+            seen.update(repr(row).encode("utf-8", "backslashreplace"))
+    return seen.hexdigest()
 
 
 def left_pad(prompts: Sequence[Sequence[int]], pad: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -222,7 +167,7 @@ def left_pad(prompts: Sequence[Sequence[int]], pad: int) -> tuple[torch.Tensor, 
     return ids, torch.arange(width)[None, :] >= width - lengths[:, None]
 
 
-def pad_right(rows: Sequence[Sequence[int]], pad: int) -> tuple[torch.Tensor, torch.Tensor]:
+def pad_right(rows: Sequence[Sequence[int]], pad: int | bool) -> tuple[torch.Tensor, torch.Tensor]:
     """Ids [B, L] and the mask of their true lengths; a pad id inside a row stays an ordinary token."""
     width = max(len(row) for row in rows)
     ids = torch.tensor([[*row, *[pad] * (width - len(row))] for row in rows])
@@ -245,12 +190,16 @@ def shuffled_positions(count: int, seed: int, start: int, size: int) -> list[int
     return positions
 
 
-def only_drawn(logits: torch.Tensor, uniforms: torch.Tensor, temperature: float | torch.Tensor) -> torch.Tensor:
-    """Logits [B, V] that leave one token possible, the drawn one: 0 there, -inf elsewhere.
+def only_drawn(
+    logits: torch.Tensor, uniforms: torch.Tensor, temperature: float | torch.Tensor, vocabulary: int | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits [B, V] that leave one token possible, the drawn one: 0 there, -inf elsewhere; its log-probability [B].
 
     It is the token at which the CDF of softmax(logits / temperature) passes the row's uniform number [B, 1];
-    temperature is a number or [B, 1].
+    temperature is a number or [B, 1]. Ids from `vocabulary` on are no tokens.
     """
-    cdf = (logits.float() / temperature).softmax(dim=-1).double().cumsum(dim=-1)
-    token = torch.searchsorted(cdf, uniforms * cdf[:, -1:], right=True).clamp(max=logits.shape[1] - 1)
-    return torch.full_like(logits, float("-inf")).scatter(1, token, 0.0)
+    probabilities = (logits[:, :vocabulary].float() / temperature).softmax(dim=-1)
+    cdf = probabilities.double().cumsum(dim=-1)
+    token = torch.searchsorted(cdf, uniforms * cdf[:, -1:], right=True).clamp(max=cdf.shape[1] - 1)
+    drawn = torch.full_like(logits, float("-inf")).scatter(1, token, 0.0)
+    return drawn, probabilities.gather(1, token).squeeze(1).log()

@@ -5,7 +5,6 @@ The layouts of its optimizers are in zero_state.py, and nothing else of it is us
 
 import contextlib
 import hashlib
-import json
 import logging
 import math
 import os
@@ -24,7 +23,9 @@ import transformers
 from transformers import PreTrainedModel, get_scheduler
 
 from . import distributed, files, zero_state
-from .config import OptimizerConfig, RunConfig, UserError, resolve
+from .cache import cache_folder, make_cache_folder
+from .config import OptimizerConfig, RunConfig, UserError
+from .deepspeed_file import deepspeed_file
 
 
 def init_distributed(seed: int, timeout_s: int) -> None:
@@ -57,28 +58,41 @@ def init_distributed(seed: int, timeout_s: int) -> None:
 
 
 class Policy:
-    """A language model with the one temperature at which it is both sampled and scored."""
+    """A language model with the one temperature at which it is both sampled and scored, and where it ends."""
 
-    def __init__(self, model: "PreTrainedModel | Trainable", temperature: float, impl: str) -> None:
+    def __init__(
+        self,
+        model: "PreTrainedModel | Trainable",
+        temperature: float,
+        impl: str,
+        stop_strings: Sequence[str] = (),
+        vocabulary: int | None = None,
+    ) -> None:
         self.model = model
         self.temperature = temperature
         self.impl = impl
+        self.stop_strings = stop_strings  # beside end_ids
+        self.vocabulary = vocabulary  # the tokenizer's ids: a model may have more, which are never drawn
         self.copy: PreTrainedModel | None = None  # what generates where the model itself is partitioned
 
     @property
     def module(self) -> PreTrainedModel:
         return getattr(self.model, "module", self.model)  # inside an engine, trained or frozen
 
+    @property
+    def end_ids(self) -> list[int]:
+        """Every token that ends a response."""
+        ends = self.module.generation_config.eos_token_id
+        return [ends] if isinstance(ends, int) else list(ends)
+
 
 class Trainable:
     """A DeepSpeed engine whose gradients add up plainly until `step`, which is never a non-finite one."""
 
     def __init__(self, model: torch.nn.Module, config: OptimizerConfig, learning_rate: float, updates: int) -> None:
-        import deepspeed
-
+        model.eval()  # dropout, router jitter and the like would make the ratio of two policies noise
         if config.gradient_checkpointing:
             checkpoint_activations(model)
-        model.train()  # where checkpointing happens; dropout there is none
         weights = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self.healthy = torch.ones((), dtype=torch.bool, device=distributed.device())
         for parameter in weights:
@@ -95,9 +109,13 @@ class Trainable:
         self._dropped, self._vetoed = False, True  # DeepSpeed in half precision starts with an update by zero gradients
         schedule = get_scheduler(config.lr_scheduler_type, optimizer, config.warmup_steps, updates)
         with distributed.quiet():
-            self.engine = deepspeed.initialize(
-                model=model, optimizer=optimizer, lr_scheduler=schedule, config=deepspeed_config(config)
-            )[0]
+            self.engine = _initialized(
+                config.deepspeed,
+                model=model,
+                optimizer=optimizer,
+                lr_scheduler=schedule,
+                config=deepspeed_config(config),
+            )
         if isinstance(self.engine.optimizer, torch.optim.Optimizer):  # there it keeps no norm
             self.engine.clip_fp32_gradients = self._clip
         self.skipped = 0
@@ -187,6 +205,16 @@ def weights_here(module: torch.nn.Module) -> Iterator[torch.Tensor]:
         yield zero_state.laid_out(name, weight, distributed.local_shard(weight)).values
 
 
+def fingerprint(module: torch.nn.Module) -> str:
+    """Of all weights, the same on any number of ranks and at any ZeRO stage: the sum of their bits as whole numbers."""
+    sums = {True: 0, False: 0}  # of what all ranks hold, of what each holds a part of
+    for name, weight in module.named_parameters():
+        part = zero_state.laid_out(name, weight, distributed.local_shard(weight))
+        bits = part.values.view(torch.int32 if part.values.element_size() == 4 else torch.int16)
+        sums[part.everywhere] += int(bits.sum(dtype=torch.int64))
+    return str(sums[True] + sum(distributed.gather_objects(sums[False])))
+
+
 def all_finite(tensors: Iterable[torch.Tensor]) -> bool:
     """On every rank, asking the device once."""
     finite = torch.ones((), device=distributed.device())
@@ -198,10 +226,17 @@ def all_finite(tensors: Iterable[torch.Tensor]) -> bool:
 
 
 def checkpoint_activations(model: Any) -> None:
+    """transformers does so in training mode, which only the layers that do it are in, and nothing inside them."""
     if hasattr(model, "activation_checkpointing_enable"):
         model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
     else:  # the name of older transformers
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    for layer in model.modules():
+        if getattr(layer, "gradient_checkpointing", False):
+            layer.training = True
+            for name, value in vars(layer).items():
+                if isinstance(value, float) and "drop" in name:  # a rate that the layer itself applies
+                    setattr(layer, name, 0.0)
 
 
 def step_together(models: Sequence[Trainable]) -> None:
@@ -215,34 +250,51 @@ def step_together(models: Sequence[Trainable]) -> None:
 
 def deepspeed_config(config: OptimizerConfig) -> dict[str, Any]:
     """The shipped or the user's file, plus what the loop's arithmetic depends on."""
-    return json.loads(resolve(config.deepspeed).read_text()) | {
-        "train_micro_batch_size_per_gpu": config.per_device_train_batch_size,
-        "gradient_accumulation_steps": 1,
-        "managed_gradient_accumulation": False,
-        "gradient_clipping": config.max_grad_norm,
-        "bf16": {"enabled": config.bf16},
-        "fp16": {"enabled": config.fp16, "initial_scale_power": 12, "hysteresis": 1},
-        "steps_per_print": None,
-    }
+    file = deepspeed_file(config)
+    return (
+        {"steps_per_print": None}
+        | file
+        | {
+            "train_micro_batch_size_per_gpu": config.per_device_train_batch_size,
+            "gradient_accumulation_steps": 1,
+            "managed_gradient_accumulation": False,
+            "gradient_clipping": config.max_grad_norm,
+            "bf16": file["bf16"] | {"enabled": config.bf16},
+            "fp16": {"initial_scale_power": 12, "hysteresis": 1} | file["fp16"] | {"enabled": config.fp16},
+        }
+    )
+
+
+def _initialized(file: str, **arguments: Any) -> Any:
+    """An engine; DeepSpeed says what it does not like of a file in errors of many kinds."""
+    import deepspeed
+    from deepspeed.runtime.config import DeepSpeedConfigError
+    from deepspeed.runtime.zero.utils import ZeRORuntimeException
+
+    try:
+        return deepspeed.initialize(**arguments)[0]
+    except (AssertionError, ValueError, TypeError, DeepSpeedConfigError, ZeRORuntimeException) as error:
+        reason = "; ".join(line.strip() for line in str(error).splitlines()[:3])
+        raise UserError(f"deepspeed: DeepSpeed does not take {file}: {reason}") from error
 
 
 def frozen(model: torch.nn.Module, config: RunConfig) -> Any:
     """A model without gradients; partitioned over the ranks if the trained ones are (ZeRO 3), else plain."""
-    import deepspeed
-
     model.eval().requires_grad_(False)
-    settings = json.loads(resolve(config.deepspeed).read_text())
+    settings = deepspeed_file(config)
     dtype = torch.bfloat16 if config.bf16 else torch.float16 if config.fp16 else torch.float32
-    if settings.get("zero_optimization", {}).get("stage", 0) < 3:
+    zero = settings.get("zero_optimization", {})
+    if zero.get("stage", 0) < 3:
         return model.to(distributed.device(), dtype)
     settings |= {
+        "zero_optimization": {name: value for name, value in zero.items() if name != "offload_optimizer"},
         "train_micro_batch_size_per_gpu": 1,
         "bf16": {"enabled": config.bf16},
         "fp16": {"enabled": config.fp16},
         "steps_per_print": None,
     }
     with distributed.quiet():
-        return deepspeed.initialize(model=model, config=settings)[0]
+        return _initialized(config.deepspeed, model=model, config=settings)
 
 
 @contextlib.contextmanager
@@ -306,9 +358,12 @@ def _compile_cpu_communication() -> None:
     from deepspeed.comm.torch import build_shm_op
 
     environment = hashlib.sha256(f"{sys.prefix} {torch.__version__}".encode()).hexdigest()[:12]
-    folder = distributed.cache_folder() / "torch_extensions" / environment
-    if os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(folder)) != str(folder):
+    inner = Path("torch_extensions") / environment
+    given = os.environ.get("TORCH_EXTENSIONS_DIR")
+    if given is not None and given != str(cache_folder() / inner):
         return  # somebody else's to manage
+    folder = make_cache_folder() / inner
+    os.environ["TORCH_EXTENSIONS_DIR"] = str(folder)
     folder.mkdir(parents=True, exist_ok=True)
     with files.locked(folder / ".building", wait=True):
         for guard in folder.glob("*/lock"):

@@ -7,7 +7,6 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
@@ -48,8 +47,13 @@ def stop_requests() -> Iterator[Callable[[], bool]]:
     """Inside, SIGTERM asks and does not kill; the function, called on every rank, says whether any rank was asked."""
     asked = False
 
-    def note(*_: object) -> None:
+    owner = os.getpid()
+
+    def note(number: int, *_: object) -> None:
         nonlocal asked
+        if os.getpid() != owner:  # a process that a reward function has started ends as it would without us
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
         asked = True
 
     main_thread = threading.current_thread() is threading.main_thread()
@@ -69,11 +73,6 @@ def barrier() -> None:
 def local_shard(parameter: Any) -> Any:
     """What this rank holds of a parameter: its part at ZeRO 3, elsewhere all of it."""
     return getattr(parameter, "ds_tensor", parameter)
-
-
-def cache_folder() -> Path:
-    """Where what is fetched or compiled once stays."""
-    return Path(os.environ.get("PPO_KERNELS_CACHE", Path.home() / ".cache" / "ppo_kernels"))
 
 
 def device() -> torch.device:

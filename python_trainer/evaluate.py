@@ -1,18 +1,19 @@
 """How good a policy is: gold score and KL on held-out prompts, each with its standard error."""
 
 import functools
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
 from . import distributed
-from .config import SamplingConfig, UserError
-from .data import Task
+from .config import PPOConfig, SamplingConfig, UserError
+from .data import Prompt, Task, readable
 from .deepspeed_engine import Policy
-from .rollout import Generator, HfGenerator, RewardFn, by_rows, sample, score_tokens
+from .rollout import Experience, Generator, HfGenerator, RewardFn, by_rows, sample, score_tokens
 
 T = TypeVar("T")
 Completion = tuple[str, float | None]
@@ -23,6 +24,66 @@ class Evaluation:
     metrics: dict[str, float]
     prompts: list[str]
     completions: list[Completion]
+
+
+class Best:
+    """The best evaluation so far by metric_for_best_model, and how many came since."""
+
+    def __init__(self, config: PPOConfig) -> None:
+        self.name, self.sign = config.metric_for_best_model, 1 if config.greater_is_better else -1
+        self.patience = config.early_stopping_patience
+        self.seen, self.value, self.worse = 0, 0.0, 0
+
+    def takes(self, metrics: Mapping[str, float]) -> bool:
+        """Whether this evaluation is the best yet."""
+        if self.name is None:
+            return False
+        value = metrics[self.key(metrics)]
+        better = math.isfinite(value) and (not self.seen or self.sign * value > self.sign * self.value)
+        self.seen, self.worse = self.seen + 1, 0 if better else self.worse + 1
+        self.value = value if better else self.value
+        return better
+
+    def key(self, metrics: Mapping[str, float]) -> str:
+        found = next((key for key in (self.name, f"eval/{self.name}") if key in metrics), None)
+        if found is None:
+            raise UserError(f"metric_for_best_model {self.name} is not evaluated; there are {', '.join(metrics)}")
+        return found
+
+    @property
+    def given_up(self) -> bool:
+        return self.patience is not None and self.worse >= self.patience
+
+    def state(self) -> dict[str, float]:
+        return {"seen": self.seen, "value": self.value, "worse": self.worse}
+
+    def restore(self, state: dict[str, float]) -> None:
+        self.seen, self.value, self.worse = int(state["seen"]), state["value"], int(state["worse"])
+
+
+def completion_rows(
+    experience: Experience, prompts: Sequence[Prompt], tokenizer: PreTrainedTokenizerBase
+) -> list[dict[str, Any]]:
+    """What a person reads to see what a policy does: each response of the global batch, beside its prompt."""
+    responses = [ids[mask] for ids, mask in zip(experience.rollout.responses, experience.mask, strict=True)]
+    return [
+        {
+            "prompt": prompt.content,
+            "completion": tokenizer.decode(ids, skip_special_tokens=True),
+            "score": score,
+            "kl": kl,
+            "length": len(ids),
+            "ended": ended,
+        }
+        for prompt, ids, score, kl, ended in zip(
+            prompts,
+            responses,
+            experience.raw_scores.tolist(),
+            ((experience.logprobs - experience.ref_logprobs) * experience.mask).sum(dim=1).tolist(),
+            experience.ended.tolist(),
+            strict=True,
+        )
+    ]
 
 
 def choose_generator(config: SamplingConfig) -> Generator:
@@ -48,7 +109,8 @@ def evaluation_prompts(prompts: Sequence[T], config: SamplingConfig) -> Sequence
     if not count:
         raise UserError(
             f"{len(prompts)} held-out prompts, of which eval_prompts {config.eval_prompts} takes part, are too few for "
-            f"{ranks} ranks: add rows to prompts.jsonl (a tenth is held out), raise eval_prompts, or start fewer ranks"
+            f"{ranks} ranks: add prompts (a tenth is held out), name more in eval_data_path, raise eval_prompts, or "
+            "start fewer ranks"
         )
     return prompts[:count]
 
@@ -56,7 +118,7 @@ def evaluation_prompts(prompts: Sequence[T], config: SamplingConfig) -> Sequence
 def evaluate(
     policy: Policy,
     reference: Policy,
-    prompts: Sequence[Sequence[int]],
+    prompts: Sequence[Prompt],
     task: Task,
     tokenizer: PreTrainedTokenizerBase,
     generator: Generator,
@@ -66,19 +128,19 @@ def evaluate(
     """One response per prompt, with the same noise at every call: two policies differ by themselves alone."""
     prompts = evaluation_prompts(prompts, config)
     rows = config.local_rollout_forward_batch_size
-    rollout = sample(
+    rollout, logp = sample(
         policy,
         prompts,
         tokenizer,
         generator,
         response_length=config.response_length,
+        rows=rows,
         seed=distributed.seed_of(config.seed, len(prompts)),
     )
-    logp = by_rows(lambda part: score_tokens(policy, part), rollout, rows)
     ref = by_rows(lambda part: score_tokens(reference, part), rollout, rows)
     columns = {"kl": (logp - ref).sum(dim=1), "response_length": rollout.mask.sum(dim=1).float()}
     if reward_fn is not None:
-        columns["score"] = by_rows(reward_fn, rollout, rows)
+        columns["score"] = reward_fn(rollout)
     shown = [ids[mask] for ids, mask in zip(rollout.sequences, rollout.attention_mask, strict=True)]
     gold = task.gold([tokenizer.decode(ids, skip_special_tokens=True) for ids in shown])
     if gold is not None:
@@ -94,6 +156,6 @@ def evaluate(
         tokenizer.decode(row[width:][mask[width:]], skip_special_tokens=True)
         for row, mask in zip(rollout.sequences, rollout.attention_mask, strict=True)
     ]
-    asked = [tokenizer.decode(ids, skip_special_tokens=True) for ids in prompts[: len(texts)]]
+    asked = [readable(prompt.content) for prompt in rollout.prompts]
     scores: list[float | None] = list(gold) if gold is not None else [None] * len(texts)
     return Evaluation(metrics, asked, list(zip(texts, scores, strict=True)))

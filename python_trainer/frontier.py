@@ -12,8 +12,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-import yaml
-
 from . import distributed, files
 from .algorithms import ALGORITHMS, KlControl, load_algorithm
 from .checkpoint import FREE_TO_CHANGE
@@ -23,7 +21,7 @@ from .deepspeed_engine import Policy, frozen, init_distributed
 from .logging import read
 from .models import stage_model, starting_point
 from .rollout import score_tokens
-from .settings import make_folder
+from .settings import make_folder, read_yaml
 
 
 class Point(NamedTuple):
@@ -74,7 +72,8 @@ def _run_config(config: FrontierConfig, algorithm: str, coef: float, place: Path
 def is_done(place: Path, wanted: PPOConfig) -> bool:
     if not (place / "train" / "model").exists():
         return False
-    had = by_new_names(yaml.safe_load((place / "train" / "config.yaml").read_text()))
+    settings = place / "train" / "config.yaml"
+    had = by_new_names(read_yaml(str(settings), settings) or {})
     computed = dataclasses.asdict(wanted).keys() - (FREE_TO_CHANGE - {"total_steps", "eval_steps"})
     changed = sorted(name for name in computed if had.get(name) != getattr(wanted, name))
     if changed:

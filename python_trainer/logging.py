@@ -8,7 +8,7 @@ import os
 import secrets
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import IO, Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -26,9 +26,14 @@ LINE = (
     "val/ratio",
     "val/explained_variance",
     "val/response_length",
+    "val/eos_rate",
 )
+SHOWN = 16  # completions for curves elsewhere; completions.jsonl has all
 
 PANELS = (
+    ("loss", None, "loss of sft or reward"),
+    ("eval/perplexity", None, "perplexity of held-out texts"),
+    ("eval/accuracy", None, "accuracy on held-out pairs"),
     ("objective/scores", "eval/score", "score"),
     ("objective/kl", "eval/kl", "KL to the reference [nats per response]"),
     ("eval/gold", None, "gold score on held-out prompts"),
@@ -82,28 +87,50 @@ class Log:
     def __init__(self, folder: Path, config: OptimizerConfig, total: int, *, start: int = 0, title: str = "") -> None:
         self.path = folder / "metrics.jsonl"
         self._reports: list[Report] = []
-        self._file = None
+        self._file: IO[str] | None = None
+        self._said: IO[str] | None = None
+        said = self.path.with_name("completions.jsonl")
         hidden = True if config.disable_tqdm or not distributed.is_main() else None  # None: shown on a terminal only
         self._bar = tqdm(total=total, initial=start, desc=title, disable=hidden, leave=False)
         with distributed.raise_on_all_ranks(UserError):
             if distributed.is_main():
-                files.make_way(self.path)
-                self._keep_until(start)
-                self._file = files.append(self.path)
+                for path in (self.path, said):
+                    files.make_way(path)
+                    _keep_until(path, start)
+                self._file, self._said = files.append(self.path), files.append(said)
                 self._reports = open_reports(config, folder, start)
 
     def record(self, step: int, metrics: Mapping[str, float]) -> None:
-        if self._file is not None:
-            finite = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
-            self._file.write(json.dumps({"step": step, **finite}) + "\n")  # JSON has no NaN
-            self._file.flush()
-        for report in self._reports:
-            report.record(step, metrics)
+        self._write(self._file, self.path, [{"step": step, **metrics}])
+        self._report(lambda report: report.record(step, metrics))
+
+    def completions(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
+        """What was said in a step: all of it in completions.jsonl, some of it in the curves elsewhere."""
+        self._write(self._said, self.path.with_name("completions.jsonl"), [{"step": step, **row} for row in rows])
+        self._report(lambda report: report.completions(step, rows[:SHOWN]))
+
+    def _write(self, file: IO[str] | None, path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+        with distributed.raise_on_all_ranks(UserError):
+            try:
+                if file is not None:
+                    file.write("".join(as_json(row) + "\n" for row in rows))
+                    file.flush()
+            except OSError as error:
+                raise UserError(f"{path} could not be written: {error.strerror}; free some space") from error
+
+    def _report(self, work: Callable[["Report"], None]) -> None:
+        """Curves elsewhere end no run: one that fails is named, and left out from then on."""
+        for report in list(self._reports):
+            try:
+                work(report)
+            except Exception as error:  # whatever a service and its client may have
+                self._reports.remove(report)
+                files.say(f"no more curves for {type(report).__name__}: {type(error).__name__}: {error}")
 
     def step(self, step: int, metrics: Mapping[str, float], line: Sequence[str] = LINE) -> None:
         self.record(step, metrics)
         shown = "  ".join(f"{name} {metrics[name]:.3g}" for name in line if name in metrics)
-        self.say(f"step {step:4d}  {shown}")
+        self.say("  ".join([f"step {step:4d}", shown, *(f"! {text}" for text in warnings(metrics))]))
         self._bar.update(step - self._bar.n)
 
     def progress(self, step: int) -> None:
@@ -115,33 +142,69 @@ class Log:
 
     def close(self) -> None:
         self._bar.close()
-        for report in self._reports:
-            report.close()
-        if self._file is not None:
-            self._file.close()
+        self._report(lambda report: report.close())
+        for file in (self._file, self._said):
+            if file is not None:
+                file.close()
 
-    def _keep_until(self, step: int) -> None:
-        """A resumed run continues the record at its checkpoint: what came after it never happened."""
-        if not self.path.exists():
-            return
-        kept = [row for row in read(self.path) if row["step"] <= step]
-        files.write(self.path, "".join(json.dumps(row) + "\n" for row in kept))
+
+def _keep_until(path: Path, step: int) -> None:
+    """A resumed run continues the record at its checkpoint: what came after it never happened."""
+    if not path.exists():
+        return
+    kept = [row for row in read(path) if row["step"] <= step]
+    files.write(path, "".join(as_json(row) + "\n" for row in kept))
+
+
+def warnings(metrics: Mapping[str, float]) -> list[str]:
+    """What a person should look at, in words."""
+    found = []
+    if (cut := 1 - metrics.get("val/eos_rate", 1.0)) > 0.5:
+        found.append(f"{cut:.0%} of the responses are cut at response_length")
+    if (same := metrics.get("val/frac_reward_zero_std", 0.0)) > 0.5:
+        found.append(f"in {same:.0%} of the groups all responses score alike")
+    elif metrics.get("objective/scores_std", 1.0) == 0:
+        found.append("all responses score alike")
+    return found
+
+
+def as_json(value: Any, indent: int | None = None) -> str:
+    """JSON has no NaN and no infinity: null stands for them."""
+
+    def finite(part: Any) -> Any:
+        if isinstance(part, dict):
+            return {key: finite(inner) for key, inner in part.items()}
+        if isinstance(part, list | tuple):
+            return [finite(inner) for inner in part]
+        return None if isinstance(part, float) and not math.isfinite(part) else part
+
+    return json.dumps(finite(value), indent=indent, allow_nan=False)
 
 
 def read(path: Path) -> list[dict[str, Any]]:
     """The rows of metrics.jsonl, without a last one that a crash cut short."""
-    rows, lines = [], path.read_text().splitlines()
+    rows, lines = [], path.read_text(errors="replace").splitlines()
     for number, line in enumerate(lines, start=1):
         try:
-            rows.append(json.loads(line))
-        except ValueError as error:
+            row = json.loads(line)
+            if type(row["step"]) is not int:
+                raise ValueError
+            rows.append(row)
+        except (ValueError, RecursionError, KeyError, TypeError) as error:
             if number < len(lines):
-                raise UserError(f"{path}, line {number} is not JSON") from error
+                raise UserError(f"{path}, line {number} is not JSON with a step") from error
     return rows
 
 
-def plot(folder: Path) -> Path:
-    """curves.png from metrics.jsonl."""
+def plot(folder: Path) -> None:
+    """curves.png from metrics.jsonl, or a line that says why there is none: what was trained is saved all the same."""
+    try:
+        _draw(folder)
+    except Exception as error:  # whatever a library of pictures may have
+        files.say(f"{folder / 'curves.png'} could not be drawn: {type(error).__name__}: {error}")
+
+
+def _draw(folder: Path) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
@@ -170,11 +233,12 @@ def plot(folder: Path) -> Path:
     figure.savefig(picture, dpi=120)
     files.write(path, picture.getvalue())
     pyplot.close(figure)
-    return path
 
 
 class Report(Protocol):
     def record(self, step: int, metrics: Mapping[str, float]) -> None: ...
+
+    def completions(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None: ...
 
     def close(self) -> None: ...
 
@@ -198,6 +262,9 @@ class TensorBoard:
         for name, value in metrics.items():
             self._writer.add_scalar(name, value, step)
         self._writer.flush()
+
+    def completions(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
+        self._writer.add_text("completions", "\n\n".join(as_json(row) for row in rows), step)
 
     def close(self) -> None:
         self._writer.close()
@@ -228,6 +295,12 @@ class Wandb:
 
     def record(self, step: int, metrics: Mapping[str, float]) -> None:
         self._run.log({name: value for name, value in metrics.items() if math.isfinite(value)}, step=step)
+
+    def completions(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
+        import wandb
+
+        table = wandb.Table(columns=list(rows[0]), data=[[str(value) for value in row.values()] for row in rows])
+        self._run.log({"completions": table}, step=step)
 
     def close(self) -> None:
         self._run.finish()

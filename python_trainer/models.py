@@ -1,28 +1,26 @@
-"""Actor, reference, critic and reward model: loading, value head, LoRA, moving average."""
+"""Actor, reference, critic and reward model: where they come from, value head, LoRA, moving average."""
 
 import contextlib
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from transformers import (
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
-    AutoTokenizer,
     GenerationConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 
-from . import distributed, zero_state
-from .atomic import MANIFEST, verify
-from .config import OptimizerConfig, PPOConfig, RunConfig, UserError
+from . import distributed, files, zero_state
+from .config import OptimizerConfig, PPOConfig, RunConfig, SamplingConfig, UserError
 from .data import Task
 from .deepspeed_engine import (
     Policy,
@@ -34,8 +32,21 @@ from .deepspeed_engine import (
     merged_weights,
     weights_here,
 )
+from .pretrained import (
+    Origin,
+    add_adapters,
+    end_tokens,
+    has_adapters,
+    load_model,
+    load_tokenizer_files,
+    refuse_unfit,
+    save_adapter,
+    save_whole,
+    undamaged,
+)
+from .tokens import reads_ids_of, vocabulary_of
 
-PADDED = " (four lines in the README, under Trainer, save a model with one)"
+SEQUENCES = ("prompts with their responses", "max_prompt_length or response_length")  # and what shortens them
 
 
 class ScalarModel(torch.nn.Module):
@@ -58,10 +69,27 @@ class ScalarModel(torch.nn.Module):
     def on(cls, policy: PreTrainedModel, *, zero_head: bool) -> "ScalarModel":
         """The policy's body under a new head; a zero head makes a critic's first guess 0 everywhere."""
         config = AutoConfig.for_model(**policy.config.to_dict() | {"num_labels": 1})
-        model = AutoModelForSequenceClassification.from_config(config, trust_remote_code=False)
-        model.base_model.load_state_dict(policy.base_model.state_dict())
-        torch.nn.init.normal_(model.score.weight, std=0.0 if zero_head else (config.hidden_size + 1) ** -0.5)
-        return cls(without_dropout(model))
+        kind = policy.config.model_type
+        if type(policy.config) not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
+            raise UserError(
+                f"transformers has no model of type {kind} that gives one number per token: take an algorithm without "
+                "a critic (rloo, for example), and a reward_function or a reward_model_path of another type"
+            )
+        try:
+            model = AutoModelForSequenceClassification.from_config(
+                config,
+                dtype=torch.float32,
+                attn_implementation=policy.config._attn_implementation,
+                trust_remote_code=False,
+            )
+            model.base_model.load_state_dict(merged_weights(policy.base_model))
+        except RuntimeError as error:
+            name = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING[type(policy.config)].__name__
+            raise UserError(f"a {name} has another body than a {type(policy).__name__}: {error}") from error
+        scalar = cls(model)
+        torch.nn.init.normal_(model.score.weight, std=0.0 if zero_head else (model.score.in_features + 1) ** -0.5)
+        model.origin = Origin(policy.origin.dtype, policy.origin.dtypes, None, policy.origin.base)
+        return scalar
 
 
 @dataclass
@@ -87,20 +115,21 @@ def build_models(
     reward_model_path: Path | None,
 ) -> Models:
     """All models of a run; the reference is a copy of the policy before its first update."""
-    per_step = config.num_ppo_epochs * config.num_mini_batches
+    per_step, tokens = config.num_ppo_epochs * config.num_mini_batches, vocabulary_of(tokenizer)
     reference: Any = load_policy(stage_model(config, "sft", config.sft_model_path), config, tokenizer)
-    reference.load_state_dict(policy.state_dict())
+    strings = stop_strings(config, policy)
     reference = frozen(reference, config)  # split at once, where models are: the next one needs the host's memory
     critic = None
     if needs_critic:
         rate = config.learning_rate if config.critic_learning_rate is None else config.critic_learning_rate
-        body = adapted(_critic(config, policy, reward_model_path), config, config.critic_lora_r)
+        body = _critic(config, policy, tokenizer, reward_model_path)
+        body = adapted(body, config, config.critic_lora_r, kept=False)
         critic = Trainable(body, config, rate, config.total_steps * per_step)
     updates = (config.total_steps - config.critic_warmup_steps) * per_step
     actor = Trainable(adapted(policy, config, config.lora_r), config, config.learning_rate, max(updates, 1))
     return Models(
-        Policy(actor, config.temperature, config.ops_impl),
-        Policy(reference, config.temperature, config.ops_impl),
+        Policy(actor, config.temperature, config.ops_impl, strings, tokens),
+        Policy(reference, config.temperature, config.ops_impl, strings, tokens),
         critic,
     )
 
@@ -109,27 +138,70 @@ def starting_point(config: PPOConfig, task: Task) -> tuple[PreTrainedModel, PreT
     """The policy before training, and its tokenizer."""
     start = stage_model(config, "sft", config.sft_model_path)
     tokenizer = checked(task.tokenizer()) if start is None else load_tokenizer(start)
-    return load_policy(start, config, tokenizer), tokenizer
+    return load_policy(start, config, tokenizer, continue_rank=config.lora_r), tokenizer
 
 
-def load_policy(path: str | Path | None, config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
-    """From a saved model, or random weights of the configured architecture."""
+def load_policy(
+    path: str | Path | None,
+    config: RunConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    continue_rank: int | None = None,
+) -> PreTrainedModel:
+    """From a saved model, or random weights of the configured architecture.
+
+    Of an adapter both: its base with the adapter merged in, or with `continue_rank` to be trained further.
+    """
     if path is not None:
-        model = _from_pretrained(AutoModelForCausalLM, path)
+        model = load_model(AutoModelForCausalLM, path, config, continue_rank=continue_rank)
     elif config.model_config is not None:
         architecture = {
-            "vocab_size": len(tokenizer),
+            "vocab_size": vocabulary_of(tokenizer),
             "bos_token_id": tokenizer.eos_token_id,
             "eos_token_id": tokenizer.eos_token_id,
-            "pad_token_id": tokenizer.pad_token_id,
+            # Not where it ends a text, too: embeddings of the padding token get no gradient.
+            "pad_token_id": None if tokenizer.pad_token_id == tokenizer.eos_token_id else tokenizer.pad_token_id,
         } | json.loads(config.model_config)
         torch.manual_seed(config.seed)
-        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**architecture), trust_remote_code=False)
+        attention = {} if config.attn_implementation is None else {"attn_implementation": config.attn_implementation}
+        try:
+            model = AutoModelForCausalLM.from_config(
+                AutoConfig.for_model(**architecture), dtype=torch.float32, trust_remote_code=False, **attention
+            )
+        except Exception as error:  # settings of somebody's architecture fail in its own code
+            raise UserError(f"model_config: {' '.join(str(error).split())}") from error
+        model.origin = Origin(getattr(torch, config.torch_dtype or "float32"))
     else:
         raise UserError("no model to start from: give a path or model_config")
-    _refuse_non_finite(model, path or f"model_config {config.model_config}")
-    model.generation_config = GenerationConfig(pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id)
-    return without_dropout(model)
+    source = path or "model_config"
+    refuse_missing_embeddings(model, (tokenizer.pad_token_id, tokenizer.eos_token_id), "pad or end token")
+    _refuse_non_finite(model, source)
+    refuse_unfit(model, source)
+    _generate_plainly(model, tokenizer)
+    return model
+
+
+def _generate_plainly(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Responses end at every end token of the source and of the tokenizer, and are drawn from the whole softmax.
+
+    The other generation settings of the source (top_p, a repetition penalty, ...) rest until the model is saved, since
+    scoring would have to know of them; its end tokens then are those at which responses ended here.
+    """
+    ends = list(dict.fromkeys([*end_tokens(model.origin.generation_config), tokenizer.eos_token_id]))
+    ids = {"eos_token_id": ends if len(ends) > 1 else ends[0], "pad_token_id": tokenizer.pad_token_id}
+    model.generation_config = GenerationConfig(**ids)
+    if (kept := model.origin.generation_config) is not None:
+        kept.eos_token_id = ids["eos_token_id"]
+        kept.pad_token_id = ids["pad_token_id"] if kept.pad_token_id is None else kept.pad_token_id
+
+
+def stop_strings(config: SamplingConfig, policy: PreTrainedModel) -> tuple[str, ...]:
+    """Text that ends a response: what the settings say, and the generation settings of the source."""
+    of_source = getattr(policy.origin.generation_config, "stop_strings", None) or []
+    own = of_source if isinstance(of_source, list) else [of_source]
+    if not all(isinstance(one, str) and one for one in own):
+        raise UserError(f"stop_strings of the model's generation_config.json must be texts, not {of_source}")
+    return tuple(dict.fromkeys([*config.stops(), *own]))
 
 
 def stage_model(config: RunConfig, stage: str, given: str | None) -> Path | None:
@@ -140,92 +212,110 @@ def stage_model(config: RunConfig, stage: str, given: str | None) -> Path | None
     return undamaged(path)
 
 
-def undamaged(path: Path) -> Path:
-    """The same path, once its files are those of the manifest that our commands write beside a model."""
-    if (path / MANIFEST).is_file():
-        verify(path)
-    return path
-
-
-def load_scalar(path: str | Path, key: str) -> ScalarModel:
+def load_scalar(path: str | Path, key: str, config: RunConfig) -> ScalarModel:
     """A model with a trained head of one number; `key` is the setting to name where it is none."""
-    model, report = _from_pretrained(AutoModelForSequenceClassification, path, output_loading_info=True)
-    without = sorted(name for name in report["missing_keys"] if name.startswith("score."))
-    if without or model.config.num_labels != 1:
-        what = f"has no {without[0]}" if without else f"gives {model.config.num_labels} numbers"
-        raise UserError(
-            f"{key}: {path} {what}; a model for sequence classification with num_labels 1 is needed, as the reward "
-            "command saves it"
-        )
+    needed = "a model for sequence classification with num_labels 1 is needed, as the reward command saves it"
+    try:
+        model = load_model(AutoModelForSequenceClassification, path, config)
+    except UserError as error:
+        raise UserError(f"{key}: {error}; {needed}") from error
+    if model.config.num_labels != 1:
+        raise UserError(f"{key}: {path} gives {model.config.num_labels} numbers; {needed}")
     _refuse_non_finite(model, path)
-    return ScalarModel(without_dropout(model))
+    return ScalarModel(model)
 
 
 def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
-    return checked(_from_pretrained(AutoTokenizer, path))
+    return checked(load_tokenizer_files(path))
+
+
+def tokenizer_beside(path: str | Path, policy: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+    """That of a reward model or a critic; the policy's where it brings none."""
+    if Path(path).is_dir() and not any(Path(path).glob("*token*")):
+        files.say_once(f"{path} has no tokenizer: it is taken to read the tokens of the policy's")
+        return policy
+    return load_tokenizer(path)
 
 
 def checked(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
-    """With pad equal to end, the end token is masked like padding and the model never learns to stop."""
-    if tokenizer.eos_token_id is None or tokenizer.pad_token_id is None:
-        raise UserError(f"the tokenizer needs both a pad and an end token{PADDED}")
-    if tokenizer.pad_token_id == tokenizer.eos_token_id:
-        raise UserError(
-            f"pad and end token are both {tokenizer.eos_token!r}; give the tokenizer its own pad token{PADDED}"
-        )
+    """One that can end a text and fill a batch; padding may be the end token, as lengths never come from ids."""
+    if tokenizer.eos_token_id is None:
+        raise UserError("the tokenizer has no end token: set its eos_token to the one that ends a text, and save it")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
-
-
-def without_dropout(model: PreTrainedModel) -> PreTrainedModel:
-    """Dropout makes the ratio noise: old and new log-probabilities would come from different networks."""
-    for holder in (model.config, *model.modules()):
-        if isinstance(holder, torch.nn.Dropout):
-            holder.p = 0.0
-        for name, value in vars(holder).items():
-            if isinstance(value, float) and "drop" in name:
-                setattr(holder, name, 0.0)
-    return model
 
 
 def context_of(model: PreTrainedModel) -> int:
     """The most tokens a model can read."""
-    return getattr(model.config, "max_position_embeddings", None) or sys.maxsize
+    config = model.config.get_text_config()
+    lengths = (getattr(config, name, None) for name in ("max_position_embeddings", "max_seq_len", "n_positions"))
+    return next((length for length in lengths if length), sys.maxsize)
 
 
-def adapted(model: Any, config: OptimizerConfig, rank: int | None) -> Any:
-    """The model with frozen weights and trained adapters inside it; a score head stays trained. rank None: as it is."""
+def refuse_short_context(model: PreTrainedModel, tokens: int, what: str, setting: str) -> None:
+    context = context_of(model)
+    if tokens > context:
+        raise UserError(f"{what} have up to {tokens} tokens, and {_name(model)} reads {context}: lower {setting}")
+
+
+def refuse_missing_embeddings(model: PreTrainedModel, ids: Iterable[int], what: str) -> None:
+    """A token without an embedding would be read from beyond the table."""
+    rows, largest = len(model.get_input_embeddings().weight), max(ids)
+    if largest >= rows:
+        raise UserError(
+            f"{what} have the id {largest}, and {_name(model)} has embeddings of {rows} tokens, fewer than its "
+            "tokenizer: call its resize_token_embeddings(len(tokenizer)) and save it, or take what was added to the "
+            "tokenizer out again"
+        )
+
+
+def vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int:
+    """How many ids a policy may draw: those that are tokens, of a model that may have more or fewer."""
+    return min(vocabulary_of(tokenizer), len(model.get_input_embeddings().weight))
+
+
+def _name(model: PreTrainedModel) -> str:
+    return getattr(model, "name_or_path", "") or f"the {model.config.model_type} of model_config"
+
+
+def adapted(model: Any, config: OptimizerConfig, rank: int | None, *, kept: bool = True) -> Any:
+    """The model with frozen weights and trained adapters inside it; a score head stays trained. rank None: as it is.
+
+    `kept`: it is what the command saves.
+    """
     if rank is None:
         return model
-    try:
-        from peft import LoraConfig, inject_adapter_in_model
-    except ImportError as error:
-        raise UserError("LoRA needs peft: pip install peft") from error
-    targets = config.lora_target_modules.split(",") if config.lora_target_modules else None
     body = model.model if isinstance(model, ScalarModel) else model
-    if targets is None:
-        targets = _usual_targets(body)
-    settings = LoraConfig(r=rank, lora_alpha=config.lora_alpha, lora_dropout=0.0, target_modules=targets)
-    try:
-        inject_adapter_in_model(settings, body)
-    except ValueError as error:
-        raise UserError(f"lora_target_modules: {error}") from error
+    if kept and config.lora_save == "adapter" and body.origin.base is None:
+        raise UserError(
+            "lora_save adapter: the adapter would stand on a model that is nowhere on disk (random weights, or another "
+            "adapter that is merged): set lora_save merged, or save that model first and start from it"
+        )
+    if not has_adapters(body):
+        add_adapters(body, config, rank)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_("lora_" in name or name.endswith("score.weight"))
     return model
 
 
-def save_model(model: torch.nn.Module | Trainable, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """In the transformers format; called on every rank."""
+def save_model(
+    model: torch.nn.Module | Trainable, tokenizer: PreTrainedTokenizerBase, folder: Path, form: str = "merged"
+) -> None:
+    """In the formats of transformers and peft; called on every rank. `form`: that of lora_save."""
     module: Any = model.module if isinstance(model, Trainable) else model
     if not all_finite(weights_here(module)):
         raise UserError(f"weights are not finite, and no model is saved in {folder.parent.parent}")
     with gathered_params(module.parameters()):
         if distributed.is_main():
             body = module.model if isinstance(module, ScalarModel) else module
-            body.save_pretrained(folder, state_dict=merged_weights(body))
+            if form == "adapter" and has_adapters(body):
+                save_adapter(body, getattr(getattr(body, "score", None), "weight", None), folder)
+            else:
+                save_whole(body, folder)
             tokenizer.save_pretrained(folder)
             for path in folder.glob("*.safetensors"):  # closed to all but their owner, unlike the others
-                path.chmod((folder / "config.json").stat().st_mode)
+                path.chmod((folder / "tokenizer_config.json").stat().st_mode)
 
 
 class MovingAverage:
@@ -260,38 +350,28 @@ class MovingAverage:
         return [zero_state.laid_out(name, weight, self.average[name]) for name, weight in _trained(module)]
 
 
-def _critic(config: PPOConfig, policy: PreTrainedModel, reward_model_path: Path | None) -> ScalarModel:
-    if config.value_model_path is not None:
-        return load_scalar(config.value_model_path, "value_model_path")
-    if config.value_model_init == "reward":
-        assert reward_model_path is not None
-        return load_scalar(reward_model_path, "reward_model_path")
-    return ScalarModel.on(policy, zero_head=True)
-
-
-def _from_pretrained(kind: Any, path: str | Path, **extra: Any) -> Any:
-    if kind is not AutoTokenizer:
-        extra["dtype"] = torch.float32
-    try:
-        return kind.from_pretrained(str(path), trust_remote_code=False, **extra)
-    except (OSError, ValueError, SafetensorError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(f"cannot load a model from {path}: {reason}") from error
+def _critic(
+    config: PPOConfig, policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, reward_model_path: Path | None
+) -> ScalarModel:
+    path, key = config.value_model_path, "value_model_path"
+    if path is None and config.value_model_init == "reward":
+        path, key = str(reward_model_path), "reward_model_path"
+    if path is None:
+        return ScalarModel.on(policy, zero_head=True)
+    model = load_scalar(undamaged(Path(path)), key, config)
+    if not reads_ids_of(tokenizer_beside(path, tokenizer), tokenizer, []):
+        raise UserError(
+            f"{key}: {path} has another tokenizer than the policy, whose ids a critic reads: set value_model_init "
+            "policy, or value_model_path to a model with the policy's tokenizer"
+        )
+    refuse_missing_embeddings(model.model, [vocabulary(policy, tokenizer) - 1], "responses")
+    return model
 
 
 def _refuse_non_finite(model: torch.nn.Module, source: object) -> None:
     bad = next((name for name, weight in model.named_parameters() if not weight.isfinite().all()), None)
     if bad is not None:
         raise UserError(f"{source}: the weights {bad} are not finite, so there is nothing to start from")
-
-
-def _usual_targets(model: Any) -> list[str]:
-    from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as KNOWN
-
-    kind = model.config.model_type
-    if kind not in KNOWN:
-        raise UserError(f"give lora_target_modules: peft knows none for {kind}")
-    return list(KNOWN[kind])
 
 
 def _trained(module: torch.nn.Module) -> list[tuple[str, Any]]:

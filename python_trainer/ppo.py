@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
 from ppo_kernels import value_loss
 
@@ -18,17 +17,36 @@ from . import checkpoint, distributed, zero_state
 from .algorithms import KlControl, load_algorithm
 from .atomic import atomic_dir
 from .config import PPOConfig, UserError
-from .data import encode_prompts, load_task, shuffled_positions
+from .data import fingerprint, load_task, shuffled_positions
 from .deepspeed_engine import Policy, Trainable, init_distributed, step_together
-from .evaluate import Evaluation, choose_generator, evaluate, evaluation_prompts
+from .deepspeed_engine import fingerprint as weights_fingerprint
+from .evaluate import Best, Evaluation, choose_generator, completion_rows, evaluate, evaluation_prompts
 from .logging import Averages, Log, plot
-from .models import MovingAverage, build_models, context_of, save_model, starting_point
-from .rewards import ScoreShaping, load_reward_fn, reward_model_path
+from .models import (
+    SEQUENCES,
+    MovingAverage,
+    build_models,
+    context_of,
+    refuse_missing_embeddings,
+    refuse_short_context,
+    save_model,
+    starting_point,
+    vocabulary,
+)
+from .rewards import (
+    ScoreShaping,
+    load_reward_fn,
+    means_of_parts,
+    refuse_non_finite_scores,
+    reward_model_path,
+)
 from .rollout import (
     Experience,
     RewardFn,
     by_rows,
+    check_ratio,
     gathered,
+    learned_from,
     minibatches,
     sample,
     score_tokens,
@@ -39,8 +57,7 @@ from .rollout import (
 )
 from .settings import save
 from .sft import Pretraining
-
-RATIO_TOLERANCE = 1e-5
+from .tokens import encode_prompts
 
 
 class Trainer:
@@ -58,17 +75,20 @@ class Trainer:
         self.kl = KlControl(config)
         self.shaping = ScoreShaping(config)
         self.algorithm = load_algorithm(config, self.kl)
-        self._check_sizes()
+        self.algorithm.refuse_sizes()
         self.generator = choose_generator(config)
         self.task = load_task(config)
         train, heldout = self.task.prompts()
         evaluation_prompts(heldout, config)  # before the models load
         policy, self.tokenizer = starting_point(config, self.task)
         self.train_prompts, self.heldout_prompts = (
-            encode_prompts(prompts, self.tokenizer, response_length=config.response_length, context=context_of(policy))
-            for prompts in (train, heldout)
+            encode_prompts(prompts, self.tokenizer, config, context_of(policy)) for prompts in (train, heldout)
         )
-        self.reward_fn: RewardFn = load_reward_fn(config, self.task, self.tokenizer)
+        every_prompt = [*self.train_prompts, *self.heldout_prompts]
+        refuse_missing_embeddings(policy, (token for prompt in every_prompt for token in prompt.ids), "prompts")
+        self.reward_fn: RewardFn = load_reward_fn(
+            config, self.task, self.tokenizer, every_prompt, vocabulary(policy, self.tokenizer)
+        )
         needs_critic = self.algorithm.needs_critic
         like_the_reward_model = needs_critic and config.value_model_init == "reward" and config.value_model_path is None
         self.models = build_models(
@@ -78,9 +98,19 @@ class Trainer:
             needs_critic=needs_critic,
             reward_model_path=reward_model_path(config) if like_the_reward_model else None,
         )
+        if self.critic is not None:
+            longest = max(len(prompt.ids) for prompt in every_prompt) + config.response_length
+            refuse_short_context(self.critic.module.model, longest, *SEQUENCES)
         self.ema = None if config.ema_decay is None else MovingAverage(self.actor.module, config.ema_decay)
-        self.ptx = Pretraining(config, self.task, self.tokenizer) if config.ptx_coef else None
-        self.done = 0
+        self.ptx = Pretraining(config, self.task, self.tokenizer, self.actor.end_ids) if config.ptx_coef else None
+        self.best = Best(config)
+        self.done, self.saved, self.whole = 0, 0, True
+        # What a continued run must find as it was.
+        texts = () if self.ptx is None else self.ptx.rows
+        self.same = {
+            "data": fingerprint(self.train_prompts, self.heldout_prompts, texts),
+            "reference": weights_fingerprint(self.reference.module),
+        }
         for name, model in self.trained.items():
             zero_state.refuse_unknown_layout(name, model)  # now, not at the first save, which SIGTERM may ask for
         if source is not None:
@@ -108,12 +138,15 @@ class Trainer:
         experience = self.collect_experience()
         rolled_out = time.perf_counter()
         learning_rate = self.trained["actor"].learning_rate  # the schedule moves on with each update
-        averages = self.update(experience)
+        learned = learned_from(experience, self.config, self.algorithm.group_size)
+        self.whole = False
+        averages = self.update(learned)
         for name, model in self.trained.items():
             model.refuse_non_finite_weights(name)
-        self.done += 1
+        self.done, self.whole = self.done + 1, True
         kl_coef = self.kl.coef
-        figures = summary(experience, self.tokenizer.eos_token_id, kl_coef, self.config.ops_impl)
+        figures = summary(experience, learned, self.algorithm.group_size, kl_coef, self.config.ops_impl)
+        figures |= means_of_parts(self.reward_fn)
         self.kl.update(figures["objective/kl"], self.config.batch_size)
         return (
             figures
@@ -132,31 +165,32 @@ class Trainer:
         """Responses of the current policy with all that the losses need: the global batch, the same on every rank."""
         config, group = self.config, self.algorithm.group_size
         # Sample: `group` responses to each prompt; from here to the end this rank has its share of them.
-        distinct = config.batch_size // group
+        distinct, rows = config.batch_size // group, config.local_rollout_forward_batch_size
         chosen = shuffled_positions(len(self.train_prompts), config.seed, self.done * distinct, distinct)
-        rollout = sample(
+        prompts = [self.train_prompts[index] for index in chosen for _ in range(group)]
+        rollout, logprobs = sample(
             self.actor,
-            [self.train_prompts[index] for index in chosen for _ in range(group)],
+            prompts,
             self.tokenizer,
             self.generator,
             response_length=config.response_length,
+            rows=rows,
             seed=distributed.seed_of(config.seed, self.done, 1),
         )
-        # Score: log-probabilities of policy and reference, the critic's values, and one number for each response.
-        rows = config.local_rollout_forward_batch_size
-        logprobs = by_rows(functools.partial(score_tokens, self.actor), rollout, rows)
+        # Score: log-probabilities of the reference too, the critic's values, and one number for each response.
         ref_logprobs = by_rows(functools.partial(score_tokens, self.reference), rollout, rows)
         values = torch.zeros_like(logprobs)
         if self.critic is not None:
             values = by_rows(functools.partial(score_values, self.critic), rollout, rows)
-        raw = by_rows(self.reward_fn, rollout, rows).to(logprobs)
-        _refuse_non_finite_scores(raw)
-        raw = self.shaping.penalised(raw, rollout.ended(self.tokenizer.eos_token_id))
+        raw = self.reward_fn(rollout).to(logprobs)  # in one call: a function may compare the responses of a group
+        refuse_non_finite_scores(raw)
+        raw = self.shaping.penalised(raw, rollout.ended)
         self.shaping.observe(distributed.gather_rows(raw))
         local = Experience(
             rollout.sequences,
             rollout.attention_mask,
             rollout.mask,
+            rollout.ended,
             logprobs,
             ref_logprobs,
             values,
@@ -169,7 +203,9 @@ class Trainer:
         # Rewards: the score at the last token, minus the penalty for leaving the reference. Then advantages.
         rewards = self.algorithm.token_rewards(local)
         self.algorithm.compute_advantages(local, rewards)
-        return gathered(local)
+        experience = gathered(local)
+        self.rolled_out = prompts, experience  # to be shown
+        return experience
 
     def update(self, experience: Experience) -> dict[str, float]:
         """All passes over one rollout; returns the averaged statistics.
@@ -195,7 +231,7 @@ class Trainer:
                     if "critic" in trained:
                         self._value_gradients(batch, tokens, seen)
                 if epoch == 0 and number == 0 and "actor" in trained:
-                    self._check_ratio(distributed.gather_rows(drift[None]).max().item())
+                    check_ratio(distributed.gather_rows(drift[None]).max().item(), self.done + 1, config)
                 if self.ptx is not None and "actor" in trained:
                     position = (self.done * config.num_ppo_epochs + epoch) * config.num_mini_batches + number
                     seen.add(self.ptx.backward(self.actor, position, len(rows)), one)
@@ -258,34 +294,59 @@ class Trainer:
             save(config, self.folder)
         log = Log(self.folder, config, config.total_steps, start=resumed, title=config.algorithm)
         before = self.evaluate(self.reference)
+        if config.metric_for_best_model is not None:
+            self.best.key(before.metrics)  # it is there
         if not resumed:
             log.record(0, before.metrics)
         after = self.evaluate(self.actor) if resumed else before
-        while self.done < config.total_steps:
-            row = self.train_step()
-            due = config.eval_steps and self.done % config.eval_steps == 0
-            if due or self.done == config.total_steps:
-                after = self.evaluate(self.actor)
-                row |= after.metrics
-            log.step(self.done, row)
-            self._stop_if_unhealthy()
-            stopping = self.done < config.total_steps and asked_to_stop()
-            if stopping or (config.save_steps and self.done % config.save_steps == 0):
-                self.save_checkpoint(self.folder / "checkpoints")
-            if stopping:
-                log.close()
-                raise distributed.Stopped(
-                    f"asked to stop: step {self.done} is saved; --resume_from_checkpoint latest goes on from there"
-                )
+        with checkpoint.last_step_kept(self._save_last):
+            while self.done < config.total_steps and not self.best.given_up:
+                after = self._step_of_a_run(log, after)
+                stopping = self.done < config.total_steps and asked_to_stop()
+                if stopping or (config.save_steps and self.done % config.save_steps == 0):
+                    self.save_checkpoint(self.folder / "checkpoints")
+                if stopping:
+                    log.close()
+                    raise distributed.Stopped(
+                        f"asked to stop: step {self.done} is saved; --resume_from_checkpoint latest goes on from there"
+                    )
+        if self.best.given_up:
+            log.say(f"no better {self.best.name} in {self.best.worse} evaluations: stopped after step {self.done}")
         log.close()
-        with atomic_dir(self.folder / "model") as place:
-            save_model(self.actor.model, self.tokenizer, place)
+        self._save_model("model")
         if self.ema is not None:
-            with atomic_dir(self.folder / "ema") as place, self.ema.in_place_of(self.actor.module):
-                save_model(self.actor.model, self.tokenizer, place)
+            with self.ema.in_place_of(self.actor.module):
+                self._save_model("ema")
         if distributed.is_main():
             plot(self.folder)
         return before, after
+
+    def _step_of_a_run(self, log: Log, after: Evaluation) -> Evaluation:
+        """A step, what is recorded of it, and, where it is due, an evaluation; returns the last one of these."""
+        config = self.config
+        row = self.train_step()
+        due = config.eval_steps and self.done % config.eval_steps == 0
+        if due or self.done == config.total_steps:
+            after = self.evaluate(self.actor)
+            row |= after.metrics
+            if self.best.takes(after.metrics):
+                self._save_model("best")
+        log.step(self.done, row)
+        if config.log_completions_steps and self.done % config.log_completions_steps == 0:
+            prompts, experience = self.rolled_out
+            log.completions(self.done, completion_rows(experience, prompts, self.tokenizer))
+        self._stop_if_unhealthy()
+        return after
+
+    def _save_model(self, name: str) -> None:
+        with atomic_dir(self.folder / name) as place:
+            save_model(self.actor.model, self.tokenizer, place, self.config.lora_save)
+
+    def _save_last(self) -> int | None:
+        if not self.whole or self.done in (0, self.saved):
+            return None
+        self.save_checkpoint(self.folder / "checkpoints")
+        return self.done
 
     def evaluate(self, policy: Policy) -> Evaluation:
         result = evaluate(
@@ -304,41 +365,21 @@ class Trainer:
 
     def save_checkpoint(self, folder: Path) -> None:
         """Among those in `folder`."""
-        memory: dict[str, Any] = {"kl_coef": self.kl.coef, "scores": self.shaping.state()}
-        checkpoint.save(folder, self.done, self.trained, self.config, memory, self._average())
+        checkpoint.save(folder, self.done, self.trained, self.config, self._memory(), self._average())
+        self.saved = self.done
 
     def load_checkpoint(self, source: Path) -> None:
-        self.done, memory = checkpoint.load(source, self.trained, self.config, self._average())
+        self.done, memory = checkpoint.load(source, self.trained, self.config, self._memory(), self._average())
         self.kl.coef = memory["kl_coef"]
         self.shaping.restore(memory["scores"])
+        self.best.restore(memory["best"])
+        self.saved = self.done if self.continues else 0
+
+    def _memory(self) -> dict[str, Any]:
+        return {"kl_coef": self.kl.coef, "scores": self.shaping.state(), "best": self.best.state()} | self.same
 
     def _average(self) -> list[zero_state.Slice]:
         return [] if self.ema is None else self.ema.slices(self.actor.module)
-
-    def _check_sizes(self) -> None:
-        share = self.config.num_mini_batches * distributed.world_size() * self.algorithm.group_size
-        if self.config.batch_size % share:
-            raise UserError(
-                f"batch_size {self.config.batch_size} must be a multiple of num_mini_batches x ranks x "
-                f"responses per prompt = {share}"
-            )
-        micro, group = self.config.per_device_train_batch_size, self.algorithm.group_size
-        if micro % group:
-            raise UserError(
-                f"per_device_train_batch_size {micro} must be a multiple of the {group} responses per prompt"
-            )
-
-    def _check_ratio(self, drift: float) -> None:
-        """Before the first update the policy is the one that sampled; anything beyond rounding is a bug."""
-        if drift <= RATIO_TOLERANCE:
-            return
-        text = f"before the first update of step {self.done + 1} the log-ratio is off by {drift:.2g}, not 0"
-        # On a GPU another batch shape may choose a kernel that adds up in another order.
-        exact = distributed.device().type == "cpu"
-        if exact and not (self.config.bf16 or self.config.fp16):
-            raise RuntimeError(text + ": sampling-time and training-time scoring disagree")
-        if distributed.is_main():
-            tqdm.write(f"warning: {text} (rounding, or sampling-time and training-time scoring disagree)")
 
     def _moved_too_far(self, seen: Averages) -> bool:
         if self.config.target_kl is None:
@@ -348,14 +389,8 @@ class Trainer:
     def _stop_if_unhealthy(self) -> None:
         skipped = max(model.skipped for model in self.trained.values())
         if skipped >= self.config.max_skipped_steps:
+            self.whole = False  # nothing to keep: it would stop again
             raise UserError(
                 f"{skipped} updates had a non-finite loss, gradient or gradient norm and were skipped; stopped after "
                 f"step {self.done}, checkpoints are as they were"
             )
-
-
-def _refuse_non_finite_scores(scores: torch.Tensor) -> None:
-    finite = distributed.gather_rows(scores).isfinite()  # all ranks stop together, or none
-    if not finite.all():
-        bad = int((~finite).sum())
-        raise UserError(f"the score of {bad} of {len(finite)} responses is not finite; the weights are untouched")

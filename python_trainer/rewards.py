@@ -1,8 +1,6 @@
 """Scores: who gives them, and what happens to one before anything is learned from it."""
 
-import importlib
-import importlib.util
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,24 +9,48 @@ from transformers import PreTrainedTokenizerBase
 
 from ppo_kernels import moments
 
+from . import distributed
 from .config import PPOConfig, SamplingConfig, UserError
-from .data import Rollout, Task
+from .data import Prompt, Rollout, Task, pad_right, readable
 from .deepspeed_engine import frozen
-from .models import load_scalar, stage_model
-from .rollout import RewardFn, score_responses
+from .models import (
+    SEQUENCES,
+    context_of,
+    load_scalar,
+    refuse_missing_embeddings,
+    refuse_short_context,
+    stage_model,
+    tokenizer_beside,
+)
+from .reward_functions import FunctionReward
+from .rollout import RewardFn, by_rows, score_responses
+from .tokens import prompt_ids, reads_ids_of, whole_ids
 
-Function = Callable[..., Sequence[float]]
 
+def load_reward_fn(
+    config: SamplingConfig, task: Task, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt], drawn: int
+) -> RewardFn:
+    """Python functions, the task's own verifier, or a reward model: whichever comes first.
 
-def load_reward_fn(config: SamplingConfig, task: Task, tokenizer: PreTrainedTokenizerBase) -> RewardFn:
-    """A Python function, the task's own verifier, or a reward model: whichever comes first."""
+    It will be asked about responses to these prompts, made of ids below `drawn`.
+    """
     if config.reward_function is not None:
-        return FunctionReward(config.reward_function, tokenizer, task.columns())
+        _refuse_unused_model(config)
+        columns = prompts[0].columns if prompts else ()
+        return FunctionReward(*config.reward_functions(), tokenizer, columns)
     if task.verifiable:
         return task.score
     assert isinstance(config, PPOConfig)
-    reward_model = frozen(load_scalar(reward_model_path(config), "reward_model_path"), config)
-    return lambda rollout: score_responses(reward_model, rollout)
+    return ModelReward(reward_model_path(config), config, tokenizer, prompts, drawn)
+
+
+def _refuse_unused_model(config: SamplingConfig) -> None:
+    """Beside a function a reward model may only be what the critic starts from."""
+    if isinstance(config, PPOConfig) and config.reward_model_path is not None and config.value_model_init != "reward":
+        raise UserError(
+            "reward_model_path and reward_function are both given, and one of them scores: leave one out, or call the "
+            "model in a function of yours"
+        )
 
 
 def reward_model_path(config: PPOConfig) -> Path:
@@ -38,42 +60,55 @@ def reward_model_path(config: PPOConfig) -> Path:
     return path
 
 
-class FunctionReward:
-    """Calls ``function(prompts=[...], completions=[...], field=[...])`` and wants one number (or bool) per response.
+class ModelReward:
+    """A reward model's number at the end of prompt and response.
 
-    The further fields are those that all rows of prompts.jsonl share beside `prompt`: the answer that a verifier
-    compares with, for example.
+    One that has the policy's tokenizer reads the ids as they are, another one the text in tokens of its own. A chat it
+    reads by its own template, closed as in its training where the response has ended.
     """
 
-    def __init__(self, name: str, tokenizer: PreTrainedTokenizerBase, columns: Mapping[str, Mapping[str, Any]]) -> None:
-        self.name = name
-        self.function = load(name)
-        self.tokenizer = tokenizer
-        self.columns: dict[tuple[int, ...], Mapping[str, Any]] = {}
-        for prompt, row in columns.items():
-            ids = tuple(tokenizer(prompt, add_special_tokens=False)["input_ids"])
-            if self.columns.setdefault(ids, row) != row:
-                raise UserError(f"the tokenizer makes the same tokens of {prompt[:60]!r} and of another prompt")
+    def __init__(
+        self, path: Path, config: PPOConfig, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt], drawn: int
+    ) -> None:
+        model = load_scalar(path, "reward_model_path", config)
+        self.policy_tokenizer, self.tokenizer = tokenizer, tokenizer_beside(path, tokenizer)
+        chat = any(not isinstance(prompt.content, str) for prompt in prompts)
+        probes = [readable(prompt.content) for prompt in prompts[:64]]
+        self.reads_ids = not chat and reads_ids_of(self.tokenizer, tokenizer, probes)
+        self.context, self.rows = context_of(model.model), config.local_rollout_forward_batch_size
+        rows = [list(prompt.ids) for prompt in prompts]
+        if not self.reads_ids:
+            rows = prompt_ids([prompt.content for prompt in prompts], self.tokenizer)
+        longest = max(map(len, rows)) + config.response_length
+        refuse_short_context(model.model, longest, *SEQUENCES)
+        used = [drawn - 1] if self.reads_ids else [self.tokenizer.pad_token_id, self.tokenizer.eos_token_id]
+        refuse_missing_embeddings(
+            model.model, [*used, *(token for row in rows for token in row)], "reward_model_path: texts"
+        )
+        self.model = frozen(model, config)
 
     def __call__(self, rollout: Rollout) -> torch.Tensor:
-        width = rollout.prompt_width
-        asked = [
-            tuple(ids[mask].tolist())
-            for ids, mask in zip(rollout.sequences[:, :width], rollout.attention_mask[:, :width], strict=True)
-        ]
+        return by_rows(self._scores, rollout, self.rows)
+
+    def _scores(self, rollout: Rollout) -> torch.Tensor:
+        if self.reads_ids:
+            return score_responses(self.model, rollout)
         answers = [ids[mask].tolist() for ids, mask in zip(rollout.responses, rollout.mask, strict=True)]
-        prompts, completions = (
-            [self.tokenizer.decode(list(ids), skip_special_tokens=True) for ids in rows] for rows in (asked, answers)
-        )
-        fields = {name for row in self.columns.values() for name in row}
-        more = {name: [self.columns[ids][name] for ids in asked] for name in sorted(fields)}
-        scores = list(self.function(prompts=prompts, completions=completions, **more))
-        if len(scores) != len(prompts):
-            raise UserError(f"{self.name} gave {len(scores)} scores for {len(prompts)} responses")
-        try:
-            return torch.tensor([float(score) for score in scores], device=rollout.sequences.device)
-        except (TypeError, ValueError) as error:
-            raise UserError(f"{self.name} must give numbers: {error}") from error
+        texts = [self.policy_tokenizer.decode(ids, skip_special_tokens=True) for ids in answers]
+        pairs = [
+            (prompt.content, text if isinstance(prompt.content, str) else [{"role": "assistant", "content": text}])
+            for prompt, text in zip(rollout.prompts, texts, strict=True)
+        ]
+        rows = whole_ids(pairs, self.tokenizer, {self.tokenizer.eos_token_id}, rollout.ended.tolist())
+        with distributed.raise_on_all_ranks(UserError):
+            if (longest := max(map(len, rows))) > self.context:
+                raise UserError(
+                    f"prompt and response are {longest} tokens of the reward model, which reads {self.context}: lower "
+                    "max_prompt_length or response_length"
+                )
+        ids, mask = (x.to(distributed.device()) for x in pad_right(rows, self.tokenizer.pad_token_id))
+        scores = self.model(input_ids=ids, attention_mask=mask.long())
+        return scores.gather(1, mask.sum(dim=1, keepdim=True) - 1).squeeze(1)
 
 
 def exact_match(prompts: list[str], completions: list[str], answer: list[str], **_: Any) -> list[bool]:
@@ -84,23 +119,19 @@ def exact_match(prompts: list[str], completions: list[str], answer: list[str], *
     ]
 
 
-def load(name: str) -> Function:
-    """``file.py:function`` or ``package.module:function``."""
-    place, colon, function = name.partition(":")
-    if not colon:
-        raise UserError(f"reward_function {name!r} must be file.py:name or package.module:name")
-    try:
-        if place.endswith(".py"):
-            spec = importlib.util.spec_from_file_location(Path(place).stem, place)
-            assert spec is not None
-            assert spec.loader is not None
-            module = importlib.util.module_from_spec(spec)
-            spec.loader.exec_module(module)
-        else:
-            module = importlib.import_module(place)
-        return getattr(module, function)
-    except (ImportError, FileNotFoundError, AttributeError) as error:
-        raise UserError(f"cannot load reward_function {name!r}: {error}") from error
+def refuse_non_finite_scores(scores: torch.Tensor) -> None:
+    finite = distributed.gather_rows(scores).isfinite()  # all ranks stop together, or none
+    if not finite.all():
+        bad = int((~finite).sum())
+        raise UserError(f"the score of {bad} of {len(finite)} responses is not finite; the weights are untouched")
+
+
+def means_of_parts(reward_fn: RewardFn) -> dict[str, float]:
+    """Of several reward functions what each gave, on average over the responses that it has something to say on."""
+    parts: dict[str, torch.Tensor] = getattr(reward_fn, "parts", {})
+    if len(parts) < 2:
+        return {}
+    return {f"rewards/{name}": distributed.gather_rows(part).nanmean().item() for name, part in parts.items()}
 
 
 class ScoreShaping:

@@ -5,26 +5,36 @@ neither on the number of ranks nor on what a resumed run has drawn before.
 """
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, Protocol
 
 import torch
+from tqdm import tqdm
 from transformers import (
     AutoModelForCausalLM,
     GenerationConfig,
     LogitsProcessor,
     LogitsProcessorList,
     PreTrainedTokenizerBase,
+    StoppingCriteria,
+    StoppingCriteriaList,
 )
 
 from ppo_kernels import kl_rewards, moments, token_logprobs
 
 from . import distributed
-from .data import Generate, Rollout, left_pad, only_drawn
+from .config import PPOConfig, UserError
+from .data import Generate, Prompt, Rollout, left_pad, only_drawn
 from .deepspeed_engine import Policy, weights_of
 
 RewardFn = Callable[[Rollout], torch.Tensor]  # [B] the score of each response
+
+RATIO_TOLERANCE = 1e-5  # of log-probabilities before the first update
+# How far log-probabilities at generation may be from those at scoring, on average over the tokens of a rollout. A few
+# tokens with keys and values from a cache, in another order of addition, are off by more.
+GENERATION_TOLERANCE = {"exact": 1e-4, "rounded": 0.1}
 
 
 @dataclass
@@ -34,6 +44,7 @@ class Experience:
     sequences: torch.Tensor
     attention_mask: torch.Tensor
     mask: torch.Tensor
+    ended: torch.Tensor
     logprobs: torch.Tensor
     ref_logprobs: torch.Tensor
     values: torch.Tensor
@@ -48,28 +59,62 @@ class Experience:
 
     @property
     def rollout(self) -> Rollout:
-        return Rollout(self.sequences, self.attention_mask, self.mask)
+        return Rollout(self.sequences, self.attention_mask, self.mask, self.ended)
 
 
 @torch.no_grad()
 def sample(
     policy: Policy,
-    prompts: Sequence[Sequence[int]],
+    prompts: Sequence[Prompt],
     tokenizer: PreTrainedTokenizerBase,
     generator: "Generator",
     *,
     response_length: int,
+    rows: int,
     seed: int,
-) -> Rollout:
-    """Responses to this rank's share of `prompts`, the global batch."""
-    ids, attention = left_pad(prompts, tokenizer.pad_token_id)
+) -> tuple[Rollout, torch.Tensor]:
+    """Responses to this rank's share of `prompts`, the global batch, and their log-probabilities [B, T].
+
+    These are computed anew, `rows` at a time, by the weights that are trained, and compared with those that the
+    generator drew by: it has been handed a copy of the weights, or another engine has.
+    """
+    ids, attention = left_pad([prompt.ids for prompt in prompts], tokenizer.pad_token_id)
     noise = torch.Generator().manual_seed(seed)
     uniforms = torch.rand(len(prompts), response_length, generator=noise, dtype=torch.float64)
     mine = shard(len(prompts))
     ids, attention, uniforms = (x[mine].to(distributed.device()) for x in (ids, attention, uniforms))
     with generator.serving(policy, tokenizer) as generate:
-        responses = generate(ids, attention, uniforms)
-    return Rollout.of(ids, attention, responses, tokenizer.eos_token_id)
+        responses, drawn_at = generate(ids, attention, uniforms)
+    stops = stopped(responses, tokenizer, policy.stop_strings) if policy.stop_strings else None
+    rollout = replace(Rollout.of(ids, attention, responses, policy.end_ids, stops), prompts=prompts[mine])
+    longest = int(distributed.gather_rows(rollout.mask.sum(dim=1)).max())
+    rollout, drawn_at = rollout.cut(longest), drawn_at[:, :longest]  # nothing is computed of padding behind all of them
+    logprobs = by_rows(functools.partial(score_tokens, policy), rollout, rows)
+    refuse_other_weights(policy, rollout, drawn_at, logprobs)
+    return rollout, logprobs
+
+
+def refuse_other_weights(policy: Policy, rollout: Rollout, drawn_at: torch.Tensor, logprobs: torch.Tensor) -> None:
+    """A rollout must come from the weights that are trained; called on every rank."""
+    gaps = torch.where(rollout.mask, drawn_at - logprobs, 0.0).abs().sum()
+    total, tokens = distributed.gather_rows(torch.stack([gaps, rollout.mask.sum().to(gaps)])[None]).sum(dim=0).tolist()
+    exact = distributed.device().type == "cpu" and policy.module.dtype == torch.float32
+    bound = GENERATION_TOLERANCE["exact" if exact else "rounded"]
+    if not total / tokens <= bound:  # NaN fails too
+        raise UserError(
+            "responses were not drawn from the weights that are trained: log-probabilities at generation and at "
+            f"scoring differ by {total / tokens:.2g} per token ({bound:g} is allowed for rounding). To find the cause, "
+            "set generation_engine hf, another attn_implementation or deepspeed file, or leave lora_r out"
+        )
+
+
+def stopped(responses: torch.Tensor, tokenizer: PreTrainedTokenizerBase, strings: Sequence[str]) -> torch.Tensor:
+    """[B, T] bool: the tokens with which one of the texts is complete."""
+    width = max(len(text.encode()) for text in strings) + 1  # tokens that can hold it, if each has a byte at least
+    windows = [[ids[max(0, end - width) : end] for end in range(1, len(ids) + 1)] for ids in responses.tolist()]
+    texts = [[tokenizer.decode(window) for window in row] for row in windows]
+    found = [[any(one in text for one in strings) for text in row] for row in texts]
+    return torch.tensor(found, device=responses.device)
 
 
 def shard(rows: int) -> slice:
@@ -84,7 +129,7 @@ class Generator(Protocol):
     def serving(
         self, policy: Policy, tokenizer: PreTrainedTokenizerBase
     ) -> contextlib.AbstractContextManager[Generate]:
-        """Inside, the function draws responses; what lies after an end token means nothing."""
+        """Inside, the function draws responses; what lies after the end of one means nothing."""
         ...
 
 
@@ -96,35 +141,44 @@ class HfGenerator:
 
     @contextlib.contextmanager
     def serving(self, policy: Policy, tokenizer: PreTrainedTokenizerBase) -> Iterator[Generate]:
-        pad, eos = tokenizer.pad_token_id, tokenizer.eos_token_id
+        pad = tokenizer.pad_token_id
 
-        def generate(ids: torch.Tensor, attention: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:
+        def generate(
+            ids: torch.Tensor, attention: torch.Tensor, uniforms: torch.Tensor
+        ) -> tuple[torch.Tensor, torch.Tensor]:
             parts = zip(ids.split(self.rows), attention.split(self.rows), uniforms.split(self.rows), strict=True)
-            return torch.cat([generate_part(*part) for part in parts])
+            responses, logprobs = zip(*(generate_part(*part) for part in parts), strict=True)
+            return torch.cat(responses), torch.cat(logprobs)
 
-        def generate_part(ids: torch.Tensor, attention: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:
+        def generate_part(
+            ids: torch.Tensor, attention: torch.Tensor, uniforms: torch.Tensor
+        ) -> tuple[torch.Tensor, torch.Tensor]:
             length = uniforms.shape[1]
+            draw = InverseCdf(uniforms, ids.shape[1], policy.temperature, policy.vocabulary)
+            stop = StopStrings(tokenizer, policy.stop_strings, ids.shape[1])
             sequences = module.generate(
                 ids,
                 attention_mask=attention.long(),
                 # Not greedy: InverseCdf draws the token. do_sample=True would also apply the top-k and top-p of the
                 # model's own generation settings, which scoring does not know of.
                 generation_config=GenerationConfig(
-                    max_new_tokens=length, do_sample=False, pad_token_id=pad, eos_token_id=eos
+                    max_new_tokens=length, do_sample=False, pad_token_id=pad, eos_token_id=policy.end_ids
                 ),
-                logits_processor=LogitsProcessorList([InverseCdf(uniforms, ids.shape[1], policy.temperature)]),
+                logits_processor=LogitsProcessorList([draw]),
+                stopping_criteria=StoppingCriteriaList([stop] if policy.stop_strings else []),
             )
             responses = sequences[:, ids.shape[1] :]
             missing = length - responses.shape[1]  # generate stops early once every row has ended
-            return torch.nn.functional.pad(responses, (0, missing), value=pad)
+            return torch.nn.functional.pad(responses, (0, missing), value=pad), draw.logprobs
 
         with _unpartitioned(policy) as module:
-            training = module.training
+            checkpointing = [layer for layer in module.modules() if layer.training]
             module.eval()  # gradient checkpointing would forbid the cache
             try:
                 yield generate
             finally:
-                module.train(training)
+                for layer in checkpointing:
+                    layer.training = True
 
 
 class InverseCdf(LogitsProcessor):
@@ -133,14 +187,32 @@ class InverseCdf(LogitsProcessor):
     It leaves the drawn token as the only possible one, so `generate` has nothing left to decide.
     """
 
-    def __init__(self, uniforms: torch.Tensor, prompt_width: int, temperature: float) -> None:
+    def __init__(
+        self, uniforms: torch.Tensor, prompt_width: int, temperature: float, vocabulary: int | None = None
+    ) -> None:
         self.uniforms = uniforms
         self.prompt_width = prompt_width
         self.temperature = temperature
+        self.vocabulary = vocabulary
+        self.logprobs = torch.zeros(uniforms.shape, device=uniforms.device)  # of the drawn tokens
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         step = input_ids.shape[1] - self.prompt_width
-        return only_drawn(scores, self.uniforms[:, step : step + 1], self.temperature)
+        uniforms = self.uniforms[:, step : step + 1]
+        drawn, self.logprobs[:, step] = only_drawn(scores, uniforms, self.temperature, self.vocabulary)
+        return drawn
+
+
+class StopStrings(StoppingCriteria):
+    """Ends rows as `stopped` will find them."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, strings: Sequence[str], prompt_width: int) -> None:
+        self.tokenizer = tokenizer
+        self.strings = strings
+        self.prompt_width = prompt_width
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
+        return stopped(input_ids[:, self.prompt_width :], self.tokenizer, self.strings)[:, -1]
 
 
 def score_tokens(policy: Policy, rollout: Rollout) -> torch.Tensor:
@@ -209,8 +281,42 @@ def minibatches(rows: int, group_size: int, count: int, seed: int) -> Iterator[t
         yield (groups[:, None] * group_size + torch.arange(group_size)).flatten()
 
 
-def summary(experience: Experience, eos: int, kl_coef: float, impl: str) -> dict[str, float]:
-    """What a rollout was like, over the global batch."""
+def check_ratio(drift: float, step: int, config: PPOConfig) -> None:
+    """Before the first update the policy is the one that sampled; anything beyond rounding is a bug."""
+    if drift <= RATIO_TOLERANCE:
+        return
+    text = f"before the first update of step {step} the log-ratio is off by {drift:.2g}, not 0"
+    # On a GPU another batch shape may choose a kernel that adds up in another order.
+    if distributed.device().type == "cpu" and not (config.bf16 or config.fp16):
+        raise RuntimeError(text + ": sampling-time and training-time scoring disagree")
+    if distributed.is_main():
+        tqdm.write(f"warning: {text} (rounding, or sampling-time and training-time scoring disagree)")
+
+
+def learned_from(experience: Experience, config: PPOConfig, group_size: int) -> Experience:
+    """Without the tokens of responses that the settings leave out: those that are cut, and groups that score alike."""
+    kept = torch.ones_like(experience.ended)
+    if config.mask_truncated_completions:
+        kept = kept & experience.ended
+    if config.mask_zero_variance_groups:
+        kept = kept & ~alike(experience.raw_scores, group_size).repeat_interleave(group_size)
+    return replace(
+        experience,
+        mask=experience.mask & kept[:, None],
+        **{name: getattr(experience, name) * kept[:, None] for name in ("logprobs", "ref_logprobs", "advantages")},
+    )
+
+
+def alike(scores: torch.Tensor, group_size: int) -> torch.Tensor:
+    """[B / group_size] bool: groups whose responses all score the same, of which nothing is to be learned."""
+    groups = scores.view(-1, group_size)
+    return (groups == groups[:, :1]).all(dim=1)
+
+
+def summary(
+    experience: Experience, learned: Experience, group_size: int, kl_coef: float, impl: str
+) -> dict[str, float]:
+    """What a rollout was like, over the global batch; and what of it is learned from."""
     mask, scores = experience.mask, experience.raw_scores.double()
     log_ratio = experience.logprobs - experience.ref_logprobs
     k3 = kl_rewards(
@@ -222,7 +328,7 @@ def summary(experience: Experience, eos: int, kl_coef: float, impl: str) -> dict
         impl=impl,
     )[1]
     penalty = -kl_coef * experience.kl.double().mean()
-    ended = experience.rollout.ended(eos).double()
+    ended = experience.ended.double()
     figures = {
         "objective/kl": (log_ratio.double() * mask).sum(dim=1).mean(),
         "objective/kl_k3": k3.double().mean(),
@@ -234,7 +340,10 @@ def summary(experience: Experience, eos: int, kl_coef: float, impl: str) -> dict
         "val/response_length": mask.sum(dim=1).double().mean(),
         "val/num_eos_tokens": ended.sum(),
         "val/eos_rate": ended.mean(),
+        "val/masked_responses": (~learned.mask.any(dim=1)).sum(),
     }
+    if group_size > 1:
+        figures["val/frac_reward_zero_std"] = alike(experience.raw_scores, group_size).double().mean()
     if experience.returns.any():  # there is a critic
         error = moments(experience.returns - experience.values, mask, impl=impl)[2]
         spread = moments(experience.returns, mask, impl=impl)[2]
@@ -246,7 +355,7 @@ def _response_logits(policy: Policy, rollout: Rollout) -> torch.Tensor:
     """Row t predicts response token t: the last prompt position is in, the last response position out."""
     width = rollout.mask.shape[1]
     logits = policy.model(**model_inputs(rollout), use_cache=False, logits_to_keep=width + 1).logits
-    return logits[:, :-1]
+    return logits[:, :-1, : policy.vocabulary]
 
 
 @contextlib.contextmanager
@@ -262,7 +371,10 @@ def _unpartitioned(policy: Policy) -> Iterator[Any]:
     if policy.copy is None:
         with distributed.device():
             policy.copy = AutoModelForCausalLM.from_config(
-                module.config, dtype=module.dtype, trust_remote_code=False
+                module.config,
+                dtype=module.dtype,
+                attn_implementation=module.config._attn_implementation,
+                trust_remote_code=False,
             ).requires_grad_(False)
         policy.copy.generation_config = module.generation_config
         for mine, its in zip(policy.copy.buffers(), module.buffers(), strict=True):

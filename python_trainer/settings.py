@@ -5,8 +5,10 @@ other key holds for all of them.
 """
 
 import dataclasses
+import datetime
 import difflib
 import json
+import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -27,6 +29,43 @@ from .config import (
     UserError,
     resolve,
 )
+from .deepspeed_file import deepspeed_file
+
+LISTS = {"reward_function", "reward_weights", "lora_target_modules", "algorithms", "kl_coefs"}  # or with commas
+LARGEST_FILE = 100_000  # values in a file of settings
+OF_OTHER_TRAINERS = {  # words that people bring, and what is here in their place
+    "top_p": "responses are drawn from the whole distribution, so that sampling and scoring agree; leave it out",
+    "num_train_epochs": "set total_steps (or max_steps); num_ppo_epochs are passes over one rollout",
+    "gradient_accumulation_steps": "set batch_size and, for memory, per_device_train_batch_size: what lies between "
+    "is accumulated",
+    "max_new_tokens": "the most tokens of a response are response_length",
+    "beta": "the weight of the KL penalty is kl_coef",
+    "epsilon": "the clip range is cliprange (and cliprange_high)",
+    "num_iterations": "passes over one rollout are num_ppo_epochs",
+    "lr": "it is learning_rate",
+    "use_vllm": "set generation_engine vllm",
+    "reward_funcs": "functions are reward_function, a reward model is reward_model_path",
+    "model_name_or_path": "the policy's start is sft_model_path (train) or model_path (sft, reward, eval)",
+    "dataset_name": "data are a folder, data_path",
+    "per_device_batch_size": "samples per micro-batch are per_device_train_batch_size, per step batch_size",
+    "gae_lambda": "it is lam",
+    "clip_epsilon": "the clip range is cliprange",
+    "resume": "set resume_from_checkpoint",
+    "learning_rate_scheduler": "it is lr_scheduler_type",
+}
+for _other, _name in (
+    ("top_k min_p typical_p do_sample num_beams", "top_p"),
+    ("epochs num_epochs n_epochs", "num_train_epochs"),
+    ("gradient_accumulation accumulation_steps", "gradient_accumulation_steps"),
+    ("max_completion_length max_response_length max_tokens max_gen_len", "max_new_tokens"),
+    ("init_kl_coef kl_penalty kl_beta kl_coefficient", "beta"),
+    ("eps_clip clip_eps", "epsilon"),
+    ("ppo_epochs mu noptepochs", "num_iterations"),
+    ("model model_name pretrain", "model_name_or_path"),
+    ("dataset dataset_path train_file", "dataset_name"),
+    ("mini_batch_size train_batch_size per_device_eval_batch_size", "per_device_batch_size"),
+):
+    OF_OTHER_TRAINERS |= dict.fromkeys(_other.split(), OF_OTHER_TRAINERS[_name])
 
 PRESETS = Path(__file__).parent / "presets"
 
@@ -109,32 +148,70 @@ def _parse(command: str, kind: type[C], settings: dict[str, Any], overrides: Seq
         (config,) = parser.parse_args_into_dataclasses(arguments, look_for_args_file=False)
     except ValueError as error:
         raise UserError(str(error)) from error
+    deepspeed_file(config)  # what cannot be is said before anything loads
     return config
 
 
 def _read(path: str | None, command: str) -> tuple[dict[str, Any], dict[str, Any]]:
     if path is None:
         return {}, {}
-    file = resolve(path)
-    try:
-        content = yaml.safe_load(file.read_text()) or {}
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
+    content = read_yaml(path, resolve(path)) or {}
     if not isinstance(content, dict):
         raise UserError(f"{path} must hold a mapping of settings")
     sections = {name: content.get(name) or {} for name in COMMANDS if name in content}
     for name, section in sections.items():
         if not isinstance(section, dict):
             raise UserError(f"{name} in {path} must be a mapping of settings, not {section!r}")
+    for key in (*content, *(key for section in sections.values() for key in section)):
+        if not isinstance(key, str):
+            raise UserError(
+                f"{path}: a setting's name must be text, not {key!r}; YAML reads yes, no, on and off as bool"
+            )
     return {key: value for key, value in content.items() if key not in sections}, sections.get(command, {})
+
+
+def read_yaml(path: str, file: Path) -> Any:
+    """Aliases are allowed, but not a few lines that stand for millions."""
+    try:
+        text = file.read_text(encoding="utf-8-sig")
+        root = yaml.compose(text, yaml.SafeLoader)
+        if root is not None and _size(root, {}) > LARGEST_FILE:
+            raise UserError(f"{path} holds more than {LARGEST_FILE} values, its aliases written out")
+        return yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: no UTF-8, no date, a number beyond bounds
+        raise UserError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
+    except RecursionError as error:
+        raise UserError(f"{path} is nested too deeply to hold settings") from error
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from error
+
+
+def _size(node: yaml.Node, known: dict[yaml.Node, float]) -> float:
+    """How many values it stands for; infinitely many where it holds itself."""
+    if node not in known:
+        known[node] = math.inf
+        children = node.value if isinstance(node, yaml.CollectionNode) else []
+        inner = (part for child in children for part in (child if isinstance(child, tuple) else (child,)))
+        known[node] = 1 + sum(_size(part, known) for part in inner)
+    return known[node]
 
 
 def _as_arguments(settings: dict[str, Any]) -> list[str]:
     """File settings take the path of command-line ones, so that types are checked in one place."""
     arguments = []
     for key, value in settings.items():
-        if value is not None:
-            arguments.append(f"--{key}={json.dumps(value) if isinstance(value, dict) else value}")
+        if value is None:
+            continue
+        if isinstance(value, dict):
+            try:
+                value = json.dumps(value)
+            except (TypeError, ValueError) as error:
+                raise UserError(f"{key} cannot be written as JSON: {error}") from error
+        elif key in LISTS and isinstance(value, list):
+            value = ",".join(map(str, value))
+        elif not isinstance(value, str | int | float | datetime.date):
+            raise UserError(f"{key} must be one value, not {str(value)[:60]}")
+        arguments.append(f"--{key}={value}")
     return arguments
 
 
@@ -143,6 +220,13 @@ def _refuse_unknown(keys: Sequence[str], known: set[str], path: str | None) -> N
         if RENAMED.get(key) in known:
             raise UserError(f"setting {key!r} has a new name: {RENAMED[key]!r}")
         if key not in known:
-            nearest = difflib.get_close_matches(key, sorted(known), n=1, cutoff=0.0)
             where = f" in {path} or on the command line" if path else ""
-            raise UserError(f"unknown setting {key!r}{where}; did you mean {nearest[0]!r}?")
+            raise UserError(f"unknown setting {key!r}{where}{_hint(key, known)}")
+
+
+def _hint(key: str, known: set[str]) -> str:
+    """What it is called here, or what there is instead; nothing where nothing is near."""
+    if key in OF_OTHER_TRAINERS:
+        return f": {OF_OTHER_TRAINERS[key]}"
+    nearest = difflib.get_close_matches(key, sorted(known), n=1, cutoff=0.8)
+    return f"; did you mean {nearest[0]!r}?" if nearest else "; --help lists those there are"

@@ -2,8 +2,10 @@
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch.nn.functional import logsigmoid
@@ -13,22 +15,36 @@ from ppo_kernels import token_logprobs
 
 from . import checkpoint, distributed
 from .atomic import atomic_dir
-from .config import PPOConfig, RewardConfig, RunConfig, SftConfig, UserError
-from .data import Pair, Task, encode_texts, load_task, pad_right, shuffled_positions
+from .config import PPOConfig, RewardConfig, RunConfig, SftConfig, TextConfig, UserError
+from .data import Pair, Task, load_task, pad_right, readable, shuffled_positions
 from .deepspeed_engine import Policy, Trainable, init_distributed, step_together
-from .logging import Log
+from .logging import Log, plot
 from .models import (
     ScalarModel,
     adapted,
     checked,
     load_policy,
     load_tokenizer,
+    refuse_missing_embeddings,
+    refuse_short_context,
     save_model,
     stage_model,
     undamaged,
 )
+from .pretrained import end_tokens
 from .rollout import shard
 from .settings import save
+from .tokens import Tokens, encode_examples, learnable, tell, whole_ids
+
+C = TypeVar("C", bound=TextConfig)
+R = TypeVar("R")
+SHOWN = ("loss", "lr", "eval/perplexity", "eval/accuracy")
+
+
+class PairTokens(NamedTuple):
+    chosen: list[int]
+    rejected: list[int]
+    margin: float
 
 
 def sft(config: SftConfig) -> dict[str, float]:
@@ -38,40 +54,27 @@ def sft(config: SftConfig) -> dict[str, float]:
     if config.model_path is not None:
         undamaged(Path(config.model_path))
     tokenizer = checked(task.tokenizer()) if config.model_path is None else load_tokenizer(config.model_path)
-    train, heldout = (encode_texts(texts, tokenizer, config.max_length) for texts in task.texts())
-    _tell_of_cuts(train + heldout, tokenizer, config)
-    policy = Trainable(
-        adapted(load_policy(config.model_path, config, tokenizer), config, config.lora_r),
-        config,
-        config.learning_rate,
-        config.max_steps,
-    )
+    model = load_policy(config.model_path, config, tokenizer, continue_rank=config.lora_r)
+    texts, others = task.texts()
+    only, ends = config.completion_only_loss, end_tokens(model.generation_config)
+    rows = encode_examples(texts + others, tokenizer, config.max_length, completion_only=only, ends=ends)
+    train, heldout = learnable(rows[: len(texts)]), learnable(rows[len(texts) :])
+    refuse_short_context(model, max(len(row.ids) for row in rows), "texts", "max_length")
+    refuse_missing_embeddings(model, (token for row in rows for token in row.ids), "texts")
+    config = _with_steps(config, len(train))
+    policy = Trainable(adapted(model, config, config.lora_r), config, config.learning_rate, config.max_steps)
     pad = tokenizer.pad_token_id
-    with _locked(config, folder, "sft") as log, distributed.stop_requests() as asked_to_stop:
-        for step in range(config.max_steps):
-            rows = _batch(train, config, step)
-            total = 0.0
-            for loss in text_losses(policy, rows, pad, config, config.per_device_train_batch_size):
-                policy.backward(loss)
-                total += loss.item()
-            learning_rate = policy.learning_rate
-            step_together([policy])
-            _stop_if_unhealthy(policy, config)
-            log.record(step + 1, {"loss": distributed.mean(total), "lr": learning_rate})
-            log.progress(step + 1)
-            _stop_if_asked(asked_to_stop, "sft", step + 1, config)
-        with torch.no_grad():
-            figures = [
-                (
-                    text_logprobs(policy, heldout[i : i + 64], pad, config.ops_impl).sum().item(),
-                    len(heldout[i : i + 64]),
-                )
-                for i in range(0, len(heldout), 64)
-            ]
-        scored = sum(len(row) - 1 for row in heldout)
-        result = {"eval/perplexity": math.exp(-sum(total for total, _ in figures) / scored)}
-        _finish(policy, tokenizer, folder, log, config.max_steps, result)
-    return result
+
+    def losses(rows: list[Tokens]) -> Iterator[torch.Tensor]:
+        return text_losses(policy, rows, pad, config, config.per_device_train_batch_size)
+
+    def evaluate() -> dict[str, float]:
+        size = config.per_device_train_batch_size
+        parts = [heldout[at : at + size] for at in range(0, len(heldout), size)]
+        total = sum(text_logprobs(policy, part, pad, config.ops_impl).sum().item() for part in parts)
+        return {"eval/perplexity": math.exp(-total / sum(row.predicted for row in heldout))}
+
+    return _train(config, folder, policy, tokenizer, train, losses, evaluate)
 
 
 def reward(config: RewardConfig) -> dict[str, float]:
@@ -85,63 +88,107 @@ def reward(config: RewardConfig) -> dict[str, float]:
     train, heldout = task.pairs()
     if not train:
         raise UserError("the set of preference pairs is empty")
-    _refuse_equal(train + heldout, tokenizer, config)
     torch.manual_seed(config.seed)
-    model = ScalarModel.on(load_policy(source, config, tokenizer), zero_head=False)
+    policy = load_policy(source, config, tokenizer)
+    encoded = _encode_pairs(train + heldout, tokenizer, end_tokens(policy.generation_config), config)
+    train_rows, heldout_rows = encoded[: len(train)], encoded[len(train) :][: config.eval_pairs]
+    longest = max(len(ids) for row in encoded for ids in row[:2])
+    refuse_short_context(policy, longest, "pairs", "max_length")
+    refuse_missing_embeddings(policy, (token for row in encoded for ids in row[:2] for token in ids), "pairs")
+    config = _with_steps(config, len(train))
+    model = ScalarModel.on(policy, zero_head=False)
     reward_model = Trainable(adapted(model, config, config.lora_r), config, config.learning_rate, config.max_steps)
-    with _locked(config, folder, "reward") as log, distributed.stop_requests() as asked_to_stop:
-        for step in range(config.max_steps):
-            pairs = _batch(train, config, step)
-            mine = pairs[shard(len(pairs))]
-            total = 0.0
-            for start in range(0, len(mine), config.per_device_train_batch_size):
-                micro = mine[start : start + config.per_device_train_batch_size]
-                loss = _pair_loss(reward_model, micro, tokenizer, config) / (len(pairs) / distributed.world_size())
-                reward_model.backward(loss)
-                total += loss.item()
-            learning_rate = reward_model.learning_rate
-            step_together([reward_model])
-            _stop_if_unhealthy(reward_model, config)
-            log.record(step + 1, {"loss": distributed.mean(total), "lr": learning_rate})
-            log.progress(step + 1)
-            _stop_if_asked(asked_to_stop, "reward", step + 1, config)
-        heldout = heldout[: config.eval_pairs]
+    pad = tokenizer.pad_token_id
+
+    def losses(pairs: list[PairTokens]) -> Iterator[torch.Tensor]:
+        mine = pairs[shard(len(pairs))]
+        for start in range(0, len(mine), config.per_device_train_batch_size):
+            micro = mine[start : start + config.per_device_train_batch_size]
+            yield pair_loss(reward_model, micro, pad, config) / (len(pairs) / distributed.world_size())
+
+    def evaluate() -> dict[str, float]:
         right = 0
-        with torch.no_grad():
-            for start in range(0, len(heldout), 64):
-                chosen, rejected = _pair_scores(reward_model, heldout[start : start + 64], tokenizer, config)
-                right += int((chosen > rejected).sum())
-        accuracy = right / len(heldout)
-        error = (accuracy * (1 - accuracy) / len(heldout)) ** 0.5
-        result = {"eval/accuracy": accuracy, "eval/accuracy_se": error}
-        _finish(reward_model, tokenizer, folder, log, config.max_steps, result)
-    return result
+        size = config.per_device_train_batch_size
+        for start in range(0, len(heldout_rows), size):
+            chosen, rejected = _pair_scores(reward_model, heldout_rows[start : start + size], pad)
+            right += int((chosen > rejected).sum())
+        accuracy = right / len(heldout_rows)
+        error = (accuracy * (1 - accuracy) / len(heldout_rows)) ** 0.5
+        return {"eval/accuracy": accuracy, "eval/accuracy_se": error}
+
+    return _train(config, folder, reward_model, tokenizer, train_rows, losses, evaluate)
 
 
-def _refuse_equal(pairs: list[Pair], tokenizer: PreTrainedTokenizerBase, config: RewardConfig) -> None:
-    """Pairs of which a reward model sees no difference."""
-    chosen = encode_texts([pair.chosen for pair in pairs], tokenizer, config.max_length)
-    rejected = encode_texts([pair.rejected for pair in pairs], tokenizer, config.max_length)
+def _train(
+    config: TextConfig,
+    folder: Path,
+    model: Trainable,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: list[R],
+    losses: Callable[[list[R]], Iterator[torch.Tensor]],
+    evaluate: Callable[[], dict[str, float]],
+) -> dict[str, float]:
+    """All steps, and the model they end with; returns its evaluation."""
+    stage, figures = folder.name, {}
+    with _locked(config, folder, stage) as log, distributed.stop_requests() as asked_to_stop:
+        for step in range(1, config.max_steps + 1):
+            total = 0.0
+            for loss in losses(_batch(rows, config, step - 1)):
+                model.backward(loss)
+                total += loss.item()
+            row = {"loss": distributed.mean(total), "lr": model.learning_rate}
+            step_together([model])
+            _stop_if_unhealthy(model, config)
+            last = step == config.max_steps
+            if last or (config.eval_steps and step % config.eval_steps == 0):
+                with torch.no_grad():
+                    figures = evaluate()
+                row |= figures
+            if last or step % config.logging_steps == 0 or figures.keys() & row.keys():
+                log.step(step, row, SHOWN)
+            else:
+                log.record(step, row)
+                log.progress(step)
+            _stop_if_asked(asked_to_stop, stage, step, config)
+        log.close()
+        with atomic_dir(folder / "model") as place:
+            save_model(model, tokenizer, place, config.lora_save)
+        if distributed.is_main():
+            plot(folder)
+    return figures
+
+
+def _with_steps(config: C, rows: int) -> C:
+    """The steps of so many epochs, where that is what was asked for."""
+    if config.num_train_epochs is None:
+        return config
+    return replace(config, max_steps=max(math.ceil(config.num_train_epochs * rows / config.batch_size), 1))
+
+
+def _encode_pairs(
+    pairs: list[Pair], tokenizer: PreTrainedTokenizerBase, ends: Collection[int], config: RewardConfig
+) -> list[PairTokens]:
+    """All pairs; those of which a reward model would see no difference are refused."""
+    whole = [
+        whole_ids([(pair.prompt, text) for pair, text in zip(pairs, texts, strict=True)], tokenizer, ends)
+        for texts in ([pair.chosen for pair in pairs], [pair.rejected for pair in pairs])
+    ]
+    chosen, rejected = ([ids[: config.max_length] for ids in rows] for rows in whole)
     equal = [pair for pair, one, other in zip(pairs, chosen, rejected, strict=True) if one == other]
     if equal:
         raise UserError(
             f"{len(equal)} of {len(pairs)} pairs have the same first {config.max_length} tokens (max_length) on both "
-            f"sides: raise max_length, or leave them out. The first: {equal[0].chosen[:60]!r}"
+            f"sides: raise max_length, or leave them out. The first: {readable(equal[0].chosen)[:60]!r}"
         )
-    _tell_of_cuts(chosen + rejected, tokenizer, config)
+    cut = sum(len(ids) > config.max_length for rows in whole for ids in rows)
+    tell(cut, 2 * len(pairs), f"texts are cut at max_length {config.max_length}")
+    margins = [pair.margin for pair in pairs]
+    return [PairTokens(*row) for row in zip(chosen, rejected, margins, strict=True)]
 
 
-def _tell_of_cuts(rows: list[list[int]], tokenizer: PreTrainedTokenizerBase, config: SftConfig) -> None:
-    cut = sum(row[-1] != tokenizer.eos_token_id for row in rows)
-    if cut and distributed.is_main():
-        print(f"{cut} of {len(rows)} texts are cut at max_length {config.max_length}", flush=True)
-
-
-def _pair_loss(
-    reward_model: Trainable, pairs: list[Pair], tokenizer: PreTrainedTokenizerBase, config: RewardConfig
-) -> torch.Tensor:
+def pair_loss(reward_model: Trainable, pairs: list[PairTokens], pad: int, config: RewardConfig) -> torch.Tensor:
     """Sum over pairs of -log sigmoid(chosen - rejected - margin), at the last tokens or averaged over tokens."""
-    values, ids, mask = _pair_values(reward_model, pairs, tokenizer, config)
+    values, ids, mask = _pair_values(reward_model, pairs, pad)
     margin = torch.tensor([pair.margin for pair in pairs], device=values.device)
     chosen, rejected = _at_the_end(values, mask).chunk(2)
     centering = config.center_rewards_coefficient * (chosen + rejected).square().sum()
@@ -163,22 +210,19 @@ def _unlike_tokens(
     return (differ.cumsum(dim=1) > 0) & either
 
 
-def _pair_scores(
-    reward_model: Trainable, pairs: list[Pair], tokenizer: PreTrainedTokenizerBase, config: RewardConfig
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _pair_scores(reward_model: Trainable, pairs: list[PairTokens], pad: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Scores at the last token of the chosen and of the rejected texts."""
-    values, _, mask = _pair_values(reward_model, pairs, tokenizer, config)
+    values, _, mask = _pair_values(reward_model, pairs, pad)
     chosen, rejected = _at_the_end(values, mask).chunk(2)
     return chosen, rejected
 
 
 def _pair_values(
-    reward_model: Trainable, pairs: list[Pair], tokenizer: PreTrainedTokenizerBase, config: RewardConfig
+    reward_model: Trainable, pairs: list[PairTokens], pad: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Values, ids and mask [2B, T]: the chosen texts, then the rejected ones, in one forward pass."""
-    texts = [pair.chosen for pair in pairs] + [pair.rejected for pair in pairs]
-    rows = encode_texts(texts, tokenizer, config.max_length)
-    ids, mask = (x.to(distributed.device()) for x in pad_right(rows, tokenizer.pad_token_id))
+    rows = [pair.chosen for pair in pairs] + [pair.rejected for pair in pairs]
+    ids, mask = (x.to(distributed.device()) for x in pad_right(rows, pad))
     return reward_model(input_ids=ids, attention_mask=mask.long()), ids, mask
 
 
@@ -186,7 +230,7 @@ def _at_the_end(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     return values.gather(1, mask.sum(dim=1, keepdim=True) - 1).squeeze(1)
 
 
-def _start(config: SftConfig, stage: str) -> Path:
+def _start(config: TextConfig, stage: str) -> Path:
     init_distributed(config.seed, config.ddp_timeout)
     if config.batch_size % distributed.world_size():
         raise UserError(f"batch_size {config.batch_size} must be a multiple of the {distributed.world_size()} ranks")
@@ -196,19 +240,19 @@ def _start(config: SftConfig, stage: str) -> Path:
 
 
 @contextlib.contextmanager
-def _locked(config: SftConfig, folder: Path, title: str) -> Iterator[Log]:
+def _locked(config: TextConfig, folder: Path, title: str) -> Iterator[Log]:
     with checkpoint.lock_run_dir(folder, overwrite=config.overwrite_output_dir):
         if distributed.is_main():
             save(config, folder)
         yield Log(folder, config, config.max_steps, title=title)
 
 
-def _batch(rows: list, config: SftConfig, step: int) -> list:
+def _batch(rows: list[R], config: TextConfig, step: int) -> list[R]:
     size = config.batch_size
     return [rows[index] for index in shuffled_positions(len(rows), config.seed, step * size, size)]
 
 
-def _stop_if_unhealthy(model: Trainable, config: SftConfig) -> None:
+def _stop_if_unhealthy(model: Trainable, config: TextConfig) -> None:
     model.refuse_non_finite_weights("model")
     if model.skipped >= config.max_skipped_steps:
         raise UserError(
@@ -216,27 +260,13 @@ def _stop_if_unhealthy(model: Trainable, config: SftConfig) -> None:
         )
 
 
-def _stop_if_asked(asked_to_stop: Callable[[], bool], command: str, step: int, config: SftConfig) -> None:
+def _stop_if_asked(asked_to_stop: Callable[[], bool], command: str, step: int, config: TextConfig) -> None:
     """Between two steps; after the last one the model is saved all the same."""
     if step < config.max_steps and asked_to_stop():
         raise UserError(
             f"asked to stop after step {step} of {config.max_steps}: {command} keeps no checkpoints and has no model "
             "before its end; start it again with --overwrite_output_dir True"
         )
-
-
-def _finish(
-    model: Trainable,
-    tokenizer: PreTrainedTokenizerBase,
-    folder: Path,
-    log: Log,
-    step: int,
-    result: dict[str, float],
-) -> None:
-    log.record(step, result)
-    log.close()
-    with atomic_dir(folder / "model") as place:
-        save_model(model, tokenizer, place)
 
 
 class Pretraining:
@@ -247,10 +277,14 @@ class Pretraining:
     Its gradient joins the minibatch's before the one optimizer step of both, as in InstructGPT and DeepSpeed-Chat.
     """
 
-    def __init__(self, config: PPOConfig, task: Task, tokenizer: PreTrainedTokenizerBase) -> None:
+    def __init__(
+        self, config: PPOConfig, task: Task, tokenizer: PreTrainedTokenizerBase, ends: Collection[int]
+    ) -> None:
         self.config = config
         self.pad = tokenizer.pad_token_id
-        self.rows = encode_texts(task.texts()[0], tokenizer, config.ptx_max_length)
+        texts = task.texts()[0]
+        rows = encode_examples(texts, tokenizer, config.ptx_max_length, completion_only=True, ends=ends)
+        self.rows = learnable(rows)
 
     def backward(self, actor: Policy, update: int, size: int) -> dict[str, torch.Tensor]:
         """Add the gradients of the texts that belong to this update."""
@@ -265,19 +299,21 @@ class Pretraining:
 
 
 def text_losses(
-    policy: Trainable, rows: Sequence[list[int]], pad: int, config: RunConfig, micro: int
+    policy: Trainable, rows: Sequence[Tokens], pad: int, config: RunConfig, micro: int
 ) -> Iterator[torch.Tensor]:
     """This rank's micro-batches of a global batch; added up and averaged over ranks, the mean per predicted token."""
-    tokens = sum(len(row) - 1 for row in rows)
+    tokens = sum(row.predicted for row in rows)
     mine = rows[shard(len(rows))]
     for start in range(0, len(mine), micro):
         logprobs = text_logprobs(policy, mine[start : start + micro], pad, config.ops_impl)
         yield -logprobs.sum() / (tokens / distributed.world_size())
 
 
-def text_logprobs(policy: Trainable, rows: Sequence[list[int]], pad: int, impl: str) -> torch.Tensor:
-    ids, mask = (x.to(distributed.device()) for x in pad_right(rows, pad))
+def text_logprobs(policy: Trainable, rows: Sequence[Tokens], pad: int, impl: str) -> torch.Tensor:
+    """[B, L - 1] of the tokens to be learned; others are 0."""
+    ids, mask = (x.to(distributed.device()) for x in pad_right([row.ids for row in rows], pad))
+    learned = pad_right([row.learned for row in rows], False)[0].to(ids.device)[:, 1:]
     logits = policy(input_ids=ids, attention_mask=mask.long(), use_cache=False).logits[:, :-1]
-    logprobs = token_logprobs(logits, ids[:, 1:], mask=mask[:, 1:], impl=impl)
+    logprobs = token_logprobs(logits, ids[:, 1:], mask=learned, impl=impl)
     assert isinstance(logprobs, torch.Tensor)
     return logprobs

@@ -29,6 +29,8 @@ from .deepspeed_engine import Policy, weights_of
 RUNNER = os.environ.setdefault("VLLM_USE_V2_MODEL_RUNNER", str(int(HAS_TRITON)))
 
 
+DRAWN: list[tuple[list[tuple[int, int]], torch.Tensor]] = []  # (row, token) and log-probabilities of each step
+
 SHORT_OF_MEMORY = "vLLM's memory does not hold a whole prompt and response: raise vllm_gpu_memory_utilization"
 
 
@@ -45,26 +47,30 @@ class VllmGenerator:
 
     @contextlib.contextmanager
     def serving(self, policy: Policy, tokenizer: PreTrainedTokenizerBase) -> Iterator[Generate]:
-        pad, eos = tokenizer.pad_token_id, tokenizer.eos_token_id
+        pad, ends = tokenizer.pad_token_id, policy.end_ids
         engine = self._engine(policy.module)
         (missing,) = engine.collective_rpc(_load, args=(policy.module,))
         if missing:
             raise UserError(f"generation_engine vllm: this model has no {', '.join(missing)}; set generation_engine hf")
 
-        def generate(ids: torch.Tensor, attention: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:
+        def generate(
+            ids: torch.Tensor, attention: torch.Tensor, uniforms: torch.Tensor
+        ) -> tuple[torch.Tensor, torch.Tensor]:
             prompts = [row[mask].tolist() for row, mask in zip(ids, attention, strict=True)]
+            drawing = {"temperature": policy.temperature, "vocabulary": policy.vocabulary}
             settings = [
                 SamplingParams(
                     temperature=0.0,  # the logits processor leaves one token: there is nothing left to draw
                     max_tokens=len(row),
-                    ignore_eos=True,  # the model's own end tokens; ours is the tokenizer's
-                    stop_token_ids=[eos],
+                    ignore_eos=True,  # those of the model's settings; all that end a response are below
+                    stop_token_ids=ends,
                     detokenize=False,
-                    extra_args={"uniforms": row, "temperature": policy.temperature, "prompt_length": len(prompt)},
+                    extra_args=drawing | {"row": number, "uniforms": row, "prompt_length": len(prompt)},
                 )
-                for row, prompt in zip(uniforms.tolist(), prompts, strict=True)
+                for number, (row, prompt) in enumerate(zip(uniforms.tolist(), prompts, strict=True))
             ]
-            responses = torch.full(uniforms.shape, pad)
+            responses, logprobs = torch.full(uniforms.shape, pad), torch.zeros(uniforms.shape)
+            DRAWN.clear()
             with distributed.raise_on_all_ranks(UserError):
                 try:
                     outputs = engine.generate([{"prompt_token_ids": row} for row in prompts], settings, use_tqdm=False)
@@ -72,10 +78,12 @@ class VllmGenerator:
                     raise UserError(f"{SHORT_OF_MEMORY} ({error})") from error
                 for response, output in zip(responses, outputs, strict=True):
                     tokens = output.outputs[0].token_ids
-                    if len(tokens) < len(response) and eos not in tokens:
+                    if len(tokens) < len(response) and not set(ends) & set(tokens):
                         raise UserError(SHORT_OF_MEMORY)
                     response[: len(tokens)] = torch.tensor(tokens)
-            return responses.to(ids.device)
+            for places, found in DRAWN:
+                logprobs[tuple(torch.tensor(places).T)] = found.cpu()
+            return responses.to(ids.device), logprobs.to(ids.device)
 
         yield generate
 
@@ -155,7 +163,10 @@ def _drawn(logits: torch.Tensor, rows: list[tuple[dict[str, Any], int]]) -> torc
     """Each row with what came with its request, and how many tokens it has so far."""
     numbers = [(given["uniforms"][step], given["temperature"]) for given, step in rows]
     uniforms, temperatures = torch.tensor(numbers, dtype=torch.float64, device=logits.device).split(1, dim=1)
-    return only_drawn(logits, uniforms, temperatures.float())
+    tokens = rows[0][0]["vocabulary"]  # all are requests of one policy
+    drawn, logprobs = only_drawn(logits, uniforms, temperatures.float(), tokens)
+    DRAWN.append(([(given["row"], step) for given, step in rows], logprobs))
+    return drawn
 
 
 def _load(worker: Any, module: Any) -> list[str]:

@@ -5,7 +5,8 @@ that DeepSpeed gave it. It writes the slices that it holds (of what all hold, it
 what overlaps with those it holds then. Nothing is gathered, and at most LARGEST elements are copied at a time.
 """
 
-from collections.abc import Iterable, Iterator
+import re
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -58,19 +59,20 @@ def write(folder: Path, owner: str, slices: Iterable[Slice]) -> None:
         (folder / f"{owner}-rank{distributed.rank()}-{number:04d}.safetensors").write_bytes(save(batch))
 
 
-def read(folder: Path, owner: str, slices: Iterable[Slice]) -> None:
-    """Fill every slice, whoever wrote it; called on every rank."""
+def read(folder: Path, names: Iterable[str], owner: str, slices: Iterable[Slice]) -> None:
+    """Fill every slice, whoever wrote it, from those files of the folder; called on every rank."""
     wanted = {part.name: part for part in slices}
+    of_owner = re.compile(rf"{owner}-rank[0-9-]+\.safetensors")
     found: dict[str, list[tuple[int, int]]] = {name: [] for name in wanted}
     with distributed.raise_on_all_ranks(UserError):
-        for path in sorted(folder.glob(f"{owner}-rank*.safetensors")):
+        for path in [folder / name for name in sorted(names) if of_owner.fullmatch(name)]:
             try:
                 with safe_open(path, "pt") as file:
                     for key in file.keys():  # noqa: SIM118  # no mapping
                         start, _, name = key.partition(":")
                         if name in wanted:
                             found[name].append(_copy(file.get_slice(key), int(start), wanted[name]))
-            except (SafetensorError, ValueError, IndexError) as error:
+            except (SafetensorError, ValueError, IndexError, RuntimeError) as error:
                 raise UserError(f"{path} is not what a checkpoint holds: {error}") from error
         for name, part in wanted.items():
             if not _tile(found[name], part.start, part.start + part.values.numel()):
@@ -138,7 +140,7 @@ def describe(model: Any) -> dict[str, Any]:
     }
 
 
-def restore(model: Any, folder: Path, owner: str, saved: dict[str, Any]) -> None:
+def restore(model: Any, folder: Path, names: Sequence[str], owner: str, saved: dict[str, Any]) -> None:
     """Bring a model to a state that `slices` were written of, and `describe` gave; called on every rank."""
     engine, scaler = model.engine, _loss_scaler(model.engine)
     refuse_unknown_layout(owner, model)
@@ -146,17 +148,25 @@ def restore(model: Any, folder: Path, owner: str, saved: dict[str, Any]) -> None
     if hasattr(engine.optimizer, "checkpoint_event_prologue"):
         engine.optimizer.checkpoint_event_prologue()  # no copies of parameters that are partitioned
     _count_updates(model, folder, saved["updates"])
-    read(folder, owner, slices(model))
+    read(folder, names, owner, slices(model))
     _weights_from_masters(engine)
-    engine.lr_scheduler.load_state_dict(saved["schedule"])
-    for group, rate in zip(engine.optimizer.param_groups, engine.lr_scheduler.get_last_lr(), strict=True):
-        group["lr"] = rate
-    for name, count in saved["counters"].items():
-        setattr(engine, name, count)
-    for name, value in saved["loss_scale"].items():
-        if hasattr(scaler, name):
-            setattr(scaler, name, value)
+    _continue_schedule(engine, saved["schedule"]["last_epoch"])
+    for name in COUNTERS:
+        setattr(engine, name, saved["counters"][name])
+    for name in LOSS_SCALE:
+        if name in saved["loss_scale"] and hasattr(scaler, name):
+            setattr(scaler, name, saved["loss_scale"][name])
     model.skipped = saved["skipped"]
+
+
+def _continue_schedule(engine: Any, updates: int) -> None:
+    """The rate after so many updates is that of this run's schedule, which may be longer than the one saved."""
+    schedule = engine.lr_scheduler
+    rates = [base * factor(updates) for base, factor in zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)]
+    now = {"last_epoch": updates, "_step_count": updates + 1, "_last_lr": rates}
+    schedule.load_state_dict(schedule.state_dict() | now)
+    for group, rate in zip(engine.optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate
 
 
 def _batches(slices: Iterable[Slice]) -> Iterator[dict[str, torch.Tensor]]:

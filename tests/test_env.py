@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import os
+import pwd
 import shutil
 import subprocess
 import sys
@@ -73,6 +74,34 @@ def test_report_with_a_triton_that_cannot_be_imported() -> None:
 def test_home_is_not_shown(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_HOME", str(Path.home() / "cuda"))
     assert str(Path.home() / "cuda") not in run("-m", "ppo_kernels.env")
+
+
+def test_home_may_be_missing_or_the_root_of_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    text = "/root/bin /rootfs /root"
+    monkeypatch.setenv("HOME", "/root")
+    assert env.without_home(text) == "~/bin /rootfs ~"
+    monkeypatch.setenv("HOME", "/")
+    assert env.without_home(text) == text
+    monkeypatch.delenv("HOME")
+    monkeypatch.setattr(pwd, "getpwuid", {}.__getitem__)
+    assert env.without_home(text) == text
+
+
+@pytest.mark.parametrize("broken", ["raise RuntimeError('torn')", "import sys; sys.exit('torn')", "torn = ("])
+def test_report_with_a_broken_torch(tmp_path: Path, broken: str) -> None:
+    (tmp_path / "torch.py").write_text(broken)
+    report = run("-m", "ppo_kernels.env", PYTHONPATH=str(tmp_path))
+    assert "cannot tell" in report
+    assert ("torn" in report) == ("torn'" in broken)
+
+
+def test_report_with_a_folder_in_the_place_of_torch(tmp_path: Path) -> None:
+    """And on a terminal that knows ASCII alone."""
+    (tmp_path / "torch").mkdir()
+    (tmp_path / "torch" / "__init__.py").touch()
+    report = run("-m", "ppo_kernels.env", PYTHONPATH=str(tmp_path), PYTHONIOENCODING="ascii", CUDA_HOME="/café")
+    assert "module 'torch' has no attribute" in report
+    assert "/caf\\xe9" in report
 
 
 def test_report_without_torch() -> None:

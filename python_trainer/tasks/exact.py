@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from .. import distributed
 from ..config import RunConfig, UserError
-from ..data import Rollout, Scorer, Task, left_pad
+from ..data import Prompt, Rollout, Scorer, Task, left_pad
 
 RESPONSE_LENGTH = 5
 PAD, EOS, *CONTENT = "<pad>", "<eos>", "a", "b", "c", "d", "e"
@@ -54,8 +54,8 @@ class Exact(Task):
     def tokenizer(self) -> PreTrainedTokenizerBase:
         return self._tokenizer
 
-    def prompts(self) -> tuple[list[str], list[str]]:
-        return PROMPTS, PROMPTS
+    def prompts(self) -> tuple[list[Prompt], list[Prompt]]:
+        return [Prompt(text) for text in PROMPTS], [Prompt(text) for text in PROMPTS]
 
     def score(self, rollout: Rollout) -> torch.Tensor:
         """Share of places that hold the wanted letter, plus half the share of neighbours that differ."""

@@ -20,9 +20,9 @@ from pathlib import Path
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from .. import distributed
+from ..cache import cache_folder, make_cache_folder
 from ..config import RunConfig, UserError
-from ..data import Pair, Task
+from ..data import Example, Pair, Prompt, Task
 
 PACKAGE = "vaderSentiment==3.3.2"
 PACKAGE_SHA256 = "5d7c06e027fc8b99238edb0d53d970cf97066ef97654009890b83703849632f9"
@@ -59,17 +59,18 @@ class Reviews(Task):
         words.train_from_iterator((text for text, _ in self.train), trainer)
         return PreTrainedTokenizerFast(tokenizer_object=words, pad_token=PAD, eos_token=EOS, unk_token=UNKNOWN)
 
-    def texts(self) -> tuple[list[str], list[str]]:
-        return [text for text, _ in self.train], [text for text, _ in self.heldout]
+    def texts(self) -> tuple[list[Example], list[Example]]:
+        return [Example(text) for text, _ in self.train], [Example(text) for text, _ in self.heldout]
 
     def pairs(self) -> tuple[list[Pair], list[Pair]]:
         return _pairs(self.train), _disjoint_pairs(self.heldout)
 
-    def prompts(self) -> tuple[list[str], list[str]]:
+    def prompts(self) -> tuple[list[Prompt], list[Prompt]]:
         """Held out: openings that no training snippet has."""
         train = [_opening(text) for text, _ in self.train]
         known = set(train)
-        return train, [opening for text, _ in self.heldout if (opening := _opening(text)) not in known]
+        heldout = [opening for text, _ in self.heldout if (opening := _opening(text)) not in known]
+        return [Prompt(opening) for opening in train], [Prompt(opening) for opening in heldout]
 
     def gold(self, texts: Sequence[str]) -> list[float]:
         from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
@@ -108,11 +109,10 @@ def read_ratings(path: Path) -> list[Rated]:
 
 def fetch_ratings() -> Path:
     """The ratings file in the cache, fetched if it is not there."""
-    cache = distributed.cache_folder()
-    path = cache / RATINGS
+    path = cache_folder() / RATINGS
     if path.exists():
         return path
-    cache.mkdir(parents=True, exist_ok=True)
+    cache = make_cache_folder()
     with tempfile.TemporaryDirectory(dir=cache) as name:
         scratch = Path(name)
         _download(scratch, path)

@@ -1,7 +1,6 @@
 """What is wrong is said in one line, before or instead of training."""
 
 import json
-import re
 
 import pytest
 import torch
@@ -9,10 +8,9 @@ from transformers import AutoModelForSequenceClassification
 
 from python_trainer import distributed
 from python_trainer.config import RewardConfig, UserError
-from python_trainer.data import Files
-from python_trainer.models import checked, load_policy, load_scalar, load_tokenizer, save_model
+from python_trainer.models import load_scalar, save_model
 from python_trainer.sft import reward
-from tests.lib.trainer import ROOT, TINY, as_options, command
+from tests.lib.trainer import TINY, as_options, command
 
 
 def write(folder, name, rows):
@@ -36,12 +34,14 @@ def model(tiny, tmp_path):
     ("prompts", "message"),
     [
         (None, "cannot read .*prompts.jsonl"),
-        ([], "prompts.jsonl holds 0 rows; two are needed"),
-        ([{"prompt": "a"}], "prompts.jsonl holds 1 rows; two are needed"),
-        ([{"prompt": "a " * 12}] * 2, "prompt of 12 tokens and response_length 5 exceed"),
-        ([{"prompt": ""}] * 2, "has no tokens"),
-        ([{"question": "a"}], "line 1: expected a JSON object with prompt"),
-        ([{"prompt": "a"}, {"prompt": None}], "prompts.jsonl, line 2: prompt must be text, not None"),
+        ([], "prompts.jsonl holds 0 rows; two different ones are needed.*eval_data_path"),
+        ([{"prompt": "a"}], "prompts.jsonl holds 1 rows; two different ones are needed"),
+        ([{"prompt": "a"}] * 9, "prompts.jsonl holds 9 rows, which are all the same, 'a'; two different ones"),
+        ([{"prompt": "a " * 12}, {"prompt": "b"}], "prompt of 12 tokens and response_length 5 .* overlong_prompts"),
+        ([{"prompt": ""}] * 2, "prompts.jsonl, row 1: prompt is empty"),
+        ([{"prompt": "  "}, {"prompt": "a"}], "prompt '  ' has no tokens"),
+        ([{"question": "a"}], "row 1: expected a column prompt and found question; column_mapping names yours"),
+        ([{"prompt": "a"}, {"prompt": None}], "prompts.jsonl, row 2: prompt must be text or .* not None"),
     ],
 )
 def test_bad_prompts(tiny, model, tmp_path, prompts, message):
@@ -55,7 +55,7 @@ def test_fewer_held_out_prompts_than_ranks(tiny, tmp_path, monkeypatch):
     """Said before any model is read: there is none at this path."""
     write(tmp_path, "prompts.jsonl", [{"prompt": "a"}, {"prompt": "b"}])
     monkeypatch.setattr(distributed, "world_size", lambda: 2)
-    with pytest.raises(UserError, match="1 held-out prompts.*eval_prompts 500.*2 ranks.*prompts.jsonl"):
+    with pytest.raises(UserError, match="1 held-out prompts.*eval_prompts 500.*2 ranks.*eval_data_path"):
         tiny(**files(tmp_path), sft_model_path="nowhere")
 
 
@@ -70,25 +70,6 @@ def test_pairs_that_are_equal_once_cut(model, tmp_path, capsys):
     assert "2 of 4 texts are cut at max_length 4" in capsys.readouterr().out
 
 
-def test_rows_of_files(tmp_path):
-    """One row per line whatever it holds, and a split that neither overlaps nor follows the file's order."""
-    rows = [f"row {number}\u2028\x85 of a sorted file" for number in range(50)]
-    (tmp_path / "texts.jsonl").write_text(
-        "".join(json.dumps({"text": row}, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8"
-    )
-    train, heldout = Files(str(tmp_path)).texts()
-    assert sorted(train + heldout) == sorted(rows)
-    assert len(heldout) == 5
-    assert heldout != rows[:5]
-    assert Files(str(tmp_path)).texts() == (train, heldout)
-
-
-def test_another_encoding_is_refused(tmp_path):
-    (tmp_path / "texts.jsonl").write_bytes('{"text": "café"}\n'.encode("latin-1"))
-    with pytest.raises(UserError, match="texts.jsonl is not UTF-8"):
-        Files(str(tmp_path)).texts()
-
-
 def test_missing_model(tiny, tmp_path):
     with pytest.raises(UserError, match="cannot load a model from"):
         tiny(sft_model_path=str(tmp_path / "nothing"))
@@ -100,34 +81,13 @@ def test_missing_reward_model(tiny, model, tmp_path):
         tiny(**files(tmp_path), sft_model_path=model)
 
 
-@pytest.mark.parametrize(("labels", "message"), [(None, "has no score.weight"), (2, "gives 2 numbers")])
+@pytest.mark.parametrize(("labels", "message"), [(None, ".*score.weight missing"), (2, " gives 2 numbers")])
 def test_a_model_that_scores_nothing_is_refused(model, tmp_path, labels, message):
     """A language model would get a random head."""
     if labels is not None:
         AutoModelForSequenceClassification.from_pretrained(model, num_labels=labels).save_pretrained(tmp_path / "model")
-    with pytest.raises(UserError, match=f"reward_model_path: .*model {message}.*num_labels 1"):
-        load_scalar(model, "reward_model_path")
-
-
-def test_pad_equal_to_end_is_refused(tiny):
-    tokenizer = tiny().tokenizer
-    tokenizer.pad_token = tokenizer.eos_token
-    with pytest.raises(UserError, match="pad and end token are both"):
-        checked(tokenizer)
-
-
-def test_the_readme_gives_a_model_its_pad_token(tiny, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    trainer = tiny()
-    trainer.tokenizer.pad_token = trainer.tokenizer.eos_token
-    save_model(trainer.actor.model, trainer.tokenizer, tmp_path / "MODEL")
-    with pytest.raises(UserError, match="pad token .four lines in the README"):
-        load_tokenizer("MODEL")
-    (lines,) = re.findall(r"^python - <<'END'\n(.*?)^END$", (ROOT / "README.md").read_text(), re.S | re.M)
-    exec(lines)
-    tokenizer = load_tokenizer("padded")
-    model = load_policy("padded", trainer.config, tokenizer)
-    assert model.get_input_embeddings().num_embeddings == tokenizer.pad_token_id + 1 == len(tokenizer)
+    with pytest.raises(UserError, match=f"reward_model_path: .*model{message}.*num_labels 1"):
+        load_scalar(model, "reward_model_path", RewardConfig())
 
 
 def test_nan_reward_stops_before_the_weights(tiny):

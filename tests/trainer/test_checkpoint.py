@@ -142,7 +142,7 @@ def test_a_checkpoint_of_another_model_is_refused(finished, tiny, tmp_path):
     trainer = tiny(**FOUR | other, output_dir=str(tmp_path / "other"))
     saved = checkpoint._content(source)["models"]["actor"]
     with pytest.raises(UserError, match=r"step-000004 is of another actor: .*bias was \[48\] and is \[24\]"):
-        zero_state.restore(trainer.trained["actor"], source, "actor", saved)
+        zero_state.restore(trainer.trained["actor"], source, [], "actor", saved)
 
 
 def test_free_settings_exist():

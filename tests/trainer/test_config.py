@@ -42,7 +42,19 @@ def test_a_section_holds_for_its_command_only(file):
         ({"train": {"batch_size": 10, "num_mini_batches": 4}}, [], "multiple of num_mini_batches"),
         ({"train": {"temperature": 0}}, [], "temperature must be positive"),
         ({"train": {"num_mini_batches": 0}}, [], "num_mini_batches must be at least 1, not 0"),
-        ({"seed": -1}, [], "seed must be at least 0, not -1"),
+        ({"seed": -1}, [], "seed must be at least 0 and below .*, not -1"),
+        ({"seed": 1 << 32}, [], "seed must be at least 0 and below .*, not 4294967296"),
+        ({}, ["--total_steps=1" + "0" * 60], "total_steps must be below .*, not a number of 61 digits"),
+        ({"output_dir": "a\0b"}, [], "output_dir holds a character that no text and no file's name has"),
+        ({}, ["--data_path=a\udc80"], "data_path holds a character"),
+        ({"output_dir": ["a", "b"]}, [], "output_dir must be one value, not"),
+        ({"model_config": {"model_type": ["gpt2"]}}, [], "model_config needs a model_type"),
+        ({}, ["--model_config=" + "[" * 100_000], "model_config is not JSON"),
+        ({}, ["--num_train_epochs=1"], "'num_train_epochs'.*: set total_steps"),
+        ({"train": {"gradient_accumulation_steps": 1}}, [], "what lies between is accumulated"),
+        ({}, ["--max_new_tokens=9"], "most tokens of a response are response_length"),
+        ({}, ["--top_k=9"], "responses are drawn from the whole distribution"),
+        ({}, ["--wibble=9"], "unknown setting 'wibble'.*; --help lists those there are"),
         ({"train": {"kl_coef": "nan"}}, [], "kl_coef must be at least 0 and finite, not nan"),
         (
             {"train": {"critic_warmup_steps": 9, "total_steps": 9}},
@@ -70,15 +82,44 @@ def test_mistakes_are_named(tmp_path, content, options, message):
         load("train", str(path), options, PPOConfig)
 
 
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [("stage: 1", "is not JSON"), ("[]", "must be a mapping"), ('{"fp16": {"enabled": true}}', "enables fp16")],
+TWELVE = "abcdefghijkl"
+BOMB = "a: &a [x,x,x,x,x,x,x,x,x]\n" + "".join(
+    f"{name}: &{name} [{','.join(['*' + before] * 9)}]\n" for before, name in zip(TWELVE, TWELVE[1:], strict=False)
 )
-def test_a_deepspeed_file_that_cannot_serve_is_refused(tmp_path, content, message):
-    path = tmp_path / "ds.json"
-    path.write_text(content)
-    with pytest.raises(UserError, match=f"deepspeed.*{message}"):
-        load("train", None, [f"--deepspeed={path}"], PPOConfig)
+MERGED = "a: &a {k: 1}\n" + "".join(
+    f"{name}: &{name} {{<<: [{','.join(['*' + before] * 9)}]}}\n"
+    for before, name in zip(TWELVE, TWELVE[1:], strict=False)
+)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("yes: 1", "a setting's name must be text, not True"),
+        ("train: {1: 2}", "a setting's name must be text, not 1"),
+        ("seed: " + "[" * 3000, "nested too deeply"),
+        ("seed: " + "{a: " * 3000, "nested too deeply"),
+        (BOMB, "more than 100000 values"),
+        (MERGED, "more than 100000 values"),
+        ("seed: &a [*a]", "more than 100000 values"),
+        ("seed: " + "9" * 5000, "is not YAML"),
+        ("seed: 2001-99-99", "is not YAML: month"),
+        ("seed: \x00", "is not YAML"),
+    ],
+)
+def test_a_hostile_file_is_one_line(tmp_path, text, message):
+    (tmp_path / "run.yaml").write_text(text)
+    with pytest.raises(UserError, match=f"run.yaml.*{message}"):
+        load("train", str(tmp_path / "run.yaml"), [], PPOConfig)
+
+
+def test_aliases_and_lists_of_words(tmp_path):
+    text = (
+        "\ufefftrain: &own {kl_coef: 0.3, lora_target_modules: [a, b]}\neval: {<<: *own, lora_target_modules: null}\n"
+    )
+    (tmp_path / "run.yaml").write_text(text, encoding="utf-8")
+    config = load("train", str(tmp_path / "run.yaml"), [], PPOConfig)
+    assert (config.kl_coef, config.lora_target_modules) == (0.3, "a,b")
 
 
 @pytest.fixture

@@ -158,19 +158,43 @@ def test_a_file_added_to_a_folder_of_the_run_outlives_it(train, tmp_path):
 
 
 def test_a_manifest_names_nothing_outside(train, tmp_path):
-    """What it lists is deleted inside its folder alone, and through no link."""
+    """What it lists is neither read nor deleted elsewhere, and no link is followed to it."""
     place, step = outside(tmp_path), train / "checkpoints" / "step-000002"
     (step / "inner").symlink_to(place)
     text = (step / atomic.MANIFEST).read_text()
     for name in (
         "../../../../outside/step-000009/data",
         str(place / ".tmp-precious" / "data"),
-        "inner/step-000009/data",
+        "inner/../weights",
+        "./weights",
+        "weights/",
+        "manifest.json",
+        "\\u0000",
+        "\\ud800",
+        "a" * 300,
+        "",
+        ".",
     ):
         (step / atomic.MANIFEST).write_text(text.replace('"weights"', f'"{name}"'))
+        with pytest.raises(UserError, match=r"manifest.json is damaged: it lists .* no file of this folder"):
+            atomic.verify(step)
         start(train, done=1)
-        assert untouched(place)
-        (train / "checkpoints" / "step-000002.kept-1").rename(step)
+        assert names(step) == ["inner", atomic.MANIFEST, "weights"]
+    (place / "weights").write_text((step / "weights").read_text())
+    (step / atomic.MANIFEST).write_text(text.replace('"weights"', '"inner/weights"'))
+    with pytest.raises(UserError, match="inner/weights is missing"):
+        atomic.verify(step)
+    start(train, done=1)
+    assert untouched(place)
+    assert (place / "weights").exists()
+
+
+def test_a_listed_file_that_is_a_link_is_none(train):
+    step = train / "checkpoints" / "step-000002"
+    (step / "weights").rename(step / "kept")
+    (step / "weights").symlink_to(step / "kept")
+    with pytest.raises(UserError, match="weights is missing"):
+        atomic.verify(step)
 
 
 @pytest.mark.parametrize(

@@ -62,7 +62,7 @@ def test_python_in_a_models_folder_does_not_run(folder, tmp_path, config, what, 
     tokenizer = Exact(config).tokenizer()
     load = {
         "policy": lambda: models.load_policy(folder, config, tokenizer),
-        "reward model": lambda: models.load_scalar(folder, "reward_model_path"),
+        "reward model": lambda: models.load_scalar(folder, "reward_model_path", config),
         "tokenizer": lambda: models.load_tokenizer(folder),
     }[what]
     try:

@@ -5,25 +5,30 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from python_trainer.config import PPOConfig
-from python_trainer.deepspeed_engine import Policy, frozen
-from python_trainer.models import without_dropout
+from python_trainer.deepspeed_engine import Policy, Trainable, frozen
 from tests.lib.trainer import TINY
 
 OPT = {"word_embed_proj_dim": 16, "ffn_dim": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "layerdrop": 0.5}
 BLOOM = {"n_layer": 2, "n_head": 2, "hidden_dropout": 0.5, "attention_dropout": 0.5}
+EXPERTS = {"intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 2}
+EXPERTS |= {"num_local_experts": 4, "num_experts_per_tok": 2, "router_jitter_noise": 0.5}
+NOISY = {"opt": OPT | {"dropout": 0.5}, "bloom": BLOOM, "mixtral": EXPERTS, "phimoe": EXPERTS}
 
 
-@pytest.mark.parametrize(("kind", "settings"), [("opt", OPT | {"dropout": 0.5}), ("bloom", BLOOM)])
-def test_no_dropout_is_left(kind, settings):
-    """Some models keep the rate as a plain number and pass it to a function."""
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("kind", NOISY)
+def test_a_trained_model_makes_no_noise(tiny, kind, checkpointing):
+    """Dropout, some of it a plain number that a layer hands to a function; router jitter; draws of experts."""
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(
-        AutoConfig.for_model(kind, vocab_size=32, hidden_size=16, pad_token_id=0, **settings)
-    ).train()
+    config = PPOConfig(**TINY, gradient_checkpointing=checkpointing)
+    tiny()  # starts DeepSpeed
+    settings = {"vocab_size": 32, "hidden_size": 16, "pad_token_id": 0} | NOISY[kind]
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **settings)).train()
     ids = torch.arange(2, 26).view(2, 12)
     assert not torch.equal(model(ids).logits, model(ids).logits)
-    without_dropout(model)
-    assert torch.equal(model(ids).logits, model(ids).logits)
+    trained = Trainable(model, config, 1e-3, 1)
+    assert torch.equal(trained(input_ids=ids).logits, trained(input_ids=ids).logits)
+    assert any(layer.training for layer in model.modules()) == checkpointing
 
 
 @pytest.mark.parametrize("stage", [0, 3])

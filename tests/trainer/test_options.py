@@ -7,6 +7,7 @@ import torch
 
 from python_trainer.algorithms import KlControl
 from python_trainer.config import PPOConfig, RewardConfig, UserError
+from python_trainer.data import Example
 from python_trainer.deepspeed_engine import step_together
 from python_trainer.rewards import ScoreShaping
 from python_trainer.settings import PRESETS, load, load_preset
@@ -121,13 +122,13 @@ TEXTS = ["a b c d e", "a b c d", "a b c d e", "b c d e"] * 4
 def test_pretraining_gradient_is_ptx_coef_times_the_mean_loss(tiny, monkeypatch):
     from python_trainer.tasks.exact import Exact
 
-    monkeypatch.setattr(Exact, "texts", lambda _: (TEXTS, []), raising=False)
+    monkeypatch.setattr(Exact, "texts", lambda _: ([Example(text) for text in TEXTS], []), raising=False)
     trainer = tiny(ptx_coef=27.8, per_device_train_batch_size=4)
     trainer.ptx.backward(trainer.actor, 0, 16)
     gradient = torch.cat([p.grad.flatten() for p in trainer.actor.module.parameters()])
     same = trainer.reference.module.requires_grad_()
     rows = trainer.ptx.rows  # 16 texts: one pass over all of them
-    loss = -text_logprobs(same, rows, 0, "torch").sum() / sum(len(row) - 1 for row in rows)
+    loss = -text_logprobs(same, rows, 0, "torch").sum() / sum(len(row.ids) - 1 for row in rows)
     expected = torch.autograd.grad(27.8 * loss, list(same.parameters()))
     torch.testing.assert_close(gradient, torch.cat([g.flatten() for g in expected]), atol=1e-5, rtol=1e-4)
 

@@ -29,12 +29,12 @@ def test_held_out_rows_are_independent(ratings):
     task = reviews.Reviews(str(ratings))
     train, heldout = task.prompts()
     assert heldout
-    assert not set(heldout) & set(train)
+    assert not {prompt.content for prompt in heldout} & {prompt.content for prompt in train}
     shown = [text for pair in task.pairs()[1] for text in pair[:2]]
     assert shown
     assert len(shown) <= len(task.heldout)
     rating = dict(task.heldout)
-    assert all(rating[chosen] > rating[rejected] for chosen, rejected, _ in task.pairs()[1])
+    assert all(rating[chosen] > rating[rejected] for chosen, rejected, *_ in task.pairs()[1])
 
 
 def test_without_a_network_the_wanted_file_is_named(tmp_path, monkeypatch):
@@ -71,6 +71,6 @@ def test_real_ratings(tmp_path, monkeypatch):
     assert len(task.train) + len(task.heldout) > 10_000
     assert not {text for text, _ in task.heldout} & {text for text, _ in task.train}
     assert len(task.prompts()[1]) >= 500
-    chosen, rejected, _ = task.pairs()[0][0]
+    chosen, rejected, *_ = task.pairs()[0][0]
     rating = dict(task.train)
     assert rating[chosen] > rating[rejected]

@@ -2,14 +2,17 @@
 
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 
 from python_trainer.config import RewardConfig, UserError
-from python_trainer.data import Files, Pair, Rollout, left_pad
-from python_trainer.rewards import FunctionReward, exact_match
-from python_trainer.sft import _pair_loss
+from python_trainer.data import Pair, Prompt, Rollout, left_pad
+from python_trainer.reward_functions import FunctionReward
+from python_trainer.rewards import exact_match
+from python_trainer.sft import PairTokens, pair_loss
+from python_trainer.tasks.files import Files
 
 REWARD = """
 def most_wanted(prompts, completions, wanted, **_):
@@ -38,11 +41,12 @@ def tokenizer(tiny):
 
 def rollout() -> Rollout:
     responses = torch.tensor([[3, 3, 1, 0, 0], [2, 2, 2, 2, 4], [1, 0, 0, 0, 0]])  # b b, a a a a c, nothing
-    return Rollout.of(*left_pad([[2], [3, 4], [5]], 0), responses, 1)
+    drawn = Rollout.of(*left_pad([[2], [3, 4], [5]], 0), responses, 1)
+    return replace(drawn, prompts=[Prompt(row["prompt"], {"wanted": row["wanted"]}) for row in ROWS])
 
 
 def test_a_function_gets_prompts_completions_and_fields(folder, tokenizer):
-    reward = FunctionReward(f"{folder}/mine.py:most_wanted", tokenizer, Files(str(folder)).columns())
+    reward = FunctionReward([f"{folder}/mine.py:most_wanted"], [1.0], tokenizer)
     assert reward(rollout()).tolist() == [2.0, 1.0, 0.0]
 
 
@@ -58,7 +62,7 @@ def test_a_function_gets_prompts_completions_and_fields(folder, tokenizer):
 )
 def test_a_function_that_cannot_serve_is_named(folder, tokenizer, name, message):
     with pytest.raises(UserError, match=message):
-        FunctionReward(f"{folder}/{name}", tokenizer, Files(str(folder)).columns())(rollout())
+        FunctionReward([f"{folder}/{name}"], [1.0], tokenizer)(rollout())
 
 
 def test_the_verifier_compares_with_the_answer():
@@ -66,13 +70,18 @@ def test_the_verifier_compares_with_the_answer():
     assert verdicts == [True, True, False]
 
 
-def test_fields_must_be_the_same_in_all_rows(folder):
+def test_columns_must_be_the_same_in_all_rows(folder):
+    """Of rows for a function; the same prompt may stand there with several answers."""
     (folder / "prompts.jsonl").write_text('{"prompt": "a", "wanted": "b"}\n{"prompt": "b"}\n')
-    with pytest.raises(UserError, match="all rows need the same fields"):
-        Files(str(folder)).columns()
-    (folder / "prompts.jsonl").write_text('{"prompt": "a", "wanted": "b"}\n{"prompt": "a", "wanted": "c"}\n')
-    with pytest.raises(UserError, match="stands there twice"):
-        Files(str(folder)).columns()
+    with pytest.raises(
+        UserError, match="row 2: a reward function gets the same columns of all rows: 'b' has none, and"
+    ):
+        Files(str(folder), for_function=True).prompts()
+    assert len(Files(str(folder)).prompts()[0]) == 1
+    rows = [{"prompt": prompt, "wanted": wanted} for prompt in "ab" for wanted in "cd"]
+    (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    sides = Files(str(folder), for_function=True).prompts()
+    assert [[len({prompt.content for prompt in side}), len(side)] for side in sides] == [[1, 2], [1, 2]]
 
 
 class Judge:
@@ -82,7 +91,7 @@ class Judge:
         return input_ids.double()
 
 
-PAIRS = [Pair("a b c", "a c", 0.5), Pair("e", "b")]
+PAIRS = [PairTokens([2, 3, 4, 1], [2, 4, 1], 0.5), PairTokens([6, 1], [3, 1], 0.0)]  # a b c over a c, e over b
 
 
 def minus_log_sigmoid(x):
@@ -90,20 +99,20 @@ def minus_log_sigmoid(x):
 
 
 @pytest.mark.parametrize("center", [0.0, 0.1])
-def test_the_loss_compares_scores_at_the_end(tokenizer, center):
+def test_the_loss_compares_scores_at_the_end(center):
     config = RewardConfig(max_length=8, center_rewards_coefficient=center)
     eos = 1  # every text ends with it, so both scores are its id
     expected = minus_log_sigmoid(eos - eos - 0.5) + minus_log_sigmoid(0) + center * 2 * (eos + eos) ** 2
-    assert _pair_loss(Judge(), PAIRS, tokenizer, config).item() == pytest.approx(expected)
+    assert pair_loss(Judge(), PAIRS, 0, config).item() == pytest.approx(expected)
 
 
-def test_the_token_mean_starts_at_the_first_difference(tokenizer):
+def test_the_token_mean_starts_at_the_first_difference():
     """a b c <eos> beside a c <eos> <pad>: places 1 to 3; e <eos> beside b <eos>: both places."""
     config = RewardConfig(max_length=8, reward_loss="token_mean")
     first = [minus_log_sigmoid(gap - 0.5) for gap in (3 - 4, 4 - 1, 1 - 0)]
     second = [minus_log_sigmoid(gap) for gap in (6 - 3, 1 - 1)]
     expected = sum(first) / 3 + sum(second) / 2
-    assert _pair_loss(Judge(), PAIRS, tokenizer, config).item() == pytest.approx(expected)
+    assert pair_loss(Judge(), PAIRS, 0, config).item() == pytest.approx(expected)
 
 
 def test_margins_of_a_file(tmp_path):

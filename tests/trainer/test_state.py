@@ -1,5 +1,6 @@
 """What a checkpoint holds of models and optimizers is whole, and what is not is refused."""
 
+import os
 from types import SimpleNamespace
 
 import pytest
@@ -43,7 +44,12 @@ def test_files_hold_no_more_than_is_allowed(tmp_path, monkeypatch, largest):
     )
     assert all(sum(map(len, load_file(path).values())) <= largest for path in tmp_path.iterdir())
     inner = {name: torch.zeros(max(len(held) - 2, 0)) for name, held in values.items()}
-    zero_state.read(tmp_path, "it", [zero_state.Slice(name, 1, part, everywhere=False) for name, part in inner.items()])
+    zero_state.read(
+        tmp_path,
+        os.listdir(tmp_path),
+        "it",
+        [zero_state.Slice(name, 1, part, everywhere=False) for name, part in inner.items()],
+    )
     assert all(part.equal(values[name][1:-1]) for name, part in inner.items())
 
 
@@ -53,7 +59,9 @@ def test_every_element_is_there_once(tmp_path):
         zero_state.write(tmp_path, "it", held)
         (tmp_path / "it-rank0-0000.safetensors").rename(tmp_path / f"it-rank{number}-0007.safetensors")
     with pytest.raises(UserError, match="does not hold all of a of it, each element once"):
-        zero_state.read(tmp_path, "it", [zero_state.Slice("a", 0, torch.zeros(6), everywhere=True)])
+        zero_state.read(
+            tmp_path, os.listdir(tmp_path), "it", [zero_state.Slice("a", 0, torch.zeros(6), everywhere=True)]
+        )
 
 
 def test_a_missing_or_another_kind_of_tensor_is_refused(tmp_path):
@@ -64,4 +72,4 @@ def test_a_missing_or_another_kind_of_tensor_is_refused(tmp_path):
         ("a", torch.ones(4).bfloat16(), "a is torch.float32 there and torch.bfloat16 in this run"),
     ):
         with pytest.raises(UserError, match=message):
-            zero_state.read(tmp_path, "it", [zero_state.Slice(name, 0, values, everywhere=True)])
+            zero_state.read(tmp_path, os.listdir(tmp_path), "it", [zero_state.Slice(name, 0, values, everywhere=True)])

@@ -39,6 +39,7 @@ PARTS = {
     "mutants": "tests.verify.mutants.run",
     "trainer": "pytest tests/verify/trainer -n 2 --dist loadfile",
     "faults": "tests.verify.trainer.faults",
+    "hostile": "tests.verify.trainer.hostile",
     "learn": "pytest tests/verify/trainer/test_learn.py -m learn",
 }
 GROUPS = {"gpu_checks": ("host_cuda", "sanitize_cuda", "aot")}  # the kernels of a GPU, without one

@@ -44,6 +44,7 @@ def process_dict_updates(entries: dict, update: BatchUpdate | None, new_state: A
 class LLM:
     context = 1000  # tokens that fit into its memory
     forgets = ""  # a weight that its model does not know
+    keeps = False  # the weights it has, whatever it is given
 
     def __init__(self, folder: str, *, logits_processors: list, dtype: torch.dtype, **options: Any) -> None:
         assert not options["enable_prefix_caching"], "keys and values of old weights"
@@ -66,7 +67,8 @@ class LLM:
         mine, loaded = dict(self.model.named_parameters()), set()
         kept = [(name, weight) for name, weight in weights if name != self.forgets]  # held back, as layers are
         for name, weight in kept:
-            mine[name].data.copy_(weight)
+            if not self.keeps:
+                mine[name].data.copy_(weight)
             loaded.add(name)
         return loaded
 

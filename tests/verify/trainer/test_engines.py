@@ -37,18 +37,6 @@ def test_bfloat16(tiny):
     assert rows[0]["val/ratio"] == pytest.approx(1, abs=0.02)
 
 
-def test_the_optimizer_can_live_in_host_memory(tiny, tmp_path):
-    """ZeRO-Offload by DeepSpeed's own setting, with torch's AdamW (its own CPU Adam would be compiled first)."""
-    path = tmp_path / "offload.json"
-    zero = {"stage": 2, "overlap_comm": False, "offload_optimizer": {"device": "cpu"}}
-    path.write_text(json.dumps({"zero_optimization": zero, "zero_force_ds_cpu_optimizer": False}))
-    offloaded, plain = tiny(deepspeed=str(path)), tiny(deepspeed="ds_zero2.json")
-    for trainer in (offloaded, plain):
-        trainer.train_step()
-    for one, other in zip(offloaded.actor.module.parameters(), plain.actor.module.parameters(), strict=True):
-        torch.testing.assert_close(one, other, atol=1e-6, rtol=0)
-
-
 @pytest.mark.parametrize("algorithm", ["ppo", "p3o"])
 def test_fifty_updates_with_reference_ops_and_with_the_chosen_ones(tiny, algorithm):
     """Rounding differs, so runs part slowly; at first they agree to it, and at the end J is the same within noise."""

@@ -4,7 +4,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from python_trainer.data import Example
 from python_trainer.sft import text_logprobs
+from python_trainer.tokens import Tokens
 
 
 def test_entropy_bonus_keeps_the_policy_wide(tiny):
@@ -21,11 +23,12 @@ TEXTS = ["a b c d e", "a b c d", "a b c d e", "b c d e"] * 4
 def test_pretraining_mix_keeps_texts_likely(tiny, monkeypatch):
     from python_trainer.tasks.exact import Exact
 
-    monkeypatch.setattr(Exact, "texts", lambda _: (TEXTS, []), raising=False)
+    monkeypatch.setattr(Exact, "texts", lambda _: ([Example(text) for text in TEXTS], []), raising=False)
     found, first = {}, {}
     for coef in (0.0, 1.0):
         trainer = tiny(ptx_coef=coef, learning_rate=1e-2, num_ppo_epochs=4)
-        rows = [trainer.tokenizer(text)["input_ids"] for text in TEXTS[:4]]
+        ids = [trainer.tokenizer(text)["input_ids"] for text in TEXTS[:4]]
+        rows = [Tokens(row, [True] * len(row)) for row in ids]
         first[coef] = trainer.train_step()
         trainer.train_step(), trainer.train_step()
         with torch.no_grad():

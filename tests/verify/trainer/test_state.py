@@ -235,6 +235,8 @@ def test_counts_of_updates_that_zero_cannot_keep_apart_are_refused(ran, layout, 
     source = ran("0", False) / "train" / "checkpoints" / "step-000002"
     saved = checkpoint._content(source)["models"]["actor"]
     saved["updates"]["transformer.wpe.weight"] = 0
-    zero_state.restore(tiny(**RUN).trained["actor"], source, "actor", saved)
+    zero_state.restore(tiny(**RUN).trained["actor"], source, os.listdir(source), "actor", saved)
     with pytest.raises(UserError, match="step-000002 some weights were updated more often.*stage 0"):
-        zero_state.restore(tiny(**RUN | {"deepspeed": layout("2")}).trained["actor"], source, "actor", saved)
+        zero_state.restore(
+            tiny(**RUN | {"deepspeed": layout("2")}).trained["actor"], source, os.listdir(source), "actor", saved
+        )

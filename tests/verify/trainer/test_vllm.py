@@ -74,7 +74,7 @@ def drawn(generator, trainer, rows: int = 40, length: int = 12) -> torch.Tensor:
     ids[~attention] = trainer.tokenizer.pad_token_id
     uniforms = torch.rand(rows, length, generator=draw, dtype=torch.float64)
     with torch.no_grad(), generator.serving(trainer.actor, trainer.tokenizer) as generate:
-        return generate(ids, attention, uniforms)
+        return generate(ids, attention, uniforms)[0]
 
 
 @pytest.mark.parametrize("kind", WIDE)

@@ -1,0 +1,212 @@
+"""Rewards from a person's own Python, called as TRL's trainers call it."""
+
+import asyncio
+import functools
+import hashlib
+import importlib
+import importlib.util
+import inspect
+import math
+import sys
+import traceback
+from collections.abc import Callable, Collection, Mapping, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from . import distributed
+from .config import UserError
+from .data import Content, Rollout, readable
+
+Function = Callable[..., Any]
+ARGUMENTS = ("prompts", "completions", "completion_ids")
+Scores = list[float | None]
+
+
+class FunctionReward:
+    """Calls ``function(prompts=[...], completions=[...], completion_ids=[...], column=[...])`` once a rollout.
+
+    Each function names the arguments that it wants, or takes all by ``**kwargs``. It gives one number or bool per
+    response, or None where it has nothing to say; it may be ``async``, and several run at the same time then. Of
+    several the numbers add up, each times its weight. Prompts are what stands in the data; where they are chat messages
+    a completion is a list of one message.
+    """
+
+    def __init__(
+        self,
+        names: Sequence[str],
+        weights: Sequence[float],
+        tokenizer: PreTrainedTokenizerBase,
+        columns: Collection[str] | None = None,
+    ) -> None:
+        """`columns`: those that the data have; None where that is not known yet."""
+        self.names, self.weights, self.tokenizer = list(names), list(weights), tokenizer
+        modules: dict[str, ModuleType] = {}
+        self.functions = [load(name, modules) for name in names]
+        self.parts: dict[str, torch.Tensor] = {}  # of the last rollout, what each gave: NaN stands for None
+        self._loop: asyncio.AbstractEventLoop | None = None
+        if columns is not None:
+            for name, function in zip(self.names, self.functions, strict=True):
+                _refuse_missing_arguments(name, function, columns)
+
+    def __call__(self, rollout: Rollout) -> torch.Tensor:
+        given = self._arguments(rollout)
+        with distributed.raise_on_all_ranks(UserError):
+            found = self._call_all(given)
+            prompts: Sequence[Content] = given["prompts"]
+            for row, scores in enumerate(zip(*found, strict=True)):
+                if all(score is None for score in scores):
+                    raise UserError(
+                        f"{', '.join(self.names)} gave None for the response to {readable(prompts[row])[:60]!r}: a "
+                        "response needs a number from one of them"
+                    )
+        device = rollout.sequences.device
+        rows = [torch.tensor([math.nan if x is None else x for x in scores], device=device) for scores in found]
+        self.parts = dict(zip((name.rpartition(":")[2] for name in self.names), rows, strict=True))
+        missing = torch.tensor([[score is None for score in scores] for scores in found], device=device)
+        weights = torch.tensor(self.weights, device=device)
+        return torch.where(missing, 0.0, torch.stack(rows) * weights[:, None]).sum(dim=0)
+
+    def _arguments(self, rollout: Rollout) -> dict[str, list[Any]]:
+        answers = [ids[mask].tolist() for ids, mask in zip(rollout.responses, rollout.mask, strict=True)]
+        completions: list[Content] = [self.tokenizer.decode(ids, skip_special_tokens=True) for ids in answers]
+        for row, prompt in enumerate(rollout.prompts):
+            if not isinstance(prompt.content, str):
+                completions[row] = [{"role": "assistant", "content": completions[row]}]
+        prompts = [prompt.content for prompt in rollout.prompts]
+        columns = {name: [prompt.columns[name] for prompt in rollout.prompts] for name in rollout.prompts[0].columns}
+        return columns | {"prompts": prompts, "completions": completions, "completion_ids": answers}
+
+    def _call_all(self, given: Mapping[str, list[Any]]) -> list[Scores]:
+        """What each function gave; the async ones wait together."""
+        results = [
+            _guarded(name, functools.partial(function, **_wanted(function, given)))
+            for name, function in zip(self.names, self.functions, strict=True)
+        ]
+        waiting = [at for at, result in enumerate(results) if inspect.isawaitable(result)]
+        if waiting:
+            if self._loop is None:
+                self._loop = asyncio.new_event_loop()  # one for all rollouts: clients of services are bound to theirs
+
+            async def together() -> list[Any]:
+                return await asyncio.gather(*(results[at] for at in waiting))
+
+            names = ", ".join(self.names[at] for at in waiting)
+            loop = self._loop
+            for at, result in zip(waiting, _guarded(names, lambda: loop.run_until_complete(together())), strict=True):
+                results[at] = result
+        count = len(given["prompts"])
+        return [_numbers(name, result, count) for name, result in zip(self.names, results, strict=True)]
+
+
+def load(name: str, modules: dict[str, ModuleType] | None = None) -> Function:
+    """``file.py:function`` or ``package.module:function``; `modules` are those that were loaded with it."""
+    place, _, function = name.strip().rpartition(":")
+    if not place or not function:
+        raise UserError(f"reward_function {name!r} must be file.py:name or package.module:name")
+    loaded = {} if modules is None else modules
+    try:
+        if place not in loaded:
+            loaded[place] = _from_file(Path(place)) if place.endswith(".py") else importlib.import_module(place)
+        found = getattr(loaded[place], function)
+    except (Exception, SystemExit) as error:  # it is a person's code that runs here
+        raise UserError(f"cannot load reward_function {name!r}: {_said(error)}") from error
+    if not callable(found) or isinstance(found, type):
+        what = "a class; name a function, or an object that can be called" if isinstance(found, type) else "no function"
+        raise UserError(f"cannot load reward_function {name!r}: it is {what}")
+    return found
+
+
+def _from_file(path: Path) -> ModuleType:
+    """As Python runs a script: what lies beside it can be imported, also later and by processes that it starts."""
+    path = path.resolve()
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no file {path}")
+    name = path.stem
+    known = sys.modules.get(name)
+    try:
+        taken = getattr(known, "__file__", "") != str(path) if known else importlib.util.find_spec(name) is not None
+    except (ImportError, ValueError):
+        taken = True
+    if taken:  # an installed package of the same name stays what it is for everybody else
+        name = f"{name}_{hashlib.sha256(str(path).encode()).hexdigest()[:8]}"
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # where dataclasses and pickle look for it
+    folder = str(path.parent)
+    sys.path.insert(0, folder)
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[name]
+        raise
+    finally:
+        sys.path.remove(folder)
+        if folder not in sys.path:
+            sys.path.append(folder)  # last, so that nothing else is found there first
+    return module
+
+
+def _parameters(function: Function) -> tuple[list[inspect.Parameter], bool]:
+    """Those with names, and whether it takes any others."""
+    try:
+        found = list(inspect.signature(function).parameters.values())
+    except (TypeError, ValueError):  # written in C
+        return [], True
+    named = [one for one in found if one.kind in (one.POSITIONAL_OR_KEYWORD, one.KEYWORD_ONLY)]
+    return named, any(one.kind is one.VAR_KEYWORD for one in found)
+
+
+def _wanted(function: Function, given: Mapping[str, list[Any]]) -> dict[str, list[Any]]:
+    named, others = _parameters(function)
+    return dict(given) if others else {one.name: given[one.name] for one in named if one.name in given}
+
+
+def _refuse_missing_arguments(name: str, function: Function, columns: Collection[str]) -> None:
+    there = {*ARGUMENTS, *columns}
+    missing = [one.name for one in _parameters(function)[0] if one.default is one.empty and one.name not in there]
+    if missing:
+        raise UserError(
+            f"{name} wants {missing[0]!r}, and there is {', '.join(sorted(there))}: add that column to the data, give "
+            "the argument a default, or name it as the data do (column_mapping)"
+        )
+
+
+def _guarded(name: str, call: Callable[[], Any]) -> Any:
+    try:
+        return call()
+    except Exception as error:  # it is a person's code that runs here
+        raise UserError(f"{name} ended in {_said(error)}") from error
+
+
+def _said(error: BaseException) -> str:
+    """In one line, with the place in the person's file."""
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if not frame.filename.startswith("<frozen")]
+    ours = str(Path(__file__).parent)
+    place = next((frame for frame in reversed(frames) if not frame.filename.startswith(ours)), None)
+    where = f" ({place.filename}, line {place.lineno})" if place else ""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}{where}"
+
+
+def _numbers(name: str, result: Any, count: int) -> Scores:
+    if isinstance(result, torch.Tensor):
+        result = result.tolist()
+    if isinstance(result, str | bytes | Mapping) or not hasattr(result, "__iter__"):
+        raise UserError(f"{name} must give a list with a number for each response, and gave {str(result)[:60]!r}")
+    scores = list(result)
+    if len(scores) != count:
+        raise UserError(f"{name} gave {len(scores)} scores for {count} responses")
+    found: Scores = []
+    for score in scores:
+        try:
+            if isinstance(score, str | bytes):
+                raise TypeError(f"{score!r} is text")
+            found.append(None if score is None else float(score))
+        except (TypeError, ValueError, OverflowError) as error:
+            raise UserError(f"{name} must give numbers: {error}") from error
+    return found

@@ -1,0 +1,268 @@
+"""Reward functions as people write them, and what is said of those that cannot serve."""
+
+import os
+import signal
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from python_trainer import distributed
+from python_trainer.config import PPOConfig, UserError
+from python_trainer.data import Prompt, Rollout, left_pad
+from python_trainer.reward_functions import FunctionReward, load
+from tests.lib.trainer import TINY
+
+MINE = """
+import asyncio
+import dataclasses
+import multiprocessing
+import neighbour
+from typing import Optional
+
+SEEN = {}
+
+@dataclasses.dataclass
+class Verdict:
+    score: "Optional[float]" = None
+
+def trl(prompts, completions, completion_ids, answer, **kwargs):
+    SEEN.update(prompts=prompts, completions=completions, completion_ids=completion_ids, answer=answer, more=kwargs)
+    return [float(len(ids)) for ids in completion_ids]
+
+def few(completions):
+    return [len(text) for text in completions]
+
+def mine_alone(answer, completions, prompts=None):
+    return [1.0 if wanted == "b" else None for wanted in answer]
+
+def nothing(completions, **kwargs):
+    return [None] * len(completions)
+
+async def slowly(completions, **kwargs):
+    SEEN.setdefault("loops", set()).add(id(asyncio.get_running_loop()))
+    SEEN["waiting"] = SEEN.get("waiting", 0) + 1
+    await asyncio.sleep(0.01)
+    return [SEEN["waiting"]] * len(completions)
+
+def dataclass(completions, **_):
+    return [Verdict(score=neighbour.half(text)).score for text in completions]
+
+def later(completions, **_):
+    import neighbour_of_neighbour
+    return [neighbour_of_neighbour.ONE] * len(completions)
+
+def length(text):
+    return len(text)
+
+def pooled(completions, **_):
+    with multiprocessing.get_context("fork").Pool(2) as pool:
+        return pool.map(length, completions)
+
+class Judge:
+    def __call__(self, completions, **_):
+        return torch.ones(len(completions))
+
+import torch
+judge = Judge()
+number = 3
+
+def one_number(completions, **_):
+    return 1.0
+
+def text(completions, **_):
+    return ["1.0"] * len(completions)
+
+def mapping(completions, **_):
+    return {0: 1.0, 1: 1.0, 2: 1.0}
+
+def huge(completions, **_):
+    return [10**400] * len(completions)
+
+def raising(completions, **_):
+    return [{}["gone"]]
+
+async def raising_later(completions, **_):
+    raise KeyError("later")
+
+def wants_more(completions, trainer_state):
+    return []
+"""
+ROWS = [("a ", "b"), ("b  c", "c"), ("d", "e")]  # blanks as the tokenizer does not keep them
+
+
+@pytest.fixture
+def tokenizer():
+    words = Tokenizer(models.WordLevel({w: n for n, w in enumerate(["<pad>", "<eos>", *"abcde"])}, unk_token="<pad>"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="<eos>")
+
+
+@pytest.fixture
+def make(tmp_path, tokenizer):
+    """``make("few", "slowly")`` is the reward of these functions of a file."""
+    (tmp_path / "mine.py").write_text(MINE)
+    (tmp_path / "neighbour.py").write_text("def half(text): return len(text) / 2\n")
+    (tmp_path / "neighbour_of_neighbour.py").write_text("ONE = 1\n")
+    before = set(sys.modules)
+
+    def build(*names, weights=None, columns=("answer",)):
+        places = [f"{tmp_path}/mine.py:{name}" for name in names]
+        return FunctionReward(places, weights or [1.0] * len(places), tokenizer, columns)
+
+    yield build
+    for name in set(sys.modules) - before:
+        if str(tmp_path) in str(getattr(sys.modules[name], "__file__", "")):
+            del sys.modules[name]
+    sys.path[:] = [place for place in sys.path if place != str(tmp_path)]
+
+
+def rollout(*, chat: bool = False) -> Rollout:
+    responses = torch.tensor([[3, 3, 1, 0, 0], [2, 2, 2, 2, 4], [1, 0, 0, 0, 0]])  # b b, a a a a c, nothing
+    drawn = Rollout.of(*left_pad([[2], [3, 4], [5]], 0), responses, 1)
+    contents = [[{"role": "user", "content": text}] if chat else text for text, _ in ROWS]
+    return replace(drawn, prompts=[Prompt(c, {"answer": a}) for c, (_, a) in zip(contents, ROWS, strict=True)])
+
+
+def seen(reward: FunctionReward) -> dict:
+    return reward.functions[0].__globals__["SEEN"]
+
+
+def test_what_a_function_is_called_with(make):
+    reward = make("trl")
+    assert reward(rollout()).tolist() == [3.0, 5.0, 1.0]
+    assert seen(reward) == {
+        "prompts": ["a ", "b  c", "d"],
+        "completions": ["b b", "a a a a c", ""],
+        "completion_ids": [[3, 3, 1], [2, 2, 2, 2, 4], [1]],
+        "answer": ["b", "c", "e"],
+        "more": {},
+    }
+    reward(rollout(chat=True))
+    assert seen(reward)["prompts"][1] == [{"role": "user", "content": "b  c"}]
+    assert seen(reward)["completions"][1] == [{"role": "assistant", "content": "a a a a c"}]
+
+
+def test_several_functions_add_up_and_may_pass(make):
+    reward = make("few", "mine_alone", weights=[0.5, 4.0])
+    assert reward(rollout()).tolist() == [0.5 * 3 + 4, 0.5 * 9, 0.0]
+    assert reward.parts["few"].tolist() == [3, 9, 0]
+    assert reward.parts["mine_alone"].isnan().tolist() == [False, True, True]
+    with pytest.raises(UserError, match="gave None for the response to 'b  c': a response needs a number"):
+        make("mine_alone", "nothing")(rollout())
+
+
+def test_async_functions_wait_together_on_one_loop(make):
+    reward = make("slowly", "few", "slowly")
+    assert (reward(rollout()) - torch.tensor([3.0, 9.0, 0.0])).tolist() == [4.0] * 3  # both had begun
+    reward(rollout())
+    assert len(seen(reward)["loops"]) == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "scores"),
+    [("dataclass", [1.5, 4.5, 0]), ("later", [1, 1, 1]), ("pooled", [3, 9, 0]), ("judge", [1, 1, 1])],
+)
+def test_what_a_module_may_hold(make, name, scores):
+    with distributed.stop_requests():  # a pool ends its processes by the signal that asks us to stop
+        signal.alarm(30)
+        try:
+            assert make(name)(rollout()).tolist() == scores
+        finally:
+            signal.alarm(0)
+
+
+def test_a_file_does_not_stand_in_for_a_package(tmp_path):
+    """One that is called like a package that something else imports later."""
+    (tmp_path / "colorsys.py").write_text("def f(completions): return [1.0] * len(completions)\n")
+    sys.modules.pop("colorsys", None)
+    load(f"{tmp_path}/colorsys.py:f")
+    import colorsys
+
+    assert hasattr(colorsys, "rgb_to_hsv")
+    sys.path.remove(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("one_number", "must give a list with a number for each response, and gave '1.0'"),
+        ("mapping", "must give a list"),
+        ("text", "must give numbers: '1.0' is text"),
+        ("huge", "must give numbers: int too large"),
+        ("raising", r"ended in KeyError: 'gone' .*mine.py, line \d+"),
+        ("raising_later", r"ended in KeyError: 'later' .*mine.py, line \d+"),
+        ("wants_more", "wants 'trainer_state', and there is answer, completion_ids"),
+        ("trl", None),
+        ("number", "is no function"),
+        ("Judge", "is a class; name a function"),
+        ("absent", "AttributeError"),
+    ],
+)
+def test_what_cannot_serve_is_one_line(make, name, message):
+    columns = () if name == "trl" else ("answer",)
+    with pytest.raises(UserError, match=message or "wants 'answer', and there is completion_ids, completions, prompts"):
+        make(name, columns=columns)(rollout())
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (":f", "must be file.py:name"),
+        ("mine.py:", "must be file.py:name"),
+        ("mine", "must be file.py:name"),
+        ("{folder}/inner.py:f", "there is no file"),
+        ("{folder}/torn.py:f", "SyntaxError"),
+        ("{folder}/leaving.py:f", "SystemExit: 3"),
+        ("no.such.module:f", "ModuleNotFoundError"),
+        ("..relative:f", "cannot load"),
+    ],
+)
+def test_what_cannot_be_loaded_is_one_line(tmp_path, text, message):
+    (tmp_path / "inner.py").mkdir()
+    (tmp_path / "torn.py").write_text("def f(:\n")
+    (tmp_path / "leaving.py").write_text("import sys\nsys.exit(3)\n")
+    with pytest.raises(UserError, match=message):
+        load(text.format(folder=tmp_path))
+    assert "torn" not in sys.modules
+
+
+@pytest.mark.parametrize("weights", ["1", "1,2,3", "1,x", "1,nan"])
+def test_weights_fit_the_functions(weights):
+    with pytest.raises(ValueError, match="reward_weights"):
+        PPOConfig(reward_function="a.py:f, b.py:g", reward_weights=weights)
+    assert PPOConfig(reward_function="a.py:f, b.py:g").reward_functions() == (["a.py:f", "b.py:g"], [1.0, 1.0])
+
+
+def test_a_model_beside_a_function_is_not_ignored(tiny, make, tmp_path):
+    settings = {"task": "files", "data_path": str(tmp_path), "reward_function": f"{tmp_path}/mine.py:few"}
+    with pytest.raises(UserError, match="reward_model_path and reward_function are both given"):
+        from python_trainer.rewards import load_reward_fn
+
+        load_reward_fn(PPOConfig(**TINY | settings, reward_model_path="x"), None, None, (), 0)
+
+
+def test_a_group_is_scored_in_one_call(tiny):
+    trainer = tiny(algorithm="rloo", num_generations=4, local_rollout_forward_batch_size=3)
+    sizes = []
+    plain = trainer.reward_fn
+    trainer.reward_fn = lambda rollout: sizes.append(len(rollout)) or plain(rollout)
+    trainer.train_step()
+    assert sizes == [16]
+
+
+def test_a_process_of_a_function_ends_as_it_is_asked_to():
+    """Otherwise a pool waits for ever."""
+    with distributed.stop_requests() as asked:
+        child = os.fork()
+        if child == 0:
+            signal.pause()
+            os._exit(3)
+        os.kill(child, signal.SIGTERM)
+        signal.alarm(20)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGTERM
+        signal.alarm(0)
+        assert not asked()
