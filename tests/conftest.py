@@ -96,6 +96,15 @@ def require_impl():
     return require
 
 
+@pytest.fixture(scope="module")
+def process_group(tmp_path_factory):
+    """torch.distributed's default group, of this process alone."""
+    store = tmp_path_factory.mktemp("store") / "file"
+    torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
 @pytest.fixture(params=devices.IMPLEMENTATIONS)
 def impl(request, require_impl):
     """Each implementation of the module's op, named by its variable OP."""

@@ -27,14 +27,6 @@ def in_make_test(row, mode, op, impl):
     return op == list(OPS)[at % len(OPS)] and (impl == "cpu" or (impl == "torch" and at % 3 == 0))
 
 
-@pytest.fixture(scope="module")
-def process_group(tmp_path_factory):
-    store = tmp_path_factory.mktemp("store") / "file"
-    torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=0, world_size=1)
-    yield
-    torch.distributed.destroy_process_group()
-
-
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("cell", table())
 def test_cell(require_impl, request, cell):

@@ -159,10 +159,10 @@ ROWS = {
     "checkpoint": Row(saved_by_checkpoint),
     "hooks": Row(with_hooks),
     "DDP": Row(through_ddp, modes=("eager", "dynamo", "aot_eager", "inductor")),
-    "compiled autograd": Row(with_compiled_autograd, modes=("dynamo", "aot_eager", "inductor")),
+    "compiled_autograd": Row(with_compiled_autograd, modes=("dynamo", "aot_eager", "inductor")),
     "make_fx": Row(lambda f, x, mode: make_fx(lambda y: gradient(f, y))(x.clone())(x), modes=EAGER),
     "export": Row(lambda f, x, mode: exported(f, x)(x), lambda f, x: f(x), modes=EAGER),
-    "grad of export": Row(
+    "grad_of_export": Row(
         lambda f, x, mode: gradient(lambda y: exported(f, x)(y), x), refused="gradient", of="kernels", modes=EAGER
     ),
     "grad": Row(inside(lambda f, y: func.grad(f)(y))),
@@ -172,32 +172,30 @@ ROWS = {
     "vmap": Row(
         inside(lambda f, y: func.vmap(f)(pair(y))), lambda f, x: torch.stack([f(y) for y in pair(x)]), vmaps=True
     ),
-    "grad in vmap": Row(inside(lambda f, y: func.vmap(func.grad(f))(pair(y))[0]), vmaps=True),
-    "vmap in grad": Row(
+    "grad_in_vmap": Row(inside(lambda f, y: func.vmap(func.grad(f))(pair(y))[0]), vmaps=True),
+    "vmap_in_grad": Row(
         inside(lambda f, y: func.grad(lambda z: func.vmap(f)(torch.stack([z, 0 * z])).sum())(y)), vmaps=True
     ),
     "jvp": Row(inside(lambda f, y: func.jvp(f, (y,), (y,))[1]), refused=FORWARD),
     "jacfwd": Row(inside(lambda f, y: func.jacfwd(f)(y)), refused=FORWARD),
     "hessian": Row(inside(lambda f, y: func.hessian(f)(y)), refused=FORWARD),
-    "dual tensor": Row(
+    "dual": Row(
         lambda f, x, mode: tangent(compiled(f, mode), x),
         lambda f, x: (gradient(f, x) * x).sum(),
         refused=FORWARD,
         of="kernels",
     ),
-    "dual tensor after a plain one": Row(
-        dual_after_plain, lambda f, x: (gradient(f, x) * x).sum(), refused=FORWARD, of="kernels"
-    ),
-    "grad of grad": Row(inside(lambda f, y: func.grad(lambda z: func.grad(f)(z).square().sum())(y)), refused=TWICE),
-    "grad of grad, broken": Row(
+    "dual_after_plain": Row(dual_after_plain, lambda f, x: (gradient(f, x) * x).sum(), refused=FORWARD, of="kernels"),
+    "grad_of_grad": Row(inside(lambda f, y: func.grad(lambda z: func.grad(f)(z).square().sum())(y)), refused=TWICE),
+    "grad_of_grad_broken": Row(
         inside(lambda f, y: func.grad(lambda z: func.grad(broken(f))(z).square().sum())(y)),
         refused=TWICE,
         modes=("dynamo",),
     ),
-    "grad, broken": Row(inside(lambda f, y: func.grad(broken(f))(y)), modes=("dynamo",)),
+    "grad_broken": Row(inside(lambda f, y: func.grad(broken(f))(y)), modes=("dynamo",)),
     # Not behind AOTAutograd: its graphs give a second derivative of 0, or refuse, whatever is in them (exp() too).
     "twice": Row(lambda f, x, mode: twice(compiled(f, mode), x), refused=TWICE, modes=("eager", "dynamo", "whole")),
-    "grad of an input that requires grad": Row(of_an_input_that_requires_grad, refused=TWICE),
+    "grad_of_a_leaf": Row(of_an_input_that_requires_grad, refused=TWICE),
 }
 
 

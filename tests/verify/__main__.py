@@ -18,7 +18,16 @@ LOGS = ROOT / "build" / "verify"
 OPS = "--ignore tests/verify --ignore tests/trainer --ignore tests/test_bench.py"
 WITH_CUDA = "tests --ignore tests/trainer --ignore tests/test_bench.py " + " ".join(
     f"--ignore tests/verify/{name}"
-    for name in ("aot", "mutants", "trainer", "test_build.py", "test_gpu.py", "test_gpu_run.py", "test_template.py")
+    for name in (
+        "aot",
+        "mutants",
+        "trainer",
+        "test_build.py",
+        "test_inductor.py",
+        "test_gpu.py",
+        "test_gpu_run.py",
+        "test_template.py",
+    )
 )
 PARTS = {
     "patches": "pytest tests/verify/mutants",

@@ -4,7 +4,6 @@ import pytest
 
 from tests.lib import transforms
 from tests.lib.devices import IMPLEMENTATIONS
-from tests.test_transforms import process_group  # noqa: F401
 
 
 @pytest.mark.filterwarnings("ignore")
