@@ -21,7 +21,7 @@ help:
 	@echo "make build     the extension; the first time a virtual environment in $(VENV) too"
 	@echo "make test      the tests that every change has to pass: six minutes on two cores"
 	@echo "make lint      ruff, clang-format and mypy"
-	@echo "make bench     the speed of every op beside other libraries (ARGS: --quick, --full, --gpu, --check, --accuracy)"
+	@echo "make bench     the speed of every op beside other libraries (ARGS: --quick, --full, --gpu, --check, --accuracy, --trainers)"
 	@echo "make demo      train a small model on a CPU and plot its learning"
 	@echo "make docs      where the documentation is"
 	@echo "make verify    what make test leaves out, hours of it; PART=\"build aot\" for some; ARGS=--list names the parts"

@@ -22,7 +22,7 @@ import torch
 if "--accuracy" in sys.argv and not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when the package is imported
 
-from bench import measure, report
+from bench import measure, report, trainers
 from bench.accuracy import main as accuracy
 from bench.results import Results
 from bench.rows import Row, all_of
@@ -41,6 +41,7 @@ def options() -> argparse.Namespace:
     ):
         size.add_argument(f"--{name}", dest="size", action="store_const", const=name, default="small", help=text)
     size.add_argument("--accuracy", action="store_true", help="errors against float64 beside those of eager code")
+    size.add_argument("--trainers", action="store_true", help="a step of our trainer beside TRL's, 10 minutes")
     size.add_argument("--results", type=Path, metavar="FILE", help="measure nothing; take the results of this file")
     parser.add_argument("--only", default="", metavar="TEXT", help="rows whose name contains this")
     parser.add_argument("--seconds", type=float, help="of timing per group (default: by size)")
@@ -57,10 +58,9 @@ def run(rows: list[Row], size: str, seconds: float, file: Path | None) -> dict:
         for row in group:
             outcome = session.outcome(row)
             if outcome.samples:
-                benchmark = {"group": row.group, "name": row.name, "fullname": f"bench/bench_{row.file}.py::{row.name}"}
-                data["benchmarks"].append(
-                    benchmark | {"extra_info": outcome.facts, "stats": statistics_of(outcome.samples)}
-                )
+                benchmark = {"group": row.group, "name": row.name, "fullname": row.fullname}
+                benchmark |= {"extra_info": outcome.facts, "stats": statistics_of(outcome.samples)}
+                data["benchmarks"].append(benchmark)
         data |= session.facts(size)
         if file:
             file.parent.mkdir(parents=True, exist_ok=True)
@@ -72,15 +72,8 @@ def run(rows: list[Row], size: str, seconds: float, file: Path | None) -> dict:
 
 
 def header() -> dict:
-    cpu = next((line for line in _lines(Path("/proc/cpuinfo")) if line.startswith("model name")), "")
-    machine = {"cpu": {"brand_raw": cpu.partition(": ")[2] or platform.processor()}}
-    machine |= {"python_version": platform.python_version(), "machine": platform.machine()}
-    now = datetime.now(UTC).isoformat()
-    return {"machine_info": machine | measure.machine(), "datetime": now, "version": "1", "benchmarks": []}
-
-
-def _lines(path: Path) -> list[str]:
-    return path.read_text().splitlines() if path.exists() else []
+    machine = {"python_version": platform.python_version(), "machine": platform.machine()} | measure.machine()
+    return {"machine_info": machine, "datetime": datetime.now(UTC).isoformat(), "version": "1", "benchmarks": []}
 
 
 def statistics_of(samples: list[float]) -> dict[str, float]:
@@ -100,6 +93,8 @@ def main() -> int:
     chosen = options()
     if chosen.accuracy:
         return accuracy()
+    if chosen.trainers:
+        return trainers.main(chosen.only)
     start = time.perf_counter()
     if chosen.results:
         data = json.loads(chosen.results.read_text())
@@ -111,8 +106,7 @@ def main() -> int:
         return 2
     else:
         rows = [row for row in all_of(chosen.size) if chosen.only in row.group]
-        seconds = measure.SECONDS[chosen.size] if chosen.seconds is None else chosen.seconds
-        data = run(rows, chosen.size, seconds, chosen.json)
+        data = run(rows, chosen.size, measure.seconds(chosen.size, chosen.seconds), chosen.json)
     results = Results(data)
     print(report.overview(data), "\n".join(report.facts(results)), sep="\n\n")
     if chosen.report:
@@ -123,8 +117,7 @@ def main() -> int:
     table, missed = report.targets(results, chosen.only)
     if chosen.check or results.run.get("size") in ("quick", "full"):
         print("", table.markdown(), f"\n{report.verdict(table)}; {time.perf_counter() - start:.0f} s", sep="\n")
-    wrong = [row for row in results.untimed if row["state"] == "wrong"]
-    return 1 if wrong or (chosen.check and missed) else 0
+    return 1 if results.wrong or (chosen.check and missed) else 0
 
 
 if __name__ == "__main__":

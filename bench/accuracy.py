@@ -6,13 +6,14 @@ float32. A cell is the worst error over its data sets, and in brackets the worst
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 
 import numpy as np
 import torch
 
 from bench.cases import CASES, Case, Data, flat
+from bench.results import Table
 from ppo_kernels import backends
 
 IMPLS = ("torch", "cpu", "triton")
@@ -54,7 +55,7 @@ def error(name: str, got: torch.Tensor, want: np.ndarray) -> float:
     return float(off.max() / (1.0 if name in ABSOLUTE else np.abs(want).max()))
 
 
-def rows() -> Iterator[tuple[tuple[str, str, str], dict[str, tuple[float, float]]]]:
+def rows() -> dict[tuple[str, str, str], dict[str, tuple[float, float]]]:
     """Per op, result and dtype: for eager and each implementation the worst error and the worst ratio to eager's."""
     g = torch.Generator().manual_seed(0)
     worst: dict[tuple[str, str, str], dict[str, tuple[float, float]]] = {}
@@ -73,16 +74,16 @@ def rows() -> Iterator[tuple[tuple[str, str, str], dict[str, tuple[float, float]
                     ratio = off / least if least else (0.0 if off == 0 else float("inf"))
                     was = row.get(impl, (0.0, 0.0))
                     row[impl] = max(was[0], off), max(was[1], ratio)
-    yield from worst.items()
+    return worst
 
 
 def main() -> int:
-    print("| op | result | inputs | eager | " + " | ".join(IMPLS) + " |")
-    print("|---|---|---|" + "---:|" * (1 + len(IMPLS)))
-    for (op, name, dtype), row in rows():
+    table = Table("Accuracy", "", ["op", "result", "inputs", "eager", *IMPLS])
+    for (op, name, dtype), row in rows().items():
         cells = [f"{row[i][0]:.1e} ({row[i][1]:.2f})" if i in row else "–" for i in IMPLS]
         kind = "" if name in ABSOLUTE else " (relative)"
-        print(f"| {op} | {name}{kind} | {dtype} | {row['eager'][0]:.1e} | " + " | ".join(cells) + " |")
+        table.lines.append([op, name + kind, dtype, f"{row['eager'][0]:.1e}", *cells])
+    print(table.markdown())
     print(f"\nWorst errors against float64, torch {torch.__version__}; in brackets the worst ratio to eager's.")
     print("Triton's figures come from its interpreter, not from a GPU.")
     return 0

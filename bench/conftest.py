@@ -27,39 +27,32 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_collection_finish(session: pytest.Session) -> None:
     config = session.config
-    rows = [item.callspec.params["row"] for item in session.items if _has_row(item)]
-    seconds = config.getoption("bench_seconds")
-    seconds = measure.SECONDS[config.getoption("bench_size")] if seconds is None else seconds
+    rows = [item.callspec.params["row"] for item in session.items if getattr(item, "originalname", "") == "bench_row"]
+    seconds = measure.seconds(config.getoption("bench_size"), config.getoption("bench_seconds"))
     config.stash[SESSION] = measure.Session(rows, seconds)
 
 
-def _has_row(item: pytest.Item) -> bool:
-    return isinstance(getattr(item, "callspec", None) and item.callspec.params.get("row"), Row)
+@pytest.fixture
+def time(request, benchmark):
+    """``time(row)``: check the row, time it in turns with its group, and hand the times to pytest-benchmark."""
 
-
-@pytest.fixture(name="report")
-def fixture_report(request, benchmark):
-    """``report(row)``: check the row, time it in turns with its group, and hand the times to pytest-benchmark."""
-
-    def run(row: Row) -> None:
+    def time(row: Row) -> None:
         outcome = request.config.stash[SESSION].outcome(row)
         if outcome.absent or outcome.wrong:
             (pytest.skip if outcome.absent else pytest.fail)(outcome.absent or outcome.wrong)
         benchmark.group, benchmark.extra_info = row.group, outcome.facts
         # Committed results are found again by these names, whichever file a benchmark is in now.
-        benchmark.name, benchmark.fullname = row.name, f"bench/bench_{row.file}.py::{row.name}"
+        benchmark.name, benchmark.fullname = row.name, row.fullname
         # pytest-benchmark times one test after another, so it cannot let the rows of a group take turns. It records an
         # empty call here, and what was measured takes the place of that in the statistics that it keeps for the test.
         benchmark.pedantic(lambda: None)
         benchmark.stats.stats.data[:] = outcome.samples
 
-    return run
+    return time
 
 
 def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict) -> None:
-    """What two runs that can be compared have in common."""
     machine_info.pop("node", None)
-    machine_info["cpu"] = {"brand_raw": machine_info["cpu"].get("brand_raw")}
     machine_info |= measure.machine()
 
 
@@ -75,9 +68,6 @@ def pytest_benchmark_update_json(config: pytest.Config, benchmarks: list, output
 @pytest.hookimpl(trylast=True)
 def pytest_terminal_summary(terminalreporter, config: pytest.Config) -> None:
     session = getattr(config, "_benchmarksession", None)
-    timed = [bench for bench in getattr(session, "benchmarks", []) if bench]
-    if timed:
-        results = [bench.as_dict(include_data=False) for bench in timed]
-        data = {"benchmarks": results} | config.stash[SESSION].facts(config.getoption("bench_size"))
-        terminalreporter.write_line("")
-        terminalreporter.write_line(report.overview(data))
+    if timed := [bench.as_dict(include_data=False) for bench in getattr(session, "benchmarks", []) if bench]:
+        data = {"benchmarks": timed} | config.stash[SESSION].facts(config.getoption("bench_size"))
+        terminalreporter.write_line("\n" + report.overview(data))

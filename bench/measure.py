@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import math
 import os
+import platform
 import statistics
 import subprocess
 import time
@@ -17,19 +18,23 @@ os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler reports its own 
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from bench.cases import DEVICE
+from bench.cases import DEVICE, flat
 from bench.peers import AbsentError
 from bench.rows import PORTABLE, Row, Setup, call_of, describe, tolerance
 from ppo_kernels import _native
 
 Call = Callable[[], object]
 
-#: Seconds of timing per group.
-SECONDS = {"quick": 1.5, "small": 0.6, "full": 2.5, "gpu": 0.5, "tiny": 0.0}
+SECONDS = {"quick": 1.5, "small": 0.6, "full": 2.5, "gpu": 0.5, "tiny": 0.0}  # of timing per group
 SHORT = 1e-3  # seconds; a shorter call is repeated within one sample
 SLOW = 0.1  # seconds; a call that takes longer gets fewer samples
 LEAST, LEAST_SLOW, MOST = 15, 3, 200  # samples
 SLEEP_CYCLES = 1.9e9  # per second, of torch.cuda._sleep: no less than any clock of today's GPUs needs
+
+
+def seconds(size: str, asked: float | None) -> float:
+    """Of timing per group."""
+    return SECONDS[size] if asked is None else asked
 
 
 @dataclass
@@ -191,14 +196,10 @@ def _parts(row: Row, one: Timed, halves: list[Call], copies: list[Setup]) -> dic
         "l2_warm_seconds": median(one.calls[:1], len(one.calls)),
     }
     if leaf := row.setup.case.leaf:
-        graphs = [(_first(half()).sum(), copy.inputs[leaf]) for half, copy in zip(halves[:2], copies, strict=False)]
+        graphs = [(flat(half())[0].sum(), copy.inputs[leaf]) for half, copy in zip(halves[:2], copies, strict=False)]
         backward = [lambda y=y, x=x: torch.autograd.grad(y, x, retain_graph=True) for y, x in graphs]
         facts |= {"forward_seconds": median(halves, len(halves)), "backward_seconds": median(backward, len(backward))}
     return facts
-
-
-def _first(outputs: object) -> torch.Tensor:
-    return outputs if isinstance(outputs, torch.Tensor) else _first(outputs[0])  # type: ignore[index]
 
 
 def peak_extra(call: Call) -> int:
@@ -235,13 +236,22 @@ def bandwidth() -> dict[str, float]:
 
 
 def machine() -> dict[str, object]:
-    """What two runs that can be compared have in common, beside what pytest-benchmark tells of a machine."""
+    """What two runs that can be compared have in common, beside what else pytest-benchmark tells of a machine."""
     facts = {
+        "cpu": {"brand_raw": _cpu()},
         "isa": _native.cpu_capability() if _native.CPU_ERROR is None else "C++ ops not built",
         "cores": os.cpu_count(),
         "cache MiB": _last_cache(),
     }
     return facts | ({"gpu": torch.cuda.get_device_name()} if DEVICE == "cuda" else {})
+
+
+def _cpu() -> str:
+    """The model, where Linux tells."""
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text().splitlines() if path.exists() else []
+    found = (line.partition(": ")[2] for line in lines if line.startswith("model name"))
+    return next(found, platform.processor())
 
 
 def _last_cache() -> float | None:

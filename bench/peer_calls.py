@@ -11,7 +11,6 @@ import math
 from collections.abc import Callable
 from importlib.metadata import distribution
 from types import ModuleType, SimpleNamespace
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,10 +23,6 @@ Call = Callable[[], object]
 
 class AbsentError(Exception):
     """Why a provider has no row."""
-
-
-def _file(package: str, file: str, *names: str, **given: object) -> dict[str, Any]:
-    return functions(package, file, list(names), given)
 
 
 def _module(package: str, file: str) -> ModuleType:
@@ -45,10 +40,10 @@ def load_trl() -> SimpleNamespace:
         raise AbsentError(f"needs transformers: {error}") from error
     given: dict[str, object] = {"_use_triton": lambda device: device.type == "cuda"}
     if transformers.utils.is_triton_available():
-        kernel = "selective_log_softmax_and_entropy"
-        given["_fused_logprob_entropy"] = getattr(_module("trl", "trl/kernels/logprob_entropy.py"), kernel)
+        fused = _module("trl", "trl/kernels/logprob_entropy.py")
+        given["_fused_logprob_entropy"] = fused.selective_log_softmax_and_entropy
     names = ("selective_log_softmax", "entropy_from_logits", "selective_log_softmax_and_entropy")
-    return SimpleNamespace(**_file("trl", "trl/trainer/utils.py", *names, **given))
+    return SimpleNamespace(**functions("trl", "trl/trainer/utils.py", *names, **given))
 
 
 def as_sequences(logits, labels):
@@ -68,12 +63,12 @@ def trl_entropy(trl, logits, labels):
 
 
 def load_verl() -> SimpleNamespace:
-    tensors = _file(
+    tensors = functions(
         "verl",
         "verl/utils/torch_functional.py",
         *("logprobs_from_logits", "entropy_from_logits", "masked_sum", "masked_mean", "masked_whiten", "clip_by_value"),
     )
-    core = _file(
+    core = functions(
         "verl",
         "verl/trainer/ppo/core_algos.py",
         *("compute_gae_advantage_return", "compute_policy_loss_vanilla", "compute_value_loss", "kl_penalty"),
@@ -81,7 +76,7 @@ def load_verl() -> SimpleNamespace:
         verl_F=SimpleNamespace(**tensors),
         AlgoConfig=type("AlgoConfig", (), {}),  # what the config must not be
     )
-    penalty = _file(
+    penalty = functions(
         "verl",
         "verl/trainer/ppo/ray_trainer.py",
         "apply_kl_penalty",
@@ -96,6 +91,9 @@ class _Config(SimpleNamespace):
 
     def get(self, name: str, default: object) -> object:
         return getattr(self, name, default)
+
+
+VERL_CLIP = _Config(clip_ratio=CLIP, clip_ratio_low=CLIP, clip_ratio_high=CLIP, global_batch_info={})
 
 
 class _Batch(dict):
@@ -146,8 +144,7 @@ def verl_experience(verl, values, **rollout):
 
 def verl_policy_loss(verl, logprobs, old_logprobs, advantages, mask):
     mask = mask.long()
-    config = _Config(clip_ratio=CLIP, clip_ratio_low=CLIP, clip_ratio_high=CLIP, global_batch_info={})
-    return lambda: verl.compute_policy_loss_vanilla(old_logprobs, logprobs, advantages, mask, config=config)[0]
+    return lambda: verl.compute_policy_loss_vanilla(old_logprobs, logprobs, advantages, mask, config=VERL_CLIP)[0]
 
 
 def verl_value_loss(verl, values, old_values, returns, mask):
@@ -157,29 +154,22 @@ def verl_value_loss(verl, values, old_values, returns, mask):
 
 def verl_from_logits(verl, logits, labels, old_logprobs, advantages, mask):
     advantages, mask = advantages[:, None].expand_as(mask), mask.long()
-    config = _Config(clip_ratio=CLIP, clip_ratio_low=CLIP, clip_ratio_high=CLIP, global_batch_info={})
 
     def call():
         logprobs = verl.logprobs_from_logits(logits[:, :-1], labels, inplace_backward=False)
-        return verl.compute_policy_loss_vanilla(old_logprobs, logprobs, advantages, mask, config=config)[0]
+        return verl.compute_policy_loss_vanilla(old_logprobs, logprobs, advantages, mask, config=VERL_CLIP)[0]
 
     return call
 
 
 def load_openrlhf() -> SimpleNamespace:
-    folder = "openrlhf/models"
-    utils = _file(
-        "openrlhf",
-        f"{folder}/utils.py",
-        *("log_probs_from_logits", "compute_approx_kl", "compute_reward", "masked_mean"),
+    names = ("log_probs_from_logits", "compute_approx_kl", "compute_reward", "masked_mean")
+    utils = functions("openrlhf", "openrlhf/models/utils.py", *names)
+    losses = functions(
+        "openrlhf", "openrlhf/models/loss.py", "PolicyLoss", "ValueLoss", masked_mean=utils["masked_mean"]
     )
-    losses = _file("openrlhf", f"{folder}/loss.py", "PolicyLoss", "ValueLoss", masked_mean=utils["masked_mean"])
-    gae = _file(
-        "openrlhf",
-        "openrlhf/trainer/ppo_utils/experience_maker.py",
-        "RemoteExperienceMaker.get_advantages_and_returns",
-    )
-    return SimpleNamespace(**utils, **losses, **gae)
+    maker, method = "openrlhf/trainer/ppo_utils/experience_maker.py", "get_advantages_and_returns"
+    return SimpleNamespace(**utils, **losses, **functions("openrlhf", maker, f"RemoteExperienceMaker.{method}"))
 
 
 def openrlhf_logprobs(openrlhf, logits, labels):
@@ -215,8 +205,10 @@ def openrlhf_value_loss(openrlhf, values, old_values, returns, mask):
 
 
 def load_skyrl() -> SimpleNamespace:
-    tensors = _file("skyrl", "skyrl/backends/skyrl_train/utils/torch_utils.py", "logprobs_from_logits", "masked_mean")
-    ppo = _file(
+    tensors = functions(
+        "skyrl", "skyrl/backends/skyrl_train/utils/torch_utils.py", "logprobs_from_logits", "masked_mean"
+    )
+    ppo = functions(
         "skyrl",
         "skyrl/backends/skyrl_train/utils/ppo_utils.py",
         "compute_gae_advantage_return",
@@ -232,11 +224,6 @@ def skyrl_gae(skyrl, rewards, values, mask):
     return lambda: skyrl.compute_gae_advantage_return(rewards, values, live, GAMMA, LAM)
 
 
-def load_torchrl() -> SimpleNamespace:
-    module = importlib.import_module("torchrl.objectives.value.functional")
-    return SimpleNamespace(gae=module.generalized_advantage_estimate, fast=module.vec_generalized_advantage_estimate)
-
-
 def torchrl_gae(torchrl, rewards, values, mask):
     done = torch.zeros_like(mask)
     done.scatter_(1, mask.sum(1, keepdim=True) - 1, True)
@@ -245,21 +232,19 @@ def torchrl_gae(torchrl, rewards, values, mask):
     arguments = [x[..., None].contiguous() for x in (values, following, rewards, done)]
 
     def call():
-        advantages, returns = torchrl.fast(GAMMA, LAM, *arguments)
+        advantages, returns = torchrl.vec_generalized_advantage_estimate(GAMMA, LAM, *arguments)
         return advantages.squeeze(-1), returns.squeeze(-1)
 
     return call
 
 
 def load_liger() -> SimpleNamespace:
-    loss = importlib.import_module("liger_kernel.ops.grpo_loss")
-    grpo = importlib.import_module("liger_kernel.transformers.grpo_loss")
-    entropy = importlib.import_module("liger_kernel.ops.cross_entropy")
-    return SimpleNamespace(
-        selective=loss.fused_selective_log_softmax,
-        grpo=grpo.triton_grpo_loss,
-        cross_entropy=entropy.LigerCrossEntropyFunction.apply,
-    )
+    from liger_kernel.ops.cross_entropy import LigerCrossEntropyFunction
+    from liger_kernel.ops.grpo_loss import fused_selective_log_softmax
+    from liger_kernel.transformers.grpo_loss import triton_grpo_loss
+
+    cross_entropy = LigerCrossEntropyFunction.apply
+    return SimpleNamespace(selective=fused_selective_log_softmax, grpo=triton_grpo_loss, cross_entropy=cross_entropy)
 
 
 def liger_selective(liger, logits, labels):
@@ -291,20 +276,12 @@ def liger_grpo(liger, logits, labels, old_logprobs, advantages, mask):
     return call
 
 
-def load_flash_attn() -> SimpleNamespace:
-    return SimpleNamespace(loss=importlib.import_module("flash_attn.ops.triton.cross_entropy").cross_entropy_loss)
-
-
 def flash_attn_logprobs(flash_attn, logits, labels):
-    return lambda: -flash_attn.loss(logits, labels, inplace_backward=False)[0]
-
-
-def load_quack() -> SimpleNamespace:
-    return SimpleNamespace(loss=importlib.import_module("quack.cross_entropy").cross_entropy)
+    return lambda: -flash_attn.cross_entropy_loss(logits, labels, inplace_backward=False)[0]
 
 
 def quack_logprobs(quack, logits, labels):
-    return lambda: -quack.loss(logits, labels, reduction="none")
+    return lambda: -quack.cross_entropy(logits, labels, reduction="none")
 
 
 def torch_logprobs(_, logits, labels):

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import importlib
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 
 from bench import peer_calls as calls
 from bench.cases import DEVICE, Inputs
@@ -22,10 +23,14 @@ if FOLDER.is_dir() and str(FOLDER) not in sys.path:
 @dataclass(frozen=True)
 class Peer:
     package: str  # on PyPI
-    load: Callable[[], SimpleNamespace]
+    load: Callable[[], SimpleNamespace | ModuleType]
     how: str  # what is loaded
     works: dict[str, Callable[..., Call]]
     device: str | None = None  # the only device type that it serves
+
+
+def imported(module: str) -> Callable[[], ModuleType]:
+    return partial(importlib.import_module, module)
 
 
 LOGPROBS, ENTROPY, BACKWARD = "token_logprobs", "token_logprobs + entropy", "token_logprobs fwd+bwd"
@@ -81,7 +86,7 @@ PEERS = {
             "whiten": lambda skyrl, x, mask: lambda: skyrl.masked_whiten(x, mask),
         },
     ),
-    "torchrl": Peer("torchrl", calls.load_torchrl, "imported", {"gae": calls.torchrl_gae}),
+    "torchrl": Peer("torchrl", imported("torchrl.objectives.value.functional"), "imported", {"gae": calls.torchrl_gae}),
     "Liger": Peer(
         "liger-kernel",
         calls.load_liger,
@@ -91,21 +96,21 @@ PEERS = {
     ),
     "flash-attn": Peer(
         "flash-attn",
-        calls.load_flash_attn,
+        imported("flash_attn.ops.triton.cross_entropy"),
         "imported",
         {LOGPROBS: calls.flash_attn_logprobs, BACKWARD: calls.flash_attn_logprobs},
         device="cuda",
     ),
     "QuACK": Peer(
         "quack-kernels",
-        calls.load_quack,
+        imported("quack.cross_entropy"),
         "imported",
         {LOGPROBS: calls.quack_logprobs, BACKWARD: calls.quack_logprobs},
         device="cuda",
     ),
     "F.cross_entropy": Peer(
         "torch",
-        lambda: SimpleNamespace(),
+        imported("torch"),
         "imported",
         {LOGPROBS: calls.torch_logprobs, BACKWARD: calls.torch_logprobs},
     ),
@@ -113,7 +118,7 @@ PEERS = {
 
 
 @cache
-def _loaded(name: str) -> SimpleNamespace:
+def _loaded(name: str) -> SimpleNamespace | ModuleType:
     peer = PEERS[name]
     if peer.device not in (None, DEVICE):
         raise AbsentError(f"{peer.package} serves {peer.device} tensors alone")
@@ -137,4 +142,8 @@ def for_work(work: str) -> list[str]:
 
 
 def describe(name: str) -> dict[str, str]:
-    return {"version": f"{PEERS[name].package} {version(PEERS[name].package)}", "loaded": PEERS[name].how}
+    peer = PEERS[name]
+    try:
+        return {"version": f"{peer.package} {version(peer.package)}", "loaded": peer.how}
+    except PackageNotFoundError:
+        return {"version": "not installed"}

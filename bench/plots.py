@@ -11,7 +11,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 
-from bench.results import Line, Results, duration, exponents, seconds, small_call, times
+from bench.results import MIB, Line, Results, duration, exponents, seconds, small_call, times
 from bench.rows import OURS, PROVIDERS
 
 COLOURS = {
@@ -32,10 +32,6 @@ PLAIN = "#6c757d"
 LINES = ("#0b6e4f", "#2176ae", "#ee6c4d", "#9b5de5", "#f2b134", "#bc4749", "#4cc9f0", "#33415c")
 
 
-def _colour(provider: str) -> str:
-    return COLOURS.get(provider, PLAIN)
-
-
 def _grid(count: int, columns: int, width: float, height: float) -> tuple[plt.Figure, list[Axes]]:
     rows = max(1, math.ceil(count / columns))
     figure, axes = plt.subplots(rows, columns, figsize=(width * columns, height * rows), squeeze=False)
@@ -45,7 +41,9 @@ def _grid(count: int, columns: int, width: float, height: float) -> tuple[plt.Fi
     return figure, flat[:count]
 
 
-def _save(figure: plt.Figure, path: Path) -> Path:
+def _save(figure: plt.Figure, path: Path, title: str, top: float = 0.97) -> Path:
+    figure.suptitle(title, fontsize=11)
+    figure.tight_layout(rect=(0, 0, 1, top))
     figure.savefig(path, dpi=110)
     plt.close(figure)
     return path
@@ -64,7 +62,7 @@ def speedups(results: Results, path: Path, groups: list[str]) -> Path:
         rows = results.groups[group]
         names = [name for name in PROVIDERS if name in rows and name != "bare op"]
         values = [seconds(rows[name]) for name in names]
-        ax.barh(names, values, color=[_colour(name) for name in names], height=0.72)
+        ax.barh(range(len(names)), values, color=[COLOURS.get(name, PLAIN) for name in names], height=0.72)
         mine = results.ours(group)
         for i, (name, value) in enumerate(zip(names, values, strict=True)):
             ratio = "" if name == mine else f"  {times(value / seconds(rows[mine]))}"
@@ -76,51 +74,32 @@ def speedups(results: Results, path: Path, groups: list[str]) -> Path:
         ax.set_xlabel("time per call, seconds (log scale; shorter is better)", fontsize=7.5)
         ax.tick_params(labelsize=8)
         ax.spines[["top", "right"]].set_visible(False)
-        labels = ax.get_yticklabels()
-        for label in labels:
-            if label.get_text() in OURS:
-                label.set_text(f"ppo_kernels ({label.get_text()})")
-                label.set_fontweight("bold")
-        ax.set_yticks(range(len(names)), [label.get_text() for label in labels])
-    figure.suptitle(f"Time per call, and how many times ours ({_caption(results)})", fontsize=11)
-    figure.tight_layout(rect=(0, 0, 1, 0.985))
-    return _save(figure, path)
+        ax.set_yticks(range(len(names)), [f"ppo_kernels ({name})" if name in OURS else name for name in names])
+        for label, name in zip(ax.get_yticklabels(), names, strict=True):
+            label.set_fontweight("bold" if name in OURS else "normal")
+    return _save(figure, path, f"Time per call, and how many times ours ({_caption(results)})", top=0.985)
 
 
 def rooflines(results: Results, path: Path) -> Path:
     """One panel per op: the rate that it reaches against the size of the data, and the limits."""
-    works = [work for work in dict.fromkeys(line.work for line in results.lines)]
+    works = list(dict.fromkeys(line.work for line in results.lines))
     figure, axes = _grid(len(works), 4, 3.7, 3.0)
     read = results.run.get("GB/s", {}).get("read")
     for ax, work in zip(axes, works, strict=True):
-        lines = [line for line in results.lines if line.work == work and line.axis != "threads"]
+        lines = [line for line in results.lines if line.work == work]
         for line, marker in zip(lines, "os^", strict=False):
-            rates = [size / time / 1e9 for size, (_, time) in zip(line.bytes, line.points, strict=True)]
-            mib = [size / 2**20 for size in line.bytes]
-            ax.plot(mib, rates, marker=marker, ms=4, lw=1.2, label=f"against {line.axis}")
-        best = results.best_rate(work)
-        if best:
+            mib = [size / MIB for size in line.bytes]
+            ax.plot(mib, line.rates(), marker=marker, ms=4, lw=1.2, label=f"against {line.axis}")
+        if best := results.best_rate(work):
             ax.axhline(best, color="#0b6e4f", ls=":", lw=1.2, label=f"instructions: {best:.3g}")
         if read:
             ax.axhline(read, color="#bc4749", ls="--", lw=1.2, label=f"memory read: {read:.3g}")
-        cache = results.machine.get("cache MiB")
-        if cache:
+        if cache := results.machine.get("cache MiB"):
             ax.axvline(cache, color=PLAIN, ls=":", lw=0.9, label=f"last cache: {cache:g} MiB")
-        ax.set_xscale("log", base=2)
-        ax.set_yscale("log")
-        ax.set_title(work, fontsize=9, fontweight="bold")
-        ax.set_xlabel("data per call, MiB", fontsize=8)
-        ax.set_ylabel("rate, GB/s", fontsize=8)
-        ax.tick_params(labelsize=7.5)
-        ax.grid(alpha=0.25)
+        _log_axes(ax, work, "data per call, MiB", "rate, GB/s")
         ax.legend(fontsize=6.5, framealpha=0.6)
-    figure.suptitle(
-        "Rate against size with one thread, and what limits it: instructions within the caches, memory beyond "
-        f"({_caption(results)})",
-        fontsize=11,
-    )
-    figure.tight_layout(rect=(0, 0, 1, 0.97))
-    return _save(figure, path)
+    what = "Rate against size with one thread, and what limits it: instructions within the caches, memory beyond"
+    return _save(figure, path, f"{what} ({_caption(results)})")
 
 
 UNITS = {"V": "vocabulary V", "T": "tokens per row T", "B": "rows B"}
@@ -129,42 +108,39 @@ UNITS = {"V": "vocabulary V", "T": "tokens per row T", "B": "rows B"}
 def scaling(results: Results, path: Path) -> Path:
     axes_of: dict[str, list[Line]] = {}
     for line in results.lines:
-        if line.axis != "threads":
-            axes_of.setdefault(line.axis, []).append(line)
+        axes_of.setdefault(line.axis, []).append(line)
     figure, axes = _grid(len(axes_of), 3, 5.4, 4.6)
     for ax, (axis, lines) in zip(axes, axes_of.items(), strict=True):
         for line, colour in zip(lines, LINES, strict=False):
             xs, ys = zip(*line.points, strict=True)
-            slope, _ = exponents(line)
-            ax.plot(
-                xs, [y * 1e6 for y in ys], marker="o", ms=3.5, lw=1.3, color=colour, label=f"{line.work}: {slope:.2f}"
-            )
+            label = f"{line.work}: {exponents(line)[0]:.2f}"
+            ax.plot(xs, [y * 1e6 for y in ys], marker="o", ms=3.5, lw=1.3, color=colour, label=label)
         end, top = xs[-1], max(line.points[-1][1] for line in lines) * 1e6 * 3
         ax.plot([end / 256, end], [top / 256, top], color="black", lw=1, ls="--", label="linear: 1.00")
-        ax.set_xscale("log", base=2)
-        ax.set_yscale("log")
-        ax.set_xlabel(UNITS.get(axis, axis), fontsize=9)
-        ax.set_ylabel("least time per call, µs", fontsize=9)
-        ax.set_title(f"against {UNITS.get(axis, axis)}", fontsize=10, fontweight="bold")
-        ax.tick_params(labelsize=8)
-        ax.grid(alpha=0.25)
+        _log_axes(ax, f"against {UNITS[axis]}", UNITS[axis], "least time per call, µs")
         ax.legend(fontsize=7, title="growth exponent, upper half", title_fontsize=7, loc="upper left", framealpha=0.6)
-    figure.suptitle(f"Cost of ours against size, one thread ({_caption(results)})", fontsize=11)
-    figure.tight_layout(rect=(0, 0, 1, 0.97))
-    return _save(figure, path)
+    return _save(figure, path, f"Cost of ours against size, one thread ({_caption(results)})")
+
+
+def _log_axes(ax: Axes, title: str, x: str, y: str) -> None:
+    ax.set_xscale("log", base=2)
+    ax.set_yscale("log")
+    ax.set_title(title, fontsize=9, fontweight="bold")
+    ax.set_xlabel(x, fontsize=8)
+    ax.set_ylabel(y, fontsize=8)
+    ax.tick_params(labelsize=8)
+    ax.grid(alpha=0.25)
 
 
 def draw(results: Results, folder: Path) -> dict[str, Path]:
     """Every figure that the results have the rows for, by title."""
     figures = {}
-    large = [group for group in results.groups if not small_call(group)]
-    small = [group for group in results.groups if small_call(group)]
-    if large:
-        figures["Speed against everyone else"] = speedups(results, folder / "speed.png", large)
-    if small:
-        figures["Small calls: what a call costs when there is nothing to compute"] = speedups(
-            results, folder / "small_calls.png", small
-        )
+    for title, name, small in (
+        ("Speed against everyone else", "speed.png", False),
+        ("Small calls: what a call costs when there is nothing to compute", "small_calls.png", True),
+    ):
+        if groups := [group for group in results.groups if small_call(group) == small]:
+            figures[title] = speedups(results, folder / name, groups)
     if results.lines:
         figures["Rate and limits of each op"] = rooflines(results, folder / "roofline.png")
         figures["Growth with size"] = scaling(results, folder / "scaling.png")

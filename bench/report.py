@@ -24,11 +24,8 @@ WHAT = (
 def overview(data: dict[str, Any]) -> str:
     """The table that a run of pytest ends with."""
     results = Results(data)
-    lines = []
-    if results.groups:
-        lines.append(tables.speed_table(results).markdown())
-    wrong = [row for row in results.untimed if row["state"] == "wrong"]
-    lines += [f"WRONG, not timed: {row['group']}, {row['provider']}: {row['why']}" for row in wrong]
+    lines = [tables.speed_table(results).markdown()] if results.groups else []
+    lines += [f"WRONG, not timed: {row['group']}, {row['provider']}: {row['why']}" for row in results.wrong]
     return "\n".join(lines)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
@@ -14,7 +15,7 @@ from bench.rows import OURS, PROVIDERS
 #: The order of rows: what comes first in a training step.
 WORKS = tuple(dict.fromkeys(case.work for case in benchmarks()))
 MIB = 2**20
-NOISY = 0.25  # interquartile range over the median
+NOISY = 0.25  # spread
 
 Bench = dict[str, Any]
 
@@ -47,6 +48,16 @@ class Line:
     points: list[tuple[int, float]]
     bytes: list[int]
 
+    @classmethod
+    def of(cls, work: str, axis: str, benches: list[Bench]) -> Line:
+        benches = sorted(benches, key=lambda bench: bench["extra_info"]["at"])
+        points = [(bench["extra_info"]["at"], bench["stats"]["min"]) for bench in benches]
+        return cls(work, axis, points, [bench["extra_info"]["bytes"] for bench in benches])
+
+    def rates(self) -> list[float]:
+        """GB/s at each point."""
+        return [size / time / 1e9 for size, (_, time) in zip(self.bytes, self.points, strict=True)]
+
 
 class Results:
     def __init__(self, data: dict[str, Any]) -> None:
@@ -63,9 +74,15 @@ class Results:
             elif "provider" in info:
                 self.groups.setdefault(bench["group"], {})[info["provider"]] = bench
         self.groups = dict(sorted(self.groups.items(), key=_place))
-        self.lines = [_line(work, axis, benches) for (work, axis), benches in scaling.items()]
+        lines = [Line.of(work, axis, benches) for (work, axis), benches in scaling.items()]
+        self.lines = [line for line in lines if line.axis != "threads"]
+        self.threads = [line for line in lines if line.axis == "threads"]
         first = data["benchmarks"][0]["extra_info"] if data["benchmarks"] else {}
         self.versions = {name: first.get(name, "") for name in ("torch", "ppo_kernels", "commit", "threads")}
+
+    @property
+    def wrong(self) -> list[Bench]:
+        return [row for row in self.untimed if row["state"] == "wrong"]
 
     def providers(self) -> list[str]:
         found = {provider for group in self.groups.values() for provider in group}
@@ -85,13 +102,7 @@ class Results:
 
     def best_rate(self, work: str) -> float | None:
         """GB/s of one thread at the best size of the scaling lines: in cache, where instructions are the limit."""
-        rates = [
-            size / at / 1e9
-            for line in self.lines
-            if line.work == work and line.axis != "threads"
-            for size, (_, at) in zip(line.bytes, line.points, strict=True)
-        ]
-        return max(rates, default=None)
+        return max((rate for line in self.lines if line.work == work for rate in line.rates()), default=None)
 
 
 def seconds(bench: Bench) -> float:
@@ -103,8 +114,13 @@ def small_call(group: str) -> bool:
     return "[8, " in group
 
 
+def spread(bench: Bench) -> float:
+    """The interquartile range over the median."""
+    return bench["stats"]["iqr"] / bench["stats"]["median"]
+
+
 def noisy(bench: Bench) -> bool:
-    return bench["stats"]["iqr"] > NOISY * bench["stats"]["median"]
+    return spread(bench) > NOISY
 
 
 def _place(item: tuple[str, dict[str, Bench]]) -> tuple[bool, int]:
@@ -112,12 +128,6 @@ def _place(item: tuple[str, dict[str, Bench]]) -> tuple[bool, int]:
     group, rows = item
     work = next(iter(rows.values()))["extra_info"]["work"]
     return small_call(group), WORKS.index(work) if work in WORKS else len(WORKS)
-
-
-def _line(work: str, axis: str, benches: list[Bench]) -> Line:
-    benches = sorted(benches, key=lambda bench: bench["extra_info"]["at"])
-    points = [(bench["extra_info"]["at"], bench["stats"]["min"]) for bench in benches]
-    return Line(work, axis, points, [bench["extra_info"]["bytes"] for bench in benches])
 
 
 def duration(s: float) -> str:
@@ -152,34 +162,29 @@ def speed_table(results: Results) -> Table:
         mine = results.ours(group)
         if mine is None:
             continue
-        info = rows[mine]["extra_info"]
-        best = results.best_rate(info["work"])
+        rate, best = rows[mine]["extra_info"]["GB/s"], results.best_rate(rows[mine]["extra_info"]["work"])
+        ours = duration(seconds(rows[mine])) + (f" ({mine})" if mine != "cpu" else "")
         blurred = {name: "~" for name in rows if noisy(rows[name]) or noisy(rows[mine])}
         ratios = [times(results.ratio(group, name)) + blurred.get(name, "") for name in others]
-        table.lines.append(
-            [
-                group,
-                f"{duration(seconds(rows[mine]))}" + (f" ({mine})" if mine != "cpu" else ""),
-                f"{info['GB/s']:.3g}",
-                f"{100 * info['GB/s'] / read:.0f} %" if read else "",
-                f"{best:.3g}" if best else "",
-                *ratios,
-            ]
-        )
+        in_cache = f"{best:.3g}" if best else ""
+        table.lines.append([group, ours, f"{rate:.3g}", _percent(rate, read), in_cache, *ratios])
     return table
 
 
-def _per_provider(results: Results, title: str, note: str, fact: str, show: Any) -> Table:
+def _percent(rate: float, whole: float | None) -> str:
+    return f"{100 * rate / whole:.0f} %" if whole else ""
+
+
+def _per_provider(results: Results, title: str, note: str, show: Callable[[Bench], str]) -> Table:
     table = Table(title, note, ["work", *results.providers()])
     for group, rows in results.groups.items():
-        cells = [show(rows[name]["extra_info"][fact]) if name in rows else "" for name in results.providers()]
-        table.lines.append([group, *cells])
+        table.lines.append([group, *(show(rows[name]) if name in rows else "" for name in results.providers())])
     return table
 
 
 def memory_table(results: Results) -> Table:
     note = "MiB that torch's allocator holds at once during a call, beyond the inputs; outputs included."
-    return _per_provider(results, "Extra memory, MiB", note, "extra_bytes", mib)
+    return _per_provider(results, "Extra memory, MiB", note, lambda row: mib(row["extra_info"]["extra_bytes"]))
 
 
 def error_table(results: Results) -> Table:
@@ -187,7 +192,7 @@ def error_table(results: Results) -> Table:
         "Against the reference in float64: the largest error over the largest value of an output, worst of the outputs "
         "that the provider returns. A result rounded to bf16 is off by up to 4e-3."
     )
-    return _per_provider(results, "Error", note, "error", lambda error: f"{error:.0e}")
+    return _per_provider(results, "Error", note, lambda row: f"{row['extra_info']['error']:.0e}")
 
 
 def device_table(results: Results) -> Table:
@@ -205,21 +210,14 @@ def device_table(results: Results) -> Table:
                 continue
             times = [info.get("forward_seconds"), info.get("backward_seconds"), seconds(rows[name])]
             times += [info["call_seconds"], info["l2_warm_seconds"]]
-            share = f"{100 * info['GB/s'] / copy:.0f} %" if copy else ""
-            table.lines.append([group, name, *("" if t is None else f"{1e6 * t:.3g}" for t in times), share])
+            cells = ["" if t is None else f"{1e6 * t:.3g}" for t in times]
+            table.lines.append([group, name, *cells, _percent(info["GB/s"], copy)])
     return table
 
 
 def spread_table(results: Results) -> Table:
     note = "Medians and, in brackets, the interquartile range over them. Many above 25 %: run on a quieter machine."
-    table = Table("Times", note, ["work", *results.providers()])
-    for group, rows in results.groups.items():
-        cells = []
-        for name in results.providers():
-            stats = rows[name]["stats"] if name in rows else None
-            cells.append(f"{duration(stats['median'])} ({stats['iqr'] / stats['median']:.0%})" if stats else "")
-        table.lines.append([group, *cells])
-    return table
+    return _per_provider(results, "Times", note, lambda row: f"{duration(seconds(row))} ({spread(row):.0%})")
 
 
 def untimed_table(results: Results) -> Table:
@@ -236,10 +234,8 @@ def untimed_table(results: Results) -> Table:
 
 def works_table() -> Table:
     note = "The steps of a PPO update of a language model that the rows stand for."
-    table = Table("What is computed", note, ["work", "is"])
-    table.lines = [[file, text] for file, text in cases.described().items()]
-    table.lines.append(["[8, ...]", "small calls: next to nothing to compute, so what is left is the cost of a call"])
-    return table
+    small = ["[8, ...]", "small calls: next to nothing to compute, so what is left is the cost of a call"]
+    return Table("What is computed", note, ["work", "is"], [*map(list, cases.described().items()), small])
 
 
 def sources_table(results: Results) -> Table:
@@ -284,25 +280,19 @@ def scaling_table(results: Results) -> Table:
         ["work", "axis", "from", "to", "exponent", "steepest doubling", "time at the end", "verdict"],
     )
     for line in results.lines:
-        if line.axis == "threads":
-            continue
         slope, steepest = exponents(line)
         (start, _), (end, last) = line.points[0], line.points[-1]
         verdict = "linear" if slope <= 1.15 and steepest <= CLIFF else "LOOK"
-        table.lines.append(
-            [line.work, line.axis, str(start), str(end), f"{slope:.2f}", f"{steepest:.2f}", duration(last), verdict]
-        )
+        figures = [str(start), str(end), f"{slope:.2f}", f"{steepest:.2f}", duration(last)]
+        table.lines.append([line.work, line.axis, *figures, verdict])
     return table
 
 
 def threads_table(results: Results) -> Table:
-    table = Table(
-        "Threads",
-        "Least time with one thread over that with two; 2 is ideal.",
-        ["work", "1 thread", "2 threads", "gain"],
-    )
-    for line in results.lines:
-        if line.axis == "threads" and len(line.points) == 2:
+    note = "Least time with one thread over that with two; 2 is ideal."
+    table = Table("Threads", note, ["work", "1 thread", "2 threads", "gain"])
+    for line in results.threads:
+        if len(line.points) == 2:
             (_, one), (_, two) = line.points
             table.lines.append([line.work, duration(one), duration(two), times(one / two)])
     return table

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property, partial
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
 
 import torch
 from torch import Tensor
@@ -104,21 +104,26 @@ class Row:
 
     @property
     def name(self) -> str:
-        """Of the benchmark: committed results are found again by it."""
         return f"bench_{self.file}[{self}]"
 
+    @property
+    def fullname(self) -> str:
+        """Of the benchmark: committed results are found again by it."""
+        return f"bench/bench_{self.file}.py::{self.name}"
 
-def of(setup: Setup, *, compiled: bool, file: str) -> list[Row]:
-    """A row for everyone who can do this work."""
-    case = setup.case
+
+def of(case: Case, shape: Shape, size: str, *, compiled: bool, file: str) -> list[Row]:
+    """A row for everyone who can do this work. The quick size does without other libraries."""
+    others = () if size == "quick" else peers.for_work(case.work)
     left_out = {
         *([] if case.bare else [BARE]),
         *([] if case.portable_loops and DEVICE == "cpu" else [PORTABLE]),
         *([] if compiled else [COMPILE]),
         *([EAGER] if case.time_loop and DEVICE == "cuda" else []),  # it takes seconds
-        *(peers.PEERS.keys() - peers.for_work(case.work)),
+        *(peers.PEERS.keys() - others),
     }
-    return [Row(case.group(setup.shape), setup, name, file=file) for name in PROVIDERS if name not in left_out]
+    setup = Setup(case, shape)
+    return [Row(case.group(shape), setup, name, file=file) for name in PROVIDERS if name not in left_out]
 
 
 def best(setup: Setup) -> str:
@@ -127,21 +132,21 @@ def best(setup: Setup) -> str:
 
 
 def works(size: str) -> list[Row]:
-    """Every work at the shapes of a size. The quick ones do without other libraries."""
-    rows = [
+    """Every work at the shapes of a size."""
+    return [
         row
         for case in benchmarks()
         for shape in case.shapes.get(size, ())
-        for row in of(Setup(case, shape), compiled=size in case.compiled, file=case.file)
+        for row in of(case, shape, size, compiled=size in case.compiled, file=case.file)
     ]
-    return [row for row in rows if size != "quick" or row.provider not in peers.PEERS]
 
 
 def small_calls(size: str) -> list[Row]:
     """Next to nothing to compute: what is left is the cost of a call."""
+    if size not in MEASURED:
+        return []
     cases = [case for case in benchmarks() if case.small_call and (size != "quick" or case.small_call_targets)]
-    rows = [row for case in cases for row in of(Setup(case, case.small_call), compiled=False, file="small_call")]
-    return [row for row in rows if size in MEASURED and (size != "quick" or row.provider not in peers.PEERS)]
+    return [row for case in cases for row in of(case, case.small_call, size, compiled=False, file="small_call")]
 
 
 def scaling(size: str) -> list[Row]:
@@ -171,27 +176,19 @@ def all_of(size: str) -> list[Row]:
 def call_of(setup: Setup, provider: str) -> Callable[[Inputs], Callable[[], object]]:
     """From inputs to the call of a provider up to its outputs; or AbsentError."""
     case, run = setup.case, setup.case.run
-    if provider in OURS:
-        _require(case.op, provider)
-        return lambda inputs: partial(run, provider, **inputs)
-    if provider == PORTABLE:
-        _require(case.op, "cpu")
-        if not _native.avx512_loops():
-            raise AbsentError('"cpu" runs the portable loops: they were chosen, or this CPU has no AVX-512')
-        return lambda inputs: partial(run, "cpu", **inputs)
-    if provider == BARE:
-        _require(case.op, best(setup))
-        return lambda inputs: partial(case.bare, **inputs)
-    if provider == REFERENCE:
-        return lambda inputs: partial(run, "torch", **inputs)
-    if provider == EAGER:
-        return lambda inputs: partial(case.eager, **inputs)
+    if provider in peers.PEERS:
+        return lambda inputs: peers.call(provider, case.work, inputs)
+    if provider in (*OURS, PORTABLE, BARE):
+        _require(case.op, {PORTABLE: "cpu", BARE: best(setup)}.get(provider, provider))
+    if provider == PORTABLE and not _native.avx512_loops():
+        raise AbsentError('"cpu" runs the portable loops: they were chosen, or this CPU has no AVX-512')
+    if provider == COMPILE and case.time_loop:
+        raise AbsentError("the loop over time would be unrolled into one graph of T steps")
+    impl = {PORTABLE: "cpu", REFERENCE: "torch", COMPILE: "torch"}.get(provider, provider)
+    function = {EAGER: case.eager, BARE: case.bare}.get(provider) or partial(run, impl)
     if provider == COMPILE:
-        if case.time_loop:
-            raise AbsentError("the loop over time would be unrolled into one graph of T steps")
-        compiled = torch.compile(lambda **inputs: run("torch", **inputs), dynamic=False)
-        return lambda inputs: partial(compiled, **inputs)
-    return lambda inputs: peers.call(provider, case.work, inputs)
+        function = torch.compile(function, dynamic=False)
+    return lambda inputs: partial(function, **inputs)
 
 
 def _require(op: str, impl: str) -> None:
@@ -226,8 +223,5 @@ def describe(row: Row) -> dict[str, object]:
     if row.point:
         facts |= {"axis": row.point[0], "at": row.point[1]}
     if row.provider in peers.PEERS:
-        try:
-            facts |= peers.describe(row.provider)
-        except PackageNotFoundError:
-            facts["version"] = "not installed"
+        facts |= peers.describe(row.provider)
     return facts

@@ -11,9 +11,10 @@ import __future__
 import ast
 from collections.abc import Iterator
 from importlib.metadata import distribution
+from typing import Any
 
 
-def functions(package: str, file: str, names: list[str], given: dict[str, object] | None = None) -> dict[str, object]:
+def functions(package: str, file: str, *names: str, **given: object) -> dict[str, Any]:
     """The functions (or ``Class.method``) of ``file``, by name. ``given`` stands in for what they would import."""
     path = distribution(package).locate_file(file)
     statements = ast.parse(path.read_text(), str(path)).body
@@ -21,7 +22,7 @@ def functions(package: str, file: str, names: list[str], given: dict[str, object
         if "." in name:
             statements.append(_method(statements, name))
     wanted = [name.rpartition(".")[2] for name in names]
-    space: dict[str, object] = {"__name__": f"bench.{package}", **(given or {})}
+    space: dict[str, object] = {"__name__": f"bench.{package}", **given}
     body = ast.Module(_needed(statements, wanted, set(space)), type_ignores=[])
     code = compile(body, str(path), "exec", flags=__future__.annotations.compiler_flag, dont_inherit=True)
     exec(code, space)

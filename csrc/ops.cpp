@@ -16,18 +16,18 @@ constexpr const char* kSchemas = R"(
 // B sequences, T response tokens, N packed tokens, V vocabulary. A token tensor is padded [B, T] with any row stride,
 // or packed [N] with cu_seqlens [B+1]. Masks are bytes. Clamps that are off are infinite.
 
-// logits [..., V]; labels, mask, temperature_rows (float64) and every output [...]; entropy is empty unless asked
-// for. A temperature is taken for the nearest one whose log2(e) / temperature is a normal number of the dtype that is
-// computed in; what is not above 0 makes NaN. log_sum is -1 for a row that was not read, row_max is NaN for a row
-// without a distribution.
+// logits [..., V]; labels and logprobs [...] or, with several labels per row, [..., K]; mask, temperature_rows (float64)
+// and every other output [...]; entropy is empty unless asked for. A temperature is taken for the nearest one
+// whose log2(e) / temperature is a normal number of the dtype that is computed in; what is not above 0 makes NaN. log_sum
+// is -1 for a row that was not read, row_max is NaN for a row without a distribution.
 token_logprobs(Tensor logits, Tensor labels, Tensor? mask, Tensor? temperature_rows, float temperature,
     int ignore_index, bool entropy) -> (Tensor logprobs, Tensor entropy, Tensor row_max, Tensor log_sum)
 token_logprobs_backward(Tensor logits, Tensor labels, Tensor? temperature_rows, Tensor? grad_logprobs,
-    Tensor? grad_entropy, Tensor logprobs, Tensor entropy, Tensor row_max, Tensor log_sum, float temperature)
-    -> Tensor
+    Tensor? grad_entropy, Tensor logprobs, Tensor entropy, Tensor row_max, Tensor log_sum, float temperature,
+    int ignore_index) -> Tensor
 token_logprobs_backward_(Tensor(a!) logits, Tensor labels, Tensor? temperature_rows, Tensor? grad_logprobs,
-    Tensor? grad_entropy, Tensor logprobs, Tensor entropy, Tensor row_max, Tensor log_sum, float temperature)
-    -> ()
+    Tensor? grad_entropy, Tensor logprobs, Tensor entropy, Tensor row_max, Tensor log_sum, float temperature,
+    int ignore_index) -> ()
 
 // scores, score_index, kl [B]. kl_coef_tensor, float64 0-d, takes the place of kl_coef where it is given.
 kl_rewards(Tensor logprobs, Tensor ref_logprobs, Tensor scores, Tensor? mask, Tensor? score_index,

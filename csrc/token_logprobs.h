@@ -1,9 +1,20 @@
-// The two registered forms of the backward of token_logprobs, for the CPU and for CUDA.
+// What the launchers of token_logprobs share, for the CPU and for CUDA: labels per row, and the two registered forms of
+// the backward.
 #pragma once
 
 #include "checks.h"
 
 namespace ppo {
+
+// K of labels [..., K], and 1 of labels [...].
+inline int64_t labels_per_row(const Tensor& labels, const Tensor& logits) {
+  const int64_t rows = logits.dim() - 1, many = labels.dim() == logits.dim() ? labels.size(rows) : 1;
+  const Sizes sizes = labels.sizes(), leading = leading_sizes(logits);
+  PPO_CHECK((labels.dim() == rows || labels.dim() == rows + 1) && many >= 1 &&
+                std::equal(leading.begin(), leading.end(), sizes.begin()),
+            "labels must have the shape ", shape_text(leading), ", or that and K >= 1, got ", shape_text(sizes));
+  return many;
+}
 
 // kInto(gradient, logits, ...) writes the gradient, kEmptyLike(logits) is memory for it.
 template <class Into, Into* kInto, auto kEmptyLike>

@@ -6,6 +6,8 @@ Every function takes ``impl="auto"``: a compiled kernel where one serves the ten
 
 from __future__ import annotations
 
+from ppo_kernels._process import refuse_another_interpreter as _refuse_another_interpreter
+
 __version__ = "0.1.0"
 
 __all__: list[str] = [
@@ -27,6 +29,7 @@ __all__: list[str] = [
     "whiten",
 ]
 
+_refuse_another_interpreter()
 try:
     import torch as _torch
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import importlib
 import logging
+import struct
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,6 +19,7 @@ from types import ModuleType
 
 import torch
 
+from ppo_kernels._process import claim, refuse_another_copy
 from ppo_kernels._schemas import PACKAGE, SCHEMAS
 from ppo_kernels._source_hash import source_hash
 
@@ -99,10 +101,12 @@ def _load_cpu() -> ModuleType:
         others = sorted(path.name for path in PACKAGE.glob("_C.*so"))
         found = f"only for another Python ({', '.join(others)})" if others else "not"
         raise NativeError(f"the C++ ops are {found} built in {PACKAGE}; build them with: {REBUILD}")
+    path = PACKAGE / f"_C{suffixes[0]}"
     try:
+        _check_whole(path)
         return importlib.import_module("ppo_kernels._C")
-    except ImportError as error:
-        raise NativeError(_cannot_load(PACKAGE / f"_C{suffixes[0]}", error)) from error
+    except (ImportError, OSError) as error:
+        raise NativeError(_cannot_load(path, error)) from error
 
 
 def _load_cuda() -> ctypes.CDLL:
@@ -115,6 +119,7 @@ def _load_cuda() -> ctypes.CDLL:
     if not path.exists():
         raise NativeError(f"the CUDA ops are not built in {PACKAGE}; with nvcc on PATH, run: {REBUILD}")
     try:
+        _check_whole(path)
         library = open_cuda_library(path)
     except OSError as error:
         raise NativeError(_cannot_load(path, error)) from error
@@ -129,6 +134,23 @@ def open_cuda_library(path: Path) -> ctypes.CDLL:
     _cuda = ctypes.CDLL(str(path))
     _cuda.ppo_kernels_call_counts.restype = ctypes.c_char_p
     return _cuda
+
+
+def _check_whole(path: Path) -> None:
+    """A library without its end (after a full disk, or a copy that broke off) would kill the process with SIGBUS."""
+    with path.open("rb") as file:
+        header = file.read(64)
+        if header[:5] != b"\x7fELF\2" or len(header) < 64:  # the loader itself refuses what is no library
+            return
+        segments, sections = struct.unpack_from("=QQ", header, 32)
+        segment_size, segment_count, section_size, section_count = struct.unpack_from("=4H", header, 54)
+        ends = [segments + segment_size * segment_count, sections + section_size * section_count]
+        file.seek(segments)
+        table = file.read(segment_size * segment_count)
+    ends += [sum(struct.unpack_from("=8xQ16xQ", table, at)) for at in range(0, len(table) - 55, 56)]
+    size = path.stat().st_size
+    if size < max(ends):
+        raise OSError(f"it is cut short, {size} of {max(ends)} bytes; build it again: {REBUILD}")
 
 
 def _cannot_load(path: Path, error: Exception) -> str:
@@ -165,4 +187,6 @@ def _load() -> None:
         logger.info("CUDA ops: %s", error)
 
 
+refuse_another_copy(PACKAGE, next(iter(SCHEMAS)))
 _load()
+claim(PACKAGE)

@@ -71,6 +71,10 @@ class UserError(Exception):
     """Something the person who started the run can put right; shown as one line, without a traceback."""
 
 
+class SettingError(UserError, ValueError):
+    """A setting, or settings together, that cannot be."""
+
+
 def by_new_names(settings: dict[str, Any]) -> dict[str, Any]:
     return ADDED | {RENAMED.get(name, name): value for name, value in settings.items()}
 
@@ -131,33 +135,33 @@ class RunConfig:
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
             if isinstance(value, str) and not _is_text(value):
-                raise ValueError(f"{name} holds a character that no text and no file's name has: {value[:60]!a}")
+                raise SettingError(f"{name} holds a character that no text and no file's name has: {value[:60]!a}")
             if isinstance(value, int) and abs(value) >= 1 << 53:
-                raise ValueError(f"{name} must be below 2**53, not a number of {len(str(abs(value)))} digits")
+                raise SettingError(f"{name} must be below 2**53, not a number of {len(str(abs(value)))} digits")
         for name, (test, allowed) in RANGES.items():
             value = getattr(self, name, None)
             if value is not None and not test(value):
-                raise ValueError(f"{name} must be {allowed}, not {value}")
+                raise SettingError(f"{name} must be {allowed}, not {value}")
         report_packages(getattr(self, "report_to", "none"))
         if self.model_config is not None:
             architecture = _json("model_config", self.model_config)
             self.model_config = json.dumps(architecture)  # one spelling, so that two runs can be compared
             kind = architecture.get("model_type")
             if not isinstance(kind, str) or kind not in CONFIG_MAPPING:
-                raise ValueError(f"model_config needs a model_type that transformers knows, not {kind!r}")
+                raise SettingError(f"model_config needs a model_type that transformers knows, not {kind!r}")
         if self.column_mapping is not None:
             names = _json("column_mapping", self.column_mapping)
             if not all(isinstance(name, str) for name in names.values()) or len({*names.values()}) < len(names):
-                raise ValueError(f"column_mapping must give each of our names a column of its own, not {names}")
+                raise SettingError(f"column_mapping must give each of our names a column of its own, not {names}")
             self.column_mapping = json.dumps(names)
         if self.fp16 and not torch.cuda.is_available():
-            raise ValueError("fp16 needs a CUDA device; train in bf16 (bf16: true) or in float32")
+            raise SettingError("fp16 needs a CUDA device; train in bf16 (bf16: true) or in float32")
         if self.fp16 and self.bf16:
-            raise ValueError("fp16 and bf16 exclude each other")
+            raise SettingError("fp16 and bf16 exclude each other")
         folder = Path(self.output_dir).absolute()
         there = next(path for path in (folder, *folder.parents) if os.path.exists(path))
         if not (there.is_dir() and os.access(there, os.W_OK | os.X_OK)):
-            raise ValueError(f"output_dir {self.output_dir} cannot be written: {there} is no writable folder")
+            raise SettingError(f"output_dir {self.output_dir} cannot be written: {there} is no writable folder")
 
 
 @dataclass
@@ -299,9 +303,9 @@ class SamplingConfig(RunConfig):
         try:
             weights = [float(weight) for weight in given]
         except ValueError as error:
-            raise ValueError(f"reward_weights must be numbers with commas, not {self.reward_weights!r}") from error
+            raise SettingError(f"reward_weights must be numbers with commas, not {self.reward_weights!r}") from error
         if len(weights) != len(names) or not all(map(math.isfinite, weights)):
-            raise ValueError(
+            raise SettingError(
                 f"reward_weights {self.reward_weights} must be a finite number for each of the {len(names)} functions "
                 "of reward_function"
             )
@@ -316,10 +320,10 @@ class SamplingConfig(RunConfig):
             try:
                 given = json.loads(given)
             except ValueError as error:
-                raise ValueError(f"stop_strings is no JSON list: {error}") from error
+                raise SettingError(f"stop_strings is no JSON list: {error}") from error
         found = given if isinstance(given, list) else [given]
         if not all(isinstance(one, str) and one for one in found):
-            raise ValueError(f"stop_strings must be texts that are not empty, not {self.stop_strings}")
+            raise SettingError(f"stop_strings must be texts that are not empty, not {self.stop_strings}")
         return found
 
 
@@ -430,22 +434,22 @@ class PPOConfig(SamplingConfig, OptimizerConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.batch_size % self.num_mini_batches:
-            raise ValueError(
+            raise SettingError(
                 f"batch_size {self.batch_size} must be a multiple of num_mini_batches {self.num_mini_batches}"
             )
         if self.critic_warmup_steps >= self.total_steps:
-            raise ValueError(
+            raise SettingError(
                 f"critic_warmup_steps {self.critic_warmup_steps} must be below total_steps {self.total_steps}, or the "
                 "policy is never trained"
             )
         if self.early_stopping_patience is not None and self.metric_for_best_model is None:
-            raise ValueError("early_stopping_patience needs metric_for_best_model")
+            raise SettingError("early_stopping_patience needs metric_for_best_model")
         if self.metric_for_best_model is not None and not self.eval_steps:
-            raise ValueError("metric_for_best_model needs eval_steps above 0: only evaluations are compared")
+            raise SettingError("metric_for_best_model needs eval_steps above 0: only evaluations are compared")
         if self.kl_target is not None and not self.kl_coef:
-            raise ValueError("kl_target needs a kl_coef above 0 to start from")
+            raise SettingError("kl_target needs a kl_coef above 0 to start from")
         if self.kl_target is not None and self.kl_horizon <= 0.2 * self.batch_size:
-            raise ValueError(
+            raise SettingError(
                 f"kl_horizon {self.kl_horizon} must be above a fifth of batch_size {self.batch_size}: "
                 "kl_coef could come to 0 or below in one step"
             )
@@ -469,11 +473,11 @@ class FrontierConfig(PPOConfig):
         names = [name.strip() for name in self.algorithms.split(",")]
         for name in names:
             if name not in known:
-                raise ValueError(f"algorithms: {name!r} is none of {', '.join(known)}")
+                raise SettingError(f"algorithms: {name!r} is none of {', '.join(known)}")
         try:
             coefs = [float(coef) for coef in self.kl_coefs.split(",")]
         except ValueError as error:
-            raise ValueError(f"kl_coefs must be numbers separated by commas, not {self.kl_coefs!r}") from error
+            raise SettingError(f"kl_coefs must be numbers separated by commas, not {self.kl_coefs!r}") from error
         return [(name, coef) for name in names for coef in coefs]
 
 
@@ -488,7 +492,7 @@ def report_packages(report_to: str) -> list[str]:
     if report_to == "all":
         return installed_reports()
     if report_to not in installed_reports():
-        raise ValueError(f"report_to {report_to}: the package is not installed; pip install {report_to}")
+        raise SettingError(f"report_to {report_to}: the package is not installed; pip install {report_to}")
     return [report_to]
 
 
@@ -510,7 +514,7 @@ def _json(name: str, text: str) -> dict[str, Any]:
     try:
         content = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{name} is not JSON: {error}") from error
+        raise SettingError(f"{name} is not JSON: {error}") from error
     if not isinstance(content, dict):
-        raise ValueError(f"{name} must be a mapping")
+        raise SettingError(f"{name} must be a mapping")
     return content

@@ -190,6 +190,32 @@ def shuffled_positions(count: int, seed: int, start: int, size: int) -> list[int
     return positions
 
 
+def _where_cdf_passes(probabilities: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:
+    """[B, 1] columns: first the block of columns that the uniform number [B, 1] falls into, then one of them.
+
+    One cumulative sum in float64 over a vocabulary of 50 000 takes six times as long.
+    """
+    width = probabilities.shape[1]
+    size = min(256, width)
+    whole = width - width % size
+    sums = probabilities[:, :whole].unflatten(1, (-1, size)).sum(dim=-1)
+    sums = torch.cat([sums, probabilities[:, whole:].sum(dim=-1, keepdim=True)], dim=1).double()
+    ends = sums.cumsum(dim=-1)
+    block, target = _passed(ends, uniforms)
+    rest = (target - (ends - sums).gather(1, block)) / sums.gather(1, block)
+    columns = block * size + torch.arange(size, device=block.device)
+    inside = probabilities.gather(1, columns.clamp(max=width - 1)).double() * (columns < width)
+    at, _ = _passed(inside.cumsum(dim=-1), rest.clamp(0, 1))
+    return columns.gather(1, at).clamp(max=width - 1)
+
+
+def _passed(cdf: torch.Tensor, uniforms: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Where it passes that share of its end, never a column without a share of its own; and at which value."""
+    end = cdf[:, -1:]
+    target = torch.minimum(uniforms * end, end.nextafter(torch.zeros_like(end)))
+    return torch.searchsorted(cdf, target, right=True).clamp(max=cdf.shape[1] - 1), target
+
+
 def only_drawn(
     logits: torch.Tensor, uniforms: torch.Tensor, temperature: float | torch.Tensor, vocabulary: int | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -198,8 +224,10 @@ def only_drawn(
     It is the token at which the CDF of softmax(logits / temperature) passes the row's uniform number [B, 1];
     temperature is a number or [B, 1]. Ids from `vocabulary` on are no tokens.
     """
-    probabilities = (logits[:, :vocabulary].float() / temperature).softmax(dim=-1)
-    cdf = probabilities.double().cumsum(dim=-1)
-    token = torch.searchsorted(cdf, uniforms * cdf[:, -1:], right=True).clamp(max=cdf.shape[1] - 1)
+    logits_of_tokens = logits[:, :vocabulary].float()
+    if not isinstance(temperature, float) or temperature != 1:
+        logits_of_tokens = logits_of_tokens / temperature
+    probabilities = logits_of_tokens.softmax(dim=-1)
+    token = _where_cdf_passes(probabilities, uniforms)
     drawn = torch.full_like(logits, float("-inf")).scatter(1, token, 0.0)
     return drawn, probabilities.gather(1, token).squeeze(1).log()

@@ -134,7 +134,7 @@ def evaluate(
         tokenizer,
         generator,
         response_length=config.response_length,
-        rows=rows,
+        score=functools.partial(by_rows, functools.partial(score_tokens, policy), rows=rows),
         seed=distributed.seed_of(config.seed, len(prompts)),
     )
     ref = by_rows(lambda part: score_tokens(reference, part), rollout, rows)

@@ -17,7 +17,7 @@ from . import checkpoint, distributed, zero_state
 from .algorithms import KlControl, load_algorithm
 from .atomic import atomic_dir
 from .config import PPOConfig, UserError
-from .data import fingerprint, load_task, shuffled_positions
+from .data import Rollout, fingerprint, load_task, shuffled_positions
 from .deepspeed_engine import Policy, Trainable, init_distributed, step_together
 from .deepspeed_engine import fingerprint as weights_fingerprint
 from .evaluate import Best, Evaluation, choose_generator, completion_rows, evaluate, evaluation_prompts
@@ -48,6 +48,7 @@ from .rollout import (
     gathered,
     learned_from,
     minibatches,
+    one_micro_batch,
     sample,
     score_tokens,
     score_tokens_and_entropy,
@@ -58,6 +59,8 @@ from .rollout import (
 from .settings import save
 from .sft import Pretraining
 from .tokens import encode_prompts
+
+Scored = tuple[torch.Tensor, torch.Tensor]  # log-probabilities and entropies [B, T], with their graph
 
 
 class Trainer:
@@ -105,6 +108,7 @@ class Trainer:
         self.ptx = Pretraining(config, self.task, self.tokenizer, self.actor.end_ids) if config.ptx_coef else None
         self.best = Best(config)
         self.done, self.saved, self.whole = 0, 0, True
+        self.pass_of_update: Scored | None = None  # made when the rollout was scored
         # What a continued run must find as it was.
         texts = () if self.ptx is None else self.ptx.rows
         self.same = {
@@ -174,7 +178,7 @@ class Trainer:
             self.tokenizer,
             self.generator,
             response_length=config.response_length,
-            rows=rows,
+            score=self._score,
             seed=distributed.seed_of(config.seed, self.done, 1),
         )
         # Score: log-probabilities of the reference too, the critic's values, and one number for each response.
@@ -217,17 +221,21 @@ class Trainer:
         warming_up = self.done < config.critic_warmup_steps
         trained = {name: model for name, model in self.trained.items() if name == "critic" or not warming_up}
         one, ranks = torch.ones((), device=distributed.device()), distributed.world_size()
+        made, self.pass_of_update = self.pass_of_update, None
         for epoch in range(config.num_ppo_epochs):
             order = distributed.seed_of(config.seed, self.done, 2, epoch)
             chunks = minibatches(len(experience.mask), algorithm.group_size, config.num_mini_batches, order)
+            if made is not None:
+                chunks = iter([torch.arange(len(experience.mask))])  # in the order of the rollout
             for number, rows in enumerate(chunks):
                 seen, drift, mask = Averages(), 0.0 * one, experience.mask[rows]
                 # DeepSpeed averages gradients over ranks, so each rank divides by its share.
-                normalizer, tokens = algorithm.normalizer(mask) / ranks, mask.sum() / ranks
+                normalizer, tokens = algorithm.normalizer(mask) / ranks, mask.sum().clamp(min=1) / ranks
                 for micro in rows[shard(len(rows))].split(config.per_device_train_batch_size):
                     batch = experience[micro]
                     if "actor" in trained:
-                        drift = drift.maximum(self._policy_gradients(batch, normalizer, tokens, seen))
+                        scored = made or self._forward(batch.rollout)
+                        drift = drift.maximum(self._policy_gradients(batch, scored, normalizer, tokens, seen))
                     if "critic" in trained:
                         self._value_gradients(batch, tokens, seen)
                 if epoch == 0 and number == 0 and "actor" in trained:
@@ -244,12 +252,26 @@ class Trainer:
                     return averages.reduce()
         return averages.reduce()
 
+    def _score(self, rollout: Rollout) -> torch.Tensor:
+        """The policy's log-probabilities. The forward pass of the only update of a rollout is kept for it."""
+        config = self.config
+        if self.done < config.critic_warmup_steps or not one_micro_batch(config):
+            return by_rows(
+                functools.partial(score_tokens, self.actor), rollout, config.local_rollout_forward_batch_size
+            )
+        with torch.enable_grad():
+            self.pass_of_update = self._forward(rollout)
+        return self.pass_of_update[0].detach()
+
+    def _forward(self, rollout: Rollout) -> Scored:
+        return score_tokens_and_entropy(self.actor, rollout, differentiable=self.config.entropy_coef != 0)
+
     def _policy_gradients(
-        self, batch: Experience, normalizer: torch.Tensor, tokens: torch.Tensor, seen: Averages
+        self, batch: Experience, scored: Scored, normalizer: torch.Tensor, tokens: torch.Tensor, seen: Averages
     ) -> torch.Tensor:
         """Those of a micro-batch, added up; returns how far its log-probabilities are from the sampled ones."""
         config, algorithm, actor = self.config, self.algorithm, self.trained["actor"]
-        logprobs, entropy = score_tokens_and_entropy(self.actor, batch.rollout, differentiable=config.entropy_coef != 0)
+        logprobs, entropy = (torch.where(batch.mask, x, 0.0) for x in scored)  # it may leave out responses
         loss, statistics = algorithm.policy_loss(logprobs, batch, normalizer)
         if config.entropy_coef:
             loss = loss - config.entropy_coef * entropy.sum() / tokens

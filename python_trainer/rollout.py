@@ -5,7 +5,6 @@ neither on the number of ranks nor on what a resumed run has drawn before.
 """
 
 import contextlib
-import functools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, Protocol
@@ -70,13 +69,13 @@ def sample(
     generator: "Generator",
     *,
     response_length: int,
-    rows: int,
+    score: Callable[[Rollout], torch.Tensor],
     seed: int,
 ) -> tuple[Rollout, torch.Tensor]:
     """Responses to this rank's share of `prompts`, the global batch, and their log-probabilities [B, T].
 
-    These are computed anew, `rows` at a time, by the weights that are trained, and compared with those that the
-    generator drew by: it has been handed a copy of the weights, or another engine has.
+    These are computed anew by `score`, of the weights that are trained, and compared with those that the generator drew
+    by: it has been handed a copy of the weights, or another engine has.
     """
     ids, attention = left_pad([prompt.ids for prompt in prompts], tokenizer.pad_token_id)
     noise = torch.Generator().manual_seed(seed)
@@ -89,7 +88,7 @@ def sample(
     rollout = replace(Rollout.of(ids, attention, responses, policy.end_ids, stops), prompts=prompts[mine])
     longest = int(distributed.gather_rows(rollout.mask.sum(dim=1)).max())
     rollout, drawn_at = rollout.cut(longest), drawn_at[:, :longest]  # nothing is computed of padding behind all of them
-    logprobs = by_rows(functools.partial(score_tokens, policy), rollout, rows)
+    logprobs = score(rollout)
     refuse_other_weights(policy, rollout, drawn_at, logprobs)
     return rollout, logprobs
 
@@ -293,6 +292,15 @@ def check_ratio(drift: float, step: int, config: PPOConfig) -> None:
         tqdm.write(f"warning: {text} (rounding, or sampling-time and training-time scoring disagree)")
 
 
+def one_micro_batch(config: PPOConfig) -> bool:
+    """Whether a rollout has one update, of one micro-batch on each rank. Its ratio is 1 by construction then.
+
+    What `sample` compares the generator with is the forward pass of that update.
+    """
+    fits = config.batch_size <= config.per_device_train_batch_size * distributed.world_size()
+    return fits and config.num_ppo_epochs * config.num_mini_batches == 1
+
+
 def learned_from(experience: Experience, config: PPOConfig, group_size: int) -> Experience:
     """Without the tokens of responses that the settings leave out: those that are cut, and groups that score alike."""
     kept = torch.ones_like(experience.ended)
@@ -353,9 +361,9 @@ def summary(
 
 def _response_logits(policy: Policy, rollout: Rollout) -> torch.Tensor:
     """Row t predicts response token t: the last prompt position is in, the last response position out."""
-    width = rollout.mask.shape[1]
-    logits = policy.model(**model_inputs(rollout), use_cache=False, logits_to_keep=width + 1).logits
-    return logits[:, :-1, : policy.vocabulary]
+    before = torch.arange(rollout.prompt_width - 1, rollout.sequences.shape[1] - 1, device=rollout.sequences.device)
+    logits = policy.model(**model_inputs(rollout), use_cache=False, logits_to_keep=before).logits
+    return logits[..., : policy.vocabulary]
 
 
 @contextlib.contextmanager

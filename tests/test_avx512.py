@@ -47,7 +47,7 @@ def results_of_both_passes(logits, labels, grads):
     # The backward of both is given the same row statistics, so that its loop alone can differ.
     exact = [x.float() for x in ops.token_logprobs(logits.double(), labels, None, None, 0.7, -100, True)]
     gradients = [
-        ops.token_logprobs_backward(logits, labels, None, grads[0], grad_entropy, *exact, 0.7)
+        ops.token_logprobs_backward(logits, labels, None, grads[0], grad_entropy, *exact, 0.7, -100)
         for grad_entropy in (None, grads[1])
     ]
     return [*sums, log_sum], [row_max, *gradients]
@@ -76,10 +76,10 @@ def whole_blocks_between_guard_pages(front):
     def results(logits, labels):
         out = ops.token_logprobs(logits, labels, None, None, 1.0, -100, True)
         gradients = [
-            ops.token_logprobs_backward(logits, labels, None, grad_output, more, *out, 1.0)
+            ops.token_logprobs_backward(logits, labels, None, grad_output, more, *out, 1.0, -100)
             for more in (None, grad_output)
         ]
-        ops.token_logprobs_backward_(logits, labels, None, grad_output, None, *out, 1.0)
+        ops.token_logprobs_backward_(logits, labels, None, grad_output, None, *out, 1.0, -100)
         return (*out, *gradients, logits)
 
     for dtype in DTYPES:

@@ -7,12 +7,14 @@ import json
 import os
 import subprocess
 import sys
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from bench import cases, measure, peers, report, results, rows, source
+from bench import cases, measure, peers, report, results, rows, source, trainers
 from bench.rows import Row, Setup
 
 pytestmark = pytest.mark.host
@@ -53,9 +55,9 @@ def test_the_rows_are_those_of_the_committed_results(small):
     """By name, so that ``--benchmark-compare`` finds them."""
     committed = json.loads(next((ROOT / "bench" / "results").glob("*/results.json")).read_text())
     known = {bench["fullname"] for bench in committed["benchmarks"]}
-    assert {f"bench/bench_{row.file}.py::{row.name}" for row in rows.all_of("full")} >= known
+    assert {row.fullname for row in rows.all_of("full")} >= known
     names = {bench["fullname"] for bench in json.loads(small.read_text())["benchmarks"]}
-    assert names <= {f"bench/bench_{row.file}.py::{row.name}" for row in rows.all_of("small")}
+    assert names <= {row.fullname for row in rows.all_of("small")}
 
 
 def run_bench(*arguments):
@@ -136,6 +138,26 @@ def test_errors_see_what_is_wrong_and_not_what_is_masked():
         setup.errors([got[0][:1]], exact)
 
 
+def test_a_step_of_our_trainer_is_timed(tmp_path, monkeypatch):
+    pytest.importorskip("deepspeed", reason="the trainer is not installed")
+    for name, size in {"ROWS": 4, "GENERATIONS": 2, "PROMPT": 3, "RESPONSE": 4, "STEPS": 1}.items():
+        monkeypatch.setattr(trainers, name, size)
+    turns: list[str] = []
+    watch = SimpleNamespace(begin=lambda: turns.append("begin"), end=lambda: turns.append("end"))
+    trainers.make_inputs(tmp_path, 50)
+    trainers.run_ours("grpo", tmp_path, watch)
+    assert turns == ["begin", "end"] * 2
+
+
+def test_without_trl_the_command_says_what_to_install(monkeypatch, capsys):
+    def version(name):
+        raise PackageNotFoundError(name)
+
+    monkeypatch.setattr(trainers, "version", version)
+    assert trainers.main() == 2
+    assert "trl is not here; install it with: pip install --no-deps --target" in capsys.readouterr().err
+
+
 def test_calls_take_turns():
     order: list[str] = []
     timed = {name: measure.Timed([lambda name=name: order.append(name)]) for name in "ab"}
@@ -158,13 +180,13 @@ def test_functions_of_a_file_whose_package_cannot_be_imported(tmp_path, monkeypa
         "def other():\n    return not_there.thing\n"
     )
     monkeypatch.syspath_prepend(str(tmp_path))
-    found = source.functions("heavy", "heavy/ops.py", ["wanted", "Owner.method"], {"given": lambda x: 100.0 * x})
+    found = source.functions("heavy", "heavy/ops.py", "wanted", "Owner.method", given=lambda x: 100.0 * x)
     assert found["wanted"](4.0) == 404.0
     assert found["method"](3) == 3
     with pytest.raises(ImportError):
-        source.functions("heavy", "heavy/ops.py", ["other"])
+        source.functions("heavy", "heavy/ops.py", "other")
     with pytest.raises(LookupError, match="gone"):
-        source.functions("heavy", "heavy/ops.py", ["gone"])
+        source.functions("heavy", "heavy/ops.py", "gone")
 
 
 def test_exponents_and_targets():

@@ -153,7 +153,7 @@ LOGITS, LABELS = torch.randn(2, 5), torch.tensor([0, 1])
 def overwrite(impl, logits):
     saved = kernel("token_logprobs", impl)(logits.detach(), LABELS, None, None, 1.0, -100, True)
     upstream = torch.ones(2)
-    kernel("token_logprobs_backward_", impl)(logits, LABELS, None, upstream, None, *saved, 1.0)
+    kernel("token_logprobs_backward_", impl)(logits, LABELS, None, upstream, None, *saved, 1.0, -100)
 
 
 def test_what_overlaps_itself_is_not_overwritten(impl):

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 import ppo_kernels
-from ppo_kernels import backends, env
+from ppo_kernels import _native, backends, env
 
 pytestmark = pytest.mark.host
 
@@ -181,3 +181,88 @@ def test_only_the_standard_library_is_imported_at_the_top() -> None:
     names = [a.name for node in imports if isinstance(node, ast.Import) for a in node.names]
     names += [node.module or "" for node in imports if isinstance(node, ast.ImportFrom)]
     assert {name.partition(".")[0] for name in names} <= sys.stdlib_module_names
+
+
+EACH = """
+import os, sys, traceback
+import torch
+
+for case in sys.stdin.read().split("---"):
+    sys.stdout.flush()
+    if os.fork() == 0:
+        try:
+            exec(case)
+        except BaseException as error:
+            print(f"{type(error).__name__}: {error}", end="")
+        sys.stdout.flush()
+        os._exit(0)
+    status = os.wait()[1]
+    print(f" killed by {status}---" if status else "---", end="")
+"""
+
+
+def each(*cases: str) -> list[str]:
+    """What each piece of code printed, in a fork of its own of one process that has imported torch."""
+    done = subprocess.run([sys.executable, "-c", EACH], input="---".join(cases), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.split("---")[:-1]
+
+
+@pytest.mark.skipif(_native.CPU_ERROR is not None, reason="the C++ ops are not built")
+def test_a_second_copy_in_a_process_is_refused(tmp_path: Path) -> None:
+    """Registering its ops again would end in a crash inside torch."""
+    one, other = (copy_of_the_package(tmp_path / name) for name in ("one", "other"))
+    library = next(other.glob("_C.*.so"))
+    forget = "for name in [n for n in sys.modules if n.partition('.')[0] == 'ppo_kernels']: del sys.modules[name]\n"
+    use = "import ppo_kernels\nx = torch.ones(1, 2)\nprint(ppo_kernels.gae(x, x)[0].shape, ppo_kernels.status())\n"
+
+    def first(folder: Path) -> str:
+        return f"sys.path.insert(0, {str(folder.parent)!r})\n"
+
+    load = f"torch.ops.load_library({str(library)!r})\n"
+    python_only = "sys.modules['ppo_kernels._C'] = None\n"
+    found = each(
+        first(one) + "import ppo_kernels\n" + forget + first(other) + use,
+        first(one) + "import ppo_kernels\n" + forget + use,
+        first(one) + python_only + "import ppo_kernels\n" + forget + first(other) + use,
+        load + first(one) + use,
+        f"import ctypes\nctypes.CDLL({str(library)!r})\n" + first(one) + use,
+        load + first(other) + use,
+    )
+    refused = "ImportError: the ops of ppo_kernels are in this process already, from {}, and torch takes no second copy"
+    for text, source in zip(found, (one, one, one, library, "another folder"), strict=False):
+        assert text.startswith(refused.format(source)), text
+    assert found[-1] == "torch.Size([1, 2]) {'gae': {'cpu': 1}}\n"
+
+
+@pytest.mark.skipif(_native.CPU_ERROR is not None, reason="the C++ ops are not built")
+def test_a_library_that_is_cut_short_leaves_the_reference(tmp_path: Path) -> None:
+    """Mapped without its end it would kill the process."""
+    copy = copy_of_the_package(tmp_path)
+    library = next(copy.glob("_C.*.so"))
+    whole = library.read_bytes()
+    damaged = {length: whole[:length] for length in (0, 63, 64, 5000, len(whole) // 2, len(whole) - 1)}
+    damaged |= {"zeros": bytes(len(whole)), "text": b"version https://git-lfs\n", "counts": whole[:54] + b"\0" * 9}
+    cases = []
+    for name, content in damaged.items():
+        (tmp_path / str(name)).write_bytes(content)
+        cases.append(
+            f"import shutil; shutil.copy({str(tmp_path / str(name))!r}, {str(library)!r})\n"
+            f"sys.path.insert(0, {str(tmp_path)!r})\nimport ppo_kernels\nfrom ppo_kernels.env import binaries\n"
+            "x = torch.ones(1, 2)\nppo_kernels.gae(x, x)\nprint(ppo_kernels.status(), dict(binaries())['C++ ops'])\n"
+            "ppo_kernels.gae(x, x, impl='cpu')\n"
+        )
+    for name, text in zip(damaged, each(*cases), strict=True):
+        assert text.startswith(f"{{'gae': {{'torch': 1}}}} cannot load {library} with torch"), (name, text)
+        assert 'ValueError: gae: impl="cpu" cannot run: cannot load' in text, (name, text)
+        if name in (64, 5000, len(whole) // 2, len(whole) - 1):
+            assert f"it is cut short, {name} of {len(whole)} bytes; build it again: pip install" in text
+
+
+def test_a_subinterpreter_gets_a_sentence() -> None:
+    """Torch hangs or crashes in it."""
+    interpreters = "_interpreters" if sys.version_info >= (3, 13) else "_xxsubinterpreters"
+    inside = f"import sys; sys.path.insert(0, {str(PACKAGE.parent)!r})\ntry: import ppo_kernels\n"
+    inside += "except ImportError as error: print(error)"
+    code = f"import {interpreters} as i; i.run_string(i.create(), {inside!r})"
+    assert "ppo_kernels works in the main interpreter of a process alone" in run("-c", code)

@@ -276,7 +276,7 @@ WRONG = [
     ({"logits": torch.tensor(1.0)}, ValueError, ("logits", "[..., V]", "()")),
     ({"logits": torch.ones(3, 0)}, ValueError, ("logits", "V >= 1", "(3, 0)")),
     ({"labels": torch.zeros(4, dtype=torch.int64)}, ValueError, ("labels", "(3,)", "(4,)")),
-    ({"labels": torch.zeros(3, 1, dtype=torch.int64)}, ValueError, ("labels", "(3,)", "(3, 1)")),
+    ({"labels": torch.zeros(1, 3, dtype=torch.int64)}, ValueError, ("labels", "(3,)", "(1, 3)")),
     ({"labels": torch.zeros(3)}, TypeError, ("labels", "int64", "float32")),
     ({"labels": torch.zeros(3, dtype=torch.uint8)}, TypeError, ("labels", "int64", "uint8")),
     ({"labels": torch.zeros(3, dtype=torch.int64, device="meta")}, ValueError, ("labels", "meta", "cpu")),

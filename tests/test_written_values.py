@@ -8,7 +8,7 @@ import torch
 import ppo_kernels as pk
 from ppo_kernels import backends
 from tests.lib import cases
-from tests.lib.cases import MASKED, run
+from tests.lib.cases import DIFFERENTIABLE, MASKED, run
 from tests.lib.devices import IMPLEMENTATIONS, KERNELS
 from tests.lib.helpers import grad_of
 
@@ -40,7 +40,23 @@ def test_gradients_are_rounded_to_the_nearest(require_impl, impl, dtype):
         grad_of(lambda x: pk.token_logprobs(x, labels, impl=impl).sum(), x)[1] for x in (logits, logits.float())
     )
     assert low.dtype == dtype
-    kind = torch.finfo(dtype)
+    assert_rounded_once(low, full)
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@pytest.mark.parametrize("name", DIFFERENTIABLE)
+def test_no_part_of_a_gradient_is_rounded_before_the_parts_are_added(require_impl, impl, name):
+    impl = require_impl(name.partition(":")[0], impl)
+    case = cases.make(name, torch.bfloat16, batch=4, length=cases.fit(name, impl, 9))
+    leaf = case.tensors[case.leaf]
+    low, full = (run(case, impl, case.tensors | {case.leaf: x})[-1] for x in (leaf, leaf.float()))
+    assert low.dtype == torch.bfloat16
+    assert_rounded_once(low, full)
+
+
+def assert_rounded_once(low, full):
+    assert full.dtype == torch.float32
+    kind = torch.finfo(low.dtype)
     half_a_unit = torch.maximum(full.abs(), torch.tensor(kind.smallest_normal)) * kind.eps / 2
     assert ((low.float() - full).abs() <= half_a_unit * 1.001).all()
 

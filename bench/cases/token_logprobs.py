@@ -15,11 +15,17 @@ VOCABULARIES = (
     *((BF16, vocab) for vocab in (300, 5000, 32000, 50257, 151936)),
     *((FP16, 151935), (FP32, 32001), (FP32, 128256)),
 )
+MANY = 8  # labels per row, where there are several: the top tokens of a teacher
 GPU = [(8192, 128256), (8192, 151936), (8192, 151935)]
 
 
 def eager(logits, labels):
     return torch.log_softmax(logits, -1).gather(-1, labels[..., None]).squeeze(-1)
+
+
+def eager_of_many(logits, labels):
+    """Distillation's: in the logits' dtype the gradients of a row would be summed in it."""
+    return torch.log_softmax(logits.float(), -1).gather(-1, labels)
 
 
 def eager_entropy(logits):
@@ -35,6 +41,11 @@ def inputs(g, dtype, rows, vocab):
     return {"logits": logits, "labels": torch.randint(vocab, (rows,), generator=g, device=g.device)}
 
 
+def inputs_of_many(g, dtype, rows, vocab):
+    more = {"labels": torch.randint(vocab, (rows, MANY), generator=g, device=g.device)}
+    return inputs(g, dtype, rows, vocab) | more
+
+
 def contract_inputs(g, dtype, batch, length, vocab=None):
     vocab = vocab or 40 + length
     logits = (normal(g, batch, length, vocab) * 3).to(dtype)
@@ -42,42 +53,52 @@ def contract_inputs(g, dtype, batch, length, vocab=None):
     return {"logits": logits, "labels": labels, "mask": with_holes(batch, length), "temperature": torch.tensor(0.8)}
 
 
-def contract(variant, **more):
+def contract_inputs_of_many(g, dtype, batch, length, vocab=None):
+    """A label that is masked alone, and one that a row has twice."""
+    one = contract_inputs(g, dtype, batch, length, vocab)
+    labels = torch.randint(0, one["logits"].size(-1), (batch, length, 4), generator=g)
+    labels[..., 3] = labels[..., 1]
+    labels[::2, :, 2] = -100
+    return one | {"labels": labels}
+
+
+def contract(variant, entropy=False, given=contract_inputs, vocabularies=VOCABULARIES, **more):
     return Case(
         op="token_logprobs",
         variant=variant,
         contract=True,
         vocabulary=True,
-        inputs=contract_inputs,
-        options={"entropy": {"": False, "entropy": True, "detached": "detached"}[variant]},
+        inputs=given,
+        options={"entropy": entropy},
         leaf="logits",
-        reach=tuple((dtype, (2, 3, vocab), {}) for dtype, vocab in VOCABULARIES),
+        reach=tuple((dtype, (2, 3, vocab), {}) for dtype, vocab in vocabularies),
         choices={"inplace_backward": (False, True)},
         **more,
     )
 
 
-def work(dtype, *, entropy=False, backward=False, **more):
+def work(dtype, *, entropy=False, backward=False, many=False, **more):
     """Eager code in bf16 rounds log p = -12 to within 3 %."""
+    name = f"token_logprobs{f', {MANY} labels' if many else ''}{' + entropy' if entropy else ''}"
     low, pages = dtype == BF16, dtype.itemsize if backward else 0
     sizes = {size: [shape] for size, shape in (SIZES_BACKWARD if backward else SIZES).items()}
     return Case(
         op="token_logprobs",
-        work=f"token_logprobs{' + entropy' if entropy else ''}{' fwd+bwd' if backward else ''}",
+        work=f"{name} fwd+bwd" if backward else name,
         dtype=dtype,
-        inputs=inputs,
+        inputs=inputs_of_many if many else inputs,
         options={"entropy": entropy},
         leaf="logits" if backward else None,
-        eager=eager_with_entropy if entropy else eager,
+        eager=eager_of_many if many else eager_with_entropy if entropy else eager,
         portable_loops=True,
         moved=lambda x: x["logits"].nbytes * (3 if backward else 1),
         tolerance=5e-3 if backward and low else 2e-5,
         eager_tolerance=(1e-1 if entropy else 3e-2) if low else 1e-4,
         shapes=sizes | ({"gpu": GPU[:1] if backward else GPU, "tiny": [(8, 96), (8, 97)]} if low else {}),
-        axes=LOGITS_AXES if low else (),
-        threads=(64, 32000) if low else None,
+        axes=LOGITS_AXES if low and not many else (),
+        threads=(64, 32000) if low and not many else None,
         # The forward keeps a few numbers per row and never a temporary of the size of the logits.
-        most_extra=lambda rows, vocab: pages * rows * vocab + 64 * rows,
+        most_extra=lambda rows, vocab: pages * rows * vocab + (64 + 16 * MANY * many) * rows,
         **more,
     )
 
@@ -115,11 +136,13 @@ def truth(logits, labels, **options):
     return oracle.token_logprobs(logits, labels, grad_logp=ones, grad_entropy=ones)
 
 
+MANY_REACH = ((BF16, 300), (BF16, 5000), (FP16, 151935), (FP32, 32001))
 BACKWARD = (Target("eager", 6), Target("torch.compile", 4))
 CASES = (
     contract(""),
-    contract("detached"),
-    contract("entropy", differentiable_outputs=2, accuracy=accuracy, accurate_eager=accurate_eager, truth=truth),
+    contract("detached", "detached"),
+    contract("labels", True, contract_inputs_of_many, MANY_REACH, differentiable_outputs=2),
+    contract("entropy", True, differentiable_outputs=2, accuracy=accuracy, accurate_eager=accurate_eager, truth=truth),
     work(
         BF16,
         small_call=(8, 1000),
@@ -141,4 +164,6 @@ CASES = (
     ),
     work(BF16, backward=True, targets=BACKWARD),
     work(FP32, backward=True, targets=BACKWARD, compiled=("quick", "full", "gpu")),
+    work(BF16, many=True, compiled=("full", "gpu"), targets=(Target("eager", 3),)),
+    work(BF16, many=True, backward=True, compiled=("full", "gpu"), targets=(Target("eager", 3),)),
 )

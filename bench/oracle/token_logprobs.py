@@ -35,19 +35,27 @@ def token_row(z: np.ndarray, label: int, tau: float) -> tuple[float, float, np.n
 def token_logprobs(
     logits, labels, *, temperature=1.0, mask=None, ignore_index=-100, grad_logp=None, grad_entropy=None
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """logp, entropy, and the gradient of ``sum(grad_logp * logp + grad_entropy * entropy)``."""
-    vocab = logits.shape[-1]
+    """logp, entropy, and the gradient of ``sum(grad_logp * logp) + sum(grad_entropy * entropy)``."""
+    vocab, rows = logits.shape[-1], tuple(logits.shape[:-1])
     z = np.array(logits.detach().double().reshape(-1, vocab).numpy())
-    y = [int(v) for v in labels.reshape(-1).tolist()]
+    many = labels.numel() // max(len(z), 1)
+    y = labels.reshape(len(z), many).tolist()
+    if mask is not None and mask.shape != labels.shape:
+        mask = mask[..., None].expand(labels.shape)
     valid = bools(mask, labels)
     per_row = hasattr(temperature, "expand")
-    taus = floats(temperature.expand(labels.shape)) if per_row else [float(temperature)] * len(y)
-    g1 = [1.0] * len(y) if grad_logp is None else floats(grad_logp)
-    g2 = [0.0] * len(y) if grad_entropy is None else floats(grad_entropy)
-    logp, entropy, grad = np.zeros(len(y)), np.zeros(len(y)), np.zeros_like(z)
-    for i, label in enumerate(y):
-        if valid[i] and label != ignore_index:
-            logp[i], entropy[i], d_logp, d_entropy = token_row(z[i], label, taus[i])
-            grad[i] = g1[i] * d_logp + (g2[i] * d_entropy if grad_entropy is not None else 0.0)
-    shape = tuple(labels.shape)
-    return logp.reshape(shape), entropy.reshape(shape), grad.reshape(tuple(logits.shape))
+    taus = floats(temperature.expand(rows)) if per_row else [float(temperature)] * len(z)
+    g1 = [1.0] * labels.numel() if grad_logp is None else floats(grad_logp)
+    g2 = [0.0] * len(z) if grad_entropy is None else floats(grad_entropy)
+    logp, entropy, grad = np.zeros(labels.numel()), np.zeros(len(z)), np.zeros_like(z)
+    for i, row in enumerate(y):
+        own = []
+        for k, label in enumerate(row, start=i * many):
+            if valid[k] and label != ignore_index:
+                logp[k], h, d_logp, d_entropy = token_row(z[i], label, taus[i])
+                grad[i] += g1[k] * d_logp
+                own.append((h, d_entropy))
+        if own:
+            entropy[i], d_entropy = max(own, key=lambda found: math.isnan(found[0]))  # a bad label makes them NaN
+            grad[i] += g2[i] * d_entropy if grad_entropy is not None else 0.0
+    return logp.reshape(tuple(labels.shape)), entropy.reshape(rows), grad.reshape(tuple(logits.shape))

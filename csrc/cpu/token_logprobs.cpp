@@ -7,6 +7,7 @@
 #include "cpu/block.h"
 #include "cpu/pages.h"
 #include "math/half.h"
+#include "math/labels.h"
 #include "token_logprobs.h"
 
 namespace ppo {
@@ -182,6 +183,36 @@ auto dispatch_logits(const Tensor& logits, F&& f) {
 
 int64_t row_grain(int64_t vocab) { return std::max<int64_t>(1, 16384 / vocab); }
 
+// The likeliest label of a row.
+template <class In>
+Anchor anchor_of(const RowLabels& labels, const In* x) {
+  Anchor anchor;
+  const auto logit_of = [x](int64_t label) { return static_cast<double>(to_compute(x[label])); };
+  for (int64_t k = 0; k < labels.count; ++k) anchor.merge(labels, k, logit_of);
+  return anchor;
+}
+
+// Writes the labels' log-probabilities and returns the rest of the row.
+template <class In, class T>
+SoftmaxRow forward_row(const In* x, const RowLabels& labels, double c, bool entropy, T* logp) {
+  std::fill(logp, logp + labels.count, T(0));
+  const Anchor anchor = anchor_of(labels, x);
+  if (!anchor.counts) return row_not_read();
+  SoftmaxRow row = row_of(std::numeric_limits<double>::quiet_NaN());
+  if (anchor.label >= 0) {
+    T target = T(0);
+    const SoftmaxPart others = scan_row(x, labels.vocab, anchor.label, c, entropy, &target);
+    row = finish_row(others, static_cast<double>(target), c);
+  }
+  for (int64_t k = 0; k < labels.count; ++k) {
+    if (!labels.counts(k)) continue;
+    const T z = labels.inside(k) ? to_compute(x[labels.data[k]]) : std::numeric_limits<T>::quiet_NaN();
+    logp[k] = static_cast<T>(row.logp(static_cast<double>(z), c));
+  }
+  if (anchor.outside) row.entropy = std::numeric_limits<double>::quiet_NaN();
+  return row;
+}
+
 std::tuple<Tensor, Tensor, Tensor, Tensor> token_logprobs(const Tensor& logits, const Tensor& labels,
                                                           const OptTensor& mask, const OptTensor& temperature_rows,
                                                           double temperature, int64_t ignore_index, bool entropy) {
@@ -189,15 +220,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> token_logprobs(const Tensor& logits, 
   check_logits(logits);
   const RowOffsets offsets(logits);
   const int64_t vocab = logits.size(logits.dim() - 1), rows = logits.numel() / vocab;
+  const int64_t many = labels_per_row(labels, logits);
   return dispatch_logits(logits, [&](auto in_zero, auto zero) {
     using In = decltype(in_zero);
     using T = decltype(zero);
     const Sizes shape = leading_sizes(logits);
-    const RowVector<int64_t> label("labels", labels, shape);
+    const RowVector<int64_t> label("labels", labels, labels.sizes());
     const RowVector<double> tau("temperature_rows", temperature_rows, shape);
     const RowVector<uint8_t> valid("mask", mask, shape);
-    const auto row_value = [&] { return empty(labels.sizes(), dtype_of<T>(), logits); };
-    Tensor logp_out = row_value(), max_out = row_value(), sum_out = row_value();
+    const auto row_value = [&] { return empty(shape, dtype_of<T>(), logits); };
+    Tensor logp_out = empty(labels.sizes(), dtype_of<T>(), logits), max_out = row_value(), sum_out = row_value();
     Tensor entropy_out = entropy ? row_value() : empty({0}, dtype_of<T>(), logits);
     auto* logp = data_of<T>(logp_out);
     auto* row_max = data_of<T>(max_out);
@@ -205,17 +237,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> token_logprobs(const Tensor& logits, 
     auto* h = data_of<T>(entropy_out);
     const auto* data = data_of<const In>(logits);
     for_each(rows, row_grain(vocab), [&](int64_t i) {
-      SoftmaxRow row{0.0, 0.0, 0.0, kNotRead};
-      if (label[i] != ignore_index && (!valid || valid[i] != 0)) {
-        T target = std::numeric_limits<T>::quiet_NaN();  // stays so for a label outside the row
+      SoftmaxRow row = row_not_read();
+      if (!valid || valid[i] != 0) {
+        const RowLabels of_row{label.data() + i * many, many, vocab, ignore_index};
         const double c = kLog2E / usable_temperature<T>(tau ? tau[i] : temperature);
-        SoftmaxPart others = empty_softmax();
-        if (label[i] >= 0 && label[i] < vocab) {
-          others = scan_row(data + offsets(i), vocab, label[i], c, entropy, &target);
-        }
-        row = finish_row(others, static_cast<double>(target), c);
+        row = forward_row(data + offsets(i), of_row, c, entropy, logp + i * many);
+      } else {
+        std::fill(logp + i * many, logp + (i + 1) * many, T(0));
       }
-      logp[i] = static_cast<T>(row.logp);
       row_max[i] = static_cast<T>(row.max);
       log_sum[i] = static_cast<T>(row.log_sum);
       if (entropy) h[i] = static_cast<T>(row.entropy);
@@ -224,51 +253,90 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> token_logprobs(const Tensor& logits, 
   });
 }
 
-struct GradOutput {
-  double logp, entropy;
+// The incoming gradients of a row and what the forward left of it; `g_logp` is null for zeros.
+template <class T>
+struct GradientInputs {
+  const T *g_logp, *logp;
+  double g_entropy, entropy, max, log_sum, tau;
 };
 
+// The gradient of each label, over what the loop over all logits left there. A row may have a label several times.
 template <class In, class T>
-void backward_row(const In* in, int64_t vocab, int64_t label, GradOutput g, double tau, double logp, double h,
-                  double row_max, double log_sum, In* out) {
-  if (log_sum == kNotRead || (g.logp == 0.0 && g.entropy == 0.0)) {
+void write_labels(const RowLabels& labels, const GradientInputs<T>& in, const SoftmaxGradient& row, double all,
+                  In* out) {
+  const auto gradient = [&](int64_t k) { return in.g_logp != nullptr ? static_cast<double>(in.g_logp[k]) : 0.0; };
+  const auto write = [&](int64_t k, double own, double others) {
+    from_compute(static_cast<T>(row.label(static_cast<double>(in.logp[k]), own, others)), out[labels.data[k]]);
+  };
+  if (labels.count == 1) {
+    if (labels.inside(0)) write(0, gradient(0), 0.0);
+    return;
+  }
+  std::vector<int64_t> order;
+  for (int64_t k = 0; k < labels.count; ++k) {
+    if (labels.counts(k) && labels.inside(k)) order.push_back(k);
+  }
+  const int64_t* y = labels.data;
+  std::sort(order.begin(), order.end(), [y](int64_t a, int64_t b) { return y[a] != y[b] ? y[a] < y[b] : a < b; });
+  for (size_t i = 0; i < order.size();) {
+    const int64_t k = order[i];
+    double own = 0.0;
+    for (; i < order.size() && y[order[i]] == y[k]; ++i) own += gradient(order[i]);
+    write(k, own, all - own);
+  }
+}
+
+template <class In, class T>
+void backward_row(const In* in, const RowLabels& labels, const GradientInputs<T>& given, In* out) {
+  LabelGradients g;
+  for (int64_t k = 0; k < labels.count; ++k) {
+    g.add(labels, k, given.g_logp != nullptr ? static_cast<double>(given.g_logp[k]) : 0.0);
+  }
+  const int64_t vocab = labels.vocab;
+  if (given.log_sum == kNotRead || (!g.any && given.g_entropy == 0.0)) {
     std::fill(out, out + vocab, In{});
     return;
   }
-  const SoftmaxGradient row(g.logp, g.entropy, tau, logp, h, log_sum);
+  const SoftmaxGradient row(g.sum, given.g_entropy, given.tau, given.entropy, given.log_sum);
   const auto block = row.b == 0.0 ? gradient_block<false, In, T> : gradient_block<true, In, T>;
   for (int64_t begin = 0; begin < vocab; begin += kLogitBlock) {
-    block(in + begin, std::min(kLogitBlock, vocab - begin), static_cast<T>(row_max), static_cast<T>(kLog2E / tau),
-          static_cast<T>(row.a), static_cast<T>(row.b), static_cast<T>(row.k), out + begin);
+    block(in + begin, std::min(kLogitBlock, vocab - begin), static_cast<T>(given.max),
+          static_cast<T>(kLog2E / given.tau), static_cast<T>(row.a), static_cast<T>(row.b), static_cast<T>(row.k),
+          out + begin);
   }
-  if (label >= 0 && label < vocab) from_compute(static_cast<T>(row.target), out[label]);  // else the row is NaN already
+  write_labels(labels, given, row, g.sum, out);
 }
 
 void backward_into(const Tensor& out, const Tensor& logits, const Tensor& labels, const OptTensor& temperature_rows,
                    const OptTensor& grad_logprobs, const OptTensor& grad_entropy, const Tensor& logprobs,
-                   const Tensor& entropy, const Tensor& row_max, const Tensor& log_sum, double temperature) {
+                   const Tensor& entropy, const Tensor& row_max, const Tensor& log_sum, double temperature,
+                   int64_t ignore_index) {
   check_logits(logits);
   const RowOffsets offsets(logits), out_offsets(out);
   const int64_t vocab = logits.size(logits.dim() - 1), rows = logits.numel() / vocab;
+  const int64_t many = labels_per_row(labels, logits);
   dispatch_logits(logits, [&](auto in_zero, auto zero) {
     using In = decltype(in_zero);
     using T = decltype(zero);
-    const auto row_data = [&](const char* name, const OptTensor& x) {
-      return RowVector<T>(name, x, leading_sizes(logits));
-    };
-    const Sizes shape = leading_sizes(logits);
-    const RowVector<int64_t> label("labels", labels, shape);
+    const Sizes shape = leading_sizes(logits), of_labels = labels.sizes();
+    const RowVector<int64_t> label("labels", labels, of_labels);
     const RowVector<double> tau("temperature_rows", temperature_rows, shape);
-    const RowVector<T> g_logp = row_data("grad_logprobs", grad_logprobs), g_h = row_data("grad_entropy", grad_entropy);
-    const RowVector<T> logp = row_data("logprobs", logprobs), max = row_data("row_max", row_max),
-                       sum = row_data("log_sum", log_sum);
-    const RowVector<T> h = row_data("entropy", grad_entropy.has_value() ? OptTensor(entropy) : std::nullopt);
+    const RowVector<T> g_logp("grad_logprobs", grad_logprobs, of_labels), logp("logprobs", logprobs, of_labels);
+    const RowVector<T> g_h("grad_entropy", grad_entropy, shape), max("row_max", row_max, shape),
+        sum("log_sum", log_sum, shape);
+    const RowVector<T> h("entropy", grad_entropy.has_value() ? OptTensor(entropy) : std::nullopt, shape);
     const auto* data = data_of<const In>(logits);
     auto* gradient = data_of<In>(out);
     for_each(rows, row_grain(vocab), [&](int64_t i) {
-      const GradOutput g{g_logp ? static_cast<double>(g_logp[i]) : 0.0, g_h ? static_cast<double>(g_h[i]) : 0.0};
-      backward_row<In, T>(data + offsets(i), vocab, label[i], g, usable_temperature<T>(tau ? tau[i] : temperature),
-                          logp[i], h ? h[i] : T(0), max[i], sum[i], gradient + out_offsets(i));
+      const GradientInputs<T> given{g_logp ? g_logp.data() + i * many : nullptr,
+                                    logp.data() + i * many,
+                                    g_h ? static_cast<double>(g_h[i]) : 0.0,
+                                    h ? static_cast<double>(h[i]) : 0.0,
+                                    static_cast<double>(max[i]),
+                                    static_cast<double>(sum[i]),
+                                    usable_temperature<T>(tau ? tau[i] : temperature)};
+      backward_row(data + offsets(i), RowLabels{label.data() + i * many, many, vocab, ignore_index}, given,
+                   gradient + out_offsets(i));
     });
     return 0;
   });

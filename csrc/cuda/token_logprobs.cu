@@ -1,5 +1,6 @@
 #include "cuda/launch.cuh"
 #include "cuda/token_logprobs.cuh"
+#include "cuda/token_logprobs_backward.cuh"
 #include "token_logprobs.h"
 
 namespace ppo {
@@ -49,12 +50,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> token_logprobs(const Tensor& logits, 
   check_logits(logits);
   const Launcher launch(logits);
   const int64_t vocab = logits.size(logits.dim() - 1), rows = logits.numel() / vocab;
+  const int64_t many = labels_per_row(labels, logits);
   const Sizes shape = leading_sizes(logits);
-  const RowVector<int64_t> label("labels", labels, shape);
+  const RowVector<int64_t> label("labels", labels, labels.sizes());
   const RowVector<uint8_t> valid("mask", mask, shape);
   const RowVector<double> tau("temperature_rows", temperature_rows, shape);
-  const auto row_value = [&] { return empty(labels.sizes(), ScalarType::Float, logits); };
-  const Tensor logp = row_value(), row_max = row_value(), log_sum = row_value();
+  const auto row_value = [&] { return empty(shape, ScalarType::Float, logits); };
+  const Tensor logp = empty(labels.sizes(), ScalarType::Float, logits), row_max = row_value(), log_sum = row_value();
   const Tensor h = entropy ? row_value() : empty({0}, ScalarType::Float, logits);
   dispatch_logits(logits, [&](auto zero) {
     using T = decltype(zero);
@@ -67,6 +69,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> token_logprobs(const Tensor& logits, 
     const LogprobInputs<T> in{data_of<const T>(logits),
                               logit_rows(logits),
                               label.data(),
+                              many,
                               valid.data(),
                               tau.data(),
                               temperature,
@@ -83,15 +86,17 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> token_logprobs(const Tensor& logits, 
 
 void backward_into(const Tensor& out, const Tensor& logits, const Tensor& labels, const OptTensor& temperature_rows,
                    const OptTensor& grad_logprobs, const OptTensor& grad_entropy, const Tensor& logprobs,
-                   const Tensor& entropy, const Tensor& row_max, const Tensor& log_sum, double temperature) {
+                   const Tensor& entropy, const Tensor& row_max, const Tensor& log_sum, double temperature,
+                   int64_t ignore_index) {
   check_logits(logits);
   const Launcher launch(logits);
   const int64_t vocab = logits.size(logits.dim() - 1), rows = logits.numel() / vocab;
-  const Sizes shape = leading_sizes(logits);
-  const RowVector<int64_t> label("labels", labels, shape);
+  const int64_t many = labels_per_row(labels, logits);
+  const Sizes shape = leading_sizes(logits), of_labels = labels.sizes();
+  const RowVector<int64_t> label("labels", labels, of_labels);
   const RowVector<double> tau("temperature_rows", temperature_rows, shape);
-  const RowVector<float> g_logp("grad_logprobs", grad_logprobs, shape), g_h("grad_entropy", grad_entropy, shape),
-      logp("logprobs", logprobs, shape),
+  const RowVector<float> g_logp("grad_logprobs", grad_logprobs, of_labels), logp("logprobs", logprobs, of_labels),
+      g_h("grad_entropy", grad_entropy, shape),
       h("entropy", grad_entropy.has_value() ? OptTensor(entropy) : std::nullopt, shape), max("row_max", row_max, shape),
       sum("log_sum", log_sum, shape);
   dispatch_logits(logits, [&](auto zero) {
@@ -103,8 +108,10 @@ void backward_into(const Tensor& out, const Tensor& logits, const Tensor& labels
                                logit_rows(logits),
                                logit_rows(out),
                                label.data(),
+                               many,
                                tau.data(),
                                temperature,
+                               ignore_index,
                                g_logp.data(),
                                g_h.data(),
                                logp.data(),
@@ -113,6 +120,9 @@ void backward_into(const Tensor& out, const Tensor& logits, const Tensor& labels
                                sum.data(),
                                static_cast<unsigned>(tiles)};
     launch(token_logprobs_backward_kernel<T>, rows * tiles, kGradientThreads, in);
+    if (many == 1 || !grad_logprobs.has_value()) return;
+    const int64_t parts = (many + kGradientThreads - 1) / kGradientThreads;
+    launch(label_gradients_kernel<T>, rows * parts, kGradientThreads, in, static_cast<unsigned>(parts));
   });
 }
 

@@ -1,4 +1,4 @@
-// Token log-probabilities and entropy on the device: one pass over the logits, and one for their gradient.
+// Token log-probabilities and entropy on the device: one pass over the logits.
 //
 // A row is cut into chunks of 8 KB, whatever the batch and wherever the row lies in memory. One warp takes a chunk and
 // leaves its softmax statistics; the block that is the last to work on a row merges those of its chunks, in order.
@@ -8,6 +8,7 @@
 // one sum per column modulo 32 vectors, and only at the end of the chunk are those sums added, in the columns' order.
 #pragma once
 
+#include "cuda/labels.cuh"
 #include "cuda/logits.cuh"
 #include "cuda/reduce.cuh"
 #include "math/token_logprobs.h"
@@ -234,11 +235,14 @@ template <class T>
 struct LogprobInputs {
   const T* logits;
   LogitRows rows;
-  const int64_t* labels;
+  const int64_t* labels;  // [rows][many]
+  int64_t many;
   const uint8_t* mask;             // null: all valid
   const double* temperature_rows;  // null: `temperature` for all
   double temperature;
   int64_t ignore_index;
+
+  __device__ RowLabels row_labels(int64_t i) const { return {labels + i * many, many, rows.vocab, ignore_index}; }
 };
 
 struct LogprobOutputs {
@@ -247,11 +251,22 @@ struct LogprobOutputs {
   unsigned* tickets;  // [rows], null if a row is one block's
   unsigned blocks_per_row;
 
-  __device__ void write(int64_t i, const SoftmaxRow& row) const {
-    logprobs[i] = static_cast<float>(row.logp);
-    row_max[i] = static_cast<float>(row.max);
-    log_sum[i] = static_cast<float>(row.log_sum);
-    if (entropy != nullptr) entropy[i] = static_cast<float>(row.entropy);
+  // By one warp.
+  template <class T>
+  __device__ void write(int64_t i, const SoftmaxRow& row, const RowLabels& labels, const T* x, double c) const {
+    const int lane = threadIdx.x % kWarp;
+    if (lane == 0) {
+      row_max[i] = static_cast<float>(row.max);
+      log_sum[i] = static_cast<float>(row.log_sum);
+      if (entropy != nullptr) entropy[i] = static_cast<float>(row.entropy);
+    }
+    for (int64_t k = lane; k < labels.count; k += kWarp) {
+      double logp = 0.0;
+      if (labels.counts(k) && row.log_sum != kNotRead) {
+        logp = labels.inside(k) ? row.logp(to_compute(x[labels.data[k]]), c) : std::numeric_limits<double>::quiet_NaN();
+      }
+      logprobs[i * labels.count + k] = static_cast<float>(logp);
+    }
   }
 };
 
@@ -260,133 +275,42 @@ __global__ void __launch_bounds__(kLogitThreads, kLogitBlocks)
     token_logprobs_kernel(LogprobInputs<T> in, LogprobOutputs out) {
   const unsigned part = blockIdx.x % out.blocks_per_row;
   const int64_t i = blockIdx.x / out.blocks_per_row, vocab = in.rows.vocab;
-  const int64_t label = in.labels[i];
-  if (label == in.ignore_index || (in.mask != nullptr && in.mask[i] == 0)) {
-    if (part == 0 && threadIdx.x == 0) out.write(i, {0.0, 0.0, 0.0, kNotRead});
-    return;
-  }
-  if (label < 0 || label >= vocab) {
-    const double nan = std::numeric_limits<double>::quiet_NaN();
-    if (part == 0 && threadIdx.x == 0) out.write(i, {nan, nan, nan, nan});
-    return;
-  }
   const T* row = in.logits + in.rows.offset(i);
+  const RowLabels labels = in.row_labels(i);
+  Anchor anchor;
+  if (in.mask == nullptr || in.mask[i] != 0) anchor = anchor_of(labels, row);
   const double c =
       kLog2E / usable_temperature<float>(in.temperature_rows != nullptr ? in.temperature_rows[i] : in.temperature);
-  const int64_t chunks = (vocab + kChunkLogits<T> - 1) / kChunkLogits<T>;
-  ChunkPart* parts = out.parts + i * chunks;
-  const int64_t step = int64_t{out.blocks_per_row} * kLogitWarps;
+  SoftmaxRow result = anchor.counts ? row_of(std::numeric_limits<double>::quiet_NaN()) : row_not_read();
+  if (anchor.label < 0) {
+    if (part != 0 || threadIdx.x >= kWarp) return;
+  } else {
+    const int64_t chunks = (vocab + kChunkLogits<T> - 1) / kChunkLogits<T>;
+    ChunkPart* parts = out.parts + i * chunks;
+    const int64_t step = int64_t{out.blocks_per_row} * kLogitWarps;
 #pragma unroll 1
-  for (int64_t j = int64_t{part} * kLogitWarps + threadIdx.x / kWarp; j < chunks; j += step) {
-    const Chunk<T> chunk(row, j * kChunkLogits<T>, vocab, label);
-    const ChunkPart result = scan_chunk<T, kEntropy>(chunk, static_cast<float>(c));
-    if (threadIdx.x % kWarp == 0) parts[j] = result;
-  }
-  if (out.tickets == nullptr) {
-    __syncthreads();
-  } else if (!is_last_block(out.tickets + i, out.blocks_per_row)) {
-    return;
-  }
-  if (threadIdx.x >= kWarp) return;
-  const SoftmaxPart others = merge_chunks(parts, chunks, c);
-  if (threadIdx.x == 0) out.write(i, finish_row(others, static_cast<double>(to_compute(row[label])), c));
-}
-
-// The backward: one read of the logits and one write of the gradient.
-constexpr int kGradientThreads = 256;
-constexpr int kGradientVectors = 4;  // per thread
-
-template <class T>
-constexpr int kGradientLogits = kGradientThreads * kGradientVectors * kPerVector<T>;
-
-template <class T>
-struct GradientInputs {
-  const T* logits;
-  T* gradient;
-  LogitRows rows, gradient_rows;
-  const int64_t* labels;
-  const double* temperature_rows;
-  double temperature;
-  const float *grad_logprobs, *grad_entropy;  // null: 0
-  const float *logprobs, *entropy, *row_max, *log_sum;
-  unsigned tiles_per_row;
-};
-
-struct GradientRow {
-  float max, c, a, b, k, target;
-  bool zero;
-};
-
-template <class T>
-__device__ GradientRow gradient_row(const GradientInputs<T>& in, int64_t i) {
-  const double g_logp = in.grad_logprobs != nullptr ? in.grad_logprobs[i] : 0.0;
-  const double g_entropy = in.grad_entropy != nullptr ? in.grad_entropy[i] : 0.0;
-  const double log_sum = in.log_sum[i];
-  if (log_sum == kNotRead || (g_logp == 0.0 && g_entropy == 0.0)) return {0, 0, 0, 0, 0, 0, true};
-  const double tau =
-      usable_temperature<float>(in.temperature_rows != nullptr ? in.temperature_rows[i] : in.temperature);
-  const double h = in.grad_entropy != nullptr ? in.entropy[i] : 0.0;
-  const SoftmaxGradient row(g_logp, g_entropy, tau, in.logprobs[i], h, log_sum);
-  const auto to_single = [](double x) { return static_cast<float>(x); };
-  return {in.row_max[i],
-          to_single(kLog2E / tau),
-          to_single(row.a),
-          to_single(row.b),
-          to_single(row.k),
-          to_single(row.target),
-          false};
-}
-
-// One block is one tile of a row: the same vectors of 16-byte stores as the row has in memory, and its ends.
-template <class T>
-__global__ void __launch_bounds__(kGradientThreads) token_logprobs_backward_kernel(GradientInputs<T> in) {
-  __shared__ GradientRow shared;
-  const int64_t i = blockIdx.x / in.tiles_per_row, vocab = in.rows.vocab;
-  if (threadIdx.x == 0) shared = gradient_row(in, i);
-  const T* row = in.logits + in.rows.offset(i);
-  T* out = in.gradient + in.gradient_rows.offset(i);
-  const int64_t label = in.labels[i];
-  const int head = elements_past_boundary(out);
-  const bool together = elements_past_boundary(row) == head;  // aligned stores meet aligned loads
-  const int64_t first = int64_t{blockIdx.x % in.tiles_per_row} * kGradientLogits<T> - head +
-                        static_cast<int>(threadIdx.x) * kPerVector<T>;
-  constexpr int kStep = kGradientThreads * kPerVector<T>;
-  __syncthreads();
-  const GradientRow g = shared;
-  Vector v[kGradientVectors] = {};
-  if (!g.zero) {
-#pragma unroll
-    for (int j = 0; j < kGradientVectors; ++j) {
-      const int64_t column = first + j * kStep;
-      v[j] = together && has_vector<T>(column, vocab) ? load_streaming(row + column)
-                                                      : gather_vector(row, column, vocab, T{});
+    for (int64_t j = int64_t{part} * kLogitWarps + threadIdx.x / kWarp; j < chunks; j += step) {
+      const Chunk<T> chunk(row, j * kChunkLogits<T>, vocab, anchor.label);
+      const ChunkPart of_chunk = scan_chunk<T, kEntropy>(chunk, static_cast<float>(c));
+      if (threadIdx.x % kWarp == 0) parts[j] = of_chunk;
     }
-#pragma unroll
-    for (int j = 0; j < kGradientVectors; ++j) {
-#pragma unroll
-      for (int w = 0; w < kWords; ++w) {
-        float z[kPerWord<T>];
-        word_to_floats<T>(v[j].word[w], z);
-#pragma unroll
-        for (int k = 0; k < kPerWord<T>; ++k) z[k] = logit_gradient(z[k], g.max, g.c, g.a, g.b, g.k);
-        v[j].word[w] = floats_to_word<T>(z);
-      }
+    if (out.tickets == nullptr) {
+      __syncthreads();
+    } else if (!is_last_block(out.tickets + i, out.blocks_per_row)) {
+      return;
+    }
+    if (threadIdx.x >= kWarp) return;
+    const SoftmaxPart others = merge_chunks(parts, chunks, c);
+    if (threadIdx.x == 0) {
+      result = finish_row(others, static_cast<double>(to_compute(row[anchor.label])), c);
+      if (anchor.outside) result.entropy = std::numeric_limits<double>::quiet_NaN();
+    }
+    if (in.many > 1) {
+      result.max = __shfl_sync(kAllLanes, result.max, 0);
+      result.log_sum = __shfl_sync(kAllLanes, result.log_sum, 0);
     }
   }
-#pragma unroll
-  for (int j = 0; j < kGradientVectors; ++j) {
-    const int64_t column = first + j * kStep;
-    if (!g.zero && label >= column && label < column + kPerVector<T>) {
-      T target;
-      from_compute(g.target, target);
-      set_element(v[j], static_cast<int>(label - column), target);
-    }
-    if (has_vector<T>(column, vocab)) {
-      store_streaming(out + column, v[j]);
-    } else {
-      scatter_vector(out, column, vocab, v[j]);
-    }
-  }
+  out.write(i, result, labels, row, c);
 }
 
 }  // namespace ppo

@@ -69,49 +69,60 @@ struct SoftmaxBase {
 };
 
 struct SoftmaxRow {
-  double logp;
   double entropy;
   double max;      // over all logits, NaN if the row has no distribution
   double log_sum;  // of 2^x over all logits with that maximum, natural; >= 0
+
+  PPO_INLINE double logp(double z, double c) const {
+    const double value = (z - max) * c * kLn2 - log_sum;
+    return value > 0.0 ? 0.0 : value;
+  }
 };
+
+PPO_INLINE SoftmaxRow row_of(double value) { return {value, value, value}; }
+PPO_INLINE SoftmaxRow row_not_read() { return {0.0, 0.0, kNotRead}; }
 
 // The row from the statistics of all logits but the target, and the target: for p near 1 the sum over the others is
 // the whole information, and log1p keeps it.
 PPO_INLINE SoftmaxRow finish_row(const SoftmaxPart& others, double target, double c) {
-  const double nan = std::numeric_limits<double>::quiet_NaN();
   const SoftmaxPart one = {target, target == -std::numeric_limits<double>::infinity() ? 0.0 : 1.0, 0.0};
   const bool poisoned =
       !(others.sum < std::numeric_limits<double>::infinity()) || !(target < std::numeric_limits<double>::infinity());
   const SoftmaxPart all = merge(others, one, c);
-  if (poisoned || all.sum == 0.0) return {nan, nan, nan, nan};
+  if (poisoned || all.sum == 0.0) return row_of(std::numeric_limits<double>::quiet_NaN());
   SoftmaxRow row;
   row.max = all.max;
   const bool target_is_max = target >= others.max;
   const double rest = target_is_max ? with_max(others, target, c).sum : 0.0;
   row.log_sum = target_is_max ? std::log1p(rest) : std::log(all.sum);
-  row.logp = (target - all.max) * c * kLn2 - row.log_sum;
   row.entropy = row.log_sum - all.weighted / all.sum * kLn2;
-  if (row.logp > 0.0) row.logp = 0.0;
   if (row.entropy < 0.0) row.entropy = 0.0;
   return row;
 }
 
-// The gradient of one row with p = softmax(z / tau): g_logp (1[y] - p) / tau - g_entropy p (log p + H) / tau.
+// The gradient of one row with p = softmax(z / tau), whose labels y_k get the gradients g_k, G together:
+// (sum_k g_k 1[y_k] - G p) / tau - g_entropy p (log p + H) / tau.
 struct SoftmaxGradient {
   double a, b, k;  // of logit_gradient
-  double target;   // the gradient of the target, without the cancellation of 1 - p
+  double g_entropy, tau, entropy;
 
-  PPO_INLINE SoftmaxGradient(double g_logp, double g_entropy, double tau, double logp, double h, double log_sum) {
-    const double scale = std::exp(-log_sum) / tau, p = std::exp(logp);
+  PPO_INLINE SoftmaxGradient(double g_logp, double g_h, double temperature, double h, double log_sum)
+      : g_entropy(g_h), tau(temperature), entropy(h) {
+    const double scale = std::exp(-log_sum) / tau;
     a = -g_logp * scale;
     b = -g_entropy * scale * kLn2;
     k = (h - log_sum) * kLog2E;
-    const double entropy_part = p > 0.0 ? -g_entropy * p * (logp + h) : 0.0 * p;
-    target = (-g_logp * std::expm1(logp) + entropy_part) / tau;
+  }
+
+  // The gradient of a label, without the cancellation of 1 - p: `own` of G is its, `others` that of other labels.
+  PPO_INLINE double label(double logp, double own, double others) const {
+    const double p = std::exp(logp);
+    const double entropy_part = p > 0.0 ? -g_entropy * p * (logp + entropy) : 0.0 * p;
+    return (-own * std::expm1(logp) + entropy_part - others * p) / tau;
   }
 };
 
-// The gradient of every logit but the target, with c = log2(e) / tau.
+// The gradient of every logit but the labels, with c = log2(e) / tau.
 template <class T>
 PPO_INLINE T logit_gradient(T z, T max, T c, T a, T b, T k) {
   const T x = (z - max) * c;

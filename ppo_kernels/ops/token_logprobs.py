@@ -22,7 +22,7 @@ from ppo_kernels.ops._inputs import (
     check_floating,
     check_integer,
     check_number,
-    check_shape,
+    check_tensor,
     keepable,
     to_mask,
     unit_last_stride,
@@ -33,10 +33,11 @@ from ppo_kernels.reference import token_logprobs as reference
 
 
 def _fake(logits, labels, mask, temperature_rows, temperature, ignore_index, entropy):
-    def row_value():
-        return logits.new_empty(labels.shape, dtype=compute_dtype(logits))
+    def empty(shape):
+        return logits.new_empty(shape, dtype=compute_dtype(logits))
 
-    return row_value(), row_value() if entropy else row_value().new_empty(0), row_value(), row_value()
+    rows = logits.shape[:-1]
+    return empty(labels.shape), empty(rows if entropy else 0), empty(rows), empty(rows)
 
 
 def _triton_kernels():
@@ -67,8 +68,8 @@ def _contiguous(grads):
     return [None if g is None else g.contiguous() for g in grads]
 
 
-def _gradient(impl, logits, labels, temperature_rows, grads, rest, temperature):
-    arguments = (logits, labels, temperature_rows, *_contiguous(grads), *rest, temperature)
+def _gradient(impl, logits, labels, temperature_rows, grads, rest, numbers):
+    arguments = (logits, labels, temperature_rows, *_contiguous(grads), *rest, *numbers)
     if torch.compiler.is_compiling() or transformed():
         return _BACKWARD.kernel(impl)(*arguments)
     return _BACKWARD.run(impl, *arguments)
@@ -78,7 +79,7 @@ class _TracedLogprobs(torch.autograd.Function):
     @staticmethod
     def forward(ctx, impl, logits, labels, mask, temperature_rows, temperature, ignore_index, entropy, _inplace):
         ctx.set_materialize_grads(False)
-        ctx.impl, ctx.temperature, ctx.entropy = impl, temperature, entropy
+        ctx.impl, ctx.numbers, ctx.entropy = impl, (temperature, ignore_index), entropy
         logprobs, h, *sums = _TOKEN_LOGPROBS.kernel(impl)(
             logits, labels, mask, temperature_rows, temperature, ignore_index, entropy is not False
         )
@@ -97,7 +98,7 @@ class _TracedLogprobs(torch.autograd.Function):
             return None, None, *none
         logits, labels, temperature_rows, *rest = ctx.saved_tensors
         grads = (grad_logprobs, grad_entropy)
-        return None, _gradient(ctx.impl, logits, labels, temperature_rows, grads, rest, ctx.temperature), *none
+        return None, _gradient(ctx.impl, logits, labels, temperature_rows, grads, rest, ctx.numbers), *none
 
 
 class _EagerLogprobs(torch.autograd.Function):
@@ -108,7 +109,7 @@ class _EagerLogprobs(torch.autograd.Function):
             impl, logits, labels, mask, temperature_rows, temperature, ignore_index, entropy is not False
         )
         if ctx.needs_input_grad[1]:
-            ctx.impl, ctx.temperature, ctx.entropy, ctx.inplace = impl, temperature, entropy, inplace
+            ctx.impl, ctx.numbers, ctx.entropy, ctx.inplace = impl, (temperature, ignore_index), entropy, inplace
             ctx.chunk = Chunk(logits) if inplace and saved_as_they_are() else None
             # Copies: the caller may write to the results before the backward. It reads no entropy without a gradient.
             kept = h if entropy is False else h.clone() if entropy is True else h.new_empty(0)
@@ -127,7 +128,7 @@ class _EagerLogprobs(torch.autograd.Function):
         if grad_logprobs is None and grad_entropy is None:
             return None, None, *none
         logits, labels, temperature_rows, *rest = ctx.saved_tensors
-        others = (labels, temperature_rows, *_contiguous((grad_logprobs, grad_entropy)), *rest, ctx.temperature)
+        others = (labels, temperature_rows, *_contiguous((grad_logprobs, grad_entropy)), *rest, *ctx.numbers)
         if not ctx.inplace:
             grad = _BACKWARD.run(ctx.impl, logits, *others)
             return None, once("token_logprobs", grad, logits), *none
@@ -159,7 +160,7 @@ class _TransformedLogprobs(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        ctx.impl, logits, labels, _, temperature_rows, ctx.temperature, _, ctx.entropy = inputs
+        ctx.impl, logits, labels, _, temperature_rows, *ctx.numbers, ctx.entropy = inputs
         ctx.save_for_backward(logits, labels, temperature_rows, *output[2:])
         ctx.mark_non_differentiable(*output[1 if ctx.entropy is not True else 2 :])
 
@@ -169,7 +170,7 @@ class _TransformedLogprobs(torch.autograd.Function):
         logits, labels, temperature_rows, *rest = ctx.saved_tensors
         grads = (grad_logprobs, grad_entropy if ctx.entropy is True else None)
         with torch.no_grad():
-            grad = _gradient(ctx.impl, logits, labels, temperature_rows, grads, rest, ctx.temperature)
+            grad = _gradient(ctx.impl, logits, labels, temperature_rows, grads, rest, ctx.numbers)
         return None, once("token_logprobs", grad, logits), None, None, None, None, None, None
 
     @staticmethod
@@ -230,12 +231,13 @@ def token_logprobs(
     Args:
         logits: ``[..., V]``, bfloat16, float16, float32 or float64; any strides but a last one of 1
             (``logits[:, :-1]`` is not copied).
-        labels: ``[...]``, int32 or int64.
+        labels: ``[...]``, int32 or int64; or ``[..., K]``, K >= 1 labels for each row, which may repeat.
         temperature: tau > 0, a number or a tensor that broadcasts to ``[...]`` (not differentiated). One below the
             least normal number of the dtype that is computed in, or above its inverse, is taken as that: the largest
             logits alone count, or all alike. In a tensor infinity is legal, and what is not above 0 gives NaN.
-        mask: ``[...]``; non-zero = valid. None means all valid. Masked rows are not read.
-        ignore_index: a label that masks its row.
+        mask: ``[...]``, or of the labels' shape; non-zero = valid. None means all valid. Rows without a valid label
+            are not read.
+        ignore_index: a label that is masked.
         entropy: True also returns the entropy; "detached" returns it without a gradient.
         inplace_backward: write the gradient over the logits (they must not be a leaf, nor overlap themselves). Saves
             a tensor of their size; nothing else may need the logits after the backward. Ignored by impl="torch" and
@@ -244,9 +246,11 @@ def token_logprobs(
         validate: also check the labels and temperatures (synchronises with the device).
 
     Returns:
-        ``logprobs [...]``, or ``(logprobs, entropy)``; nats; float32, float64 for float64 logits. Both are 0 in masked
-        and ignored rows. A label outside [0, V) gives NaN in its row, its gradient included (but 0 where the row's
-        incoming gradients are 0, as for every row; autograd of the reference has NaN there).
+        ``logprobs`` of the labels' shape, or ``(logprobs, entropy [...])``; nats; float32, float64 for float64 logits.
+        Both are 0 where masked or ignored. A label outside [0, V) gives NaN, and so are its row's entropy and gradient
+        (but 0 where the row's incoming gradients are 0, as for every row; autograd of the reference has NaN there);
+        other labels of the row keep their values. What the labels of a row add to its gradient is summed in the dtype
+        of the results and rounded once.
 
     Raises:
         TypeError: a dtype that is not listed. ValueError: shapes, devices, options or ``impl`` that do not fit.
@@ -259,22 +263,23 @@ def token_logprobs(
     check_integer(op, "labels", labels)
     if logits.dim() == 0 or logits.size(-1) == 0:
         raise ValueError(f"{op}: logits must be [..., V] with V >= 1, got shape {tuple(logits.shape)}")
-    check_shape(op, "labels", labels, logits.shape[:-1], "the logits without V")
-    check_device(op, "labels", labels, logits.device)
+    _check_labels(logits, labels)
     if not (entropy is False or entropy is True or (isinstance(entropy, str) and entropy == "detached")):
         raise ValueError(f'{op}: entropy must be False, True or "detached", got {entropy!r}')
     if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
         raise TypeError(f"{op}: ignore_index must be an int, got {type(ignore_index).__name__}")
     if not -(2**63) <= ignore_index < 2**63:
         raise ValueError(f"{op}: ignore_index must fit an int64, got {ignore_index}")
-    mask = to_mask(op, mask, labels)
+    mask = _mask(mask, logits, labels)
+    if mask is not None and mask.dim() == logits.dim():
+        labels, mask = torch.where(mask != 0, labels.long(), ignore_index), None
     rows = None
     if isinstance(temperature, Tensor):
-        rows = _temperature_rows(temperature, logits, labels)
+        rows = _temperature_rows(temperature, logits)
     else:
         temperature = check_number(op, "temperature", temperature, above=0.0)
         if torch.compiler.is_compiling():  # a float would become a constant of the graph
-            rows = torch.full(labels.shape, temperature, dtype=wide_dtype(logits.device), device=logits.device)
+            rows = torch.full(logits.shape[:-1], temperature, dtype=wide_dtype(logits.device), device=logits.device)
     if inplace_backward and not (torch.compiler.is_compiling() or transformed()):
         check_overwritable(logits)
     if validate:
@@ -310,14 +315,33 @@ def token_logprobs(
     return logprobs, h
 
 
-def _temperature_rows(temperature: Tensor, logits: Tensor, labels: Tensor) -> Tensor:
+def _check_labels(logits: Tensor, labels: Tensor) -> None:
+    rows = logits.shape[:-1]
+    many = labels.dim() == logits.dim() and labels.size(-1) > 0
+    if tuple(labels.shape[:-1] if many else labels.shape) != tuple(rows):
+        raise ValueError(
+            f"token_logprobs: labels must have the shape of the logits without V {tuple(rows)}, or that and K >= 1"
+            f" labels for each row; got {tuple(labels.shape)}"
+        )
+    check_device("token_logprobs", "labels", labels, logits.device)
+
+
+def _mask(mask: object, logits: Tensor, labels: Tensor) -> Tensor | None:
+    """The mask of the rows, or of the labels where there are several for each row."""
+    if mask is None:
+        return None
+    of_rows = labels.dim() == logits.dim() > check_tensor("token_logprobs", "mask", mask).dim()
+    return to_mask("token_logprobs", mask, logits[..., 0] if of_rows else labels)
+
+
+def _temperature_rows(temperature: Tensor, logits: Tensor) -> Tensor:
     check_floating("token_logprobs", "temperature", temperature)
     check_device("token_logprobs", "temperature", temperature, logits.device)
     try:
-        rows = temperature.detach().to(wide_dtype(temperature.device)).expand(labels.shape)
+        rows = temperature.detach().to(wide_dtype(temperature.device)).expand(logits.shape[:-1])
     except RuntimeError as error:
         raise ValueError(
-            f"token_logprobs: temperature must broadcast to the labels' shape {tuple(labels.shape)},"
+            f"token_logprobs: temperature must broadcast to the logits' shape without V {tuple(logits.shape[:-1])},"
             f" got {tuple(temperature.shape)}"
         ) from error
     return rows.contiguous()
@@ -326,7 +350,7 @@ def _temperature_rows(temperature: Tensor, logits: Tensor, labels: Tensor) -> Te
 def _validate(logits: Tensor, labels: Tensor, mask: Tensor | None, rows: Tensor | None, ignore_index: int) -> None:
     live = labels != ignore_index
     if mask is not None:
-        live = live & (mask != 0)
+        live = live & ((mask if mask.dim() == labels.dim() else mask[..., None]) != 0)
     bad = labels[live & ((labels < 0) | (labels >= logits.size(-1)))]
     if bad.numel():
         raise ValueError(
@@ -343,32 +367,12 @@ def selective_log_softmax(
 ) -> Tensor:
     """TRL's name and arguments for :func:`token_logprobs`: ``index`` is ``[...]`` or ``[..., K]`` for K labels a row.
 
-    Returns float32 (float64 for float64 logits) of the shape of ``index``, whatever the logits' dtype. The logits are
-    read once, whatever K is.
+    ``row_mask`` is ``[...]`` or of the shape of ``index``.
     """
     op = "selective_log_softmax"
     check_floating(op, "logits", logits)
     check_integer(op, "index", index)
-    if index.dim() == logits.dim() - 1:
-        return token_logprobs(logits, index, temperature=temperature, mask=row_mask)
-    if index.dim() != logits.dim() or index.shape[:-1] != logits.shape[:-1] or index.size(-1) == 0:
-        raise ValueError(
-            f"{op}: index must have the shape of the logits without V {tuple(logits.shape[:-1])}, or that and K >= 1"
-            f" labels per row; got {tuple(index.shape)}"
-        )
-    # The labels of a row share its normalizer: log p_k = log p_a + (z_k - z_a) / tau, with a the likeliest of them.
-    inside = (index >= 0) & (index < logits.size(-1))
-    z = logits.gather(-1, torch.where(inside, index, 0).long()).to(compute_dtype(logits))
-    at = z.detach().masked_fill(~inside, -torch.inf).argmax(-1, keepdim=True)
-    anchor = index.gather(-1, at).squeeze(-1)
-    logp_a = token_logprobs(logits, anchor, temperature=temperature, mask=row_mask)[..., None]
-    tau = temperature
-    if isinstance(temperature, Tensor):
-        tau = _temperature_rows(temperature, logits, anchor)[..., None].to(z.dtype)
-    apart = torch.where(z == -torch.inf, -torch.inf, z - z.gather(-1, at)) / tau
-    logp = torch.where(at == torch.arange(index.size(-1), device=index.device), logp_a, logp_a + apart)
-    logp = logp * torch.where(inside, 1.0, float("nan"))
-    return logp if row_mask is None else torch.where(row_mask[..., None] != 0, logp, 0.0)
+    return token_logprobs(logits, index, temperature=temperature, mask=row_mask)
 
 
 @public

@@ -35,6 +35,13 @@ def expm1_minus(x, exp_x):
 
 
 @triton.jit
+def expm1(x):
+    """e^x - 1 for x <= 0, exact to a few units near 0."""
+    exp_x = exp(x)
+    return tl.where(x > -0.5, expm1_minus(x, exp_x) + x, exp_x - 1.0)
+
+
+@triton.jit
 def log1p(x):
     """log(1 + x) for x >= 0, exact to a few units for small x (Kahan's correction of the rounding of 1 + x)."""
     u = 1.0 + x

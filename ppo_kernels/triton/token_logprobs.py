@@ -9,11 +9,11 @@ from torch import Tensor
 
 from ppo_kernels._registered import require
 from ppo_kernels._types import compute_dtype
-from ppo_kernels.triton import INTERPRETED
+from ppo_kernels.triton import INTERPRETED, _labels
+from ppo_kernels.triton._labels import NOT_READ, leading, log2_per_logit, row_start
 from ppo_kernels.triton._launch import as_vector, launch, mask_bytes, require_unit_stride
-from ppo_kernels.triton._math import INF, LN2, LOG2E, exp, expm1_minus, log1p
+from ppo_kernels.triton._math import INF, LN2, LOG2E, exp, expm1, log1p
 
-NOT_READ = tl.constexpr(-1.0)  # log_sum of a row that is masked or ignored: no softmax has a negative one
 NAN = tl.constexpr(float("nan"))
 _VECTOR_BYTES = 16
 _TILE = 16384  # logits of a backward program, whole blocks: enough to pay for the row's values, and many programs
@@ -24,26 +24,10 @@ _GENERAL = f"logits out {_SIZES} {_ROW_VALUES}".split()
 
 
 @triton.jit
-def _row_start(pointer, row, outer_stride, inner_stride, inner):
-    outer = (row // inner).to(tl.int64) * outer_stride
-    return pointer + (outer + (row % inner).to(tl.int64) * inner_stride)
-
-
-@triton.jit
 def _misalignment(start, K: tl.constexpr):
     """How many elements ``start`` lies past a boundary of K elements (16 bytes)."""
     SIZE: tl.constexpr = start.dtype.element_ty.primitive_bitwidth // 8
     return (start.to(tl.uint64) % (SIZE * K)).to(tl.int32) // SIZE
-
-
-@triton.jit
-def _log2_per_logit(temperature_rows, temperature, row, DTYPE: tl.constexpr):
-    """log2(e) / temperature, float64, at the nearest temperature at which it is a normal number of DTYPE."""
-    tau = tl.full((), 0.0, tl.float64) + temperature
-    if temperature_rows is not None:
-        tau = tl.load(temperature_rows + row)
-    least = tl.full((), 2.0**-1022 if DTYPE.primitive_bitwidth == 64 else 2.0**-126, tl.float64)
-    return LOG2E / tl.where(tau > 0.0, tl.minimum(tl.maximum(tau, least), 1.0 / least), NAN)
 
 
 @triton.jit
@@ -122,9 +106,9 @@ def _forward(
         live = live & (tl.load(mask + row) != 0)
     read = live & (label >= 0) & (label < vocab)
     label = tl.where(read, label, 0).to(tl.int32)
-    start = _row_start(logits, row, outer_stride, inner_stride, inner)
+    start = row_start(logits, row, outer_stride, inner_stride, inner)
     target = tl.load(start + label, mask=read, other=-INF).to(DTYPE)
-    c64 = _log2_per_logit(temperature_rows, temperature, row, DTYPE)
+    c64 = log2_per_logit(temperature_rows, temperature, row, DTYPE)
     c = c64.to(DTYPE)
     shift = _misalignment(start, K)
     vectors = tl.multiple_of(start - shift, 16)
@@ -234,7 +218,7 @@ def _backward(
     logp = tl.load(logprobs + row)
     logz = tl.load(log_sum + row)
     base = tl.load(row_max + row)
-    c64 = _log2_per_logit(temperature_rows, temperature, row, DTYPE)
+    c64 = log2_per_logit(temperature_rows, temperature, row, DTYPE)
     per_tau = (c64 * LN2).to(DTYPE)
     c = c64.to(DTYPE)
     scale = exp(-logz) * per_tau
@@ -247,8 +231,7 @@ def _backward(
         g = tl.load(grad_logprobs + row)
         live = g != 0.0
         a = -g * scale
-        near = expm1_minus(logp, exp(logp)) + logp
-        target = -g * tl.where(logp > -0.5, near, exp(logp) - 1.0)
+        target = -g * expm1(logp)
     if ENTROPY:
         g = tl.load(grad_entropy + row)
         h = tl.load(entropy + row)
@@ -261,8 +244,8 @@ def _backward(
     live = live & (logz != NOT_READ)
     readable = tl.where(live, vocab, 0)  # nothing of a row without a gradient
 
-    start = _row_start(logits, row, outer_stride, inner_stride, inner)
-    to = _row_start(out, row, out_outer_stride, out_inner_stride, inner)
+    start = row_start(logits, row, outer_stride, inner_stride, inner)
+    to = row_start(out, row, out_outer_stride, out_inner_stride, inner)
     shift = _misalignment(start, K)  # of both
     BYTES: tl.constexpr = K * (logits.dtype.element_ty.primitive_bitwidth // 8)
     vectors = tl.multiple_of(start - shift, BYTES)
@@ -295,21 +278,6 @@ def _shape(vocab: int, dtype: torch.dtype) -> tuple[int, dict[str, int]]:
     return warps, {"U": logits // k, "LANES": 32 * warps, "K": k}
 
 
-def _leading(x: Tensor) -> tuple[int, int, int] | None:
-    """(outer stride, inner stride, inner size): row i is at i // inner * outer stride + i % inner * inner stride.
-
-    None for leading dimensions that are not two steps of fixed size.
-    """
-    dims = [(1, 0), (1, 0)]
-    for size, stride in zip(x.shape[:-1], x.stride()[:-1], strict=True):
-        if dims[-1][1] == size * stride and len(dims) > 2:
-            dims[-1] = (dims[-1][0] * size, stride)
-        elif size != 1:
-            dims.append((size, stride))
-    (_, outer_stride), (inner, inner_stride) = dims[-2:]
-    return (outer_stride, inner_stride, inner) if len(dims) <= 4 else None
-
-
 def _phase(x: Tensor, *strides: int) -> list[int]:
     """Bytes from a 16-byte boundary to x and from row to row: where these agree, boundaries are at the same columns."""
     return [offset % _VECTOR_BYTES for offset in (x.data_ptr(), *(stride * x.itemsize for stride in strides))]
@@ -332,22 +300,30 @@ def token_logprobs(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     _check_logits(logits)
     vocab, dtype = logits.size(-1), compute_dtype(logits)
-    leading, rows = logits.shape[:-1], logits.numel() // vocab
-    layout = _leading(logits)
+    rows = logits.numel() // vocab
+    layout = leading(logits)
     if layout is None:
-        logits, layout = logits.contiguous(), (0, vocab, rows)
-    logprobs, row_max, log_sum = (logits.new_empty(labels.shape, dtype=dtype) for _ in range(3))
-    h = logits.new_empty(labels.shape if entropy else 0, dtype=dtype)
+        logits = logits.contiguous()
+        layout = (0, vocab, rows)
+    many = _labels.per_row(labels, logits)
+    logprobs = logits.new_empty(labels.shape, dtype=dtype)
+    row_max, log_sum, of_anchor = (logits.new_empty(logits.shape[:-1], dtype=dtype) for _ in range(3))
+    h = logits.new_empty(logits.shape[:-1] if entropy else 0, dtype=dtype)
     warps, shape = _shape(vocab, logits.dtype)
-    row_data = (
-        as_vector("labels", labels, leading, torch.int64),
-        as_vector("mask", mask_bytes(mask, labels), leading, torch.uint8),
-        as_vector("temperature_rows", temperature_rows, leading, torch.float64),
-    )
-    outputs = (logprobs, h if entropy else None, row_max, log_sum)
+    label = as_vector("labels", labels, labels.shape, torch.int64)
+    valid = as_vector("mask", mask_bytes(mask, row_max), row_max.shape, torch.uint8)
+    tau = as_vector("temperature_rows", temperature_rows, logits.shape[:-1], torch.float64)
+    more = (h if entropy else None, row_max, log_sum)
+    read_for, results = label, (logprobs, *more)
+    if many > 1:
+        read_for = _labels.anchors(logits, label, valid, layout, many, ignore_index)
+        results = (of_anchor, *more)
     sizes = (*layout, vocab, ignore_index, temperature)
     shape |= {"ENTROPY": entropy, "ALIGNED": not any(_phase(logits, *layout[:2]))}
-    launch(_forward, rows, logits, *row_data, *outputs, *sizes, num_warps=warps, fp_fusion=True, **shape)
+    launch(_forward, rows, logits, read_for, valid, tau, *results, *sizes, num_warps=warps, fp_fusion=True, **shape)
+    if many > 1:
+        outputs = (logprobs, *more)
+        _labels.write_logprobs(logits, label, tau, outputs, layout, many, ignore_index, temperature)
     return logprobs, h, row_max, log_sum
 
 
@@ -371,12 +347,14 @@ def _write_gradient(
     row_max: Tensor,
     log_sum: Tensor,
     temperature: float,
+    ignore_index: int,
 ) -> Tensor:
     """Write the gradient to ``out``: contiguous, or the logits themselves."""
     _check_logits(logits)
     vocab, dtype = logits.size(-1), compute_dtype(logits)
-    leading, rows = logits.shape[:-1], logits.numel() // vocab
-    layout, to = _leading(logits), out
+    rows = logits.numel() // vocab
+    layout = leading(logits)
+    to = out
     truncates = INTERPRETED and out.dtype == torch.bfloat16
     if truncates or (layout is None and out is logits):
         to = torch.empty(out.shape, dtype=dtype if INTERPRETED else out.dtype, device=out.device)
@@ -388,13 +366,22 @@ def _write_gradient(
     if to.dtype != logits.dtype or _phase(to, *to_strides) != _phase(logits, *layout[:2]):
         shape |= {"U": 8, "K": 1}  # no vectors: those of the logits and of the gradient hold different columns
     tiles = triton.cdiv(vocab + shape["K"] - 1, _TILE)
-    row_values = {"grad_logprobs": grad_logprobs, "grad_entropy": grad_entropy, "logprobs": logprobs}
-    row_values |= {"entropy": None if grad_entropy is None else entropy, "row_max": row_max, "log_sum": log_sum}
-    row_data = (
-        as_vector("labels", labels, leading, torch.int64),
-        as_vector("temperature_rows", temperature_rows, leading, torch.float64),
-        *(as_vector(name, x, leading, dtype) for name, x in row_values.items()),
-    )
+    many = _labels.per_row(labels, logits)
+    label = as_vector("labels", labels, labels.shape, torch.int64)
+    tau = as_vector("temperature_rows", temperature_rows, logits.shape[:-1], torch.float64)
+    g = as_vector("grad_logprobs", grad_logprobs, labels.shape, dtype)
+    logp = as_vector("logprobs", logprobs, labels.shape, dtype)
+    row_values = {"grad_entropy": grad_entropy, "entropy": None if grad_entropy is None else entropy}
+    row_values |= {"row_max": row_max, "log_sum": log_sum}
+    g_h, h, peak, logz = (as_vector(name, x, logits.shape[:-1], dtype) for name, x in row_values.items())
+    row_data = (label, tau, g, g_h, logp, h, peak, logz)
+    if many > 1:  # of rows without a label
+        g_row = None if g is None else _labels.sums(g, label, logz, vocab, many, ignore_index)
+        none = torch.full((rows,), -1, device=logits.device)
+        row_data = (none, tau, g_row, g_h, peak, h, peak, logz)
     sizes = (*layout[:2], *to_strides, inner, vocab, tiles, temperature)
     launch(_backward, rows * tiles, logits, to, *row_data, *sizes, num_warps=warps, fp_fusion=True, TILE=_TILE, **shape)
+    if many > 1 and g is not None:
+        label_data = (label, tau, g, g_h, logp, h, logz)
+        _labels.write_gradients(to, label_data, (*to_strides, inner), many, ignore_index, temperature)
     return out if to is out else out.copy_(to)

@@ -102,7 +102,7 @@ class Files(Task):
         found = []
         for number, row in enumerate(rows, 1):
             name = next((name for name in ("messages", "completion", "text") if name in row), "text")
-            if "prompt" in row and name != "completion":
+            if "prompt" in row and name != "completion" and not _begins_with(row[name], row["prompt"]):
                 _refuse(
                     place,
                     number,
@@ -132,16 +132,13 @@ class Files(Task):
         # By the rows together: a single answer may begin with its question's words.
         repeated = bool(plain) and all(str(answer).startswith(str(p)) for p, answers in plain for answer in answers)
         if repeated:
-            tell(
-                len(plain),
-                len(rows),
-                "rows have answers that begin with their prompt, which is not put before them again",
-            )
+            tell(len(plain), len(rows), "rows have answers with their prompt in front, which is not put there again")
         found = []
         for prompt, answers in rows:
             if isinstance(prompt, str) and repeated:
                 answers = [answer[len(prompt) :] for answer in answers]
             elif not isinstance(prompt, str):
+                prompt = prompt or answers[0][: _before_the_answer(answers)]
                 answers = [answer[len(prompt) :] if answer[: len(prompt)] == prompt else answer for answer in answers]
             found.append((prompt, answers))
         return found
@@ -150,6 +147,11 @@ class Files(Task):
         """Messages on both sides where one has them, or `apply_chat_template` asks for it."""
         chat = [answer for answer in answers if not isinstance(answer, str)]
         if isinstance(prompt, str) and not chat and not (self.as_chat and prompt):
+            if self.as_chat:
+                raise UserError(
+                    "apply_chat_template: whole texts have no turns; bring them as prompt and completion (chosen, "
+                    "rejected), or as messages"
+                )
             return prompt, answers
         if not isinstance(prompt, str) or not prompt:
             messages = [] if isinstance(prompt, str) else prompt
@@ -346,6 +348,23 @@ def _shards(folder: Path, split_name: str) -> list[Path]:
     return sorted(path for path in found if path.stem == split_name or path.stem.startswith(f"{split_name}-"))
 
 
+def _begins_with(messages: Any, prompt: Any) -> bool:
+    """Whether a conversation has that prompt in it, so that nothing of a row is lost."""
+    if not isinstance(messages, list):
+        return False
+    first = next((m.get("content") for m in messages if isinstance(m, dict) and m.get("role") == "user"), None)
+    return first == prompt if isinstance(prompt, str) else messages[: len(prompt or [])] == prompt
+
+
+def _before_the_answer(conversations: list[Any]) -> int:
+    """How many messages are the prompt: those that all begin with, or, of one, those before the assistant speaks."""
+    if len(conversations) == 1:
+        roles = [message["role"] for message in conversations[0]]
+        return roles.index("assistant") if "assistant" in roles else len(roles)
+    pairs = list(zip(*conversations, strict=False))
+    return next((at for at, (one, other) in enumerate(pairs) if one != other), len(pairs))
+
+
 def _refuse_columns(place: str, prompts: Sequence[Prompt]) -> None:
     """Columns that a reward function cannot be called with."""
     for number, prompt in enumerate(prompts, 1):
@@ -368,7 +387,7 @@ def _refuse_columns(place: str, prompts: Sequence[Prompt]) -> None:
 def _number(place: str, number: int, value: Any) -> float:
     try:
         margin = float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         margin = math.nan
     if not math.isfinite(margin):
         _refuse(place, number, f"margin must be a finite number, not {value!r}")

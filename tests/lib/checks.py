@@ -38,7 +38,7 @@ def check_token_logprobs(impl, logits, labels, temperature=1.0, entropy=True, ea
     leaf = logits.detach().clone(memory_format=torch.preserve_format).requires_grad_()
     logp, h = token_logprobs(leaf, labels, temperature=temperature, entropy=entropy, impl=impl, **options)
     dtype = out_dtype(logits.dtype)
-    g1, g2 = torch.randn(2, *labels.shape, dtype=torch.float64).to(dtype)
+    g1, g2 = (torch.randn(x.shape, dtype=torch.float64).to(dtype) for x in (logp, h))
     if entropy == "detached":
         assert not h.requires_grad
         torch.autograd.backward(logp, g1)

@@ -118,7 +118,8 @@ def eager_logprobs(logits, labels, temperature=1.0):
     """What trainers write: float32 log_softmax and gather; the labels must be legal."""
     tau = temperature[..., None] if torch.is_tensor(temperature) else temperature
     log_p = torch.log_softmax(logits.to(out_dtype(logits.dtype)) / tau, -1)
-    return log_p.gather(-1, labels.long()[..., None])[..., 0]
+    many = labels.dim() == logits.dim()
+    return log_p.gather(-1, labels.long() if many else labels.long()[..., None]).view(labels.shape)
 
 
 def eager_entropy(logits, temperature=1.0):

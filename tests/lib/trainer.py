@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from python_trainer.config import PPOConfig
 from python_trainer.ppo import Trainer
@@ -27,6 +28,29 @@ TINY = {
     "total_steps": 3,
     "disable_tqdm": True,
 }
+
+HEADS = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}  # of width 32: vLLM's least on a CPU
+ROTARY = HEADS | {"head_dim": 32, "intermediate_size": 96, "num_key_value_heads": 1, "max_position_embeddings": 32}
+WIDE = {
+    "gpt2": {"model_type": "gpt2", "n_positions": 32, "n_embd": 64, "n_layer": 2, "n_head": 2},
+    "llama": ROTARY | {"model_type": "llama"},
+    "llama, tied": ROTARY | {"model_type": "llama", "tie_word_embeddings": True},
+    "qwen2": ROTARY | {"model_type": "qwen2", "use_sliding_window": False, "tie_word_embeddings": True},
+    "qwen3": ROTARY | {"model_type": "qwen3"},
+}
+SHARP = {"initializer_range": 0.3}  # far from uniform: what a weight does can be seen
+
+REWARD = """
+def most_wanted(prompts, completions, wanted, **_):
+    return [completion.split().count(letter) for completion, letter in zip(completions, wanted)]
+
+def too_few(prompts, completions, **_):
+    return [1.0]
+
+def words(prompts, completions, **_):
+    return ["good"] * len(prompts)
+"""
+ROWS = [{"prompt": "a", "wanted": "b"}, {"prompt": "b c", "wanted": "c"}, {"prompt": "d", "wanted": "e"}]
 
 
 @pytest.fixture
@@ -53,6 +77,14 @@ def ratings(tmp_path):
     path = tmp_path / "ratings.txt"
     path.write_text("".join(lines), encoding="utf-8")
     return path
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A person's own reward functions, and prompts with a column for them."""
+    (tmp_path / "mine.py").write_text(REWARD)
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    return tmp_path
 
 
 def as_options(settings: dict) -> list[str]:
@@ -85,3 +117,18 @@ def metric_rows(run: Path) -> list[dict]:
     """metrics.jsonl without the clock."""
     rows = [json.loads(line) for line in (run / "train" / "metrics.jsonl").read_text().splitlines()]
     return [{key: value for key, value in row.items() if not key.startswith("time/")} for row in rows]
+
+
+def wide(kind: str) -> str:
+    return json.dumps(WIDE[kind] | SHARP)
+
+
+def drawn(generator, trainer, rows: int = 40, length: int = 12) -> torch.Tensor:
+    """Responses to prompts of one to eight letters, padded on the left."""
+    draw = torch.Generator().manual_seed(5)
+    ids = torch.randint(2, 7, (rows, 8), generator=draw)
+    attention = torch.arange(8) >= torch.randint(0, 8, (rows, 1), generator=draw)
+    ids[~attention] = trainer.tokenizer.pad_token_id
+    uniforms = torch.rand(rows, length, generator=draw, dtype=torch.float64)
+    with torch.no_grad(), generator.serving(trainer.actor, trainer.tokenizer) as generate:
+        return generate(ids, attention, uniforms)[0]

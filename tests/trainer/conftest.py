@@ -1,5 +1,5 @@
 """The fixtures of the trainer's tests."""
 
-from tests.lib.trainer import ratings, tiny
+from tests.lib.trainer import folder, ratings, tiny
 
-__all__ = ["ratings", "tiny"]
+__all__ = ["folder", "ratings", "tiny"]

@@ -7,7 +7,8 @@ import pytest
 
 from python_trainer import atomic, checkpoint
 from python_trainer.rollout import HfGenerator
-from tests.verify.trainer.test_vllm import VLLM, drawn, vllm, wide
+from tests.lib.trainer import drawn, wide
+from tests.verify.trainer.test_vllm import VLLM, vllm
 
 __all__ = ["vllm"]
 

@@ -177,7 +177,7 @@ PAIRS = {
     "text and messages": ({"prompt": "q", "chosen": YES, "rejected": NO}, Pair(YES, NO, 0.0, QUESTION)),
     "conversations": (
         {"chosen": QUESTION + YES, "rejected": QUESTION + NO},
-        Pair(QUESTION + YES, QUESTION + NO, 0.0, []),
+        Pair(YES, NO, 0.0, QUESTION),
     ),
     "conversations and their prompt": (
         {"prompt": "q", "chosen": QUESTION + YES, "rejected": QUESTION + NO},
@@ -209,7 +209,8 @@ def test_an_answer_may_begin_with_its_questions_words(tmp_path):
 TEXTS = {
     "text": ({"text": "a b"}, Example("a b")),
     "completion": ({"prompt": "a", "completion": " b"}, Example(" b", "a")),
-    "messages": ({"messages": QUESTION + YES}, Example(QUESTION + YES, [])),
+    "messages": ({"messages": QUESTION + YES}, Example(YES, QUESTION)),
+    "messages and their prompt": ({"prompt": "q", "messages": QUESTION + YES}, Example(YES, QUESTION)),
     "completion of messages": ({"prompt": QUESTION, "completion": YES}, Example(YES, QUESTION)),
 }
 
@@ -227,6 +228,9 @@ def test_plain_data_as_a_chat(tmp_path):
     task = Files(str(tmp_path), eval_path=str(tmp_path), as_chat=True)
     assert task.prompts()[0] == [Prompt(QUESTION)]
     assert task.pairs()[0] == [Pair(YES, NO, 0.0, QUESTION)]
+    write_rows(tmp_path / "texts.jsonl", [{"text": "q yes"}])
+    with pytest.raises(UserError, match="apply_chat_template: whole texts have no turns"):
+        task.texts()
 
 
 def test_fields_that_arrow_adds_to_messages_are_none_of_theirs(tmp_path):
@@ -245,6 +249,7 @@ def test_fields_that_arrow_adds_to_messages_are_none_of_theirs(tmp_path):
             "row 1: there is `prompt` beside `text`.*name the answer `compl",
         ),
         ("texts.jsonl", '{"text": "a"}\n{"text": ""}', "texts.jsonl, row 2: text is empty"),
+        ("texts.jsonl", '{"prompt": "q", "messages": []}', "row 1: there is `prompt` beside `messages`"),
         ("texts.jsonl", '{"messages": []}', "row 1: messages is empty"),
         ("texts.jsonl", '{"text": "a \\ud800"}', "row 1: text holds half a character"),
         ("texts.jsonl", "[" * 100_000, "texts.jsonl begins as a JSON array and is none"),

@@ -118,7 +118,7 @@ def test_a_saved_model_loses_nothing_of_its_source(tiny, source, tmp_path, stage
     sizes = [(folder / "model.safetensors").stat().st_size for folder in (path, tmp_path / "saved")]
     assert sizes[0] == sizes[1]
     kept = json.loads((tmp_path / "saved" / "generation_config.json").read_text())
-    assert {name: kept[name] for name in SOURCE} == SOURCE
+    assert {name: kept.get(name) for name in SOURCE} == SOURCE
     for name in ("tokenizer.json", "chat_template.jinja"):
         assert (tmp_path / "saved" / name).read_text() == (path / name).read_text()
     before, after = (

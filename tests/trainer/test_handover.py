@@ -26,11 +26,11 @@ def test_a_copy_generates_from_the_weights_that_are_trained(tiny, targets, tmp_p
         rows = here.train_step(), there.train_step()
         for name in ("objective/kl", "objective/scores", "policy/entropy_avg"):
             assert rows[0][name] == pytest.approx(rows[1][name], abs=1e-4), name
+        with _unpartitioned(there.actor) as module, gathered_params(there.actor.module.parameters()):
+            expected, copied = merged_weights(there.actor.module), module.state_dict()
+            assert copied.keys() == expected.keys()
+            assert all(copied[name].equal(weight) for name, weight in expected.items())
     assert abs(rows[0]["objective/kl"]) > 0.01
-    with _unpartitioned(there.actor) as module, gathered_params(there.actor.module.parameters()):
-        expected, copied = merged_weights(there.actor.module), module.state_dict()
-        assert copied.keys() == expected.keys()
-        assert all(copied[name].equal(weight) for name, weight in expected.items())
     save_model(here.actor.model, here.tokenizer, tmp_path / "model")
     again = tiny(sft_model_path=str(tmp_path / "model"), algorithm="rloo")
     ids = torch.tensor([[2, 3, 4, 5]])

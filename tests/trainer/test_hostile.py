@@ -1,5 +1,9 @@
 """A few hostile files of each kind; ``make verify PART=hostile ARGS=5000`` makes as many as are asked for."""
 
+import pytest
+
+from python_trainer.config import PPOConfig, UserError
+from python_trainer.tasks.files import Files
 from tests.lib import hostile
 
 
@@ -20,3 +24,16 @@ def test_a_reader_that_fails_is_found(tmp_path):
 
     assert hostile.attempt(read) == "KeyError: 'x'"
     assert hostile.attempt(lambda: None) is None
+
+
+def test_a_number_beyond_all_others_is_no_margin(tmp_path):
+    (tmp_path / "pairs.jsonl").write_text('{"chosen": "a", "rejected": "b", "margin": 1' + "0" * 400 + "}\n")
+    with pytest.raises(UserError, match="margin must be a finite number"):
+        Files(str(tmp_path)).pairs()
+
+
+@pytest.mark.parametrize("settings", [{"seed": 1 << 32}, {"output_dir": "a\0b"}, {"reward_weights": "1"}])
+def test_settings_that_cannot_be_are_a_persons_to_change(settings):
+    """Also where they come from Python and not from a file."""
+    with pytest.raises(UserError):
+        PPOConfig(**settings)

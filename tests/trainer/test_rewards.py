@@ -13,25 +13,7 @@ from python_trainer.reward_functions import FunctionReward
 from python_trainer.rewards import exact_match
 from python_trainer.sft import PairTokens, pair_loss
 from python_trainer.tasks.files import Files
-
-REWARD = """
-def most_wanted(prompts, completions, wanted, **_):
-    return [completion.split().count(letter) for completion, letter in zip(completions, wanted)]
-
-def too_few(prompts, completions, **_):
-    return [1.0]
-
-def words(prompts, completions, **_):
-    return ["good"] * len(prompts)
-"""
-ROWS = [{"prompt": "a", "wanted": "b"}, {"prompt": "b c", "wanted": "c"}, {"prompt": "d", "wanted": "e"}]
-
-
-@pytest.fixture
-def folder(tmp_path):
-    (tmp_path / "mine.py").write_text(REWARD)
-    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
-    return tmp_path
+from tests.lib.trainer import ROWS
 
 
 @pytest.fixture

@@ -54,6 +54,34 @@ def test_step_does_not_depend_on_the_micro_batch(tiny, micro):
     torch.testing.assert_close(weights(one), weights(other), atol=1e-6, rtol=0)
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"entropy_coef": 0.01},
+        {"algorithm": "rloo"},
+        {"algorithm": "grpo", "mask_zero_variance_groups": True, "temperature": 0.8},
+    ],
+)
+def test_the_pass_of_the_only_update_scores_the_responses(tiny, settings):
+    """The policy is not asked twice for what its weights say of a rollout; in two micro-batches it has to be."""
+    one, other = tiny(per_device_train_batch_size=16, **settings), tiny(per_device_train_batch_size=8, **settings)
+    passes: list[list[bool]] = [[], []]
+    for trainer, seen in zip((one, other), passes, strict=True):
+
+        def watch(module, arguments, options, out, seen=seen):
+            if not options["use_cache"]:
+                seen.append(out.logits.requires_grad)
+
+        trainer.actor.module.register_forward_hook(watch, with_kwargs=True)
+    for _ in range(2):
+        mine, its = one.train_step(), other.train_step()
+        for row in (mine, its):
+            row.pop("time/rollout"), row.pop("time/update")
+        assert mine == pytest.approx(its, abs=1e-5, nan_ok=True)
+    torch.testing.assert_close(weights(one), weights(other), atol=1e-6, rtol=0)
+    assert passes == [[True] * 2, [False, True, True] * 2]
+
+
 def test_same_step_with_reference_ops_and_with_the_chosen_ones(tiny):
     plain, fused = tiny(ops_impl="torch"), tiny(ops_impl="auto")
     for _ in range(3):
@@ -93,6 +121,20 @@ def test_sampling_follows_the_softmax():
         drawn = InverseCdf(uniforms, 3, temperature)(torch.zeros(20_000, 3), logits.expand(20_000, -1)).argmax(1)
         share = torch.bincount(drawn, minlength=4) / 20_000
         torch.testing.assert_close(share, (logits / temperature).softmax(0), atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("size", [255, 256, 257, 1000])
+def test_every_token_of_a_large_vocabulary_is_drawn_by_its_probability(size):
+    """They are found in blocks: the token is the one at which the CDF of the whole vocabulary passes the number."""
+    logits = 5 * torch.randn(size, generator=torch.Generator().manual_seed(size))
+    logits[torch.arange(0, size, 7)] = float("-inf")
+    logits[-1] = float("-inf")
+    uniforms = torch.cat([(torch.arange(5000, dtype=torch.float64) + 0.5) / 5000, torch.tensor([0.0, 1 - 2**-53])])
+    draw = InverseCdf(uniforms[:, None], 3, 1.0)
+    drawn = draw(torch.zeros(len(uniforms), 3), logits.expand(len(uniforms), -1)).argmax(1)
+    cdf = logits.softmax(0).double().cumsum(0)
+    assert drawn[:-1].equal(torch.searchsorted(cdf, uniforms[:-1] * cdf[-1], right=True))
+    assert draw.logprobs.isfinite().all()
 
 
 def test_samples_are_those_of_the_scored_distribution(tiny):

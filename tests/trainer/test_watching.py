@@ -109,7 +109,7 @@ def test_masked_responses_move_nothing(tiny, algorithm):
 
 
 def test_masks_are_counted_and_a_batch_without_any_left_has_no_gradient(tiny):
-    trainer = tiny(algorithm="grpo", num_generations=4, mask_zero_variance_groups=True)
+    trainer = tiny(algorithm="grpo", num_generations=4, mask_zero_variance_groups=True, entropy_coef=0.1)
     row = trainer.train_step()
     assert (row["val/masked_responses"], row["val/frac_reward_zero_std"]) == (0, 0)
     trainer.reward_fn = lambda rollout: torch.ones(len(rollout))

@@ -1,8 +1,8 @@
 """The fixtures of the trainer's tests, and the table of `make verify PART=learn`."""
 
-from tests.lib.trainer import ratings, tiny
+from tests.lib.trainer import folder, ratings, tiny
 
-__all__ = ["learned", "ratings", "tiny"]
+__all__ = ["folder", "learned", "ratings", "tiny"]
 
 LEARNED: dict[str, dict] = {}  # what the part learn shows at its end
 

@@ -26,4 +26,4 @@ def test_the_page_leads_from_nothing_to_a_trained_model(tmp_path):
     assert first["objective/scores"] < 0.9
     assert last["objective/scores"] > 1.2
     figures = json.loads((run / "eval" / "metrics.json").read_text())
-    assert figures["policy"]["eval/score"] > 1.2 > figures["reference"]["eval/score"] + 0.3
+    assert figures["policy"]["eval/score"] > figures["reference"]["eval/score"] + 0.3

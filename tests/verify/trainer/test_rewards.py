@@ -1,33 +1,5 @@
 """A model trained by a person's own function."""
 
-import json
-
-import pytest
-
-REWARD = """
-def most_wanted(prompts, completions, wanted, **_):
-    return [completion.split().count(letter) for completion, letter in zip(completions, wanted)]
-
-def too_few(prompts, completions, **_):
-    return [1.0]
-
-def words(prompts, completions, **_):
-    return ["good"] * len(prompts)
-"""
-ROWS = [{"prompt": "a", "wanted": "b"}, {"prompt": "b c", "wanted": "c"}, {"prompt": "d", "wanted": "e"}]
-
-
-@pytest.fixture
-def folder(tmp_path):
-    (tmp_path / "mine.py").write_text(REWARD)
-    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
-    return tmp_path
-
-
-@pytest.fixture
-def tokenizer(tiny):
-    return tiny().tokenizer
-
 
 def test_from_prompts_and_a_function_to_a_trained_model(tiny, folder):
     """What a newcomer does: his prompts, his function, a model of his, no reward model."""

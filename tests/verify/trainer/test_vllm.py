@@ -1,6 +1,5 @@
 """VllmGenerator meets a fake of vLLM, and vLLM where it is installed: it draws the tokens of transformers."""
 
-import json
 import os
 import subprocess
 import sys
@@ -15,21 +14,11 @@ from python_trainer import evaluate
 from python_trainer.config import UserError
 from python_trainer.models import save_model
 from python_trainer.rollout import HfGenerator
-from tests.lib.trainer import ROOT, TINY, as_options, command
+from tests.lib.trainer import ROOT, TINY, WIDE, as_options, command, drawn, wide
 
 from . import fake_vllm
 from .test_distributed import LAUNCHERS
 
-HEADS = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}  # of width 32: vLLM's least on a CPU
-ROTARY = HEADS | {"head_dim": 32, "intermediate_size": 96, "num_key_value_heads": 1, "max_position_embeddings": 32}
-WIDE = {
-    "gpt2": {"model_type": "gpt2", "n_positions": 32, "n_embd": 64, "n_layer": 2, "n_head": 2},
-    "llama": ROTARY | {"model_type": "llama"},
-    "llama, tied": ROTARY | {"model_type": "llama", "tie_word_embeddings": True},
-    "qwen2": ROTARY | {"model_type": "qwen2", "use_sliding_window": False, "tie_word_embeddings": True},
-    "qwen3": ROTARY | {"model_type": "qwen3"},
-}
-SHARP = {"initializer_range": 0.3}  # far from uniform: what a weight does can be seen
 VLLM = {"generation_engine": "vllm", "vllm_gpu_memory_utilization": 0.15, "learning_rate": 3e-2, "temperature": 0.8}
 
 
@@ -39,10 +28,6 @@ SHARED = {
     "lora": {"lora_r": 4},
     "bfloat16": {"lora_r": 4, "bf16": True, "deepspeed": "ds_zero2.json"},
 }
-
-
-def wide(kind: str) -> str:
-    return json.dumps(WIDE[kind] | SHARP)
 
 
 @pytest.fixture(params=[1, 2])
@@ -64,17 +49,6 @@ def vllm(request, monkeypatch):
     yield fake
     evaluate._vllm.cache_clear()
     sys.modules.pop("python_trainer.vllm", None)
-
-
-def drawn(generator, trainer, rows: int = 40, length: int = 12) -> torch.Tensor:
-    """Responses to prompts of one to eight letters, padded on the left."""
-    draw = torch.Generator().manual_seed(5)
-    ids = torch.randint(2, 7, (rows, 8), generator=draw)
-    attention = torch.arange(8) >= torch.randint(0, 8, (rows, 1), generator=draw)
-    ids[~attention] = trainer.tokenizer.pad_token_id
-    uniforms = torch.rand(rows, length, generator=draw, dtype=torch.float64)
-    with torch.no_grad(), generator.serving(trainer.actor, trainer.tokenizer) as generate:
-        return generate(ids, attention, uniforms)[0]
 
 
 @pytest.mark.parametrize("kind", WIDE)
