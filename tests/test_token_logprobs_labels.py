@@ -61,20 +61,20 @@ def test_one_label_of_k_is_one_label(impl, dtype, entropy):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_gradients_of_a_row_are_summed_before_they_are_rounded(impl, dtype):
-    """Labels that another policy drew, p near 1e-3, the likeliest with weight 0; and a teacher that is the student."""
-    logits, labels = make(4, 1000, 4, dtype, scale=1.0)
+    """Labels that another policy drew, p near 1e-3, the likeliest with weight 0; and a teacher that is the student on
+    nearly all of its distribution, where what comes in for a label and what its row takes away almost cancel."""
+    logits, labels = make(3, 1000, 4, dtype)
     labels[0, 3] = labels[0, 1]
     labels = labels.gather(-1, logits.gather(-1, labels).argsort(-1, descending=True))
     weights = torch.rand(labels.shape)
     weights[:, 0] = 0
-    best = logits.float().topk(8, -1).indices
+    best = logits.float().topk(64, -1).indices
     p = logits.float().softmax(-1).gather(-1, best)
     for y, g in ((labels, weights), (best, p / p.sum(-1, keepdim=True))):
         got = grad_of(lambda x, y=y, g=g: (token_logprobs(x, y, impl=impl) * g).sum(), logits)[1]
         want = torch.from_numpy(oracle.token_logprobs(logits, y, grad_logp=g)[2])
-        least = torch.finfo(dtype).smallest_normal
-        error = (got.double() - want).abs() / want.abs().clamp(min=least)
-        assert error.max() <= 0.51 * torch.finfo(dtype).eps
+        error = (got.double() - want).abs() / want.abs().clamp(min=torch.finfo(dtype).smallest_normal)
+        assert error.max() <= 0.55 * torch.finfo(dtype).eps
 
 
 @pytest.mark.parametrize("impl", KERNELS)
@@ -150,7 +150,9 @@ def test_a_label_outside_the_vocabulary_leaves_the_others_their_values(impl, bad
     assert bit_equal(logp[2], clean[2])
     assert logp[1].isnan().all()
     assert h.isnan().tolist() == [True, True, False]
-    assert grad.isnan().all(-1).tolist() == grad.isnan().any(-1).tolist() == [True, True, False]
+    of_logp = grad_of(lambda x: token_logprobs(x, labels, impl=impl).sum(), logits)[1]
+    for got in (grad, of_logp):
+        assert got.isnan().all(-1).tolist() == got.isnan().any(-1).tolist() == [True, True, False]
 
 
 @pytest.mark.parametrize("poison", ["all -inf", INF, NAN])
