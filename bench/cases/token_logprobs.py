@@ -163,7 +163,10 @@ CASES = (
         compiled=("full",),
         small_call=(8, 1000),
         # Torch's own fused function in float32 takes what our registered op alone does (bench/NOTES.md).
-        small_call_targets=(*SMALL_CALL_TARGETS, Target("F.cross_entropy", 1, reached=0.65, limit="the op alone")),
+        small_call_targets=(
+            *SMALL_CALL_TARGETS,
+            Target("F.cross_entropy", 1, reached=0.6, limit="the registered op alone takes as long"),
+        ),
     ),
     work(
         BF16,
