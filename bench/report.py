@@ -95,7 +95,7 @@ def targets(results: Results, only: str = "") -> tuple[Table, int]:
             table.lines += [_against(results, case.group(shape), target) for target in wanted]
             if case.most_extra:
                 table.lines.append(_memory(results, case.group(shape), case.most_extra(*shape)))
-        if case.small_call:
+        if case.small_call and size == "quick":  # they take seconds, and every change may miss them
             table.lines += [_against(results, case.group(case.small_call), t) for t in case.small_call_targets]
     table.lines = [line for line in table.lines if only in line[0]]
     return table, sum(line[-1] in ("not measured", "MISSED") for line in table.lines)

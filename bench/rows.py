@@ -113,8 +113,8 @@ class Row:
 
 
 def of(case: Case, shape: Shape, size: str, *, compiled: bool, file: str) -> list[Row]:
-    """A row for everyone who can do this work. The quick size does without other libraries."""
-    others = () if size == "quick" else peers.for_work(case.work)
+    """A row for everyone who can do this work. The quick size does without libraries beside torch."""
+    others = set(peers.for_work(case.work)) & ({"F.cross_entropy"} if size == "quick" else peers.PEERS.keys())
     left_out = {
         *([] if case.bare else [BARE]),
         *([] if case.portable_loops and DEVICE == "cpu" else [PORTABLE]),

@@ -207,9 +207,22 @@ T* data_of(const Tensor& x) {
   return static_cast<T*>(x.data_ptr());
 }
 
+// A contiguous tensor on the device of `like`. torch::stable::new_empty would look its op up by name, in every call.
 inline Tensor empty(Sizes sizes, ScalarType dtype, const Tensor& like) {
-  return torch::stable::new_empty(like, sizes, dtype);
+  std::vector<int64_t> strides(sizes.size());
+  int64_t stride = 1;
+  for (size_t d = sizes.size(); d-- > 0; stride *= std::max<int64_t>(sizes[d], 1)) strides[d] = stride;
+  int32_t device_type, device_index;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like.get(), &device_index));
+  AtenTensorHandle made;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+      static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(),
+      torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)), device_type, device_index, &made));
+  return Tensor(made);
 }
+
+inline Tensor new_like(const Tensor& x) { return empty(x.sizes(), x.scalar_type(), x); }
 
 // The values of a tensor of the shape of `like`, null for an absent one.
 template <class T>

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.autograd import forward_ad
 
 from ppo_kernels import __all__ as _public_names
 from ppo_kernels import _native, triton
@@ -76,6 +77,18 @@ class Op:
     def kernel(self, impl: str) -> Callable:
         """The registered op behind an implementation other than "torch"."""
         return self.kernels[impl]
+
+    def shortcut(self, impl: str, *rare: object) -> bool:
+        """Whether plain CPU tensors may go to their kernel unchecked: without rare arguments, and nothing around it.
+
+        What the kernel refuses goes the way of every other call, which converts it or says what is wrong.
+        """
+        for x in rare:
+            if x is not None:
+                return False
+        if torch.compiler.is_compiling() or impl not in ("auto", "cpu") or "cpu" not in self.kernels:
+            return False
+        return not (torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0)
 
     def call(self, impl: str, *args: Any) -> Any:
         """Call the registered op."""

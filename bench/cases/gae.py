@@ -5,7 +5,21 @@ from __future__ import annotations
 import torch
 
 import ppo_kernels
-from bench.cases import GAMMA, LAM, ROLLOUT, TOKEN_AXES, Case, Data, Target, normal, packed, right_padded, rows, tokens
+from bench.cases import (
+    GAMMA,
+    LAM,
+    ROLLOUT,
+    SMALL_CALL_TARGETS,
+    TOKEN_AXES,
+    Case,
+    Data,
+    Target,
+    normal,
+    packed,
+    right_padded,
+    rows,
+    tokens,
+)
 from bench.cases.whiten import eager as eager_whiten
 
 
@@ -83,7 +97,7 @@ CASES = (
         axes=TOKEN_AXES,
         threads=(64, 8192),
         targets=(Target("eager", 60), Target("OpenRLHF", 25)),
-        small_call_targets=(Target("bare op", 1 / 3),),
+        small_call_targets=SMALL_CALL_TARGETS,
         accuracy=accuracy,
     ),
     Case(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 import ppo_kernels
@@ -10,10 +12,12 @@ from bench.cases import (
     ESTIMATORS,
     KL_COEF,
     MINIBATCH,
+    SMALL_CALL_TARGETS,
     TOKEN_AXES,
     Case,
     Data,
     Target,
+    differentiated,
     grid,
     mean,
     normal,
@@ -48,6 +52,12 @@ def eager(logprobs, old_logprobs, advantages, mask, ref_logprobs=None):
             torch.zeros_like(ratio_mean),
             mean(k3, mask),
         )
+
+
+def bare(logprobs, old_logprobs, advantages, mask):
+    inputs = (old_logprobs, advantages, mask, *(None,) * 6)
+    options = (CLIP, CLIP, math.inf, 20.0, 0.0, 2, 20.0, math.inf)
+    return differentiated(torch.ops.ppo_kernels.policy_loss.default, logprobs, *inputs, *options)
 
 
 def inputs(g, dtype, *shape, ref=False):
@@ -116,9 +126,11 @@ CASES = (
         options={"cliprange": CLIP},
         leaf="logprobs",
         eager=eager,
+        bare=bare,
         moved=lambda x: 6 * x["logprobs"].nbytes + x["mask"].nbytes,
         shapes=MINIBATCH,
         small_call=(8, 128),
+        small_call_targets=SMALL_CALL_TARGETS,
         axes=TOKEN_AXES,
         threads=(64, 8192),
         targets=(Target("eager", 10), Target("torch.compile", 1.5)),

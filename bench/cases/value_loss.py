@@ -7,9 +7,11 @@ import torch
 from bench.cases import (
     CLIP,
     MINIBATCH,
+    SMALL_CALL_TARGETS,
     TOKEN_AXES,
     Case,
     Data,
+    differentiated,
     grid,
     mean,
     normal,
@@ -30,6 +32,11 @@ def eager(values, old_values, returns, mask):
         unexplained = mean((values - returns - error).square(), mask)
         explained = 1 - unexplained / mean((returns - target).square(), mask)
         return loss, mean(clipped_error > plain_error, mask), error, explained
+
+
+def bare(values, old_values, returns, mask):
+    op = torch.ops.ppo_kernels.value_loss.default
+    return differentiated(op, values, old_values, returns, mask, None, None, None, CLIP)
 
 
 def inputs(g, dtype, *shape):
@@ -68,9 +75,11 @@ CASES = (
         options={"cliprange_value": CLIP},
         leaf="values",
         eager=eager,
+        bare=bare,
         moved=lambda x: 6 * x["values"].nbytes + x["mask"].nbytes,
         shapes=MINIBATCH,
         small_call=(8, 128),
+        small_call_targets=SMALL_CALL_TARGETS,
         axes=TOKEN_AXES,
         threads=(64, 8192),
         accuracy=accuracy,

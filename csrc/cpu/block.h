@@ -63,7 +63,7 @@ struct Rows : TokenRows {
 
 // A token tensor to write. Padded rows cover it; packed ones may leave tokens that no row claims, and those are 0.
 inline Tensor new_tokens(const Tensor& like, const Rows& rows) {
-  return rows.packed() ? torch::stable::new_zeros(like, like.sizes()) : torch::stable::new_empty(like, like.sizes());
+  return rows.packed() ? torch::stable::new_zeros(like, like.sizes()) : new_like(like);
 }
 
 // A block of a token tensor as a plain array: in place, or a row-level or absent value spread over `scratch`.

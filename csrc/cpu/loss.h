@@ -41,7 +41,7 @@ const T* padded_block(const T* x, int64_t n, T* scratch) {
 
 // The gradient of a token tensor; empty unless asked for.
 inline Tensor new_gradient(const Tensor& tokens, const Rows& rows, bool wanted) {
-  return wanted ? on_huge_pages(new_tokens(tokens, rows)) : torch::stable::new_empty(tokens, {0});
+  return wanted ? on_huge_pages(new_tokens(tokens, rows)) : empty({0}, tokens.scalar_type(), tokens);
 }
 
 // `count` takes the place of a normalizer that is not given.

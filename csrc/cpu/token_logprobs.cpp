@@ -342,9 +342,9 @@ void backward_into(const Tensor& out, const Tensor& logits, const Tensor& labels
   });
 }
 
-Tensor empty_like(const Tensor& x) { return on_huge_pages(torch::stable::new_empty(x, x.sizes())); }
+Tensor huge_like(const Tensor& logits) { return on_huge_pages(new_like(logits)); }
 
-using Backward = TokenLogprobsBackward<decltype(backward_into), &backward_into, &empty_like>;
+using Backward = TokenLogprobsBackward<decltype(backward_into), &backward_into, &huge_like>;
 
 }  // namespace
 }  // namespace ppo

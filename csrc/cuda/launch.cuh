@@ -54,7 +54,7 @@ struct LossTensors {
               const OptTensor& given_normalizer, bool wants_grad)
       : loss(empty({}, ScalarType::Float, like)),
         stats(empty({n_stats}, ScalarType::Float, like)),
-        grad(wants_grad ? torch::stable::new_empty(like, like.sizes()) : torch::stable::new_empty(like, {0})),
+        grad(wants_grad ? new_like(like) : empty({0}, ScalarType::Float, like)),
         inv_normalizer(empty({}, ScalarType::Float, like)),
         partials(empty({partials_per_block * blocks}, ScalarType::Double, like)),
         ticket(launch.tickets(1, like)),

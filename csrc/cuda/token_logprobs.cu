@@ -126,9 +126,7 @@ void backward_into(const Tensor& out, const Tensor& logits, const Tensor& labels
   });
 }
 
-Tensor empty_like(const Tensor& x) { return torch::stable::new_empty(x, x.sizes()); }
-
-using Backward = TokenLogprobsBackward<decltype(backward_into), &backward_into, &empty_like>;
+using Backward = TokenLogprobsBackward<decltype(backward_into), &backward_into, &new_like>;
 
 }  // namespace
 }  // namespace ppo

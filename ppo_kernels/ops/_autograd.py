@@ -24,6 +24,11 @@ def transformed() -> bool:
     return torch._C._are_functorch_transforms_active()
 
 
+def recorded(x: Tensor) -> bool:
+    """Whether autograd looks at what is computed from ``x``; if not, an op spares itself its autograd function."""
+    return (x.requires_grad and torch.is_grad_enabled()) or torch.autograd.forward_ad._current_level >= 0
+
+
 @torch.compiler.assume_constant_result
 def _transforms() -> str:
     """The transforms around a traced call, outermost first, as text, which a graph may hold."""
@@ -163,8 +168,10 @@ def fused_loss(op: Op, impl: str, x: Tensor, arguments: tuple[object, ...]) -> t
         loss, stats = _TracedLoss.apply(kernel, x, tuple(rest))
     elif transformed():
         loss, stats, _, _ = _TransformedLoss.apply(op, impl, x, *arguments)
-    else:
+    elif recorded(x):
         loss, stats = _EagerLoss.apply(op, impl, x, arguments)
+    else:
+        loss, stats, _, _ = op.run(impl, x, *arguments, False)
     return loss, stats.unbind(0)
 
 

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from ppo_kernels._types import compute_dtype, wide_dtype
 
-_FLOATING = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
-_MASK_DTYPES = (torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, *_FLOATING)
+FLOATING = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+_MASK_DTYPES = (torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, *FLOATING)
 
 
 def check_tensor(op: str, name: str, x: object) -> Tensor:
@@ -38,7 +38,7 @@ def _refuse_nested_and_sharded(op: str, name: str, x: Tensor) -> None:
 
 def check_floating(op: str, name: str, x: object) -> Tensor:
     x = check_tensor(op, name, x)
-    if x.dtype not in _FLOATING:
+    if x.dtype not in FLOATING:
         raise TypeError(f"{op}: {name} must be bfloat16, float16, float32 or float64, got {x.dtype}")
     return x
 
@@ -46,7 +46,7 @@ def check_floating(op: str, name: str, x: object) -> Tensor:
 def check_real(op: str, name: str, x: object) -> Tensor:
     """Floating, or integers, which count as float32: scores often are."""
     x = check_tensor(op, name, x)
-    if x.dtype not in _FLOATING and x.dtype not in (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64):
+    if x.dtype not in FLOATING and x.dtype not in (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64):
         raise TypeError(f"{op}: {name} must be floating or an integer of 8 to 64 bits, got {x.dtype}")
     return x
 
@@ -87,9 +87,10 @@ def check_number(
 
     While tracing it may be symbolic, or stay a 0-d tensor, whose value is not looked at: a graph outlives it.
     """
-    value = _as_number(op, name, value)
-    if isinstance(value, Tensor):
-        return value  # type: ignore[return-value]
+    if type(value) is not float:
+        value = _as_number(op, name, value)
+        if isinstance(value, Tensor):
+            return value  # type: ignore[return-value]
     if not (value > above and value >= least and value <= most and -math.inf < value < math.inf):
         limits = [f"> {above}"] * (above > -math.inf) + [f">= {least}"] * (least > -math.inf)
         limits += [f"<= {most}"] * (most < math.inf)
@@ -158,7 +159,8 @@ def bound(op: str, name: str, value: object, *, above: float = -math.inf, least:
     """A clip or clamp as kernels take it: infinity where None or infinity switches it off."""
     if value is None:
         return math.inf
-    value = _as_number(op, name, value)
+    if type(value) is not float:
+        value = _as_number(op, name, value)
     if isinstance(value, Tensor) or value != math.inf:
         return check_number(op, name, value, above=above, least=least)
     return math.inf
@@ -176,6 +178,20 @@ def to_mask(op: str, mask: object, like: Tensor) -> Tensor | None:
     if mask.dtype not in (torch.bool, torch.uint8):
         mask = mask != 0
     return unit_last_stride(mask)
+
+
+def as_they_are(dtypes: Sequence[torch.dtype], *tensors: object) -> bool:
+    """Whether CPU kernels take these inputs without a conversion. Their shapes the kernels check themselves."""
+    for x in tensors:  # a generator costs a microsecond
+        if type(x) is not Tensor or x.dtype not in dtypes or not x.is_cpu:
+            return False
+        if x.layout is not torch.strided or not x.is_contiguous():
+            return False
+    return True
+
+
+def mask_as_it_is(mask: object) -> bool:
+    return mask is None or as_they_are((torch.bool,), mask)
 
 
 def keepable(x: Tensor | None) -> Tensor | None:

@@ -22,7 +22,7 @@ def public(function: Function) -> Function:
     @functools.wraps(function)
     def call(*arguments: Any, **options: Any) -> Any:
         for x in (*arguments, *options.values()):
-            if type(x) is not Tensor and _is_replica(x):
+            if type(x) is not Tensor and isinstance(x, Tensor) and _is_replica(x):
                 return function(*map(_local, arguments), **{name: _local(x) for name, x in options.items()})
         if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
             return _within_a_transform(function, arguments, options)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ppo_kernels._types import wide_dtype
 from ppo_kernels.backends import register, vmap_by_calls
-from ppo_kernels.ops._inputs import Tokens, check_choice, check_number
+from ppo_kernels.ops._inputs import Tokens, as_they_are, check_choice, check_number, mask_as_it_is
 from ppo_kernels.ops._public import public
 from ppo_kernels.reference import gae as reference
 
@@ -79,6 +79,18 @@ def gae(
 
     Source: Schulman et al., "High-Dimensional Continuous Control Using Generalized Advantage Estimation" (2015).
     """
+    gamma = check_number("gae", "gamma", gamma, least=0.0, most=1.0)
+    lam_tensor = lam if isinstance(lam, Tensor) else None
+    if lam_tensor is None:
+        lam = check_number("gae", "lam", lam, least=0.0, most=1.0)
+    code = check_choice("gae", "masked_steps", masked_steps, MASKED_STEPS)
+    if not validate and _GAE.shortcut(impl, lam_tensor, bootstrap_value, cu_seqlens):
+        plain = as_they_are((torch.float32,), rewards, values)
+        if plain and mask_as_it_is(mask):
+            try:
+                return _GAE.run("cpu", rewards, values, mask, None, None, None, gamma, lam, code)
+            except RuntimeError:
+                pass
     tokens = Tokens(
         "gae",
         cu_seqlens,
@@ -86,8 +98,6 @@ def gae(
         values=values,
         extra=(bootstrap_value, lam if isinstance(lam, Tensor) and lam.numel() != 1 else None),
     )
-    gamma = check_number("gae", "gamma", gamma, least=0.0, most=1.0)
-    code = check_choice("gae", "masked_steps", masked_steps, MASKED_STEPS)
     mask = tokens.mask(mask)
     lam_rows = None
     if isinstance(lam, Tensor) and lam.numel() == 1 and lam.device.type != "cpu":

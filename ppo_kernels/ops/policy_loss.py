@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from ppo_kernels._types import KL_ESTIMATORS, PolicyStats
 from ppo_kernels.backends import register
 from ppo_kernels.ops import _fakes
 from ppo_kernels.ops._autograd import first_order_only, fused_loss
-from ppo_kernels.ops._inputs import Tokens, bound, check_choice, check_floating, number_or_tensor
+from ppo_kernels.ops._inputs import (
+    Tokens,
+    as_they_are,
+    bound,
+    check_choice,
+    check_floating,
+    check_tensor,
+    mask_as_it_is,
+    number_or_tensor,
+)
 from ppo_kernels.ops._public import public
 from ppo_kernels.reference import policy_loss as reference
 
@@ -92,6 +102,29 @@ def policy_loss(
     Complex Control in MOBA Games with Deep Reinforcement Learning" (2020); separate bounds: DAPO (2025).
     """
     op = "policy_loss"
+    device = check_tensor(op, "logprobs", logprobs).device
+    if isinstance(cliprange, (tuple, list)) and len(cliprange) != 2:
+        raise ValueError(f"policy_loss: cliprange must be a number or (low, high), got {cliprange}")
+    low, high = cliprange if isinstance(cliprange, (tuple, list)) else (cliprange, cliprange)
+    low = bound(op, "cliprange (low)", low, least=0.0)
+    high = bound(op, "cliprange (high)", high, least=0.0)
+    dual_bound = bound(op, "dual_clip", dual_clip, above=1.0)
+    coef, coef_tensor = number_or_tensor(op, "kl_coef", kl_coef, device)
+    if ref_logprobs is None and (isinstance(kl_coef, Tensor) or kl_coef != 0):
+        raise ValueError(f"policy_loss: kl_coef={kl_coef} needs ref_logprobs; pass them or set kl_coef=0")
+    code = check_choice(op, "kl_estimator", kl_estimator, KL_ESTIMATORS)
+    log_bound = bound(op, "log_ratio_clamp", log_ratio_clamp, least=0.0)
+    kl_bounds = bound(op, "kl_log_clamp", kl_log_clamp, least=0.0), bound(op, "kl_clamp", kl_clamp, least=0.0)
+    options = (low, high, dual_bound, log_bound, coef, code, *kl_bounds)
+    if not validate and _POLICY_LOSS.shortcut(impl, weights, row_weight, normalizer, cu_seqlens, coef_tensor):
+        ref = () if ref_logprobs is None else (ref_logprobs,)
+        plain = as_they_are((torch.float32,), logprobs, old_logprobs, advantages, *ref)
+        if plain and mask_as_it_is(mask) and advantages.dim() == 2:
+            inputs = (old_logprobs, advantages, mask, None, ref_logprobs, None, None, None, None)
+            try:
+                return _fused("cpu", logprobs, *inputs, *options)
+            except RuntimeError:
+                pass
     check_floating(op, "advantages", advantages)
     if weights is not None:
         check_floating(op, "weights", weights)
@@ -99,18 +132,6 @@ def policy_loss(
     if ref_logprobs is not None:
         tensors["ref_logprobs"] = ref_logprobs
     tokens = Tokens(op, cu_seqlens, **tensors, extra=(advantages, weights, row_weight))
-    if isinstance(cliprange, (tuple, list)) and len(cliprange) != 2:
-        raise ValueError(f"policy_loss: cliprange must be a number or (low, high), got {cliprange}")
-    low, high = cliprange if isinstance(cliprange, (tuple, list)) else (cliprange, cliprange)
-    low = bound(op, "cliprange (low)", low, least=0.0)
-    high = bound(op, "cliprange (high)", high, least=0.0)
-    dual_bound = bound(op, "dual_clip", dual_clip, above=1.0)
-    coef, coef_tensor = number_or_tensor(op, "kl_coef", kl_coef, tokens.like.device)
-    if ref_logprobs is None and (isinstance(kl_coef, Tensor) or kl_coef != 0):
-        raise ValueError(f"policy_loss: kl_coef={kl_coef} needs ref_logprobs; pass them or set kl_coef=0")
-    code = check_choice(op, "kl_estimator", kl_estimator, KL_ESTIMATORS)
-    log_bound = bound(op, "log_ratio_clamp", log_ratio_clamp, least=0.0)
-    kl_bounds = bound(op, "kl_log_clamp", kl_log_clamp, least=0.0), bound(op, "kl_clamp", kl_clamp, least=0.0)
     mask = tokens.mask(mask)
     advantages = tokens.per_token("advantages", advantages.detach())
     if weights is not None:
@@ -134,8 +155,9 @@ def policy_loss(
             cu_seqlens=tokens.cu_seqlens,
         )  # fmt: skip
     rows = (row_weight, normalizer, tokens.cu_seqlens, coef_tensor)
-    options = (low, high, dual_bound, log_bound, coef, code, *kl_bounds)
-    loss, stats = fused_loss(
-        _POLICY_LOSS, impl, logprobs, (old_logprobs, advantages, mask, weights, ref_logprobs, *rows, *options)
-    )
+    return _fused(impl, logprobs, old_logprobs, advantages, mask, weights, ref_logprobs, *rows, *options)
+
+
+def _fused(impl: str, logprobs: Tensor, *arguments: object) -> tuple[Tensor, PolicyStats]:
+    loss, stats = fused_loss(_POLICY_LOSS, impl, logprobs, arguments)
     return loss, PolicyStats(*stats)

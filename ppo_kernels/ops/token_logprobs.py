@@ -13,17 +13,21 @@ from ppo_kernels.backends import register
 from ppo_kernels.ops._autograd import (
     first_order_only,
     once,
+    recorded,
     traced_input,
     transformed,
 )
 from ppo_kernels.ops._fakes import like_first
 from ppo_kernels.ops._inputs import (
+    FLOATING,
+    as_they_are,
     check_device,
     check_floating,
     check_integer,
     check_number,
     check_tensor,
     keepable,
+    mask_as_it_is,
     to_mask,
     unit_last_stride,
 )
@@ -259,27 +263,33 @@ def token_logprobs(
     Source: online softmax, Milakov and Gimelshein (2018).
     """
     op = "token_logprobs"
-    check_floating(op, "logits", logits)
-    check_integer(op, "labels", labels)
-    if logits.dim() == 0 or logits.size(-1) == 0:
-        raise ValueError(f"{op}: logits must be [..., V] with V >= 1, got shape {tuple(logits.shape)}")
-    _check_labels(logits, labels)
     if not (entropy is False or entropy is True or (isinstance(entropy, str) and entropy == "detached")):
         raise ValueError(f'{op}: entropy must be False, True or "detached", got {entropy!r}')
     if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
         raise TypeError(f"{op}: ignore_index must be an int, got {type(ignore_index).__name__}")
     if not -(2**63) <= ignore_index < 2**63:
         raise ValueError(f"{op}: ignore_index must fit an int64, got {ignore_index}")
+    rows = temperature if isinstance(temperature, Tensor) else None
+    tau = check_number(op, "temperature", temperature, above=0.0) if rows is None else 1.0
+    if not (validate or inplace_backward) and _TOKEN_LOGPROBS.shortcut(impl, rows):
+        plain = as_they_are(FLOATING, logits) and as_they_are((torch.int64,), labels)
+        if plain and mask_as_it_is(mask):
+            try:
+                return _eager("cpu", logits, (labels, mask, None, tau, ignore_index, entropy), False)
+            except RuntimeError:
+                pass
+    check_floating(op, "logits", logits)
+    check_integer(op, "labels", labels)
+    if logits.dim() == 0 or logits.size(-1) == 0:
+        raise ValueError(f"{op}: logits must be [..., V] with V >= 1, got shape {tuple(logits.shape)}")
+    _check_labels(logits, labels)
     mask = _mask(mask, logits, labels)
     if mask is not None and mask.dim() == logits.dim():
         labels, mask = torch.where(mask != 0, labels.long(), ignore_index), None
-    rows = None
-    if isinstance(temperature, Tensor):
-        rows = _temperature_rows(temperature, logits)
-    else:
-        temperature = check_number(op, "temperature", temperature, above=0.0)
-        if torch.compiler.is_compiling():  # a float would become a constant of the graph
-            rows = torch.full(logits.shape[:-1], temperature, dtype=wide_dtype(logits.device), device=logits.device)
+    if rows is not None:
+        rows = _temperature_rows(rows, logits)
+    elif torch.compiler.is_compiling():  # a float would become a constant of the graph
+        rows = torch.full(logits.shape[:-1], tau, dtype=wide_dtype(logits.device), device=logits.device)
     if inplace_backward and not (torch.compiler.is_compiling() or transformed()):
         check_overwritable(logits)
     if validate:
@@ -291,7 +301,7 @@ def token_logprobs(
         return _TOKEN_LOGPROBS.reference(
             first_order_only(op, logits),
             labels,
-            temperature=temperature if rows is None else rows,
+            temperature=tau if rows is None else rows,
             mask=mask,
             ignore_index=ignore_index,
             entropy=entropy,
@@ -300,7 +310,7 @@ def token_logprobs(
         (labels if labels.dtype == torch.int64 else labels.long()).contiguous(),
         None if mask is None else mask.contiguous(),
         rows,
-        1.0 if rows is not None else temperature,
+        tau,
         ignore_index,
         entropy,
     )
@@ -309,10 +319,18 @@ def token_logprobs(
     elif transformed():
         logprobs, h = _TransformedLogprobs.apply(impl, logits, *arguments)[:2]
     else:
-        return _EagerLogprobs.apply(impl, logits, *arguments, inplace_backward)
+        return _eager(impl, logits, arguments, inplace_backward)
     if entropy is False:
         return logprobs
     return logprobs, h
+
+
+def _eager(impl: str, logits: Tensor, arguments: tuple, inplace: bool) -> Tensor | tuple[Tensor, Tensor]:
+    if recorded(logits):
+        return _EagerLogprobs.apply(impl, logits, *arguments, inplace)
+    *others, entropy = arguments
+    logprobs, h, _, _ = _TOKEN_LOGPROBS.run(impl, logits, *others, entropy is not False)
+    return logprobs if entropy is False else (logprobs, h)
 
 
 def _check_labels(logits: Tensor, labels: Tensor) -> None:

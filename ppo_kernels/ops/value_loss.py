@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from ppo_kernels._types import ValueStats
 from ppo_kernels.backends import register
 from ppo_kernels.ops import _fakes
 from ppo_kernels.ops._autograd import first_order_only, fused_loss
-from ppo_kernels.ops._inputs import Tokens, bound
+from ppo_kernels.ops._inputs import Tokens, as_they_are, bound, mask_as_it_is
 from ppo_kernels.ops._public import public
 from ppo_kernels.reference import value_loss as reference
 
@@ -67,8 +68,15 @@ def value_loss(
     Source: OpenAI baselines ppo2 (value clipping); Ziegler et al. (2019).
     """
     op = "value_loss"
-    tokens = Tokens(op, cu_seqlens, values=values, old_values=old_values, returns=returns, extra=(row_weight,))
     clip = bound(op, "cliprange_value", cliprange_value, least=0.0)
+    if not validate and _VALUE_LOSS.shortcut(impl, row_weight, normalizer, cu_seqlens):
+        plain = as_they_are((torch.float32,), values, old_values, returns)
+        if plain and mask_as_it_is(mask):
+            try:
+                return _fused("cpu", values, old_values, returns, mask, None, None, None, clip)
+            except RuntimeError:
+                pass
+    tokens = Tokens(op, cu_seqlens, values=values, old_values=old_values, returns=returns, extra=(row_weight,))
     mask = tokens.mask(mask)
     if row_weight is not None:
         row_weight = tokens.per_row("row_weight", row_weight).detach()
@@ -90,6 +98,9 @@ def value_loss(
             normalizer=normalizer,
             cu_seqlens=tokens.cu_seqlens,
         )
-    arguments = (old_values, returns, mask, row_weight, normalizer, tokens.cu_seqlens, clip)
+    return _fused(impl, values, old_values, returns, mask, row_weight, normalizer, tokens.cu_seqlens, clip)
+
+
+def _fused(impl: str, values: Tensor, *arguments: object) -> tuple[Tensor, ValueStats]:
     loss, stats = fused_loss(_VALUE_LOSS, impl, values, arguments)
     return loss, ValueStats(*stats)
