@@ -17,7 +17,7 @@ from rich.table import Table
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from . import distributed, files
-from .config import CONFIGS, EvalConfig, FrontierConfig, PPOConfig, RewardConfig, RunConfig, SftConfig, UserError
+from .config import CONFIGS, EvalConfig, RewardConfig, RunConfig, SftConfig, UserError
 from .data import Task, load_task
 from .deepspeed_engine import Policy, frozen, init_distributed
 from .evaluate import Evaluation, choose_generator, evaluate, evaluation_prompts
@@ -25,6 +25,7 @@ from .frontier import frontier
 from .logging import as_json
 from .models import context_of, load_policy, load_tokenizer, stage_model, stop_strings
 from .ppo import Trainer
+from .ppo_config import FrontierConfig, PPOConfig
 from .rewards import load_reward_fn
 from .rollout import score_tokens
 from .settings import COMMANDS, load, make_folder, save

@@ -8,7 +8,8 @@ from torch.nn.functional import logsigmoid
 from ppo_kernels import aggregation_weights, gae, group_advantages, kl_rewards, p3o_loss, policy_loss, whiten
 
 from . import distributed
-from .config import PPOConfig, UserError
+from .config import UserError
+from .ppo_config import PPOConfig
 from .rollout import Experience
 
 Loss = tuple[torch.Tensor, dict[str, torch.Tensor]]

@@ -10,9 +10,10 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from . import distributed
-from .config import PPOConfig, SamplingConfig, UserError
+from .config import SamplingConfig, UserError
 from .data import Prompt, Task, readable
 from .deepspeed_engine import Policy
+from .ppo_config import PPOConfig
 from .rollout import Experience, Generator, HfGenerator, RewardFn, by_rows, sample, score_tokens
 
 T = TypeVar("T")

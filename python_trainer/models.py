@@ -20,7 +20,7 @@ from transformers import (
 )
 
 from . import distributed, files, zero_state
-from .config import OptimizerConfig, PPOConfig, RunConfig, SamplingConfig, UserError
+from .config import OptimizerConfig, RunConfig, SamplingConfig, UserError
 from .data import Task
 from .deepspeed_engine import (
     Policy,
@@ -32,6 +32,7 @@ from .deepspeed_engine import (
     merged_weights,
     weights_here,
 )
+from .ppo_config import PPOConfig
 from .pretrained import (
     Origin,
     add_adapters,

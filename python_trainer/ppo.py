@@ -16,7 +16,7 @@ from ppo_kernels import value_loss
 from . import checkpoint, distributed, zero_state
 from .algorithms import KlControl, load_algorithm
 from .atomic import atomic_dir
-from .config import PPOConfig, UserError
+from .config import UserError
 from .data import Rollout, fingerprint, load_task, shuffled_positions
 from .deepspeed_engine import Policy, Trainable, init_distributed, step_together
 from .deepspeed_engine import fingerprint as weights_fingerprint
@@ -33,6 +33,7 @@ from .models import (
     starting_point,
     vocabulary,
 )
+from .ppo_config import PPOConfig
 from .rewards import (
     ScoreShaping,
     load_reward_fn,

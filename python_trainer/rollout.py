@@ -24,9 +24,10 @@ from transformers import (
 from ppo_kernels import kl_rewards, moments, token_logprobs
 
 from . import distributed
-from .config import PPOConfig, UserError
+from .config import UserError
 from .data import Generate, Prompt, Rollout, left_pad, only_drawn
 from .deepspeed_engine import Policy, weights_of
+from .ppo_config import PPOConfig
 
 RewardFn = Callable[[Rollout], torch.Tensor]  # [B] the score of each response
 

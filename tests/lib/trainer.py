@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from python_trainer.config import PPOConfig
 from python_trainer.ppo import Trainer
+from python_trainer.ppo_config import PPOConfig
 
 ROOT = Path(__file__).parents[2]
 

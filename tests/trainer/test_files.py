@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 
 from python_trainer import atomic, checkpoint, files
-from python_trainer.config import PPOConfig, UserError
+from python_trainer.config import UserError
 from python_trainer.models import undamaged
+from python_trainer.ppo_config import PPOConfig
 from tests.lib.trainer import TINY
 
 
