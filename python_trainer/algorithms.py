@@ -9,8 +9,8 @@ from ppo_kernels import aggregation_weights, gae, group_advantages, kl_rewards, 
 
 from . import distributed
 from .config import UserError
+from .data import Experience
 from .ppo_config import PPOConfig
-from .rollout import Experience
 
 Loss = tuple[torch.Tensor, dict[str, torch.Tensor]]
 MASKS = ("mask_truncated_completions", "mask_zero_variance_groups")  # for those to ignore that learn from pairs
