@@ -5,6 +5,7 @@ import os
 import random
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -132,3 +133,24 @@ def drawn(generator, trainer, rows: int = 40, length: int = 12) -> torch.Tensor:
     uniforms = torch.rand(rows, length, generator=draw, dtype=torch.float64)
     with torch.no_grad(), generator.serving(trainer.actor, trainer.tokenizer) as generate:
         return generate(ids, attention, uniforms)[0]
+
+
+def as_nobody(work: Callable[[], object]) -> str:
+    """What it says, in a process that may read what everybody may."""
+    if os.getuid():
+        return str(work())
+    reader, writer = os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            os.setgid(65534)
+            os.setuid(65534)
+            answer = str(work())
+        except BaseException as error:
+            answer = repr(error)
+        os.write(writer, answer.encode())
+        os._exit(0)
+    os.close(writer)
+    os.waitpid(child, 0)
+    with os.fdopen(reader) as file:
+        return file.read()
