@@ -1,8 +1,12 @@
-// What every launcher needs of torch, for the CPU and for CUDA: checks, dtypes, rows of tokens. The public functions
-// have already checked their arguments with messages for people; these checks only keep a raw torch.ops call from
-// reading out of bounds.
+// What every launcher needs of torch, for the CPU and for CUDA: checks, dtypes, rows of tokens.
+//
+// The public functions have already checked their arguments, but compiled graphs and C++ callers come without them. So
+// the device of every tensor is checked where an op is registered (PPO_IMPL), and dtype and shape where a kernel gets
+// at the data: nothing else here gives a pointer to an input. No check reads a value, which on a GPU would wait for it;
+// kernels clamp whatever they take for an address.
 #pragma once
 
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -11,8 +15,13 @@
 #include <algorithm>
 #include <cstdint>
 #include <optional>
+#include <sstream>
+#include <stdexcept>
+#include <string>
 #include <tuple>
 #include <type_traits>
+#include <utility>
+#include <vector>
 
 #include "counters.h"
 #include "math/kl.h"
@@ -22,6 +31,7 @@ namespace ppo {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
+using Sizes = torch::headeronly::IntHeaderOnlyArrayRef;
 using OptTensor = std::optional<Tensor>;
 using LossResult = std::tuple<Tensor, Tensor, Tensor, Tensor>;  // loss, stats, grad, inv_normalizer
 
@@ -31,56 +41,183 @@ constexpr ScalarType dtype_of() {
   return std::is_same_v<T, int64_t> ? ScalarType::Long : ScalarType::Float;
 }
 
+// One sentence: what was given, what is allowed, what to do. torch's own check would put a C++ file before it.
+template <class... Parts>
+[[noreturn, gnu::cold, gnu::noinline]] void refuse(const Parts&... parts) {
+  std::ostringstream text;
+  ((text << parts), ...);
+  throw std::runtime_error(text.str());
+}
+
+#define PPO_CHECK(condition, ...)  \
+  do {                             \
+    if (!(condition)) [[unlikely]] \
+      ::ppo::refuse(__VA_ARGS__);  \
+  } while (0)
+
+inline const char* dtype_name(ScalarType dtype) {
+  switch (dtype) {
+    case ScalarType::Double:
+      return "float64";
+    case ScalarType::Float:
+      return "float32";
+    case ScalarType::Half:
+      return "float16";
+    case ScalarType::BFloat16:
+      return "bfloat16";
+    case ScalarType::Long:
+      return "int64";
+    case ScalarType::Int:
+      return "int32";
+    case ScalarType::Short:
+      return "int16";
+    case ScalarType::Bool:
+      return "bool";
+    default:
+      return torch::headeronly::toString(dtype);
+  }
+}
+
+inline std::string shape_text(Sizes sizes) {
+  std::string text;
+  for (const int64_t size : sizes) text += (text.empty() ? "" : ", ") + std::to_string(size);
+  return "[" + text + "]";
+}
+
 // Masks are bytes, true where one is not 0.
 template <class T>
-void check_dtype(const Tensor& x) {
+void check_dtype(const char* name, const Tensor& x) {
   const ScalarType dtype = x.scalar_type();
   if constexpr (std::is_same_v<T, uint8_t>) {
-    STD_TORCH_CHECK(dtype == ScalarType::Bool || dtype == ScalarType::Byte, "masks are bytes");
+    PPO_CHECK(dtype == ScalarType::Bool || dtype == ScalarType::Byte, name, " must be bool or uint8, got ",
+              dtype_name(dtype));
   } else {
-    STD_TORCH_CHECK(dtype == dtype_of<T>(), "an input has another dtype than the op computes in");
+    PPO_CHECK(dtype == dtype_of<T>(), name, " must be ", dtype_name(dtype_of<T>()), ", got ", dtype_name(dtype));
   }
 }
 
-inline void check_same_shape(const Tensor& x, const Tensor& like) {
-  STD_TORCH_CHECK(x.dim() == like.dim(), "expected ", like.dim(), " dimensions, got ", x.dim());
-  for (int64_t d = 0; d < x.dim(); ++d) {
-    STD_TORCH_CHECK(x.size(d) == like.size(d), "size ", x.size(d), " of dimension ", d, " should be ", like.size(d));
-  }
+inline void check_shape(const char* name, const Tensor& x, Sizes wanted) {
+  const Sizes sizes = x.sizes();
+  PPO_CHECK(sizes.size() == wanted.size() && std::equal(sizes.begin(), sizes.end(), wanted.begin()), name,
+            " must have the shape ", shape_text(wanted), ", got ", shape_text(sizes));
 }
 
-inline void check_unit_stride(const Tensor& x) {
+inline void check_unit_stride(const char* name, const Tensor& x) {
   const int64_t last = x.dim() - 1;
-  STD_TORCH_CHECK(last < 0 || x.size(last) <= 1 || x.stride(last) == 1, "the last dimension must be contiguous");
+  PPO_CHECK(last < 0 || x.size(last) <= 1 || x.stride(last) == 1, name, " must have a last stride of 1, got ",
+            x.stride(last), "; pass ", name, ".contiguous()");
 }
 
-// Before any loop: an exception that crosses parallel_for loses its text.
-inline void check_estimator(int64_t estimator) {
-  STD_TORCH_CHECK(estimator >= 0 && estimator <= static_cast<int64_t>(KlEstimator::kK3), "unknown KL estimator ",
-                  estimator);
+// A choice among `count`. Before any loop: an exception that crosses parallel_for loses its text.
+inline void check_code(const char* name, int64_t code, int64_t count) {
+  PPO_CHECK(code >= 0 && code < count, name, " must be from 0 to ", count - 1, ", got ", code);
 }
+
+constexpr int64_t kEstimators = static_cast<int64_t>(KlEstimator::kCount);
 
 inline void check_logits(const Tensor& logits) {
-  STD_TORCH_CHECK(logits.dim() >= 1 && logits.size(logits.dim() - 1) >= 1, "expected logits [..., V]");
-  check_unit_stride(logits);
+  PPO_CHECK(logits.dim() >= 1 && logits.size(logits.dim() - 1) >= 1, "logits must be [..., V] with V >= 1, got ",
+            shape_text(logits.sizes()));
+  check_unit_stride("logits", logits);
 }
+
+// The shape of what there is one of for each row of logits.
+inline Sizes leading_sizes(const Tensor& logits) {
+  const Sizes sizes = logits.sizes();
+  return {sizes.data(), sizes.size() - 1};
+}
+
+// Each dimension steps over all that those with smaller strides reach, or there is nothing to write. A few legal views
+// are refused too, but none whose elements share memory is let through.
+inline void check_no_overlap(const char* name, const Tensor& x) {
+  if (x.numel() == 0) return;
+  const Sizes sizes = x.sizes(), strides = x.strides();
+  std::vector<std::pair<int64_t, int64_t>> steps;
+  for (size_t d = 0; d < sizes.size(); ++d) {
+    if (sizes[d] > 1) steps.emplace_back(strides[d], sizes[d]);
+  }
+  std::sort(steps.begin(), steps.end());
+  int64_t reach = 0;
+  for (const auto& [stride, size] : steps) {
+    PPO_CHECK(stride > reach, name, " is overwritten and must not overlap itself, got the shape ", shape_text(sizes),
+              " with strides ", shape_text(strides), "; pass ", name, ".contiguous()");
+    reach += (size - 1) * stride;
+  }
+}
+
+// Every tensor of a call is on the device of the first: a pointer into the memory of another would be a wild one.
+class SameDevice {
+ public:
+  template <class... Arguments>
+  explicit SameDevice(const Arguments&... arguments) {
+    (check(arguments), ...);
+  }
+
+ private:
+  void check(const Tensor& x) {
+    ++position_;
+    int32_t type = 0, index = 0;
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(x.get(), &type));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(x.get(), &index));
+    if (position_ == 1) type_ = type, index_ = index;
+    PPO_CHECK(type == type_ && index == index_, "argument ", position_,
+              " is on another device than the first; move it there");
+  }
+  void check(const OptTensor& x) {
+    if (x.has_value()) return check(*x);
+    ++position_;
+  }
+  template <class Number>
+  void check(const Number&) {
+    ++position_;
+  }
+
+  int position_ = 0;
+  int32_t type_ = 0, index_ = 0;
+};
+
+// An op as it is registered: its calls are checked for what its signature tells, and what it refuses begins with its
+// name.
+template <class Op, auto kOp, class Function = decltype(kOp)>
+struct Registered;
+
+template <class Op, auto kOp, class Result, class... Arguments>
+struct Registered<Op, kOp, Result (*)(Arguments...)> {
+  static Result call(Arguments... arguments) {
+    try {
+      SameDevice{arguments...};
+      return kOp(arguments...);
+    } catch (const std::exception& error) {
+      throw std::runtime_error(std::string(Op::name()) + ": " + error.what());
+    }
+  }
+};
+
+// In a STABLE_TORCH_LIBRARY_IMPL: the function after the op's name is that op.
+#define PPO_IMPL(library, op, ...)                                             \
+  do {                                                                         \
+    struct Op {                                                                \
+      static const char* name() { return op; }                                 \
+    };                                                                         \
+    library.impl(op, TORCH_BOX((&::ppo::Registered<Op, &__VA_ARGS__>::call))); \
+  } while (0)
 
 template <class T>
 T* data_of(const Tensor& x) {
   return static_cast<T*>(x.data_ptr());
 }
 
-inline Tensor empty(torch::headeronly::IntHeaderOnlyArrayRef sizes, ScalarType dtype, const Tensor& like) {
+inline Tensor empty(Sizes sizes, ScalarType dtype, const Tensor& like) {
   return torch::stable::new_empty(like, sizes, dtype);
 }
 
 // The values of a tensor of the shape of `like`, null for an absent one.
 template <class T>
-const T* contiguous_data(const OptTensor& x, const Tensor& like) {
+const T* contiguous_data(const char* name, const OptTensor& x, const Tensor& like) {
   if (!x.has_value()) return nullptr;
-  check_dtype<T>(*x);
-  check_same_shape(*x, like);
-  STD_TORCH_CHECK(x->is_contiguous(), "expected a contiguous tensor");
+  check_dtype<T>(name, *x);
+  check_shape(name, *x, like.sizes());
+  PPO_CHECK(x->is_contiguous(), name, " must be contiguous; pass ", name, ".contiguous()");
   return data_of<const T>(*x);
 }
 
@@ -89,10 +226,10 @@ const T* contiguous_data(const OptTensor& x, const Tensor& like) {
 template <class T>
 class RowVector {
  public:
-  RowVector(const OptTensor& x, int64_t count) {
+  RowVector(const char* name, const OptTensor& x, Sizes shape) {
     if (!x.has_value()) return;
-    check_dtype<T>(*x);
-    STD_TORCH_CHECK(x->numel() == count, "expected ", count, " elements, got ", x->numel());
+    check_dtype<T>(name, *x);
+    check_shape(name, *x, shape);
     held_ = x->is_contiguous() ? *x : torch::stable::contiguous(*x);
     data_ = data_of<const T>(*held_);
   }
@@ -105,31 +242,40 @@ class RowVector {
   const T* data_ = nullptr;
 };
 
+// Statistics that whiten is given.
+inline void check_together(const OptTensor& count, const OptTensor& mean, const OptTensor& m2) {
+  PPO_CHECK(count.has_value() == mean.has_value() && count.has_value() == m2.has_value(),
+            "count, mean and m2 come together; pass all or none");
+}
+
 // The rows of a token tensor. cu_seqlens are where the tensor has them, unchecked.
 inline TokenRows token_rows(const Tensor& tokens, const OptTensor& cu_seqlens) {
   if (!cu_seqlens.has_value()) {
-    STD_TORCH_CHECK(tokens.dim() == 2, "expected [B, T]");
+    PPO_CHECK(tokens.dim() == 2, "the tokens must be [B, T], or [N] with cu_seqlens; got the shape ",
+              shape_text(tokens.sizes()));
     return {nullptr, tokens.size(0), tokens.size(1), tokens.numel(), 1.0 / static_cast<double>(tokens.size(1))};
   }
-  STD_TORCH_CHECK(tokens.dim() == 1 && cu_seqlens->dim() == 1, "expected [N] and cu_seqlens [B+1]");
-  check_dtype<int64_t>(*cu_seqlens);
-  STD_TORCH_CHECK(cu_seqlens->numel() >= 1 && cu_seqlens->is_contiguous(), "expected contiguous cu_seqlens [B+1]");
+  PPO_CHECK(tokens.dim() == 1 && cu_seqlens->dim() == 1 && cu_seqlens->numel() >= 1,
+            "with cu_seqlens [B+1] the tokens must be [N]; got the shapes ", shape_text(cu_seqlens->sizes()), " and ",
+            shape_text(tokens.sizes()));
+  check_dtype<int64_t>("cu_seqlens", *cu_seqlens);
+  PPO_CHECK(cu_seqlens->is_contiguous(), "cu_seqlens must be contiguous; pass cu_seqlens.contiguous()");
   return {data_of<const int64_t>(*cu_seqlens), cu_seqlens->numel() - 1, 0, tokens.numel(), 0.0};
 }
 
 // A token tensor, or where it may be so a row-level [B, 1] one.
 template <class T>
-TokenInput<T> token_input(const OptTensor& x, const Tensor& tokens, const TokenRows& rows,
+TokenInput<T> token_input(const char* name, const OptTensor& x, const Tensor& tokens, const TokenRows& rows,
                           bool may_be_per_row = false) {
   if (!x.has_value()) return {};
-  check_dtype<T>(*x);
+  check_dtype<T>(name, *x);
   const T* data = data_of<const T>(*x);
   if (may_be_per_row && x->dim() == 2 && x->size(1) == 1 && (rows.packed() || tokens.size(1) != 1)) {
-    STD_TORCH_CHECK(x->size(0) == rows.count, "expected one value per row");
+    check_shape(name, *x, {rows.count, 1});
     return {data, x->stride(0), TokenKind::kPerRow};
   }
-  check_same_shape(*x, tokens);
-  check_unit_stride(*x);
+  check_shape(name, *x, tokens.sizes());
+  check_unit_stride(name, *x);
   if (rows.packed()) return {data, 0, TokenKind::kFlat};
   const bool flat = x->stride(0) == x->size(1) || x->size(0) <= 1;
   return {data, x->stride(0), flat ? TokenKind::kFlat : TokenKind::kStrided};

@@ -11,12 +11,15 @@ namespace {
 // Blank lines and lines that begin with // are skipped anywhere, a line that begins with a space goes on with a schema,
 // and any other line begins one. ppo_kernels/_schemas.py splits this text, the only raw string literal here, alike.
 constexpr const char* kSchemas = R"(
+// Every tensor is on the device of the first; what has another shape or dtype than is said here, or a code that stands
+// for nothing, is refused. Values are not looked at: an offset beyond its tensor is taken for the nearest one inside.
 // B sequences, T response tokens, N packed tokens, V vocabulary. A token tensor is padded [B, T] with any row stride,
 // or packed [N] with cu_seqlens [B+1]. Masks are bytes. Clamps that are off are infinite.
 
 // logits [..., V]; labels and logprobs [...] or, with several labels per row, [..., K]; mask, temperature_rows (float64)
-// and every other output [...]; entropy is empty unless asked for. log_sum is -1 for a row that was not read, row_max is
-// NaN for a row without a distribution.
+// and every other output [...]; entropy is empty unless asked for. A temperature is taken for the nearest one
+// whose log2(e) / temperature is a normal number of the dtype that is computed in; what is not above 0 makes NaN. log_sum
+// is -1 for a row that was not read, row_max is NaN for a row without a distribution.
 token_logprobs(Tensor logits, Tensor labels, Tensor? mask, Tensor? temperature_rows, float temperature,
     int ignore_index, bool entropy) -> (Tensor logprobs, Tensor entropy, Tensor row_max, Tensor log_sum)
 token_logprobs_backward(Tensor logits, Tensor labels, Tensor? temperature_rows, Tensor? grad_logprobs,
@@ -59,7 +62,7 @@ p3o_loss(Tensor logprobs, Tensor old_logprobs, Tensor ref_logprobs, Tensor score
     -> (Tensor loss, Tensor stats, Tensor grad, Tensor inv_normalizer)
 
 // scores [B]. Groups are runs of equal numbers in sorted_ids [B], element i of which is scores[order[i]]; without
-// them, every group_size neighbours. mode: 0 rloo, 1 grpo, 2 dr_grpo.
+// them, every group_size neighbours. A score that no place of order names has the advantage 0. mode: 0 rloo, 1 grpo, 2 dr_grpo.
 group_advantages(Tensor scores, Tensor? sorted_ids, Tensor? order, int group_size, int mode, float eps)
     -> Tensor
 )";

@@ -2,28 +2,17 @@
 // the backward.
 #pragma once
 
-#include <vector>
-
 #include "checks.h"
 
 namespace ppo {
 
-// The sizes of a value per row of logits [..., V].
-inline std::vector<int64_t> row_sizes(const Tensor& logits) {
-  std::vector<int64_t> sizes;
-  for (int64_t d = 0; d < logits.dim() - 1; ++d) sizes.push_back(logits.size(d));
-  return sizes;
-}
-
 // K of labels [..., K], and 1 of labels [...].
 inline int64_t labels_per_row(const Tensor& labels, const Tensor& logits) {
   const int64_t rows = logits.dim() - 1, many = labels.dim() == logits.dim() ? labels.size(rows) : 1;
-  STD_TORCH_CHECK((labels.dim() == rows || labels.dim() == rows + 1) && many >= 1,
-                  "expected labels [...] or [..., K], K >= 1, for logits [..., V]");
-  for (int64_t d = 0; d < rows; ++d) {
-    STD_TORCH_CHECK(labels.size(d) == logits.size(d), "size ", labels.size(d), " of dimension ", d,
-                    " of the labels should be ", logits.size(d));
-  }
+  const Sizes sizes = labels.sizes(), leading = leading_sizes(logits);
+  PPO_CHECK((labels.dim() == rows || labels.dim() == rows + 1) && many >= 1 &&
+                std::equal(leading.begin(), leading.end(), sizes.begin()),
+            "labels must have the shape ", shape_text(leading), ", or that and K >= 1, got ", shape_text(sizes));
   return many;
 }
 
@@ -41,6 +30,7 @@ struct TokenLogprobsBackward<void(const Tensor&, const Tensor&, Rest...), kInto,
   }
   static void in_place(const Tensor& logits, Rest... rest) {
     PPO_COUNT("token_logprobs_backward_");
+    check_no_overlap("logits", logits);
     kInto(logits, logits, rest...);
   }
 };

@@ -18,6 +18,7 @@ import torch
 
 from ppo_kernels import __all__ as _public_names
 from ppo_kernels import _native, triton
+from ppo_kernels._registered import arguments, checked, guard, require
 from ppo_kernels._schemas import SCHEMAS
 
 logger = logging.getLogger("ppo_kernels")
@@ -118,15 +119,16 @@ def _as_element(x: Any) -> torch.Tensor:
     return x if isinstance(x, torch.Tensor) else torch.full((), x, dtype=torch.float64)
 
 
+_library = torch.library.Library("ppo_kernels", "FRAGMENT")
 _traced_library = torch.library.Library("ppo_kernels_traced", "DEF")
 
 
 def _register_traced(name: str, schema: str, floats: tuple[int, ...], fake: Callable, kernel: Callable) -> Callable:
     """The op with its float arguments as one tensor, which takes the place of the first."""
-    inside, _, returns = schema.partition("(")[2].partition(") ->")
-    arguments = [x for i, x in enumerate(inside.split(", ")) if i not in floats]
-    arguments.insert(floats[0], "Tensor numbers")
-    _traced_library.define(f"{name}({', '.join(arguments)}) ->{returns}")
+    inside = [x for i, x in enumerate(arguments(schema)) if i not in floats]
+    inside.insert(floats[0], "Tensor numbers")
+    schema = f"{name}({', '.join(inside)}) ->{schema.partition(') ->')[2]}"
+    _traced_library.define(schema)
 
     def with_floats(args: tuple, values: Sequence[float]) -> list:
         full = list(args)
@@ -135,32 +137,29 @@ def _register_traced(name: str, schema: str, floats: tuple[int, ...], fake: Call
             full.insert(i, value)
         return full
 
+    def numbers_of(args: tuple) -> torch.Tensor:
+        x = args[floats[0]]
+        fits = x.shape == (len(floats),) and x.dtype == torch.float64
+        require(fits, f"numbers must be float64 [{len(floats)}], got {x.dtype} {tuple(x.shape)}")
+        return x
+
     def call(*args: Any) -> Any:
-        return kernel(*with_floats(args, args[floats[0]].tolist()))
+        return kernel(*with_floats(args, numbers_of(args).tolist()))
+
+    def fake_call(*args: Any) -> Any:
+        numbers_of(args)
+        return fake(*with_floats(args, [0.0] * len(floats)))
 
     for key in ("CPU", "CUDA", "XPU"):
-        _traced_library.impl(name, call, key)
-    zeros = [0.0] * len(floats)
+        _traced_library.impl(name, checked(schema, call, on_cpu="numbers"), key)
     torch.library.register_fake(
-        f"ppo_kernels_traced::{name}", lambda *args: fake(*with_floats(args, zeros)), lib=_traced_library
+        f"ppo_kernels_traced::{name}", checked(schema, fake_call, on_cpu="numbers"), lib=_traced_library
     )
     return getattr(torch.ops.ppo_kernels_traced, name).default
 
 
 def _out_of_inference(x: Any) -> Any:
     return x.clone() if isinstance(x, torch.Tensor) and x.is_inference() else x
-
-
-def _refuse_gradient(name: str) -> Callable:
-    """The backward of a registered op: without one its gradient would be 0. An exported program calls it."""
-
-    def backward(_ctx: Any, *_grads: Any) -> Any:
-        raise RuntimeError(
-            f"{name}: the registered op and what torch.export makes of it have no gradient; call ppo_kernels.{name},"
-            ' or export it with impl="torch"'
-        )
-
-    return backward
 
 
 def vmap_by_calls(kernel: Any) -> Callable:
@@ -187,29 +186,30 @@ def register(name: str, *, fake: Callable, triton_kernel: Callable, reference: C
             importing that function imports Triton.
         reference: the same in eager PyTorch; a backward op has none.
     """
+    schema = SCHEMAS[name]
+    fake = checked(schema, fake)
     kernels: dict[str, Callable] = {}
     for impl, error in (("cpu", _native.CPU_ERROR), ("cuda", _native.CUDA_ERROR)):
         if error is None and torch._C._dispatch_has_kernel_for_dispatch_key(f"ppo_kernels::{name}", impl.upper()):
             kernels[impl] = getattr(torch.ops.ppo_kernels, name).default
     if kernels:
         torch.library.register_fake(f"ppo_kernels::{name}", fake)
+        guard(_library, schema)
     if triton.INSTALLED:
         try:
-            kernels["triton"] = triton.register(SCHEMAS[name], fake, triton_kernel)
+            kernels["triton"] = triton.register(schema, fake, triton_kernel)
         except RuntimeError as error:  # torch cannot parse the schema: the reference needs none
             logger.warning("%s: no Triton kernel, %s", name, error)
-    if "!" not in SCHEMAS[name]:  # writes to no argument
+    if "!" not in schema:  # writes to no argument
         for kernel in set(kernels.values()):
             torch.library.register_vmap(kernel, vmap_by_calls(kernel))  # type: ignore[arg-type]
-            torch.library.register_autograd(kernel, _refuse_gradient(name))  # type: ignore[arg-type]
 
-    arguments = SCHEMAS[name].partition("(")[2].partition(") ->")[0].split(", ")
-    floats = tuple(i for i, argument in enumerate(arguments) if argument.startswith("float "))
+    floats = tuple(i for i, argument in enumerate(arguments(schema)) if argument.startswith("float "))
     traced: dict[str, Callable] = {}
-    if floats and "!" not in SCHEMAS[name]:
+    if floats and "!" not in schema:
         for kernel in set(kernels.values()):
             twin = "_triton" if kernel is kernels.get("triton") else ""
-            op = _register_traced(name + twin, SCHEMAS[name], floats, fake, kernel)
+            op = _register_traced(name + twin, schema, floats, fake, kernel)
             traced |= {impl: op for impl in kernels if kernels[impl] is kernel}
 
     def runs(impl: str, device_type: str) -> bool:

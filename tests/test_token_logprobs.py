@@ -237,3 +237,39 @@ def test_uniform_and_single_word_rows_are_exact(impl):
     assert h.tolist() == pytest.approx([math.log(1024)] * 2, rel=1e-6)
     logp, h = token_logprobs(torch.tensor([[-7.0], [9.0]]), torch.tensor([0, 0]), entropy=True, impl=impl)
     assert logp.tolist() == h.tolist() == [0.0, 0.0]
+
+
+EXTREME = (2.0**-1074, 1e-320, 1e-300, 1e-46, 1e-40, 1e30, 1e40, 1e46, 1e300, 1.7e308, INF)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("tau", EXTREME)
+def test_temperatures_without_an_inverse_give_the_limit(impl, tau, dtype):
+    """The largest logits alone count, or all logits alike; the gradient is finite, and all of it that there is."""
+    logits = torch.tensor([[1.0, 2.0, -3.0, 2.0], [5.0, -INF, 0.0, 1.0], [1.0, 2.0, 3.0, 4.0]], dtype=dtype)
+    labels = torch.tensor([1, 0, 0])
+    hot = tau > 1.0
+    want = torch.tensor([-math.log(4), -math.log(3), -math.log(4)] if hot else [-math.log(2), 0.0, -INF])
+    entropy = torch.tensor([math.log(4), math.log(3), math.log(4)] if hot else [math.log(2), 0.0, 0.0])
+    for temperature in (tau, torch.tensor(tau, dtype=torch.float64)):
+        if temperature == INF and not torch.is_tensor(temperature):
+            continue
+        leaf = logits.clone().requires_grad_()
+        logp, h = token_logprobs(leaf, labels, temperature=temperature, entropy=True, impl=impl, validate=True)
+        assert logp[:2].tolist() == pytest.approx(want[:2].tolist(), abs=1e-6)
+        assert logp[2].item() == pytest.approx(want[2].item(), abs=1e-6) if hot else logp[2] < -1e30
+        assert h.tolist() == pytest.approx(entropy.tolist(), abs=1e-6)
+        logp[:2].sum().backward()
+        assert leaf.grad.isfinite().all()
+        assert bool((leaf.grad.abs() < 1e-29).all()) == hot
+
+
+@pytest.mark.parametrize("tau", [0.0, -0.0, -1.0, -INF, NAN])
+def test_a_temperature_that_is_not_above_0_makes_its_row_nan(impl, tau):
+    leaf = torch.randn(3, 5).requires_grad_()
+    rows = torch.tensor([1.0, tau, tau])
+    mask = torch.tensor([1, 1, 0])
+    logp, h = token_logprobs(leaf, torch.tensor([0, 1, 2]), temperature=rows, mask=mask, entropy=True, impl=impl)
+    assert logp.isnan().tolist() == h.isnan().tolist() == [False, True, False]
+    (logp + h).sum().backward()
+    assert leaf.grad.isnan().any(1).tolist() == [False, True, False]

@@ -37,7 +37,8 @@ inline int64_t grain_of(int64_t tokens, int64_t total, int64_t count) {
 template <class F>
 auto dispatch_compute(const Tensor& x, F&& f) {
   if (x.scalar_type() == ScalarType::Double) return f(double{});
-  STD_TORCH_CHECK(x.scalar_type() == ScalarType::Float, "expected float32 or float64");
+  PPO_CHECK(x.scalar_type() == ScalarType::Float, "the first tensor must be float32 or float64, got ",
+            dtype_name(x.scalar_type()));
   return f(float{});
 }
 

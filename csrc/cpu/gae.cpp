@@ -114,15 +114,15 @@ std::tuple<Tensor, Tensor> gae(const Tensor& rewards, const Tensor& values, cons
                                const OptTensor& lam_rows, const OptTensor& bootstrap_value, const OptTensor& cu_seqlens,
                                double gamma, double lam, int64_t masked_steps) {
   PPO_COUNT("gae");
-  STD_TORCH_CHECK(masked_steps >= MaskedSteps::kSkip && masked_steps <= MaskedSteps::kKeep, "unknown masked_steps ",
-                  masked_steps);
+  check_code("masked_steps", masked_steps, MaskedSteps::kCount);
   const Rows rows(rewards, cu_seqlens);
   return dispatch_compute(rewards, [&](auto zero) {
     using T = decltype(zero);
-    const auto r = token_input<T>(rewards, rewards, rows), v = token_input<T>(values, rewards, rows);
-    const auto m = token_input<uint8_t>(mask, rewards, rows);
-    const RowVector<double> lams(lam_rows, rows.count);
-    const RowVector<T> bootstraps(bootstrap_value, rows.count);
+    const auto r = token_input<T>("rewards", rewards, rewards, rows),
+               v = token_input<T>("values", values, rewards, rows);
+    const auto m = token_input<uint8_t>("mask", mask, rewards, rows);
+    const RowVector<double> lams("lam_rows", lam_rows, {rows.count});
+    const RowVector<T> bootstraps("bootstrap_value", bootstrap_value, {rows.count});
     Tensor advantages = on_huge_pages(new_tokens(rewards, rows));
     Tensor returns = on_huge_pages(new_tokens(rewards, rows));
     T* adv = data_of<T>(advantages);
@@ -152,4 +152,4 @@ std::tuple<Tensor, Tensor> gae(const Tensor& rewards, const Tensor& values, cons
 }  // namespace
 }  // namespace ppo
 
-STABLE_TORCH_LIBRARY_IMPL(ppo_kernels, CPU, m) { m.impl("gae", TORCH_BOX(&ppo::gae)); }
+STABLE_TORCH_LIBRARY_IMPL(ppo_kernels, CPU, m) { PPO_IMPL(m, "gae", ppo::gae); }

@@ -9,14 +9,16 @@ namespace {
 Tensor group_advantages(const Tensor& scores, const OptTensor& sorted_ids, const OptTensor& order, int64_t group_size,
                         int64_t mode, double eps) {
   PPO_COUNT("group_advantages");
-  STD_TORCH_CHECK(sorted_ids.has_value() == order.has_value(), "sorted_ids and order come together");
-  STD_TORCH_CHECK(order.has_value() || group_size >= 1, "expected groups of at least one score");
+  PPO_CHECK(sorted_ids.has_value() == order.has_value(), "sorted_ids and order come together; pass both or neither");
+  PPO_CHECK(order.has_value() || group_size >= 1, "group_size must be >= 1, got ", group_size);
+  check_code("mode", mode, GroupBaseline::kCount);
   return dispatch_compute(scores, [&](auto zero) {
     using T = decltype(zero);
     const int64_t total = scores.numel();
-    const RowVector<T> score(scores, total);
-    const RowVector<int64_t> ids(sorted_ids, total), from(order, total);
-    const Tensor advantages = empty({total}, dtype_of<T>(), scores);
+    const RowVector<T> score("scores", scores, {total});
+    const RowVector<int64_t> ids("sorted_ids", sorted_ids, {total}), from("order", order, {total});
+    // What no place names stays 0.
+    const Tensor advantages = from ? torch::stable::new_zeros(scores, {total}) : empty({total}, dtype_of<T>(), scores);
     T* out = data_of<T>(advantages);
     // A raw call's order may hold anything; the public function sorted it.
     const auto at = [&](int64_t i) { return from ? std::clamp<int64_t>(from[i], 0, total - 1) : i; };
@@ -40,4 +42,4 @@ Tensor group_advantages(const Tensor& scores, const OptTensor& sorted_ids, const
 }  // namespace
 }  // namespace ppo
 
-STABLE_TORCH_LIBRARY_IMPL(ppo_kernels, CPU, m) { m.impl("group_advantages", TORCH_BOX(&ppo::group_advantages)); }
+STABLE_TORCH_LIBRARY_IMPL(ppo_kernels, CPU, m) { PPO_IMPL(m, "group_advantages", ppo::group_advantages); }

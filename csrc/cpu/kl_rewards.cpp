@@ -40,16 +40,17 @@ std::tuple<Tensor, Tensor> kl_rewards(const Tensor& logprobs, const Tensor& ref_
                                       const OptTensor& kl_coef_tensor, double kl_coef, int64_t kl_estimator,
                                       double score_clip, double kl_log_clamp, double kl_clamp) {
   PPO_COUNT("kl_rewards");
-  check_estimator(kl_estimator);
+  check_code("kl_estimator", kl_estimator, kEstimators);
   const Rows rows(logprobs, cu_seqlens);
-  const RowVector<double> coef(kl_coef_tensor, 1);
+  const RowVector<double> coef("kl_coef_tensor", kl_coef_tensor, {});
   const KlOptions options{coef ? coef[0] : kl_coef, score_clip, kl_log_clamp, kl_clamp};
   return dispatch_compute(logprobs, [&](auto zero) {
     using T = decltype(zero);
-    const auto logp = token_input<T>(logprobs, logprobs, rows), ref = token_input<T>(ref_logprobs, logprobs, rows);
-    const auto m = token_input<uint8_t>(mask, logprobs, rows);
-    const RowVector<T> score(scores, rows.count);
-    const RowVector<int64_t> index(score_index, rows.count);
+    const auto logp = token_input<T>("logprobs", logprobs, logprobs, rows),
+               ref = token_input<T>("ref_logprobs", ref_logprobs, logprobs, rows);
+    const auto m = token_input<uint8_t>("mask", mask, logprobs, rows);
+    const RowVector<T> score("scores", scores, {rows.count});
+    const RowVector<int64_t> index("score_index", score_index, {rows.count});
     Tensor rewards = on_huge_pages(new_tokens(logprobs, rows));
     Tensor kl = empty({rows.count}, dtype_of<T>(), logprobs);
     T* out = data_of<T>(rewards);
@@ -71,4 +72,4 @@ std::tuple<Tensor, Tensor> kl_rewards(const Tensor& logprobs, const Tensor& ref_
 }  // namespace
 }  // namespace ppo
 
-STABLE_TORCH_LIBRARY_IMPL(ppo_kernels, CPU, m) { m.impl("kl_rewards", TORCH_BOX(&ppo::kl_rewards)); }
+STABLE_TORCH_LIBRARY_IMPL(ppo_kernels, CPU, m) { PPO_IMPL(m, "kl_rewards", ppo::kl_rewards); }

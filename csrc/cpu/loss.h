@@ -47,7 +47,7 @@ inline Tensor new_gradient(const Tensor& tokens, const Rows& rows, bool wanted) 
 // `count` takes the place of a normalizer that is not given.
 template <class T>
 LossResult finish_loss(double total, double count, const OptTensor& normalizer, Tensor stats, Tensor grad) {
-  const RowVector<double> given(normalizer, 1);
+  const RowVector<double> given("normalizer", normalizer, {});
   const NormalizedLoss result = normalize_loss(total, given ? given[0] : count);
   const auto scalar = [&](double value) {
     Tensor x = empty({}, dtype_of<T>(), stats);

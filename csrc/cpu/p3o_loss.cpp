@@ -76,14 +76,16 @@ LossResult p3o_loss(const Tensor& logprobs, const Tensor& old_logprobs, const Te
                     double kl_coef, double cliprange, double weight_clip, double log_ratio_clamp, bool grad) {
   PPO_COUNT("p3o_loss");
   const Rows rows(logprobs, cu_seqlens);
-  STD_TORCH_CHECK(group_size >= 1 && rows.count % group_size == 0, "expected rows in groups of ", group_size);
+  check_code("variant", variant, P3OVariant::kCount);
+  PPO_CHECK(group_size >= 1 && rows.count % group_size == 0, "group_size must divide the ", rows.count, " rows, got ",
+            group_size);
   return dispatch_compute(logprobs, [&](auto zero) {
     using T = decltype(zero);
-    const auto input = [&](const Tensor& x) { return token_input<T>(x, logprobs, rows); };
-    const P3OInputs<T> in{input(logprobs), input(old_logprobs), input(ref_logprobs),
-                          token_input<uint8_t>(mask, logprobs, rows)};
-    const RowVector<T> score(scores, rows.count);
-    const RowVector<double> coef(kl_coef_tensor, 1);
+    const auto input = [&](const char* name, const Tensor& x) { return token_input<T>(name, x, logprobs, rows); };
+    const P3OInputs<T> in{input("logprobs", logprobs), input("old_logprobs", old_logprobs),
+                          input("ref_logprobs", ref_logprobs), token_input<uint8_t>("mask", mask, logprobs, rows)};
+    const RowVector<T> score("scores", scores, {rows.count});
+    const RowVector<double> coef("kl_coef_tensor", kl_coef_tensor, {});
     const PairOptions options =
         pair_options(variant, coef ? coef[0] : kl_coef, cliprange, weight_clip, log_ratio_clamp);
 
@@ -126,4 +128,4 @@ LossResult p3o_loss(const Tensor& logprobs, const Tensor& old_logprobs, const Te
 }  // namespace
 }  // namespace ppo
 
-STABLE_TORCH_LIBRARY_IMPL(ppo_kernels, CPU, m) { m.impl("p3o_loss", TORCH_BOX(&ppo::p3o_loss)); }
+STABLE_TORCH_LIBRARY_IMPL(ppo_kernels, CPU, m) { PPO_IMPL(m, "p3o_loss", ppo::p3o_loss); }

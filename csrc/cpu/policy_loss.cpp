@@ -135,24 +135,28 @@ LossResult policy_loss(const Tensor& logprobs, const Tensor& old_logprobs, const
                        double log_ratio_clamp, double kl_coef, int64_t kl_estimator, double kl_log_clamp,
                        double kl_clamp, bool grad) {
   PPO_COUNT("policy_loss");
-  check_estimator(kl_estimator);
+  check_code("kl_estimator", kl_estimator, kEstimators);
   const Rows rows(logprobs, cu_seqlens);
   return dispatch_compute(logprobs, [&](auto zero) {
     using T = decltype(zero);
-    const auto input = [&](const OptTensor& x, bool may_be_per_row = false) {
-      return token_input<T>(x, logprobs, rows, may_be_per_row);
+    const auto input = [&](const char* name, const OptTensor& x, bool may_be_per_row = false) {
+      return token_input<T>(name, x, logprobs, rows, may_be_per_row);
     };
     const PolicyOptions<T> options{static_cast<T>(1.0 - cliprange_low), static_cast<T>(1.0 + cliprange_high),
                                    static_cast<T>(dual_clip), static_cast<T>(log_ratio_clamp)};
-    const RowVector<double> coef(kl_coef_tensor, 1);
+    const RowVector<double> coef("kl_coef_tensor", kl_coef_tensor, {});
     const KlPenalty<T> kl{static_cast<T>(coef ? coef[0] : kl_coef), kl_estimator, static_cast<T>(kl_log_clamp),
                           static_cast<T>(kl_clamp)};
-    const RowVector<T> row_weights(row_weight, rows.count);
+    const RowVector<T> row_weights("row_weight", row_weight, {rows.count});
     const Tensor gradient = new_gradient(logprobs, rows, grad);
-    const PolicyInputs<T> in{input(logprobs),         input(old_logprobs),
-                             input(advantages, true), input(weights, true),
-                             input(ref_logprobs),     token_input<uint8_t>(mask, logprobs, rows),
-                             row_weights.data(),      grad ? data_of<T>(gradient) : nullptr};
+    const PolicyInputs<T> in{input("logprobs", logprobs),
+                             input("old_logprobs", old_logprobs),
+                             input("advantages", advantages, true),
+                             input("weights", weights, true),
+                             input("ref_logprobs", ref_logprobs),
+                             token_input<uint8_t>("mask", mask, logprobs, rows),
+                             row_weights.data(),
+                             grad ? data_of<T>(gradient) : nullptr};
     const std::vector<Chunk> chunks = cut_rows(rows);
     std::vector<PolicySums> parts(chunks.size());
     for_each(chunks.size(), grain_of(4096, logprobs.numel(), chunks.size()),
@@ -168,4 +172,4 @@ LossResult policy_loss(const Tensor& logprobs, const Tensor& old_logprobs, const
 }  // namespace
 }  // namespace ppo
 
-STABLE_TORCH_LIBRARY_IMPL(ppo_kernels, CPU, m) { m.impl("policy_loss", TORCH_BOX(&ppo::policy_loss)); }
+STABLE_TORCH_LIBRARY_IMPL(ppo_kernels, CPU, m) { PPO_IMPL(m, "policy_loss", ppo::policy_loss); }

@@ -175,7 +175,8 @@ auto dispatch_logits(const Tensor& logits, F&& f) {
     case ScalarType::Float:
       return f(float{}, float{});
     default:
-      STD_TORCH_CHECK(logits.scalar_type() == ScalarType::Double, "expected floating logits");
+      PPO_CHECK(logits.scalar_type() == ScalarType::Double, "logits must be floating, got ",
+                dtype_name(logits.scalar_type()));
   }
   return f(double{}, double{});
 }
@@ -223,10 +224,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> token_logprobs(const Tensor& logits, 
   return dispatch_logits(logits, [&](auto in_zero, auto zero) {
     using In = decltype(in_zero);
     using T = decltype(zero);
-    const RowVector<int64_t> label(labels, rows * many);
-    const RowVector<double> tau(temperature_rows, rows);
-    const RowVector<uint8_t> valid(mask, rows);
-    const auto row_value = [&] { return empty(row_sizes(logits), dtype_of<T>(), logits); };
+    const Sizes shape = leading_sizes(logits);
+    const RowVector<int64_t> label("labels", labels, labels.sizes());
+    const RowVector<double> tau("temperature_rows", temperature_rows, shape);
+    const RowVector<uint8_t> valid("mask", mask, shape);
+    const auto row_value = [&] { return empty(shape, dtype_of<T>(), logits); };
     Tensor logp_out = empty(labels.sizes(), dtype_of<T>(), logits), max_out = row_value(), sum_out = row_value();
     Tensor entropy_out = entropy ? row_value() : empty({0}, dtype_of<T>(), logits);
     auto* logp = data_of<T>(logp_out);
@@ -238,7 +240,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> token_logprobs(const Tensor& logits, 
       SoftmaxRow row = row_not_read();
       if (!valid || valid[i] != 0) {
         const RowLabels of_row{label.data() + i * many, many, vocab, ignore_index};
-        const double c = kLog2E / (tau ? tau[i] : temperature);
+        const double c = kLog2E / usable_temperature<T>(tau ? tau[i] : temperature);
         row = forward_row(data + offsets(i), of_row, c, entropy, logp + i * many);
       } else {
         std::fill(logp + i * many, logp + (i + 1) * many, T(0));
@@ -316,12 +318,13 @@ void backward_into(const Tensor& out, const Tensor& logits, const Tensor& labels
   dispatch_logits(logits, [&](auto in_zero, auto zero) {
     using In = decltype(in_zero);
     using T = decltype(zero);
-    const auto row_data = [&](const OptTensor& x) { return RowVector<T>(x, rows); };
-    const RowVector<int64_t> label(labels, rows * many);
-    const RowVector<double> tau(temperature_rows, rows);
-    const RowVector<T> g_logp(grad_logprobs, rows * many), logp(logprobs, rows * many);
-    const RowVector<T> g_h = row_data(grad_entropy), max = row_data(row_max), sum = row_data(log_sum);
-    const RowVector<T> h = row_data(grad_entropy.has_value() ? OptTensor(entropy) : std::nullopt);
+    const Sizes shape = leading_sizes(logits), of_labels = labels.sizes();
+    const RowVector<int64_t> label("labels", labels, of_labels);
+    const RowVector<double> tau("temperature_rows", temperature_rows, shape);
+    const RowVector<T> g_logp("grad_logprobs", grad_logprobs, of_labels), logp("logprobs", logprobs, of_labels);
+    const RowVector<T> g_h("grad_entropy", grad_entropy, shape), max("row_max", row_max, shape),
+        sum("log_sum", log_sum, shape);
+    const RowVector<T> h("entropy", grad_entropy.has_value() ? OptTensor(entropy) : std::nullopt, shape);
     const auto* data = data_of<const In>(logits);
     auto* gradient = data_of<In>(out);
     for_each(rows, row_grain(vocab), [&](int64_t i) {
@@ -331,7 +334,7 @@ void backward_into(const Tensor& out, const Tensor& logits, const Tensor& labels
                                     h ? static_cast<double>(h[i]) : 0.0,
                                     static_cast<double>(max[i]),
                                     static_cast<double>(sum[i]),
-                                    tau ? tau[i] : temperature};
+                                    usable_temperature<T>(tau ? tau[i] : temperature)};
       backward_row(data + offsets(i), RowLabels{label.data() + i * many, many, vocab, ignore_index}, given,
                    gradient + out_offsets(i));
     });
@@ -347,7 +350,7 @@ using Backward = TokenLogprobsBackward<decltype(backward_into), &backward_into, 
 }  // namespace ppo
 
 STABLE_TORCH_LIBRARY_IMPL(ppo_kernels, CPU, m) {
-  m.impl("token_logprobs", TORCH_BOX(&ppo::token_logprobs));
-  m.impl("token_logprobs_backward", TORCH_BOX(&ppo::Backward::returned));
-  m.impl("token_logprobs_backward_", TORCH_BOX(&ppo::Backward::in_place));
+  PPO_IMPL(m, "token_logprobs", ppo::token_logprobs);
+  PPO_IMPL(m, "token_logprobs_backward", ppo::Backward::returned);
+  PPO_IMPL(m, "token_logprobs_backward_", ppo::Backward::in_place);
 }

@@ -92,12 +92,12 @@ LossResult value_loss(const Tensor& values, const Tensor& old_values, const Tens
   const Rows rows(values, cu_seqlens);
   return dispatch_compute(values, [&](auto zero) {
     using T = decltype(zero);
-    const auto input = [&](const OptTensor& x) { return token_input<T>(x, values, rows); };
-    const RowVector<T> row_weights(row_weight, rows.count);
+    const auto input = [&](const char* name, const OptTensor& x) { return token_input<T>(name, x, values, rows); };
+    const RowVector<T> row_weights("row_weight", row_weight, {rows.count});
     const Tensor gradient = new_gradient(values, rows, grad);
-    const ValueInputs<T> in{input(values),      input(old_values),
-                            input(returns),     token_input<uint8_t>(mask, values, rows),
-                            row_weights.data(), grad ? data_of<T>(gradient) : nullptr};
+    const ValueInputs<T> in{input("values", values),   input("old_values", old_values),
+                            input("returns", returns), token_input<uint8_t>("mask", mask, values, rows),
+                            row_weights.data(),        grad ? data_of<T>(gradient) : nullptr};
     const std::vector<Chunk> chunks = cut_rows(rows);
     std::vector<ValueSums> parts(chunks.size());
     for_each(chunks.size(), grain_of(4096, values.numel(), chunks.size()),
@@ -113,4 +113,4 @@ LossResult value_loss(const Tensor& values, const Tensor& old_values, const Tens
 }  // namespace
 }  // namespace ppo
 
-STABLE_TORCH_LIBRARY_IMPL(ppo_kernels, CPU, m) { m.impl("value_loss", TORCH_BOX(&ppo::value_loss)); }
+STABLE_TORCH_LIBRARY_IMPL(ppo_kernels, CPU, m) { PPO_IMPL(m, "value_loss", ppo::value_loss); }

@@ -58,7 +58,7 @@ void for_each_block(const T* x, const uint8_t* mask, int64_t total, const F& f) 
 template <class T>
 Moments all_moments(const Tensor& x, const uint8_t* mask) {
   std::vector<Moments> parts((x.numel() + kWhitenChunk - 1) / kWhitenChunk);
-  for_each_block(contiguous_data<T>(x, x), mask, x.numel(),
+  for_each_block(contiguous_data<T>("x", x, x), mask, x.numel(),
                  [&](int64_t chunk, const T* block, const T* valid, int64_t, int64_t n) {
                    parts[chunk].merge(block_moments(block, valid, n));
                  });
@@ -69,8 +69,8 @@ Moments all_moments(const Tensor& x, const uint8_t* mask) {
 
 std::tuple<Tensor, Tensor, Tensor> moments(const Tensor& x, const OptTensor& mask) {
   PPO_COUNT("moments");
-  const Moments found =
-      dispatch_compute(x, [&](auto zero) { return all_moments<decltype(zero)>(x, contiguous_data<uint8_t>(mask, x)); });
+  const Moments found = dispatch_compute(
+      x, [&](auto zero) { return all_moments<decltype(zero)>(x, contiguous_data<uint8_t>("mask", mask, x)); });
   const auto scalar = [&](double value) {
     Tensor t = empty({}, ScalarType::Double, x);
     *data_of<double>(t) = value;
@@ -84,19 +84,19 @@ Tensor whiten(const Tensor& x, const OptTensor& mask, const OptTensor& count, co
   PPO_COUNT("whiten");
   return dispatch_compute(x, [&](auto zero) {
     using T = decltype(zero);
-    const uint8_t* m = contiguous_data<uint8_t>(mask, x);
+    const uint8_t* m = contiguous_data<uint8_t>("mask", mask, x);
     Moments stats;
+    check_together(count, mean, m2);
     if (count.has_value()) {
-      STD_TORCH_CHECK(mean.has_value() && m2.has_value(), "count, mean and m2 come together");
-      const auto scalar = [](const OptTensor& t) { return RowVector<double>(t, 1)[0]; };
-      stats = {scalar(count), scalar(mean), scalar(m2)};
+      const auto scalar = [](const char* name, const OptTensor& t) { return RowVector<double>(name, t, {})[0]; };
+      stats = {scalar("count", count), scalar("mean", mean), scalar("m2", m2)};
     } else {
       stats = all_moments<T>(x, m);
     }
     const double scale = whiten_scale(stats, unbiased, eps);
     Tensor y = on_huge_pages(empty(x.sizes(), dtype_of<T>(), x));
     auto* out = data_of<T>(y);
-    for_each_block(contiguous_data<T>(x, x), m, x.numel(),
+    for_each_block(contiguous_data<T>("x", x, x), m, x.numel(),
                    [&](int64_t, const T* block, const T* valid, int64_t begin, int64_t n) {
                      whiten_block(block, valid, n, stats.mean, scale, shift_mean ? 0.0 : stats.mean, out + begin);
                    });
@@ -108,6 +108,6 @@ Tensor whiten(const Tensor& x, const OptTensor& mask, const OptTensor& count, co
 }  // namespace ppo
 
 STABLE_TORCH_LIBRARY_IMPL(ppo_kernels, CPU, m) {
-  m.impl("moments", TORCH_BOX(&ppo::moments));
-  m.impl("whiten", TORCH_BOX(&ppo::whiten));
+  PPO_IMPL(m, "moments", ppo::moments);
+  PPO_IMPL(m, "whiten", ppo::whiten);
 }

@@ -8,19 +8,18 @@ std::tuple<Tensor, Tensor> gae(const Tensor& rewards, const Tensor& values, cons
                                const OptTensor& lam_rows, const OptTensor& bootstrap_value, const OptTensor& cu_seqlens,
                                double gamma, double lam, int64_t masked_steps) {
   PPO_COUNT("gae");
-  STD_TORCH_CHECK(masked_steps >= MaskedSteps::kSkip && masked_steps <= MaskedSteps::kKeep, "unknown masked_steps ",
-                  masked_steps);
+  check_code("masked_steps", masked_steps, MaskedSteps::kCount);
   const Launcher launch(rewards);
   const Tensor advantages = empty(rewards.sizes(), ScalarType::Float, rewards);
   const Tensor returns = empty(rewards.sizes(), ScalarType::Float, rewards);
   const RowWork work(launch, rewards, cu_seqlens, {advantages, returns});
-  const RowVector<double> lams(lam_rows, work.rows.count);
-  const RowVector<float> bootstraps(bootstrap_value, work.rows.count);
+  const RowVector<double> lams("lam_rows", lam_rows, {work.rows.count});
+  const RowVector<float> bootstraps("bootstrap_value", bootstrap_value, {work.rows.count});
   const GaeInputs in{
       work.rows,
-      token_input<float>(rewards, rewards, work.rows),
-      token_input<float>(values, rewards, work.rows),
-      token_input<uint8_t>(mask, rewards, work.rows),
+      token_input<float>("rewards", rewards, rewards, work.rows),
+      token_input<float>("values", values, rewards, work.rows),
+      token_input<uint8_t>("mask", mask, rewards, work.rows),
       lams.data(),
       bootstraps.data(),
       gamma,
@@ -52,4 +51,4 @@ std::tuple<Tensor, Tensor> gae(const Tensor& rewards, const Tensor& values, cons
 }  // namespace
 }  // namespace ppo
 
-STABLE_TORCH_LIBRARY_IMPL(ppo_kernels, CUDA, m) { m.impl("gae", TORCH_BOX(&ppo::gae)); }
+STABLE_TORCH_LIBRARY_IMPL(ppo_kernels, CUDA, m) { PPO_IMPL(m, "gae", ppo::gae); }

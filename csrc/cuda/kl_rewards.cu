@@ -23,18 +23,18 @@ std::tuple<Tensor, Tensor> kl_rewards(const Tensor& logprobs, const Tensor& ref_
                                       const OptTensor& kl_coef_tensor, double kl_coef, int64_t kl_estimator,
                                       double score_clip, double kl_log_clamp, double kl_clamp) {
   PPO_COUNT("kl_rewards");
-  check_estimator(kl_estimator);
+  check_code("kl_estimator", kl_estimator, kEstimators);
   const Launcher launch(logprobs);
   const Tensor rewards = empty(logprobs.sizes(), ScalarType::Float, logprobs);
   const RowWork work(launch, logprobs, cu_seqlens, {rewards});
   const Tensor kl = empty({work.rows.count}, ScalarType::Float, logprobs);
-  const RowVector<float> score(scores, work.rows.count);
-  const RowVector<int64_t> index(score_index, work.rows.count);
-  const RowVector<double> coef(kl_coef_tensor, 1);
+  const RowVector<float> score("scores", scores, {work.rows.count});
+  const RowVector<int64_t> index("score_index", score_index, {work.rows.count});
+  const RowVector<double> coef("kl_coef_tensor", kl_coef_tensor, {});
   const KlRewardsInputs in{work.rows,
-                           token_input<float>(logprobs, logprobs, work.rows),
-                           token_input<float>(ref_logprobs, logprobs, work.rows),
-                           token_input<uint8_t>(mask, logprobs, work.rows),
+                           token_input<float>("logprobs", logprobs, logprobs, work.rows),
+                           token_input<float>("ref_logprobs", ref_logprobs, logprobs, work.rows),
+                           token_input<uint8_t>("mask", mask, logprobs, work.rows),
                            score.data(),
                            index.data(),
                            coef.data(),
@@ -55,4 +55,4 @@ std::tuple<Tensor, Tensor> kl_rewards(const Tensor& logprobs, const Tensor& ref_
 }  // namespace
 }  // namespace ppo
 
-STABLE_TORCH_LIBRARY_IMPL(ppo_kernels, CUDA, m) { m.impl("kl_rewards", TORCH_BOX(&ppo::kl_rewards)); }
+STABLE_TORCH_LIBRARY_IMPL(ppo_kernels, CUDA, m) { PPO_IMPL(m, "kl_rewards", ppo::kl_rewards); }

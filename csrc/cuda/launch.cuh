@@ -24,7 +24,7 @@ class Launcher {
   template <class... Parameters, class... Arguments>
   void operator()(void (*kernel)(Parameters...), int64_t blocks, int threads, Arguments&&... args) const {
     if (blocks == 0) return;
-    STD_TORCH_CHECK(blocks < (int64_t{1} << 31), "too many tokens for one launch: ", blocks, " blocks");
+    PPO_CHECK(blocks < (int64_t{1} << 31), "too many tokens for one launch: ", blocks, " blocks");
     cudaLaunchConfig_t config{};
     config.gridDim = dim3(static_cast<unsigned>(blocks));
     config.blockDim = dim3(static_cast<unsigned>(threads));
@@ -35,9 +35,11 @@ class Launcher {
   // Zeroed counters by which the blocks of one launch find out which of them is the last.
   Tensor tickets(int64_t count, const Tensor& like) const {
     Tensor t = empty({count}, ScalarType::Int, like);
-    STD_CUDA_CHECK(cudaMemsetAsync(t.data_ptr(), 0, count * sizeof(unsigned), stream_));
+    clear(t.data_ptr(), count * sizeof(unsigned));
     return t;
   }
+
+  void clear(void* memory, size_t bytes) const { STD_CUDA_CHECK(cudaMemsetAsync(memory, 0, bytes, stream_)); }
 
  private:
   torch::stable::accelerator::DeviceGuard guard_;
@@ -56,7 +58,7 @@ struct LossTensors {
         inv_normalizer(empty({}, ScalarType::Float, like)),
         partials(empty({partials_per_block * blocks}, ScalarType::Double, like)),
         ticket(launch.tickets(1, like)),
-        normalizer(given_normalizer, 1) {}
+        normalizer("normalizer", given_normalizer, {}) {}
 
   LossOutputs outputs() const {
     return {data_of<float>(loss),           data_of<float>(stats), grad.numel() > 0 ? data_of<float>(grad) : nullptr,

@@ -9,10 +9,11 @@ LossResult p3o_loss(const Tensor& logprobs, const Tensor& old_logprobs, const Te
                     const OptTensor& cu_seqlens, const OptTensor& kl_coef_tensor, int64_t variant, int64_t group_size,
                     double kl_coef, double cliprange, double weight_clip, double log_ratio_clamp, bool grad) {
   PPO_COUNT("p3o_loss");
-  check_dtype<float>(logprobs);
+  check_dtype<float>("logprobs", logprobs);
   const Launcher launch(logprobs);
   const int64_t rows = token_rows(logprobs, cu_seqlens).count;
-  STD_TORCH_CHECK(group_size >= 1 && rows % group_size == 0, "expected rows in groups of ", group_size);
+  check_code("variant", variant, P3OVariant::kCount);
+  PPO_CHECK(group_size >= 1 && rows % group_size == 0, "group_size must divide the ", rows, " rows, got ", group_size);
   const int64_t blocks = std::max<int64_t>(1, rows / group_size);  // one even for no group: it writes the zeros
   const LossTensors out(launch, logprobs, blocks, kP3OPartials, P3OStat::kCount, normalizer, grad);
   const RowWork work =
@@ -20,14 +21,16 @@ LossResult p3o_loss(const Tensor& logprobs, const Tensor& old_logprobs, const Te
   const auto scratch = [&](int64_t bytes) { return empty({rows * bytes / 8}, ScalarType::Double, logprobs); };
   const Tensor parts = scratch(sizeof(P3OParts)), responses = scratch(sizeof(Response)),
                slopes = empty({rows}, ScalarType::Float, logprobs);
-  const auto input = [&](const Tensor& x) { return token_input<float>(x, logprobs, work.rows); };
-  const RowVector<float> score(scores, rows);
-  const RowVector<double> coef(kl_coef_tensor, 1);
+  const auto input = [&](const char* name, const Tensor& x) {
+    return token_input<float>(name, x, logprobs, work.rows);
+  };
+  const RowVector<float> score("scores", scores, {rows});
+  const RowVector<double> coef("kl_coef_tensor", kl_coef_tensor, {});
   const P3OInputs in{work.rows,
-                     input(logprobs),
-                     input(old_logprobs),
-                     input(ref_logprobs),
-                     token_input<uint8_t>(mask, logprobs, work.rows),
+                     input("logprobs", logprobs),
+                     input("old_logprobs", old_logprobs),
+                     input("ref_logprobs", ref_logprobs),
+                     token_input<uint8_t>("mask", mask, logprobs, work.rows),
                      score.data(),
                      pair_options(variant, kl_coef, cliprange, weight_clip, log_ratio_clamp),
                      coef.data(),
@@ -44,4 +47,4 @@ LossResult p3o_loss(const Tensor& logprobs, const Tensor& old_logprobs, const Te
 }  // namespace
 }  // namespace ppo
 
-STABLE_TORCH_LIBRARY_IMPL(ppo_kernels, CUDA, m) { m.impl("p3o_loss", TORCH_BOX(&ppo::p3o_loss)); }
+STABLE_TORCH_LIBRARY_IMPL(ppo_kernels, CUDA, m) { PPO_IMPL(m, "p3o_loss", ppo::p3o_loss); }

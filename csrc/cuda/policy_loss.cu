@@ -11,22 +11,22 @@ LossResult policy_loss(const Tensor& logprobs, const Tensor& old_logprobs, const
                        double log_ratio_clamp, double kl_coef, int64_t kl_estimator, double kl_log_clamp,
                        double kl_clamp, bool grad) {
   PPO_COUNT("policy_loss");
-  check_estimator(kl_estimator);
+  check_code("kl_estimator", kl_estimator, kEstimators);
   const Launcher launch(logprobs);
   const TokenRows rows = token_rows(logprobs, cu_seqlens);
-  const auto input = [&](const OptTensor& x, bool may_be_per_row = false) {
-    return token_input<float>(x, logprobs, rows, may_be_per_row);
+  const auto input = [&](const char* name, const OptTensor& x, bool may_be_per_row = false) {
+    return token_input<float>(name, x, logprobs, rows, may_be_per_row);
   };
-  const RowVector<float> row_weights(row_weight, rows.count);
-  const RowVector<double> coef(kl_coef_tensor, 1);
+  const RowVector<float> row_weights("row_weight", row_weight, {rows.count});
+  const RowVector<double> coef("kl_coef_tensor", kl_coef_tensor, {});
   PolicyInputs in{rows,
-                  input(logprobs),
-                  input(old_logprobs),
-                  input(advantages, true),
-                  input(weights, true),
-                  input(ref_logprobs),
+                  input("logprobs", logprobs),
+                  input("old_logprobs", old_logprobs),
+                  input("advantages", advantages, true),
+                  input("weights", weights, true),
+                  input("ref_logprobs", ref_logprobs),
                   per_row(row_weights.data()),
-                  token_input<uint8_t>(mask, logprobs, rows),
+                  token_input<uint8_t>("mask", mask, logprobs, rows),
                   {static_cast<float>(1.0 - cliprange_low), static_cast<float>(1.0 + cliprange_high),
                    static_cast<float>(dual_clip), static_cast<float>(log_ratio_clamp)},
                   coef.data(),
@@ -50,4 +50,4 @@ LossResult policy_loss(const Tensor& logprobs, const Tensor& old_logprobs, const
 }  // namespace
 }  // namespace ppo
 
-STABLE_TORCH_LIBRARY_IMPL(ppo_kernels, CUDA, m) { m.impl("policy_loss", TORCH_BOX(&ppo::policy_loss)); }
+STABLE_TORCH_LIBRARY_IMPL(ppo_kernels, CUDA, m) { PPO_IMPL(m, "policy_loss", ppo::policy_loss); }

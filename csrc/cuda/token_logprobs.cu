@@ -16,7 +16,8 @@ void dispatch_logits(const Tensor& logits, F&& f) {
     case ScalarType::Half:
       return f(Float16{});
     default:
-      STD_TORCH_CHECK(logits.scalar_type() == ScalarType::Float, "expected bfloat16, float16 or float32 logits");
+      PPO_CHECK(logits.scalar_type() == ScalarType::Float, "logits must be bfloat16, float16 or float32, got ",
+                dtype_name(logits.scalar_type()));
   }
   return f(float{});
 }
@@ -33,8 +34,8 @@ LogitRows logit_rows(const Tensor& logits) {
       rows.stride[rows.dims - 1] = stride;
       continue;
     }
-    STD_TORCH_CHECK(rows.dims < kLeadingDims, "logits with more than ", kLeadingDims,
-                    " leading dimensions that do not merge; pass logits.contiguous()");
+    PPO_CHECK(rows.dims < kLeadingDims, "logits with more than ", kLeadingDims,
+              " leading dimensions that do not merge; pass logits.contiguous()");
     rows.size[rows.dims] = size;
     rows.stride[rows.dims++] = stride;
   }
@@ -50,10 +51,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> token_logprobs(const Tensor& logits, 
   const Launcher launch(logits);
   const int64_t vocab = logits.size(logits.dim() - 1), rows = logits.numel() / vocab;
   const int64_t many = labels_per_row(labels, logits);
-  const RowVector<int64_t> label(labels, rows * many);
-  const RowVector<uint8_t> valid(mask, rows);
-  const RowVector<double> tau(temperature_rows, rows);
-  const auto row_value = [&] { return empty(row_sizes(logits), ScalarType::Float, logits); };
+  const Sizes shape = leading_sizes(logits);
+  const RowVector<int64_t> label("labels", labels, labels.sizes());
+  const RowVector<uint8_t> valid("mask", mask, shape);
+  const RowVector<double> tau("temperature_rows", temperature_rows, shape);
+  const auto row_value = [&] { return empty(shape, ScalarType::Float, logits); };
   const Tensor logp = empty(labels.sizes(), ScalarType::Float, logits), row_max = row_value(), log_sum = row_value();
   const Tensor h = entropy ? row_value() : empty({0}, ScalarType::Float, logits);
   dispatch_logits(logits, [&](auto zero) {
@@ -90,10 +92,13 @@ void backward_into(const Tensor& out, const Tensor& logits, const Tensor& labels
   const Launcher launch(logits);
   const int64_t vocab = logits.size(logits.dim() - 1), rows = logits.numel() / vocab;
   const int64_t many = labels_per_row(labels, logits);
-  const RowVector<int64_t> label(labels, rows * many);
-  const RowVector<double> tau(temperature_rows, rows);
-  const RowVector<float> g_logp(grad_logprobs, rows * many), logp(logprobs, rows * many), g_h(grad_entropy, rows),
-      h(grad_entropy.has_value() ? OptTensor(entropy) : std::nullopt, rows), max(row_max, rows), sum(log_sum, rows);
+  const Sizes shape = leading_sizes(logits), of_labels = labels.sizes();
+  const RowVector<int64_t> label("labels", labels, of_labels);
+  const RowVector<double> tau("temperature_rows", temperature_rows, shape);
+  const RowVector<float> g_logp("grad_logprobs", grad_logprobs, of_labels), logp("logprobs", logprobs, of_labels),
+      g_h("grad_entropy", grad_entropy, shape),
+      h("entropy", grad_entropy.has_value() ? OptTensor(entropy) : std::nullopt, shape), max("row_max", row_max, shape),
+      sum("log_sum", log_sum, shape);
   dispatch_logits(logits, [&](auto zero) {
     using T = decltype(zero);
     // One tile more than the vocabulary fills may be needed, since a row's first vector can begin before it.
@@ -129,7 +134,7 @@ using Backward = TokenLogprobsBackward<decltype(backward_into), &backward_into, 
 }  // namespace ppo
 
 STABLE_TORCH_LIBRARY_IMPL(ppo_kernels, CUDA, m) {
-  m.impl("token_logprobs", TORCH_BOX(&ppo::token_logprobs));
-  m.impl("token_logprobs_backward", TORCH_BOX(&ppo::Backward::returned));
-  m.impl("token_logprobs_backward_", TORCH_BOX(&ppo::Backward::in_place));
+  PPO_IMPL(m, "token_logprobs", ppo::token_logprobs);
+  PPO_IMPL(m, "token_logprobs_backward", ppo::Backward::returned);
+  PPO_IMPL(m, "token_logprobs_backward_", ppo::Backward::in_place);
 }

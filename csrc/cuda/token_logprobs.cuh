@@ -279,7 +279,8 @@ __global__ void __launch_bounds__(kLogitThreads, kLogitBlocks)
   const RowLabels labels = in.row_labels(i);
   Anchor anchor;
   if (in.mask == nullptr || in.mask[i] != 0) anchor = anchor_of(labels, row);
-  const double c = kLog2E / (in.temperature_rows != nullptr ? in.temperature_rows[i] : in.temperature);
+  const double c =
+      kLog2E / usable_temperature<float>(in.temperature_rows != nullptr ? in.temperature_rows[i] : in.temperature);
   SoftmaxRow result = anchor.counts ? row_of(std::numeric_limits<double>::quiet_NaN()) : row_not_read();
   if (anchor.label < 0) {
     if (part != 0 || threadIdx.x >= kWarp) return;

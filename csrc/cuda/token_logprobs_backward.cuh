@@ -41,7 +41,8 @@ struct GradientRow {
 template <class T>
 __device__ SoftmaxGradient softmax_gradient(const GradientInputs<T>& in, int64_t i, double sum) {
   const double g_entropy = in.grad_entropy != nullptr ? in.grad_entropy[i] : 0.0;
-  const double tau = in.temperature_rows != nullptr ? in.temperature_rows[i] : in.temperature;
+  const double tau =
+      usable_temperature<float>(in.temperature_rows != nullptr ? in.temperature_rows[i] : in.temperature);
   const double h = in.grad_entropy != nullptr ? in.entropy[i] : 0.0;
   return {sum, g_entropy, tau, h, in.log_sum[i]};
 }

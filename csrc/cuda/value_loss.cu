@@ -10,13 +10,13 @@ LossResult value_loss(const Tensor& values, const Tensor& old_values, const Tens
   PPO_COUNT("value_loss");
   const Launcher launch(values);
   const TokenRows rows = token_rows(values, cu_seqlens);
-  const RowVector<float> row_weights(row_weight, rows.count);
+  const RowVector<float> row_weights("row_weight", row_weight, {rows.count});
   ValueInputs in{rows,
-                 token_input<float>(values, values, rows),
-                 token_input<float>(old_values, values, rows),
-                 token_input<float>(returns, values, rows),
+                 token_input<float>("values", values, values, rows),
+                 token_input<float>("old_values", old_values, values, rows),
+                 token_input<float>("returns", returns, values, rows),
                  per_row(row_weights.data()),
-                 token_input<uint8_t>(mask, values, rows),
+                 token_input<uint8_t>("mask", mask, values, rows),
                  static_cast<float>(cliprange_value),
                  false};
   in.needs_row = any_needs_row(in.values, in.old_values, in.returns, in.row_weight, in.mask);
@@ -29,4 +29,4 @@ LossResult value_loss(const Tensor& values, const Tensor& old_values, const Tens
 }  // namespace
 }  // namespace ppo
 
-STABLE_TORCH_LIBRARY_IMPL(ppo_kernels, CUDA, m) { m.impl("value_loss", TORCH_BOX(&ppo::value_loss)); }
+STABLE_TORCH_LIBRARY_IMPL(ppo_kernels, CUDA, m) { PPO_IMPL(m, "value_loss", ppo::value_loss); }

@@ -9,8 +9,8 @@ WhitenInputs whiten_inputs(const Tensor& x, const OptTensor& mask) {
     return {data, 0, data != nullptr ? TokenKind::kFlat : TokenKind::kAbsent};
   };
   return {{nullptr, 1, x.numel(), x.numel(), 0.0},
-          flat(contiguous_data<float>(x, x)),
-          flat(contiguous_data<uint8_t>(mask, x))};
+          flat(contiguous_data<float>("x", x, x)),
+          flat(contiguous_data<uint8_t>("mask", mask, x))};
 }
 
 int64_t whiten_blocks(const Tensor& x) { return std::clamp<int64_t>(whiten_chunks(x.numel()), 1, kWhitenBlocks); }
@@ -37,10 +37,10 @@ Tensor whiten(const Tensor& x, const OptTensor& mask, const OptTensor& count, co
   const int64_t blocks = whiten_blocks(x);
   const Tensor y = empty(x.sizes(), ScalarType::Float, x);
   const Tensor partials = empty({count.has_value() ? 0 : 3 * blocks}, ScalarType::Double, x);
-  const RowVector<double> given[] = {{count, 1}, {mean, 1}, {m2, 1}};
+  check_together(count, mean, m2);
+  const RowVector<double> given[] = {{"count", count, {}}, {"mean", mean, {}}, {"m2", m2, {}}};
   MomentSources from{};
   if (count.has_value()) {
-    STD_TORCH_CHECK(mean.has_value() && m2.has_value(), "count, mean and m2 come together");
     from = {given[0].data(), given[1].data(), given[2].data(), 1};
   } else {
     auto* parts = data_of<double>(partials);
@@ -55,6 +55,6 @@ Tensor whiten(const Tensor& x, const OptTensor& mask, const OptTensor& count, co
 }  // namespace ppo
 
 STABLE_TORCH_LIBRARY_IMPL(ppo_kernels, CUDA, m) {
-  m.impl("moments", TORCH_BOX(&ppo::moments));
-  m.impl("whiten", TORCH_BOX(&ppo::whiten));
+  PPO_IMPL(m, "moments", ppo::moments);
+  PPO_IMPL(m, "whiten", ppo::whiten);
 }

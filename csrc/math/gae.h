@@ -8,7 +8,7 @@
 namespace ppo {
 
 struct MaskedSteps {
-  enum : int64_t { kSkip = 0, kZero = 1, kKeep = 2 };
+  enum : int64_t { kSkip = 0, kZero = 1, kKeep = 2, kCount };
 };
 
 // What a token at or before the last valid one is: a transition or not, and whether its inputs are read.

@@ -9,7 +9,7 @@
 namespace ppo {
 
 struct GroupBaseline {
-  enum : int64_t { kRloo = 0, kGrpo = 1, kDrGrpo = 2 };
+  enum : int64_t { kRloo = 0, kGrpo = 1, kDrGrpo = 2, kCount };
 };
 
 // Scores are taken as differences to the group's first one: equal scores, whatever their size, deviate by exactly 0.

@@ -5,7 +5,7 @@
 
 namespace ppo {
 
-enum class KlEstimator : int64_t { kK1 = 0, kAbs = 1, kK2 = 2, kK3 = 3 };
+enum class KlEstimator : int64_t { kK1 = 0, kAbs = 1, kK2 = 2, kK3 = 3, kCount };
 
 template <class T>
 PPO_INLINE T clamp(T x, T bound) {  // NaN stays NaN, an infinite bound does nothing

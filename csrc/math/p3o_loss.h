@@ -10,7 +10,7 @@
 namespace ppo {
 
 struct P3OVariant {
-  enum : int64_t { kSeparate = 0, kJoint = 1 };
+  enum : int64_t { kSeparate = 0, kJoint = 1, kCount };
 };
 
 struct PairOptions {

@@ -7,6 +7,16 @@ namespace ppo {
 
 constexpr double kNotRead = -1.0;  // log_sum of a row that is masked or ignored: no softmax has a negative one
 
+// A temperature at which both tau and log2(e) / tau are normal numbers of the type T that logits are computed in: the
+// nearest one, at which the softmax is as good as its limit, the largest logits alone or all logits alike. NaN for
+// what is not above 0.
+template <class T>
+PPO_INLINE double usable_temperature(double tau) {
+  constexpr double kLeast = std::numeric_limits<T>::min(), kMost = 1.0 / kLeast;
+  if (!(tau > 0.0)) return std::numeric_limits<double>::quiet_NaN();
+  return tau < kLeast ? kLeast : (tau > kMost ? kMost : tau);
+}
+
 // x, but no further below 0 than an exponent has to be for 2^x = 0: 0 * -inf would be NaN. NaN stays NaN.
 PPO_INLINE float bounded_exponent(float x) {
 #ifdef __CUDA_ARCH__
@@ -34,7 +44,7 @@ PPO_INLINE SoftmaxPart empty_softmax() { return {-std::numeric_limits<double>::i
 // `part` as it would be with another maximum. -inf - -inf must not make NaN of an empty part.
 PPO_INLINE SoftmaxPart with_max(const SoftmaxPart& part, double max, double c) {
   if (part.max == max || part.sum == 0.0) return {max, part.sum, part.weighted};
-  const double shift = (part.max - max) * c, scale = std::exp2(shift);
+  const double shift = least_exponent((part.max - max) * c), scale = std::exp2(shift);  // 0 * -inf would be NaN
   return {max, part.sum * scale, (part.weighted + shift * part.sum) * scale};
 }
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch._C._functorch import get_interpreter_stack
 
+from ppo_kernels._registered import forward_mode_message
 from ppo_kernels.backends import Op
 from ppo_kernels.ops._public import not_a_graph
 
@@ -28,10 +29,6 @@ def _transforms() -> str:
     """The transforms around a traced call, outermost first, as text, which a graph may hold."""
     names = [str(interpreter.key()).rpartition(".")[2] for interpreter in get_interpreter_stack() or ()]
     return " ".join(names)
-
-
-def forward_mode_message(op: str) -> str:
-    return f"{op}: forward-mode differentiation (jvp, jacfwd, hessian) is not supported; use grad, vjp or jacrev"
 
 
 def twice_message(op: str) -> str:

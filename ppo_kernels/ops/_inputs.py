@@ -68,6 +68,11 @@ def check_device(op: str, name: str, x: Tensor, device: torch.device) -> None:
         raise ValueError(f"{op}: {name} is on {x.device}, the other inputs are on {device}; move it there")
 
 
+def check_group(op: str, name: str, group: object) -> None:
+    if not (torch.distributed.is_available() and isinstance(group, torch.distributed.ProcessGroup)):
+        raise TypeError(f"{op}: {name} must be a torch.distributed.ProcessGroup, got {type(group).__name__}")
+
+
 def check_choice(op: str, name: str, value: object, allowed: Sequence[str]) -> int:
     """The position of ``value`` in ``allowed``, which is what kernels take."""
     if value not in allowed:
@@ -95,10 +100,13 @@ def check_number(
 def _as_number(op: str, name: str, value: object) -> float | Tensor:
     if isinstance(value, Tensor):
         return _one_element(op, name, value)
-    if isinstance(value, (float, int, torch.SymFloat, torch.SymInt)) and not isinstance(value, bool):
+    if isinstance(value, (float, torch.SymFloat, torch.SymInt)):
         return value  # type: ignore[return-value]
     if isinstance(value, numbers.Real) and not isinstance(value, bool):
-        return float(value)
+        try:
+            return float(value)
+        except OverflowError:
+            raise ValueError(f"{op}: {name} must be a number that fits a float, got one beyond it") from None
     if getattr(value, "shape", None) == () and value.dtype != "bool":  # type: ignore[attr-defined]  # a NumPy array of one number
         return float(value)  # type: ignore[arg-type]
     raise TypeError(f"{op}: {name} must be a number or one element, got {type(value).__name__}")

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ppo_kernels._registered import overlaps_itself
+
 _BOXES = "_ppo_kernels_overwritten"
 
 
@@ -14,14 +16,11 @@ def check_overwritable(logits: Tensor) -> None:
         raise ValueError(
             "token_logprobs: inplace_backward=True would overwrite a leaf (or a view of one); pass a layer's output"
         )
-    reach = 0  # of the dimensions with smaller strides
-    for stride, size in sorted(zip(logits.stride(), logits.shape, strict=True)):
-        if size > 1 and stride <= reach:
-            raise ValueError(
-                "token_logprobs: inplace_backward=True needs logits that do not overlap themselves; got shape"
-                f" {tuple(logits.shape)} with strides {logits.stride()} (expanded or unfolded)"
-            )
-        reach += (size - 1) * stride
+    if overlaps_itself(logits):
+        raise ValueError(
+            "token_logprobs: inplace_backward=True needs logits that do not overlap themselves; got shape"
+            f" {tuple(logits.shape)} with strides {logits.stride()} (expanded or unfolded)"
+        )
     if logits.stride(-1) != 1 and logits.size(-1) > 1:
         raise ValueError("token_logprobs: inplace_backward=True needs logits with a last stride of 1")
 
@@ -49,8 +48,7 @@ class Chunk:
             )
 
     def end(self) -> None:
-        """The logits are overwritten: whoever else has saved them is told by their version."""
-        torch.autograd.graph.increment_version(self.logits)
+        """The logits are overwritten, and their version is a new one."""
         boxes = getattr(self.whole, _BOXES, [])
         boxes.append((self.logits._version, self._box()))
         setattr(self.whole, _BOXES, boxes)

@@ -13,6 +13,7 @@ from ppo_kernels.ops._fakes import like_first
 from ppo_kernels.ops._inputs import (
     check_choice,
     check_device,
+    check_group,
     check_integer,
     check_integer_option,
     check_number,
@@ -115,6 +116,8 @@ def group_advantages(
     if eps is not None:
         eps = check_number(op, "eps", eps, least=0.0)
     whitened = mode == "reinforce++_baseline"
+    if process_group is not None:
+        check_group(op, "process_group", process_group)
     if process_group is not None and not whitened:
         raise ValueError(f'{op}: process_group is for mode="reinforce++_baseline"; {mode!r} has no batch statistics')
     scores = scores.detach().to(compute_dtype(scores)).contiguous()

@@ -7,11 +7,11 @@ from typing import Literal, overload
 import torch
 from torch import Tensor
 
+from ppo_kernels._registered import forward_mode_message
 from ppo_kernels._types import compute_dtype, wide_dtype
 from ppo_kernels.backends import register
 from ppo_kernels.ops._autograd import (
     first_order_only,
-    forward_mode_message,
     once,
     traced_input,
     transformed,
@@ -128,9 +128,9 @@ class _EagerLogprobs(torch.autograd.Function):
         if grad_logprobs is None and grad_entropy is None:
             return None, None, *none
         logits, labels, temperature_rows, *rest = ctx.saved_tensors
-        grads = (grad_logprobs, grad_entropy)
+        others = (labels, temperature_rows, *_contiguous((grad_logprobs, grad_entropy)), *rest, *ctx.numbers)
         if not ctx.inplace:
-            grad = _gradient(ctx.impl, logits, labels, temperature_rows, grads, rest, ctx.numbers)
+            grad = _BACKWARD.run(ctx.impl, logits, *others)
             return None, once("token_logprobs", grad, logits), *none
         if torch.is_grad_enabled():
             raise RuntimeError(
@@ -139,11 +139,9 @@ class _EagerLogprobs(torch.autograd.Function):
             )
         chunk = ctx.chunk or Chunk(logits)
         chunk.begin()
-        grad = chunk.logits
-        upstream = _contiguous(grads)
-        _BACKWARD_INPLACE.run(ctx.impl, grad, labels, temperature_rows, *upstream, *rest, *ctx.numbers)
+        _BACKWARD_INPLACE.run(ctx.impl, chunk.logits, *others)
         chunk.end()
-        return None, grad, *none
+        return None, chunk.logits, *none
 
     @staticmethod
     def jvp(ctx, *_tangents):
@@ -234,7 +232,9 @@ def token_logprobs(
         logits: ``[..., V]``, bfloat16, float16, float32 or float64; any strides but a last one of 1
             (``logits[:, :-1]`` is not copied).
         labels: ``[...]``, int32 or int64; or ``[..., K]``, K >= 1 labels for each row, which may repeat.
-        temperature: tau > 0, a number or a tensor that broadcasts to ``[...]`` (not differentiated).
+        temperature: tau > 0, a number or a tensor that broadcasts to ``[...]`` (not differentiated). One below the
+            least normal number of the dtype that is computed in, or above its inverse, is taken as that: the largest
+            logits alone count, or all alike. In a tensor infinity is legal, and what is not above 0 gives NaN.
         mask: ``[...]``, or of the labels' shape; non-zero = valid. None means all valid. Rows without a valid label
             are not read.
         ignore_index: a label that is masked.
@@ -369,6 +369,9 @@ def selective_log_softmax(
 
     ``row_mask`` is ``[...]`` or of the shape of ``index``.
     """
+    op = "selective_log_softmax"
+    check_floating(op, "logits", logits)
+    check_integer(op, "index", index)
     return token_logprobs(logits, index, temperature=temperature, mask=row_mask)
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from ppo_kernels._types import compute_dtype
 from ppo_kernels.backends import register
 from ppo_kernels.ops._fakes import like_first
-from ppo_kernels.ops._inputs import check_floating, check_number, to_mask
+from ppo_kernels.ops._inputs import check_floating, check_group, check_number, to_mask
 from ppo_kernels.ops._public import public
 from ppo_kernels.reference import whiten as reference
 
@@ -117,6 +117,7 @@ def whiten(
     x, mask = _prepare("whiten", x, mask)
     statistics = None
     if group is not None:
+        check_group("whiten", "group", group)
         statistics = _shared_moments(x, mask, group, impl)
     impl = _WHITEN.choose(impl, x.device.type, x.dtype)
     if impl == "torch":

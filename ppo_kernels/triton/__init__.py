@@ -14,6 +14,8 @@ from collections.abc import Callable
 
 import torch
 
+from ppo_kernels._registered import arguments, checked, guard, overlaps_itself, require
+
 #: Whether kernels run in Triton's interpreter: on CPU tensors, slowly, for tests. Read when Triton is imported.
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "y", "yes", "t", "true", "on")
 INSTALLED = importlib.util.find_spec("triton") is not None
@@ -27,13 +29,19 @@ _calls_lock = threading.Lock()
 
 def register(schema: str, fake: Callable, find_launcher: Callable[[], Callable]) -> torch._ops.OpOverload:
     """Register the op with this schema. Its calls ask ``find_launcher``, which imports Triton, for what launches it."""
-    name = schema.partition("(")[0]
+    name, first_name, overwrites = schema.partition("(")[0], arguments(schema)[0].split()[-1], "!" in schema
 
     def call(*args: object) -> object:
         with _calls_lock:
             _calls[name] += 1
         first = args[0]
         assert isinstance(first, torch.Tensor)
+        if overwrites:
+            require(
+                not overlaps_itself(first),
+                f"{first_name} is overwritten and must not overlap itself, got the shape {list(first.shape)} with"
+                f" strides {list(first.stride())}; pass {first_name}.contiguous()",
+            )
         if first.device.type == "cpu":
             return find_launcher()(*args)
         with torch.accelerator.device_index(first.get_device()):
@@ -41,7 +49,8 @@ def register(schema: str, fake: Callable, find_launcher: Callable[[], Callable])
 
     _library.define(schema)
     for device_type in DEVICE_TYPES:
-        _library.impl(name, call, device_type.upper())
+        _library.impl(name, checked(schema, call), device_type.upper())
+    guard(_library, schema)
     torch.library.register_fake(f"ppo_kernels_triton::{name}", fake, lib=_library)
     return getattr(torch.ops.ppo_kernels_triton, name).default
 

@@ -10,7 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ppo_kernels.triton._launch import launch, require
+from ppo_kernels._registered import require
+from ppo_kernels.triton._launch import launch
 from ppo_kernels.triton._math import INF, LN2, LOG2E, exp, expm1
 
 NOT_READ = tl.constexpr(-1.0)  # log_sum of a row that is masked or ignored: no softmax has a negative one
@@ -30,12 +31,13 @@ def row_start(pointer, row, outer_stride, inner_stride, inner):
 
 
 @triton.jit
-def log2_per_logit(temperature_rows, temperature, row):
-    """log2(e) / temperature, float64."""
+def log2_per_logit(temperature_rows, temperature, row, DTYPE: tl.constexpr):
+    """log2(e) / temperature, float64, at the nearest temperature at which it is a normal number of DTYPE."""
     tau = tl.full((), 0.0, tl.float64) + temperature
     if temperature_rows is not None:
         tau = tl.load(temperature_rows + row)
-    return LOG2E / tau
+    least = tl.full((), 2.0**-1022 if DTYPE.primitive_bitwidth == 64 else 2.0**-126, tl.float64)
+    return LOG2E / tl.where(tau > 0.0, tl.minimum(tl.maximum(tau, least), 1.0 / least), NAN)
 
 
 @triton.jit
@@ -86,7 +88,7 @@ def _logprobs(
     DTYPE: tl.constexpr = logprobs.dtype.element_ty
     row = tl.program_id(0)
     start = row_start(logits, row, outer_stride, inner_stride, inner)
-    c64 = log2_per_logit(temperature_rows, temperature, row)
+    c64 = log2_per_logit(temperature_rows, temperature, row, DTYPE)
     logz = tl.load(log_sum + row)
     peak = tl.load(row_max + row)
     used = tl.where(logz != NOT_READ, many, 0)
@@ -150,7 +152,7 @@ def _gradients(
         h = tl.load(entropy + row)
         live = live | (g_h != 0.0)
         grad += tl.where(p > 0.0, -g_h * p * (logp + h), 0.0 * p)
-    c64 = log2_per_logit(temperature_rows, temperature, row)
+    c64 = log2_per_logit(temperature_rows, temperature, row, logprobs.dtype.element_ty)
     per_tau = (c64 * LN2).to(grad.dtype)
     used = tl.where(live & (tl.load(log_sum + row) != NOT_READ), many, 0)
     to = row_start(out, row, outer_stride, inner_stride, inner)
@@ -177,7 +179,10 @@ def per_row(labels: Tensor, logits: Tensor) -> int:
     """K of labels ``[..., K]``, and 1 of labels ``[...]``."""
     many = labels.size(-1) if labels.dim() == logits.dim() else 1
     rows = labels.shape[:-1] if labels.dim() == logits.dim() else labels.shape
-    require(many >= 1 and rows == logits.shape[:-1], "expected labels [...] or [..., K], K >= 1, for logits [..., V]")
+    require(
+        many >= 1 and rows == logits.shape[:-1],
+        f"labels must have the shape {list(logits.shape[:-1])}, or that and K >= 1, got {list(labels.shape)}",
+    )
     return many
 
 

@@ -1,16 +1,19 @@
 """What the launchers share: the call that launches a kernel, and inputs in the form that kernels take.
 
-The public functions have already checked their arguments, with messages that explain; the checks here only keep a
-direct call of a registered op from reading out of bounds.
+The public functions have already checked their arguments, but compiled graphs and C++ callers come without them: the
+device is checked where the op is registered, dtype and shape here, and kernels clamp what they take for an address.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 import triton
 from torch import Tensor
+
+from ppo_kernels._registered import require
 
 
 def launch(
@@ -30,11 +33,6 @@ def launch(
         kernel[(programs,)](*args, **constexprs, num_warps=num_warps, enable_fp_fusion=fp_fusion)
 
 
-def require(condition: bool, message: str) -> None:
-    if not condition:
-        raise RuntimeError(message)
-
-
 class Rows(NamedTuple):
     """The rows of a token tensor: the arguments of ``_math.row_span``, and how many there are."""
 
@@ -48,43 +46,65 @@ def token_rows(tokens: Tensor, cu_seqlens: Tensor | None) -> Rows:
 
     cu_seqlens is forced into order and into [0, N], so that no value can make two rows overlap or leave the tensor.
     """
-    require(tokens.dtype in (torch.float32, torch.float64), "expected float32 or float64")
-    require_unit_stride(tokens)
+    require_computed("the tokens", tokens)
+    require_unit_stride("the tokens", tokens)
+    shape = list(tokens.shape)
     if cu_seqlens is None:
-        require(tokens.dim() == 2, "expected [B, T]")
+        require(tokens.dim() == 2, f"the tokens must be [B, T], or [N] with cu_seqlens; got the shape {shape}")
         return Rows(tokens.size(0), tokens.size(1), None)
-    require(tokens.dim() == 1 and cu_seqlens.dim() == 1, "expected [N] and cu_seqlens [B+1]")
-    require(cu_seqlens.numel() >= 1 and cu_seqlens.dtype == torch.int64, "expected int64 cu_seqlens [B+1]")
+    require(
+        tokens.dim() == 1 and cu_seqlens.dim() == 1 and cu_seqlens.numel() >= 1,
+        f"with cu_seqlens [B+1] the tokens must be [N]; got the shapes {list(cu_seqlens.shape)} and {shape}",
+    )
+    require_dtype("cu_seqlens", cu_seqlens, torch.int64)
     return Rows(cu_seqlens.numel() - 1, 0, cu_seqlens.clamp(0, tokens.numel()).cummax(0).values)
 
 
-def require_unit_stride(x: Tensor) -> None:
-    require(x.dim() == 0 or x.size(-1) <= 1 or x.stride(-1) == 1, "the last dimension must be contiguous")
+def require_computed(name: str, x: Tensor) -> None:
+    require(x.dtype in (torch.float32, torch.float64), f"{name} must be float32 or float64, got {x.dtype}")
 
 
-def require_like(x: Tensor, tokens: Tensor) -> None:
-    """``x`` is a further token tensor of the op: same shape, dtype and device."""
-    require(x.shape == tokens.shape, f"expected the shape {tuple(tokens.shape)}, got {tuple(x.shape)}")
-    require(x.dtype == tokens.dtype and x.device == tokens.device, "an input has another dtype or device")
-    require_unit_stride(x)
+def require_dtype(name: str, x: Tensor, *allowed: torch.dtype) -> None:
+    require(x.dtype in allowed, f"{name} must be {' or '.join(map(str, allowed))}, got {x.dtype}")
+
+
+def require_shape(name: str, x: Tensor, shape: Sequence[int]) -> None:
+    require(tuple(x.shape) == tuple(shape), f"{name} must have the shape {list(shape)}, got {list(x.shape)}")
+
+
+def require_unit_stride(name: str, x: Tensor) -> None:
+    require(
+        x.dim() == 0 or x.size(-1) <= 1 or x.stride(-1) == 1, f"{name} must have a last stride of 1, got {x.stride()}"
+    )
+
+
+def require_code(name: str, code: int, count: int) -> None:
+    require(0 <= code < count, f"{name} must be from 0 to {count - 1}, got {code}")
+
+
+def require_like(name: str, x: Tensor, tokens: Tensor) -> None:
+    """``x`` is a further token tensor of the op: same shape and dtype."""
+    require_dtype(name, x, tokens.dtype)
+    require_shape(name, x, tokens.shape)
+    require_unit_stride(name, x)
 
 
 def mask_bytes(mask: Tensor | None, tokens: Tensor) -> Tensor | None:
     """The mask as bytes."""
     if mask is None:
         return None
-    require(mask.dtype in (torch.bool, torch.uint8), "masks are bytes")
-    require(mask.shape == tokens.shape and mask.device == tokens.device, "the mask has another shape or device")
-    require_unit_stride(mask)
+    require_dtype("mask", mask, torch.bool, torch.uint8)
+    require_shape("mask", mask, tokens.shape)
+    require_unit_stride("mask", mask)
     return mask.view(torch.uint8)
 
 
-def as_vector(x: Tensor | None, count: int, dtype: torch.dtype, tokens: Tensor) -> Tensor | None:
-    """A tensor of ``count`` elements, contiguous: kernels read it through a pointer alone."""
+def as_vector(name: str, x: Tensor | None, shape: Sequence[int], dtype: torch.dtype) -> Tensor | None:
+    """A tensor of this shape, contiguous: kernels read it through a pointer alone."""
     if x is None:
         return None
-    require(x.dtype == dtype and x.device == tokens.device, "an input has another dtype or device")
-    require(x.numel() == count, f"expected {count} elements, got {x.numel()}")
+    require_dtype(name, x, dtype)
+    require_shape(name, x, shape)
     return x.contiguous()
 
 

@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ppo_kernels.triton import INTERPRETED
-from ppo_kernels.triton._launch import Rows, as_vector, launch, require
+from ppo_kernels.triton._launch import Rows, as_vector, launch, require_dtype, require_shape
 
 #: Lines that the second launch reads at a time: with 8 warps, 16 or 32 numbers a lane.
 FOLD = 512
@@ -36,7 +36,7 @@ def columns(*names: str) -> list[tl.constexpr]:
 
 def row_arguments(rows: Rows, like: Tensor, row_weight: Tensor | None) -> tuple[object, ...]:
     """The arguments by which a kernel finds rows: weights, bounds, N, T, B."""
-    row_weight = as_vector(row_weight, rows.batch, like.dtype, like)
+    row_weight = as_vector("row_weight", row_weight, (rows.batch,), like.dtype)
     return row_weight, rows.starts, like.numel(), rows.length, rows.batch
 
 
@@ -45,12 +45,12 @@ def is_flat(*tensors: Tensor | None) -> bool:
     return all(x is None or x.is_contiguous() for x in tensors)
 
 
-def is_per_row(x: Tensor | None, tokens: Tensor, rows: Rows) -> bool:
+def is_per_row(name: str, x: Tensor | None, tokens: Tensor, rows: Rows) -> bool:
     """Whether ``x`` holds one value per row, ``[B, 1]``, and not one per token."""
     if x is None or x.dim() != 2 or x.size(1) != 1 or x.shape == tokens.shape:
         return False
-    require(x.size(0) == rows.batch, f"expected one value for each of {rows.batch} rows, got {tuple(x.shape)}")
-    require(x.dtype == tokens.dtype and x.device == tokens.device, "an input has another dtype or device")
+    require_dtype(name, x, tokens.dtype)
+    require_shape(name, x, (rows.batch, 1))
     return True
 
 
@@ -72,7 +72,7 @@ def new_parts(like: Tensor, chunk: int, columns: int) -> Tensor:
 
 
 def launch_fold(kernel: triton.JITFunction, parts: Tensor, normalizer: Tensor | None, out: Outputs) -> None:
-    normalizer = as_vector(normalizer, 1, torch.float64, out.loss)
+    normalizer = as_vector("normalizer", normalizer, (), torch.float64)
     launch(kernel, 1, parts, normalizer, out.loss, out.stats, out.inv_normalizer, parts.size(0), FOLD=FOLD, num_warps=8)
 
 

@@ -23,7 +23,7 @@ from ppo_kernels.triton._launch import (
     launch,
     mask_bytes,
     new_tokens,
-    require,
+    require_code,
     require_like,
     row_stride,
     token_rows,
@@ -148,9 +148,9 @@ def gae(
     lam: float,
     masked_steps: int,
 ) -> tuple[Tensor, Tensor]:
-    require(0 <= masked_steps <= 2, f"unknown masked_steps {masked_steps}")
+    require_code("masked_steps", masked_steps, 3)
     rows = token_rows(rewards, cu_seqlens)
-    require_like(values, rewards)
+    require_like("values", values, rewards)
     mask = mask_bytes(mask, rewards)
     advantages, returns = new_tokens(rewards, rows), new_tokens(rewards, rows)
     # Four tokens per lane; long blocks hide the latency of the scan. A block that followed the mean length of packed
@@ -158,8 +158,8 @@ def gae(
     lanes = block_for(rows.length, most=2048, least=128) // 4 if rows.starts is None else 256
     launch(
         _gae_rows, rows.batch,
-        rewards, values, mask, as_vector(lam_rows, rows.batch, torch.float64, rewards),
-        as_vector(bootstrap_value, rows.batch, rewards.dtype, rewards), rows.starts, advantages, returns,
+        rewards, values, mask, as_vector("lam_rows", lam_rows, (rows.batch,), torch.float64),
+        as_vector("bootstrap_value", bootstrap_value, (rows.batch,), rewards.dtype), rows.starts, advantages, returns,
         row_stride(rewards), row_stride(values), row_stride(mask), row_stride(advantages), rows.length,
         gamma, lam,
         MASKED_STEPS=masked_steps, LANES=lanes, DOUBLING=DOUBLING, num_warps=lanes // 32,

@@ -11,7 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ppo_kernels.triton._launch import as_vector, launch, require
+from ppo_kernels._registered import require
+from ppo_kernels.triton._launch import as_vector, launch, require_code, require_computed
 
 
 @triton.jit
@@ -86,17 +87,18 @@ def _group_advantages(scores, ids, order, advantages, total, group_size, eps, MO
 def group_advantages(
     scores: Tensor, sorted_ids: Tensor | None, order: Tensor | None, group_size: int, mode: int, eps: float
 ) -> Tensor:
-    require(scores.dim() == 1 and scores.dtype in (torch.float32, torch.float64), "expected float32 or float64 [B]")
-    require((sorted_ids is None) == (order is None), "sorted_ids and order come together")
-    require(order is not None or group_size >= 1, "expected groups of at least one score")
-    require(0 <= mode <= 2, f"unknown mode {mode}")
+    require_computed("scores", scores)
+    require((sorted_ids is None) == (order is None), "sorted_ids and order come together; pass both or neither")
+    require(order is not None or group_size >= 1, f"group_size must be >= 1, got {group_size}")
+    require_code("mode", mode, 3)
     total = scores.numel()
-    advantages = torch.empty(total, dtype=scores.dtype, device=scores.device)
+    make = torch.empty if order is None else torch.zeros  # what no place names stays 0
+    advantages = make(total, dtype=scores.dtype, device=scores.device)
     launch(
         _group_advantages, total,
-        scores.contiguous(), as_vector(sorted_ids, total, torch.int64, scores),
-        as_vector(order, total, torch.int64, scores), advantages,
-        total, group_size,
+        as_vector("scores", scores, (total,), scores.dtype), as_vector("sorted_ids", sorted_ids, (total,), torch.int64),
+        as_vector("order", order, (total,), torch.int64), advantages,
+        total, min(group_size, total),
         eps,
         MODE=mode, BLOCK=64, num_warps=1,
     )  # fmt: skip

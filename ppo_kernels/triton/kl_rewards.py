@@ -7,13 +7,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ppo_kernels._types import KL_ESTIMATORS
 from ppo_kernels.triton._launch import (
     as_vector,
     block_for,
     launch,
     mask_bytes,
     new_tokens,
-    require,
+    require_code,
     require_like,
     row_stride,
     token_rows,
@@ -70,9 +71,9 @@ def kl_rewards(
     kl_log_clamp: float,
     kl_clamp: float,
 ) -> tuple[Tensor, Tensor]:
-    require(0 <= kl_estimator <= 3, f"unknown KL estimator {kl_estimator}")
+    require_code("kl_estimator", kl_estimator, len(KL_ESTIMATORS))
     rows = token_rows(logprobs, cu_seqlens)
-    require_like(ref_logprobs, logprobs)
+    require_like("ref_logprobs", ref_logprobs, logprobs)
     mask = mask_bytes(mask, logprobs)
     rewards = new_tokens(logprobs, rows)
     kl = torch.empty(rows.batch, dtype=logprobs.dtype, device=logprobs.device)
@@ -81,9 +82,9 @@ def kl_rewards(
     block = block_for(rows.length, most=1024, least=128) if rows.starts is None else 512
     launch(
         _kl_rewards_rows, rows.batch,
-        logprobs, ref_logprobs, as_vector(scores, rows.batch, logprobs.dtype, logprobs), mask,
-        as_vector(score_index, rows.batch, torch.int64, logprobs), rows.starts,
-        as_vector(kl_coef_tensor, 1, torch.float64, logprobs), rewards, kl,
+        logprobs, ref_logprobs, as_vector("scores", scores, (rows.batch,), logprobs.dtype), mask,
+        as_vector("score_index", score_index, (rows.batch,), torch.int64), rows.starts,
+        as_vector("kl_coef_tensor", kl_coef_tensor, (), torch.float64), rewards, kl,
         row_stride(logprobs), row_stride(ref_logprobs), row_stride(mask), row_stride(rewards), rows.length,
         kl_coef, score_clip, kl_log_clamp, kl_clamp,
         ESTIMATOR=kl_estimator, BLOCK=block, num_warps=block // 128,

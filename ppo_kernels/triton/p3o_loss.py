@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ppo_kernels._registered import require
 from ppo_kernels._types import P3OStats
 from ppo_kernels.triton._launch import (
     as_vector,
@@ -20,7 +21,7 @@ from ppo_kernels.triton._launch import (
     launch,
     mask_bytes,
     new_tokens,
-    require,
+    require_code,
     require_like,
     row_stride,
     token_rows,
@@ -179,9 +180,13 @@ def p3o_loss(
     grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     rows = token_rows(logprobs, cu_seqlens)
-    require(group_size >= 1 and rows.batch % group_size == 0, f"expected rows in groups of {group_size}")
-    require_like(old_logprobs, logprobs)
-    require_like(ref_logprobs, logprobs)
+    require_code("variant", variant, 2)
+    require(
+        group_size >= 1 and rows.batch % group_size == 0,
+        f"group_size must divide the {rows.batch} rows, got {group_size}",
+    )
+    require_like("old_logprobs", old_logprobs, logprobs)
+    require_like("ref_logprobs", ref_logprobs, logprobs)
     mask = mask_bytes(mask, logprobs)
     out = new_outputs(logprobs, len(P3OStats._fields), False)
     gradient = new_tokens(logprobs, rows) if grad else out.grad
@@ -198,8 +203,8 @@ def p3o_loss(
     middle = 0.0 if variant == 1 else 1.0
     launch(
         _pairs, rows.batch,
-        sums, as_vector(scores, rows.batch, logprobs.dtype, logprobs), mask, rows.starts,
-        as_vector(kl_coef_tensor, 1, torch.float64, logprobs),
+        sums, as_vector("scores", scores, (rows.batch,), logprobs.dtype), mask, rows.starts,
+        as_vector("kl_coef_tensor", kl_coef_tensor, (), torch.float64),
         parts,
         gradient if grad else None,
         row_stride(mask), row_stride(gradient), rows.length, group_size,

@@ -7,8 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ppo_kernels._types import PolicyStats
-from ppo_kernels.triton._launch import as_vector, launch, mask_bytes, require, require_like, row_stride, token_rows
+from ppo_kernels._types import KL_ESTIMATORS, PolicyStats
+from ppo_kernels.triton._launch import as_vector, launch, mask_bytes, require_code, require_like, row_stride, token_rows
 from ppo_kernels.triton._loss import (
     chunk_for,
     columns,
@@ -169,26 +169,28 @@ def policy_loss(
     grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     rows = token_rows(logprobs, cu_seqlens)
-    adv_per_row, weights_per_row = (is_per_row(x, logprobs, rows) for x in (advantages, weights))
-    token_level = [old_logprobs, ref_logprobs]
-    token_level += [x for x, per_row in ((advantages, adv_per_row), (weights, weights_per_row)) if not per_row]
-    for x in token_level:
+    adv_per_row = is_per_row("advantages", advantages, logprobs, rows)
+    weights_per_row = is_per_row("weights", weights, logprobs, rows)
+    token_level = {"old_logprobs": old_logprobs, "ref_logprobs": ref_logprobs}
+    token_level |= {} if adv_per_row else {"advantages": advantages}
+    token_level |= {} if weights_per_row else {"weights": weights}
+    for name, x in token_level.items():
         if x is not None:
-            require_like(x, logprobs)
+            require_like(name, x, logprobs)
     mask = mask_bytes(mask, logprobs)
-    require(0 <= kl_estimator <= 3, f"unknown KL estimator {kl_estimator}")
+    require_code("kl_estimator", kl_estimator, len(KL_ESTIMATORS))
     chunk, num_warps = chunk_for(logprobs.numel())
     parts = new_parts(logprobs, chunk, COLUMNS.value)
     out = new_outputs(logprobs, len(PolicyStats._fields), grad)
     launch(
         policy_chunks, parts.size(0),
         logprobs, old_logprobs, advantages, mask, weights, ref_logprobs,
-        as_vector(kl_coef_tensor, 1, torch.float64, logprobs), out.grad if grad else None,
+        as_vector("kl_coef_tensor", kl_coef_tensor, (), torch.float64), out.grad if grad else None,
         parts,
         *row_arguments(rows, logprobs, row_weight),
         *(row_stride(x) for x in (logprobs, old_logprobs, advantages, mask, weights, ref_logprobs)),
         1.0 - cliprange_low, 1.0 + cliprange_high, dual_clip, log_ratio_clamp, kl_coef, kl_log_clamp, kl_clamp,
-        FLAT=is_flat(logprobs, mask, *token_level), ADV_PER_ROW=adv_per_row, WEIGHTS_PER_ROW=weights_per_row,
+        FLAT=is_flat(logprobs, mask, *token_level.values()), ADV_PER_ROW=adv_per_row, WEIGHTS_PER_ROW=weights_per_row,
         ESTIMATOR=kl_estimator if ref_logprobs is not None else 0, CHUNK=chunk, num_warps=num_warps,
     )  # fmt: skip
     launch_fold(policy_fold, parts, normalizer, out)

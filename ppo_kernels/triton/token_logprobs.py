@@ -7,10 +7,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ppo_kernels._registered import require
 from ppo_kernels._types import compute_dtype
 from ppo_kernels.triton import INTERPRETED, _labels
 from ppo_kernels.triton._labels import NOT_READ, leading, log2_per_logit, row_start
-from ppo_kernels.triton._launch import as_vector, launch, mask_bytes, require, require_unit_stride
+from ppo_kernels.triton._launch import as_vector, launch, mask_bytes, require_unit_stride
 from ppo_kernels.triton._math import INF, LN2, LOG2E, exp, expm1, log1p
 
 NAN = tl.constexpr(float("nan"))
@@ -107,7 +108,7 @@ def _forward(
     label = tl.where(read, label, 0).to(tl.int32)
     start = row_start(logits, row, outer_stride, inner_stride, inner)
     target = tl.load(start + label, mask=read, other=-INF).to(DTYPE)
-    c64 = log2_per_logit(temperature_rows, temperature, row)
+    c64 = log2_per_logit(temperature_rows, temperature, row, DTYPE)
     c = c64.to(DTYPE)
     shift = _misalignment(start, K)
     vectors = tl.multiple_of(start - shift, 16)
@@ -217,7 +218,7 @@ def _backward(
     logp = tl.load(logprobs + row)
     logz = tl.load(log_sum + row)
     base = tl.load(row_max + row)
-    c64 = log2_per_logit(temperature_rows, temperature, row)
+    c64 = log2_per_logit(temperature_rows, temperature, row, DTYPE)
     per_tau = (c64 * LN2).to(DTYPE)
     c = c64.to(DTYPE)
     scale = exp(-logz) * per_tau
@@ -283,9 +284,9 @@ def _phase(x: Tensor, *strides: int) -> list[int]:
 
 
 def _check_logits(logits: Tensor) -> None:
-    require(logits.is_floating_point() and logits.dim() > 0, "expected floating logits [..., V]")
-    require(1 <= logits.size(-1) < 2**30, "expected 1 <= V < 2^30")
-    require_unit_stride(logits)
+    fits = logits.is_floating_point() and logits.dim() > 0 and 1 <= logits.size(-1) < 2**30
+    require(fits, f"logits must be floating [..., V] with 1 <= V < 2^30, got {logits.dtype} {list(logits.shape)}")
+    require_unit_stride("logits", logits)
 
 
 def token_logprobs(
@@ -309,9 +310,9 @@ def token_logprobs(
     row_max, log_sum, of_anchor = (logits.new_empty(logits.shape[:-1], dtype=dtype) for _ in range(3))
     h = logits.new_empty(logits.shape[:-1] if entropy else 0, dtype=dtype)
     warps, shape = _shape(vocab, logits.dtype)
-    label = as_vector(labels, rows * many, torch.int64, logits)
-    valid = as_vector(mask_bytes(mask, row_max), rows, torch.uint8, logits)
-    tau = as_vector(temperature_rows, rows, torch.float64, logits)
+    label = as_vector("labels", labels, labels.shape, torch.int64)
+    valid = as_vector("mask", mask_bytes(mask, row_max), row_max.shape, torch.uint8)
+    tau = as_vector("temperature_rows", temperature_rows, logits.shape[:-1], torch.float64)
     more = (h if entropy else None, row_max, log_sum)
     read_for, results = label, (logprobs, *more)
     if many > 1:
@@ -358,8 +359,7 @@ def _write_gradient(
     if truncates or (layout is None and out is logits):
         to = torch.empty(out.shape, dtype=dtype if INTERPRETED else out.dtype, device=out.device)
     if layout is None:
-        logits = logits.contiguous()
-        layout = (0, vocab, rows)
+        logits, layout = logits.contiguous(), (0, vocab, rows)
     inner = layout[2]
     to_strides = layout[:2] if to is logits else (inner * vocab if inner < rows else 0, vocab)
     warps, shape = _shape(vocab, logits.dtype)
@@ -367,11 +367,13 @@ def _write_gradient(
         shape |= {"U": 8, "K": 1}  # no vectors: those of the logits and of the gradient hold different columns
     tiles = triton.cdiv(vocab + shape["K"] - 1, _TILE)
     many = _labels.per_row(labels, logits)
-    label = as_vector(labels, rows * many, torch.int64, logits)
-    tau = as_vector(temperature_rows, rows, torch.float64, logits)
-    g, logp = (as_vector(x, rows * many, dtype, logits) for x in (grad_logprobs, logprobs))
-    h = None if grad_entropy is None else entropy
-    g_h, h, peak, logz = (as_vector(x, rows, dtype, logits) for x in (grad_entropy, h, row_max, log_sum))
+    label = as_vector("labels", labels, labels.shape, torch.int64)
+    tau = as_vector("temperature_rows", temperature_rows, logits.shape[:-1], torch.float64)
+    g = as_vector("grad_logprobs", grad_logprobs, labels.shape, dtype)
+    logp = as_vector("logprobs", logprobs, labels.shape, dtype)
+    row_values = {"grad_entropy": grad_entropy, "entropy": None if grad_entropy is None else entropy}
+    row_values |= {"row_max": row_max, "log_sum": log_sum}
+    g_h, h, peak, logz = (as_vector(name, x, logits.shape[:-1], dtype) for name, x in row_values.items())
     row_data = (label, tau, g, g_h, logp, h, peak, logz)
     if many > 1:  # of rows without a label
         g_row = None if g is None else _labels.sums(g, label, logz, vocab, many, ignore_index)

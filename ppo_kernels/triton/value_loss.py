@@ -117,8 +117,8 @@ def value_loss(
     grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     rows = token_rows(values, cu_seqlens)
-    require_like(old_values, values)
-    require_like(returns, values)
+    require_like("old_values", old_values, values)
+    require_like("returns", returns, values)
     mask = mask_bytes(mask, values)
     chunk, num_warps = chunk_for(values.numel())
     parts = new_parts(values, chunk, COLUMNS.value)

@@ -7,7 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ppo_kernels.triton._launch import as_vector, block_for, launch, mask_bytes, require
+from ppo_kernels._registered import require
+from ppo_kernels.triton._launch import as_vector, block_for, launch, mask_bytes, require_computed
 from ppo_kernels.triton._math import load_valid
 
 #: Elements per step of a program, four per thread for 16-byte loads.
@@ -90,8 +91,8 @@ def _apply(
 
 def _flat(x: Tensor, mask: Tensor | None) -> Tensor | None:
     """The mask of a contiguous tensor as bytes that lie like it."""
-    require(x.dtype in (torch.float32, torch.float64), "expected float32 or float64")
-    require(x.is_contiguous() and (mask is None or mask.is_contiguous()), "expected contiguous tensors")
+    require_computed("x", x)
+    require(x.is_contiguous() and (mask is None or mask.is_contiguous()), "x and mask must be contiguous")
     return mask_bytes(mask, x)
 
 
@@ -132,10 +133,9 @@ def whiten(
     eps: float,
 ) -> Tensor:
     mask = _flat(x, mask)
-    given = [s for s in (count, mean, m2) if s is not None]
-    require(len(given) in (0, 3), "count, mean and m2 come together")
-    for s in given:
-        as_vector(s, 1, torch.float64, x)
+    statistics = {"count": count, "mean": mean, "m2": m2}
+    given = [s for name, x in statistics.items() if (s := as_vector(name, x, (), torch.float64)) is not None]
+    require(len(given) in (0, 3), "count, mean and m2 come together; pass all or none")
     partial = given or _partial_moments(x, mask)
     parts = partial[0].numel()
     y = torch.empty_like(x)

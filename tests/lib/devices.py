@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from ppo_kernels import _native, backends
+from ppo_kernels._registered import guard
 from ppo_kernels._schemas import SCHEMAS
 
 #: Compile the CUDA kernels for the host and test them too.
@@ -20,6 +21,9 @@ HOST_CUDA = os.environ.get("PPO_KERNELS_HOST_CUDA") == "1" and not torch.cuda.is
 #: What is tested here, and of that what has kernels.
 IMPLEMENTATIONS = [*(["cuda"] if HOST_CUDA or torch.cuda.is_available() else []), "cpu", "triton", "torch"]
 KERNELS = IMPLEMENTATIONS[:-1]
+#: Of these, what can be called with the tensors of a CPU as they are.
+ON_CPU = ["cpu"] if torch.cuda.is_available() else KERNELS
+_host_cuda = torch.library.Library("ppo_kernels_host_cuda", "FRAGMENT")
 
 
 def serve() -> None:
@@ -38,7 +42,16 @@ def serve_cuda_from_host() -> None:
     path = host_cuda.build()
     _native.open_cuda_library(path)
     ops = getattr(torch.ops, host_cuda.NAMESPACE)
+    for schema in SCHEMAS.values():
+        guard(_host_cuda, schema)
     _serve("cuda", lambda op: _float32_only("cuda", getattr(ops, op.name).default))
+
+
+def registered(name: str, impl: str) -> torch._ops.OpOverload:
+    """The op that ``impl`` serves CPU tensors by, itself."""
+    if impl == "cuda":
+        return getattr(torch.ops.ppo_kernels_host_cuda, name).default
+    return backends.op(name).kernel(impl)
 
 
 def serve_from_gpu(impl: str) -> None:

@@ -41,6 +41,7 @@ PARTS = {
     "sanitize": "tests.verify.sanitize.run address thread",
     "gpu_run": "pytest tests/verify/test_gpu_run.py tests/verify/test_gpu.py",
     "accuracy": "bench --accuracy",
+    "fuzz": "tests.verify.fuzz",
     "sizes": "pytest tests/verify/test_sizes.py -n 2",
     "properties": "pytest tests/verify -n 2 --dist loadfile -k properties --ignore tests/verify/trainer",
     "factorial": f"pytest tests -n 2 --dist loadfile --tier rest -k 'not triton and not cuda' {OPS}",

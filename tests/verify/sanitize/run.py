@@ -22,6 +22,7 @@ HERE = Path(__file__).resolve().parent
 
 FILES = tuple(op_tests.files())
 CONTRACTS = ("tests/test_contracts.py", "tests/test_contracts_dispatcher.py")
+FUZZ = "tests/test_fuzz.py"
 QUIET = ("-p", "no:cacheprovider", "-p", "no:warnings")
 SECONDS = 900  # for the tests of one run
 REPORT = re.compile(r"AddressSanitizer|runtime error|ThreadSanitizer")
@@ -47,11 +48,11 @@ THREAD = ("thread", "libtsan.so")
 KINDS = {
     "address": Kind(
         *ADDRESS,
-        (*FILES, *CONTRACTS, "tests/test_avx512.py"),
+        (*FILES, *CONTRACTS, FUZZ, "tests/test_avx512.py"),
         f"{OTHERS} and not torch and not triton and not portable",
     ),
     "thread": Kind(*THREAD, FILES + CONTRACTS, f"{OTHERS} and not torch and not triton"),
-    "cuda_address": Kind(*ADDRESS, FILES, f"{OTHERS} and cuda and not wrong_arguments", cuda=True),
+    "cuda_address": Kind(*ADDRESS, (*FILES, FUZZ), f"{OTHERS} and cuda and not wrong_arguments", cuda=True),
     "cuda_thread": Kind(*THREAD, (*FILES, "--several-blocks"), "cuda", cuda=True),
 }
 
