@@ -79,8 +79,8 @@ class Turns:
 
 
 def run_ours(algorithm: str, folder: Path, turns: Turns) -> None:
-    from python_trainer.config import PPOConfig
     from python_trainer.ppo import Trainer
+    from python_trainer.ppo_config import PPOConfig
 
     config = PPOConfig(
         task="files",

@@ -3,7 +3,6 @@
 import argparse
 import contextlib
 import errno
-import functools
 import io
 import os
 import sys
@@ -17,7 +16,7 @@ from rich.table import Table
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from . import distributed, files
-from .config import CONFIGS, EvalConfig, FrontierConfig, PPOConfig, RewardConfig, RunConfig, SftConfig, UserError
+from .config import CONFIGS, EvalConfig, RewardConfig, RunConfig, SftConfig, UserError
 from .data import Task, load_task
 from .deepspeed_engine import Policy, frozen, init_distributed
 from .evaluate import Evaluation, choose_generator, evaluate, evaluation_prompts
@@ -25,8 +24,8 @@ from .frontier import frontier
 from .logging import as_json
 from .models import context_of, load_policy, load_tokenizer, stage_model, stop_strings
 from .ppo import Trainer
+from .ppo_config import FrontierConfig, PPOConfig
 from .rewards import load_reward_fn
-from .rollout import score_tokens
 from .settings import COMMANDS, load, make_folder, save
 from .sft import reward, sft
 from .tokens import encode_prompts, vocabulary_of
@@ -183,9 +182,6 @@ def compare(config: EvalConfig) -> tuple[Evaluation, Evaluation]:
     before, after = (
         evaluate(p, reference, prompts, task, tokenizer, generator, reward_fn, config) for p in (reference, policy)
     )
-    for result, of in ((before, reference), (after, policy)):
-        scored, by_reference = (functools.partial(score_tokens, each) for each in (of, reference))
-        result.metrics |= task.exact(scored, by_reference, config.kl_coef)
     if distributed.is_main():
         save(config, folder)
         figures = {"reference": before.metrics, "policy": after.metrics}

@@ -8,8 +8,9 @@ from torch.nn.functional import logsigmoid
 from ppo_kernels import aggregation_weights, gae, group_advantages, kl_rewards, p3o_loss, policy_loss, whiten
 
 from . import distributed
-from .config import PPOConfig, UserError
-from .rollout import Experience
+from .config import UserError
+from .data import Experience
+from .ppo_config import PPOConfig
 
 Loss = tuple[torch.Tensor, dict[str, torch.Tensor]]
 MASKS = ("mask_truncated_completions", "mask_zero_variance_groups")  # for those to ignore that learn from pairs

@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from . import atomic, distributed, files, zero_state
-from .config import PPOConfig, UserError, by_new_names
+from .config import UserError, by_new_names
 from .deepspeed_engine import all_finite
+from .ppo_config import PPOConfig
 from .settings import make_folder
 from .state_file import refuse_another_form, remembered_of
 

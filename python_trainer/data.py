@@ -3,7 +3,7 @@
 import hashlib
 import importlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, NamedTuple
 
 import torch
@@ -91,6 +91,57 @@ class Rollout:
     def position_ids(self) -> torch.Tensor:
         """Positions count from the first real token: a padded prompt is scored as the bare one would be."""
         return (self.attention_mask.cumsum(dim=1) - 1).clamp(min=0)
+
+
+@dataclass
+class Experience:
+    """Rows of the global batch, the same on every rank."""
+
+    sequences: torch.Tensor
+    attention_mask: torch.Tensor
+    mask: torch.Tensor
+    ended: torch.Tensor
+    logprobs: torch.Tensor
+    ref_logprobs: torch.Tensor
+    values: torch.Tensor
+    raw_scores: torch.Tensor  # as a person reads them
+    scores: torch.Tensor  # scaled and clipped, as the algorithm learns from them
+    kl: torch.Tensor
+    advantages: torch.Tensor
+    returns: torch.Tensor
+
+    def __getitem__(self, rows: torch.Tensor) -> "Experience":
+        return Experience(*(getattr(self, field.name)[rows] for field in fields(self)))
+
+    @classmethod
+    def of(
+        cls,
+        rollout: Rollout,
+        logprobs: torch.Tensor,
+        ref_logprobs: torch.Tensor,
+        values: torch.Tensor,
+        raw_scores: torch.Tensor,
+        scores: torch.Tensor,
+    ) -> "Experience":
+        """What is known of a rollout before the algorithm says what KL, advantages and returns it has."""
+        return cls(
+            rollout.sequences,
+            rollout.attention_mask,
+            rollout.mask,
+            rollout.ended,
+            logprobs,
+            ref_logprobs,
+            values,
+            raw_scores,
+            scores,
+            kl=torch.zeros_like(raw_scores),
+            advantages=torch.zeros_like(values),
+            returns=torch.zeros_like(values),
+        )
+
+    @property
+    def rollout(self) -> Rollout:
+        return Rollout(self.sequences, self.attention_mask, self.mask, self.ended)
 
 
 Scorer = Callable[[Rollout], torch.Tensor]  # [B, T] log-probabilities of the sampled tokens; masked ones are 0

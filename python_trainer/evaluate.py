@@ -10,10 +10,11 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from . import distributed
-from .config import PPOConfig, SamplingConfig, UserError
-from .data import Prompt, Task, readable
+from .config import SamplingConfig, UserError
+from .data import Experience, Prompt, Task, readable
 from .deepspeed_engine import Policy
-from .rollout import Experience, Generator, HfGenerator, RewardFn, by_rows, sample, score_tokens
+from .ppo_config import PPOConfig
+from .rollout import Generator, HfGenerator, RewardFn, by_rows, sample, score_tokens
 
 T = TypeVar("T")
 Completion = tuple[str, float | None]
@@ -43,6 +44,11 @@ class Best:
         self.seen, self.worse = self.seen + 1, 0 if better else self.worse + 1
         self.value = value if better else self.value
         return better
+
+    def refuse_unknown(self, metrics: Mapping[str, float]) -> None:
+        """The metric has to be among those of an evaluation."""
+        if self.name is not None:
+            self.key(metrics)
 
     def key(self, metrics: Mapping[str, float]) -> str:
         found = next((key for key in (self.name, f"eval/{self.name}") if key in metrics), None)
@@ -158,4 +164,6 @@ def evaluate(
     ]
     asked = [readable(prompt.content) for prompt in rollout.prompts]
     scores: list[float | None] = list(gold) if gold is not None else [None] * len(texts)
+    scored, by_reference = (functools.partial(score_tokens, each) for each in (policy, reference))
+    metrics |= task.exact(scored, by_reference, config.kl_coef)
     return Evaluation(metrics, asked, list(zip(texts, scores, strict=True)))

@@ -15,11 +15,12 @@ from typing import NamedTuple
 from . import distributed, files
 from .algorithms import ALGORITHMS, KlControl, load_algorithm
 from .checkpoint import FREE_TO_CHANGE
-from .config import FrontierConfig, PPOConfig, UserError, by_new_names
+from .config import UserError, by_new_names
 from .data import load_task
 from .deepspeed_engine import Policy, frozen, init_distributed
 from .logging import read
 from .models import stage_model, starting_point
+from .ppo_config import FrontierConfig, PPOConfig
 from .rollout import score_tokens
 from .settings import make_folder, read_yaml
 

@@ -20,7 +20,7 @@ from transformers import (
 )
 
 from . import distributed, files, zero_state
-from .config import OptimizerConfig, PPOConfig, RunConfig, SamplingConfig, UserError
+from .config import OptimizerConfig, RunConfig, SamplingConfig, UserError
 from .data import Task
 from .deepspeed_engine import (
     Policy,
@@ -32,6 +32,7 @@ from .deepspeed_engine import (
     merged_weights,
     weights_here,
 )
+from .ppo_config import PPOConfig
 from .pretrained import (
     Origin,
     add_adapters,
@@ -112,9 +113,13 @@ def build_models(
     tokenizer: PreTrainedTokenizerBase,
     *,
     needs_critic: bool,
+    longest: int,
     reward_model_path: Path | None,
 ) -> Models:
-    """All models of a run; the reference is a copy of the policy before its first update."""
+    """All models of a run; the reference is a copy of the policy before its first update.
+
+    `longest`: most tokens of a prompt with its response.
+    """
     per_step, tokens = config.num_ppo_epochs * config.num_mini_batches, vocabulary_of(tokenizer)
     reference: Any = load_policy(stage_model(config, "sft", config.sft_model_path), config, tokenizer)
     strings = stop_strings(config, policy)
@@ -123,6 +128,7 @@ def build_models(
     if needs_critic:
         rate = config.learning_rate if config.critic_learning_rate is None else config.critic_learning_rate
         body = _critic(config, policy, tokenizer, reward_model_path)
+        refuse_short_context(body.model, longest, *SEQUENCES)
         body = adapted(body, config, config.critic_lora_r, kept=False)
         critic = Trainable(body, config, rate, config.total_steps * per_step)
     updates = (config.total_steps - config.critic_warmup_steps) * per_step
@@ -312,7 +318,7 @@ def save_model(
             if form == "adapter" and has_adapters(body):
                 save_adapter(body, getattr(getattr(body, "score", None), "weight", None), folder)
             else:
-                save_whole(body, folder)
+                save_whole(body, merged_weights(body), folder)
             tokenizer.save_pretrained(folder)
             for path in folder.glob("*.safetensors"):  # closed to all but their owner, unlike the others
                 path.chmod((folder / "tokenizer_config.json").stat().st_mode)

@@ -16,32 +16,24 @@ from ppo_kernels import value_loss
 from . import checkpoint, distributed, zero_state
 from .algorithms import KlControl, load_algorithm
 from .atomic import atomic_dir
-from .config import PPOConfig, UserError
-from .data import Rollout, fingerprint, load_task, shuffled_positions
+from .config import UserError
+from .data import Experience, Rollout, fingerprint, load_task, shuffled_positions
 from .deepspeed_engine import Policy, Trainable, init_distributed, step_together
 from .deepspeed_engine import fingerprint as weights_fingerprint
 from .evaluate import Best, Evaluation, choose_generator, completion_rows, evaluate, evaluation_prompts
 from .logging import Averages, Log, plot
 from .models import (
-    SEQUENCES,
     MovingAverage,
     build_models,
     context_of,
     refuse_missing_embeddings,
-    refuse_short_context,
     save_model,
     starting_point,
     vocabulary,
 )
-from .rewards import (
-    ScoreShaping,
-    load_reward_fn,
-    means_of_parts,
-    refuse_non_finite_scores,
-    reward_model_path,
-)
+from .ppo_config import PPOConfig
+from .rewards import ScoreShaping, load_reward_fn, means_of_parts, refuse_non_finite_scores, reward_model_path
 from .rollout import (
-    Experience,
     RewardFn,
     by_rows,
     check_ratio,
@@ -99,11 +91,9 @@ class Trainer:
             policy,
             self.tokenizer,
             needs_critic=needs_critic,
+            longest=max(len(prompt.ids) for prompt in every_prompt) + config.response_length,
             reward_model_path=reward_model_path(config) if like_the_reward_model else None,
         )
-        if self.critic is not None:
-            longest = max(len(prompt.ids) for prompt in every_prompt) + config.response_length
-            refuse_short_context(self.critic.module.model, longest, *SEQUENCES)
         self.ema = None if config.ema_decay is None else MovingAverage(self.actor.module, config.ema_decay)
         self.ptx = Pretraining(config, self.task, self.tokenizer, self.actor.end_ids) if config.ptx_coef else None
         self.best = Best(config)
@@ -190,20 +180,7 @@ class Trainer:
         refuse_non_finite_scores(raw)
         raw = self.shaping.penalised(raw, rollout.ended)
         self.shaping.observe(distributed.gather_rows(raw))
-        local = Experience(
-            rollout.sequences,
-            rollout.attention_mask,
-            rollout.mask,
-            rollout.ended,
-            logprobs,
-            ref_logprobs,
-            values,
-            raw,
-            self.shaping.scaled(raw),
-            kl=torch.zeros_like(raw),
-            advantages=torch.zeros_like(values),
-            returns=torch.zeros_like(values),
-        )
+        local = Experience.of(rollout, logprobs, ref_logprobs, values, raw, self.shaping.scaled(raw))
         # Rewards: the score at the last token, minus the penalty for leaving the reference. Then advantages.
         rewards = self.algorithm.token_rewards(local)
         self.algorithm.compute_advantages(local, rewards)
@@ -316,8 +293,7 @@ class Trainer:
             save(config, self.folder)
         log = Log(self.folder, config, config.total_steps, start=resumed, title=config.algorithm)
         before = self.evaluate(self.reference)
-        if config.metric_for_best_model is not None:
-            self.best.key(before.metrics)  # it is there
+        self.best.refuse_unknown(before.metrics)
         if not resumed:
             log.record(0, before.metrics)
         after = self.evaluate(self.actor) if resumed else before
@@ -371,7 +347,7 @@ class Trainer:
         return self.done
 
     def evaluate(self, policy: Policy) -> Evaluation:
-        result = evaluate(
+        return evaluate(
             policy,
             self.reference,
             self.heldout_prompts,
@@ -381,9 +357,6 @@ class Trainer:
             self.reward_fn,
             self.config,
         )
-        scored, by_reference = (functools.partial(score_tokens, each) for each in (policy, self.reference))
-        result.metrics |= self.task.exact(scored, by_reference, self.config.kl_coef)
-        return result
 
     def save_checkpoint(self, folder: Path) -> None:
         """Among those in `folder`."""

@@ -21,7 +21,6 @@ from transformers.utils.peft_utils import find_adapter_config_file
 
 from .atomic import MANIFEST, refuse_unlisted
 from .config import OptimizerConfig, RunConfig, UserError
-from .deepspeed_engine import merged_weights
 
 READ_BY_TRANSFORMERS = re.compile(
     r".*\.(json|safetensors|bin|jinja|model)|(vocab|merges)\.txt|additional_chat_templates"
@@ -134,8 +133,11 @@ def has_adapters(body: Any) -> bool:
     return any(hasattr(module, "base_layer") for module in body.modules())
 
 
-def save_whole(body: Any, folder: Path) -> None:
-    """The model in the form of its source: precision, generation settings and dropout as they were, adapters merged."""
+def save_whole(body: Any, merged: dict[str, torch.Tensor], folder: Path) -> None:
+    """The model in the form of its source: precision, generation settings and dropout as they were.
+
+    `merged`: its weights with the adapters in them.
+    """
     origin: Origin = body.origin
     shell = _shell(body)
     cast: dict[Any, torch.Tensor] = {}  # one tensor for those that share their memory, as tied weights do
@@ -146,7 +148,7 @@ def save_whole(body: Any, folder: Path) -> None:
         key = (weight.data_ptr(), weight.shape, weight.stride())
         return cast.setdefault(key, weight.to(origin.dtypes.get(name, origin.dtype)))
 
-    weights = {name: as_it_was(name, weight) for name, weight in merged_weights(body).items()}
+    weights = {name: as_it_was(name, weight) for name, weight in merged.items()}
     shell.save_pretrained(folder, state_dict=weights)
     if shell.can_generate():
         (origin.generation_config or body.generation_config).to_json_file(folder / GENERATION_CONFIG)

@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerBase
 
 from . import distributed
 from .config import UserError
-from .data import Content, Rollout, readable
+from .data import Content, Prompt, Rollout, readable
 
 Function = Callable[..., Any]
 ARGUMENTS = ("prompts", "completions", "completion_ids")
@@ -174,6 +174,25 @@ def _refuse_missing_arguments(name: str, function: Function, columns: Collection
         raise UserError(
             f"{name} wants {missing[0]!r}, and there is {', '.join(sorted(there))}: add that column to the data, give "
             "the argument a default, or name it as the data do (column_mapping)"
+        )
+
+
+def refuse_columns(place: str, prompts: Sequence[Prompt]) -> None:
+    """Columns of the data at `place` that a function cannot be called with."""
+    first = prompts[0].columns if prompts else {}
+    for number, prompt in enumerate(prompts, 1):
+        if prompt.columns.keys() != first.keys():
+            raise UserError(
+                f"{place}, row {number}: a reward function gets the same columns of all rows: "
+                f"{readable(prompt.content)[:60]!r} has {', '.join(prompt.columns) or 'none'}, and the first row "
+                f"{', '.join(first) or 'none'}"
+            )
+    taken = first.keys() & ARGUMENTS
+    if taken:
+        name = min(taken)
+        raise UserError(
+            f"{place}: a column has the name of an argument of reward functions, {name}: give it another "
+            f'(column_mapping {{"my_{name}": "{name}"}})'
         )
 
 

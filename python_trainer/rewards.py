@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 from ppo_kernels import moments
 
 from . import distributed
-from .config import PPOConfig, SamplingConfig, UserError
+from .config import SamplingConfig, UserError
 from .data import Prompt, Rollout, Task, pad_right, readable
 from .deepspeed_engine import frozen
 from .models import (
@@ -22,6 +22,7 @@ from .models import (
     stage_model,
     tokenizer_beside,
 )
+from .ppo_config import PPOConfig
 from .reward_functions import FunctionReward
 from .rollout import RewardFn, by_rows, score_responses
 from .tokens import prompt_ids, reads_ids_of, whole_ids

@@ -6,7 +6,7 @@ neither on the number of ranks nor on what a resumed run has drawn before.
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import fields, replace
 from typing import Any, Protocol
 
 import torch
@@ -24,9 +24,10 @@ from transformers import (
 from ppo_kernels import kl_rewards, moments, token_logprobs
 
 from . import distributed
-from .config import PPOConfig, UserError
-from .data import Generate, Prompt, Rollout, left_pad, only_drawn
+from .config import UserError
+from .data import Experience, Generate, Prompt, Rollout, left_pad, only_drawn
 from .deepspeed_engine import Policy, weights_of
+from .ppo_config import PPOConfig
 
 RewardFn = Callable[[Rollout], torch.Tensor]  # [B] the score of each response
 
@@ -34,31 +35,6 @@ RATIO_TOLERANCE = 1e-5  # of log-probabilities before the first update
 # How far log-probabilities at generation may be from those at scoring, on average over the tokens of a rollout. A few
 # tokens with keys and values from a cache, in another order of addition, are off by more.
 GENERATION_TOLERANCE = {"exact": 1e-4, "rounded": 0.1}
-
-
-@dataclass
-class Experience:
-    """Rows of the global batch, the same on every rank."""
-
-    sequences: torch.Tensor
-    attention_mask: torch.Tensor
-    mask: torch.Tensor
-    ended: torch.Tensor
-    logprobs: torch.Tensor
-    ref_logprobs: torch.Tensor
-    values: torch.Tensor
-    raw_scores: torch.Tensor  # as a person reads them
-    scores: torch.Tensor  # scaled and clipped, as the algorithm learns from them
-    kl: torch.Tensor
-    advantages: torch.Tensor
-    returns: torch.Tensor
-
-    def __getitem__(self, rows: torch.Tensor) -> "Experience":
-        return Experience(*(getattr(self, field.name)[rows] for field in fields(self)))
-
-    @property
-    def rollout(self) -> Rollout:
-        return Rollout(self.sequences, self.attention_mask, self.mask, self.ended)
 
 
 @torch.no_grad()

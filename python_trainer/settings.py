@@ -18,18 +18,9 @@ import yaml
 from transformers import HfArgumentParser
 
 from . import files
-from .config import (
-    RENAMED,
-    EvalConfig,
-    FrontierConfig,
-    PPOConfig,
-    RewardConfig,
-    RunConfig,
-    SftConfig,
-    UserError,
-    resolve,
-)
+from .config import RENAMED, EvalConfig, RewardConfig, RunConfig, SftConfig, UserError, resolve
 from .deepspeed_file import deepspeed_file
+from .ppo_config import FrontierConfig, PPOConfig
 
 LISTS = {"reward_function", "reward_weights", "lora_target_modules", "algorithms", "kl_coefs"}  # or with commas
 LARGEST_FILE = 100_000  # values in a file of settings

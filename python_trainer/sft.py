@@ -15,7 +15,7 @@ from ppo_kernels import token_logprobs
 
 from . import checkpoint, distributed
 from .atomic import atomic_dir
-from .config import PPOConfig, RewardConfig, RunConfig, SftConfig, TextConfig, UserError
+from .config import RewardConfig, RunConfig, SftConfig, TextConfig, UserError
 from .data import Pair, Task, load_task, pad_right, readable, shuffled_positions
 from .deepspeed_engine import Policy, Trainable, init_distributed, step_together
 from .logging import Log, plot
@@ -31,6 +31,7 @@ from .models import (
     stage_model,
     undamaged,
 )
+from .ppo_config import PPOConfig
 from .pretrained import end_tokens
 from .rollout import shard
 from .settings import save

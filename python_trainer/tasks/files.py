@@ -10,13 +10,13 @@ import json
 import math
 import random
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 from ..config import RunConfig, SamplingConfig, UserError
-from ..data import Content, Example, Message, Pair, Prompt, Task, readable
-from ..reward_functions import ARGUMENTS
+from ..data import Content, Example, Message, Pair, Prompt, Task
+from ..reward_functions import refuse_columns
 from ..tokens import tell
 
 T = TypeVar("T")
@@ -93,7 +93,7 @@ class Files(Task):
             columns = {name: value for name, value in row.items() if name != "prompt"}
             found.append(Prompt(self._as_messages(content), columns))
         if self.for_function:
-            _refuse_columns(place, found)
+            refuse_columns(place, found)
         open_turns = sum(not isinstance(p.content, str) and p.content[-1]["role"] == "assistant" for p in found)
         tell(open_turns, len(found), "prompts end with an assistant's message, which responses continue")
         return found
@@ -363,25 +363,6 @@ def _before_the_answer(conversations: list[Any]) -> int:
         return roles.index("assistant") if "assistant" in roles else len(roles)
     pairs = list(zip(*conversations, strict=False))
     return next((at for at, (one, other) in enumerate(pairs) if one != other), len(pairs))
-
-
-def _refuse_columns(place: str, prompts: Sequence[Prompt]) -> None:
-    """Columns that a reward function cannot be called with."""
-    for number, prompt in enumerate(prompts, 1):
-        if prompt.columns.keys() != prompts[0].columns.keys():
-            _refuse(
-                place,
-                number,
-                f"a reward function gets the same columns of all rows: {readable(prompt.content)[:60]!r} has "
-                f"{', '.join(prompt.columns) or 'none'}, and the first row {', '.join(prompts[0].columns) or 'none'}",
-            )
-    taken = prompts[0].columns.keys() & ARGUMENTS if prompts else None
-    if taken:
-        name = min(taken)
-        raise UserError(
-            f"{place}: a column has the name of an argument of reward functions, {name}: give it another "
-            f'(column_mapping {{"my_{name}": "{name}"}})'
-        )
 
 
 def _number(place: str, number: int, value: Any) -> float:

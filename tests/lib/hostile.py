@@ -9,9 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from python_trainer import atomic, logging
-from python_trainer.config import PPOConfig, UserError
+from python_trainer.config import UserError
 from python_trainer.models import load_policy, load_tokenizer, save_model
 from python_trainer.ppo import Trainer
+from python_trainer.ppo_config import PPOConfig
 from python_trainer.settings import load
 from python_trainer.tasks.files import Files
 

@@ -8,8 +8,9 @@ from peft import LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from python_trainer.config import PPOConfig, RewardConfig, SftConfig, UserError
+from python_trainer.config import RewardConfig, SftConfig, UserError
 from python_trainer.models import load_policy, load_scalar, load_tokenizer, save_model
+from python_trainer.ppo_config import PPOConfig
 from python_trainer.rollout import score_tokens
 from python_trainer.sft import reward, sft
 from tests.lib.trainer import TINY

@@ -14,9 +14,10 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from python_trainer import atomic, checkpoint, frontier, zero_state
-from python_trainer.config import PPOConfig, UserError
+from python_trainer.config import UserError
 from python_trainer.logging import read
 from python_trainer.ppo import Trainer
+from python_trainer.ppo_config import PPOConfig
 from python_trainer.settings import load
 from tests.lib.trainer import TINY, metric_rows
 

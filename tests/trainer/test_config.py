@@ -7,7 +7,8 @@ import yaml
 
 from python_trainer import __main__ as command_line
 from python_trainer.__main__ import main
-from python_trainer.config import CONFIGS, EvalConfig, PPOConfig, SftConfig, UserError
+from python_trainer.config import CONFIGS, EvalConfig, SftConfig, UserError
+from python_trainer.ppo_config import PPOConfig
 from python_trainer.settings import COMMANDS, load, save
 
 ARCHITECTURE = '{"model_type": "gpt2", "n_layer": 1}'

@@ -5,9 +5,10 @@ import json
 
 import pytest
 
-from python_trainer.config import PPOConfig, RewardConfig, RunConfig, SftConfig, UserError
+from python_trainer.config import RewardConfig, RunConfig, SftConfig, UserError
 from python_trainer.data import Example, Pair, Prompt, load_task
 from python_trainer.logging import read
+from python_trainer.ppo_config import PPOConfig
 from python_trainer.sft import reward, sft
 from python_trainer.tasks.files import Files
 from tests.lib.text_models import saved, tokenizer_of, write_rows

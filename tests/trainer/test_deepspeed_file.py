@@ -4,9 +4,10 @@ import json
 
 import pytest
 
-from python_trainer.config import EvalConfig, PPOConfig, SftConfig, UserError
+from python_trainer.config import EvalConfig, SftConfig, UserError
 from python_trainer.deepspeed_engine import deepspeed_config
 from python_trainer.deepspeed_file import deepspeed_file
+from python_trainer.ppo_config import PPOConfig
 from python_trainer.settings import load
 
 AUTO = {  # what transformers' documentation shows

@@ -6,9 +6,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, GenerationConfig
 
-from python_trainer.config import PPOConfig, RewardConfig
+from python_trainer.config import RewardConfig
 from python_trainer.data import Rollout, left_pad
 from python_trainer.models import save_model
+from python_trainer.ppo_config import PPOConfig
 from python_trainer.rollout import HfGenerator, stopped
 from python_trainer.sft import reward
 from tests.lib.trainer import TINY

@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 
 from python_trainer import atomic, checkpoint, files
-from python_trainer.config import PPOConfig, UserError
+from python_trainer.config import UserError
 from python_trainer.models import undamaged
-from tests.lib.trainer import TINY
+from python_trainer.ppo_config import PPOConfig
+from tests.lib.trainer import TINY, as_nobody
 
 
 @pytest.fixture
@@ -306,27 +307,6 @@ def test_a_pipe_in_a_checkpoint_is_not_waited_for(train, name):
         atomic.verify(step if step.exists() else step.with_name("step-000002.kept-1") / "none")
     os.mkfifo(train / "pipe")
     undamaged(train)
-
-
-def as_nobody(work) -> str:
-    """What it says, in a process that may read what everybody may."""
-    if os.getuid():
-        return str(work())
-    reader, writer = os.pipe()
-    child = os.fork()
-    if child == 0:
-        try:
-            os.setgid(65534)
-            os.setuid(65534)
-            answer = str(work())
-        except BaseException as error:
-            answer = repr(error)
-        os.write(writer, answer.encode())
-        os._exit(0)
-    os.close(writer)
-    os.waitpid(child, 0)
-    with os.fdopen(reader) as file:
-        return file.read()
 
 
 @pytest.fixture

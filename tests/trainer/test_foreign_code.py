@@ -10,7 +10,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import python_trainer
 from python_trainer import models
-from python_trainer.config import PPOConfig, UserError
+from python_trainer.config import UserError
+from python_trainer.ppo_config import PPOConfig
 from python_trainer.tasks.exact import Exact
 from tests.lib.trainer import ROOT, TINY, TINY_MODEL
 

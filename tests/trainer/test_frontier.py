@@ -4,7 +4,8 @@ import functools
 
 import pytest
 
-from python_trainer.config import FrontierConfig, UserError
+from python_trainer.config import UserError
+from python_trainer.ppo_config import FrontierConfig
 from python_trainer.rollout import score_tokens
 from python_trainer.settings import load
 

@@ -5,7 +5,8 @@ import sys
 import pytest
 
 from python_trainer import evaluate
-from python_trainer.config import PPOConfig, UserError
+from python_trainer.config import UserError
+from python_trainer.ppo_config import PPOConfig
 from python_trainer.rollout import HfGenerator
 from tests.lib.trainer import TINY, drawn, wide
 

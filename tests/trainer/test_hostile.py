@@ -2,7 +2,8 @@
 
 import pytest
 
-from python_trainer.config import PPOConfig, UserError
+from python_trainer.config import UserError
+from python_trainer.ppo_config import PPOConfig
 from python_trainer.tasks.files import Files
 from tests.lib import hostile
 

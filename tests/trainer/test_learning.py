@@ -9,8 +9,9 @@ import yaml
 
 from python_trainer import distributed
 from python_trainer.__main__ import compare
-from python_trainer.config import CONFIGS, EvalConfig, PPOConfig, UserError
+from python_trainer.config import CONFIGS, EvalConfig, UserError
 from python_trainer.data import load_task
+from python_trainer.ppo_config import PPOConfig
 from python_trainer.rollout import score_tokens
 from python_trainer.settings import load
 

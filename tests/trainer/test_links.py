@@ -9,8 +9,9 @@ import yaml
 
 from python_trainer import __main__ as commands
 from python_trainer import checkpoint, deepspeed_engine, files, frontier, logging
-from python_trainer.config import EvalConfig, FrontierConfig, PPOConfig, UserError
+from python_trainer.config import EvalConfig, UserError
 from python_trainer.logging import Log
+from python_trainer.ppo_config import FrontierConfig, PPOConfig
 from python_trainer.settings import save
 from tests.lib.trainer import TINY
 

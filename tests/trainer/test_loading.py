@@ -8,8 +8,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from python_trainer.config import PPOConfig, UserError
+from python_trainer.config import UserError
 from python_trainer.models import load_scalar, save_model
+from python_trainer.ppo_config import PPOConfig
 from tests.lib.trainer import TINY, TINY_MODEL
 
 BLOCK = "transformer.h.0."

@@ -4,8 +4,8 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from python_trainer.config import PPOConfig
 from python_trainer.deepspeed_engine import Policy, Trainable, frozen
+from python_trainer.ppo_config import PPOConfig
 from tests.lib.trainer import TINY
 
 OPT = {"word_embed_proj_dim": 16, "ffn_dim": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "layerdrop": 0.5}

@@ -6,9 +6,10 @@ import pytest
 import torch
 
 from python_trainer.algorithms import KlControl
-from python_trainer.config import PPOConfig, RewardConfig, UserError
+from python_trainer.config import RewardConfig, UserError
 from python_trainer.data import Example
 from python_trainer.deepspeed_engine import step_together
+from python_trainer.ppo_config import PPOConfig
 from python_trainer.rewards import ScoreShaping
 from python_trainer.settings import PRESETS, load, load_preset
 from python_trainer.sft import text_logprobs

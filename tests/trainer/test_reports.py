@@ -9,7 +9,8 @@ import types
 import pytest
 
 from python_trainer import config as settings_of
-from python_trainer.config import PPOConfig, UserError
+from python_trainer.config import UserError
+from python_trainer.ppo_config import PPOConfig
 from tests.lib.trainer import ROOT, TINY, metric_rows
 
 PACKAGE = ROOT / "python_trainer"

@@ -11,8 +11,9 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from python_trainer import distributed
-from python_trainer.config import PPOConfig, UserError
+from python_trainer.config import UserError
 from python_trainer.data import Prompt, Rollout, left_pad
+from python_trainer.ppo_config import PPOConfig
 from python_trainer.reward_functions import FunctionReward, load
 from tests.lib.trainer import TINY
 

@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from python_trainer import distributed
-from python_trainer.config import PPOConfig
 from python_trainer.data import Rollout, left_pad
 from python_trainer.deepspeed_engine import Trainable
 from python_trainer.logging import Log, plot
+from python_trainer.ppo_config import PPOConfig
 from python_trainer.rollout import InverseCdf, check_ratio, score_responses, score_tokens
 from tests.lib.trainer import TINY
 

@@ -7,7 +7,7 @@ import torch
 
 from python_trainer import sft as sft_module
 from python_trainer.config import RewardConfig, SamplingConfig, SftConfig, UserError
-from python_trainer.data import Example, Prompt
+from python_trainer.data import Example, Prompt, left_pad
 from python_trainer.sft import reward, sft
 from python_trainer.tokens import encode_examples, encode_prompts, prompt_ids, whole_ids
 from tests.lib.text_models import FAMILIES, TEMPLATE, saved, tokenizer_of, write_rows
@@ -310,6 +310,10 @@ def test_ids_that_are_no_tokens_are_never_drawn(brought, tiny, tmp_path):
     tokenizer, _, _ = brought
     model = saved(tmp_path / "padded", tokenizer, vocab_size=4 * len(tokenizer))
     trainer = tiny(**rlhf(brought, tmp_path, sft_model_path=model, batch_size=32, per_device_train_batch_size=32))
+    ids, attention = left_pad([trainer.train_prompts[0].ids] * 32, tokenizer.pad_token_id)
+    with trainer.generator.serving(trainer.actor, tokenizer) as generate:
+        drawn, _ = generate(ids, attention, torch.linspace(0, 1 - 1e-9, 32, dtype=torch.float64)[:, None])
+    assert drawn.max() < len(tokenizer)
     experience = trainer.collect_experience()
     assert experience.rollout.responses[experience.mask].max() < len(tokenizer)
     trainer.update(experience)

@@ -13,7 +13,8 @@ from tests.lib.trainer import TINY, python
 STEP = """
 import sys, torch
 from python_trainer import distributed
-from python_trainer.config import PPOConfig, UserError
+from python_trainer.config import UserError
+from python_trainer.ppo_config import PPOConfig
 from python_trainer.models import save_model
 from python_trainer.ppo import Trainer
 

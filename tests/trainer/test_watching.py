@@ -8,9 +8,10 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from python_trainer import logging
-from python_trainer.config import PPOConfig, UserError
+from python_trainer.config import UserError
 from python_trainer.evaluate import Best
 from python_trainer.models import save_model
+from python_trainer.ppo_config import PPOConfig
 from python_trainer.rollout import alike, learned_from
 from tests.lib.trainer import TINY, TINY_MODEL, metric_rows
 

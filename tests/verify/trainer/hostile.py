@@ -8,8 +8,8 @@ from pathlib import Path
 
 os.environ["DS_ACCELERATOR"] = "cpu"
 
-from python_trainer.config import PPOConfig
 from python_trainer.ppo import Trainer
+from python_trainer.ppo_config import PPOConfig
 from tests.lib import hostile
 from tests.lib.trainer import TINY
 

@@ -25,7 +25,8 @@ ONE_RANK_FAILS = """
 import os
 import torch
 from python_trainer import atomic, checkpoint, distributed
-from python_trainer.config import PPOConfig, SftConfig, UserError
+from python_trainer.config import SftConfig, UserError
+from python_trainer.ppo_config import PPOConfig
 from python_trainer.deepspeed_engine import step_together
 from python_trainer.ppo import Trainer
 from python_trainer.sft import sft

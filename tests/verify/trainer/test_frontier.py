@@ -6,9 +6,10 @@ import pytest
 import yaml
 
 from python_trainer import __main__ as command_line
-from python_trainer.config import FrontierConfig, UserError
+from python_trainer.config import UserError
 from python_trainer.frontier import frontier
 from python_trainer.ppo import Trainer
+from python_trainer.ppo_config import FrontierConfig
 from tests.lib.trainer import TINY
 
 from .test_reviews import MODEL

@@ -5,9 +5,9 @@ The score is (J - J of the reference) / (J* - J of the reference), with J = E[r]
 
 import pytest
 
-from python_trainer.config import PPOConfig
 from python_trainer.logging import read
 from python_trainer.ppo import Trainer
+from python_trainer.ppo_config import PPOConfig
 from python_trainer.settings import load
 from tests.lib.trainer import ROOT
 

@@ -1,7 +1,7 @@
 """The proof that it learns: distance to an optimum that is known exactly."""
 
-from python_trainer.config import PPOConfig
 from python_trainer.ppo import Trainer
+from python_trainer.ppo_config import PPOConfig
 from python_trainer.settings import load
 
 

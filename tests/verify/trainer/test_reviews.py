@@ -8,8 +8,9 @@ import pytest
 
 from python_trainer import sft as stages
 from python_trainer.__main__ import compare
-from python_trainer.config import EvalConfig, PPOConfig, RewardConfig, SftConfig, UserError
+from python_trainer.config import EvalConfig, RewardConfig, SftConfig, UserError
 from python_trainer.ppo import Trainer
+from python_trainer.ppo_config import PPOConfig
 from python_trainer.sft import reward, sft
 from tests.lib.trainer import command
 

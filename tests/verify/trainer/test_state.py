@@ -11,8 +11,9 @@ import torch
 from safetensors.torch import load_file
 
 from python_trainer import checkpoint, deepspeed_engine, zero_state
-from python_trainer.config import PPOConfig, UserError
+from python_trainer.config import UserError
 from python_trainer.ppo import Trainer
+from python_trainer.ppo_config import PPOConfig
 from tests.lib.trainer import ROOT, TINY, metric_rows
 
 RUN = TINY | {"batch_size": 8, "num_mini_batches": 2, "save_steps": 1, "save_total_limit": 3, "ema_decay": 0.9}
@@ -37,7 +38,7 @@ TWO_RANKS = """
 import json, sys
 from pathlib import Path
 from python_trainer import distributed
-from python_trainer.config import PPOConfig
+from python_trainer.ppo_config import PPOConfig
 from python_trainer.ppo import Trainer
 
 for settings, source, target in json.loads(sys.argv[1]):

@@ -12,9 +12,10 @@ import pytest
 import torch
 
 from python_trainer import atomic, checkpoint
-from python_trainer.config import PPOConfig, UserError
+from python_trainer.config import UserError
 from python_trainer.models import save_model
 from python_trainer.ppo import Trainer
+from python_trainer.ppo_config import PPOConfig
 
 from . import disk
 from .processes import Ended, refused, run, succeeded

@@ -1,0 +1,155 @@
+"""What can be set of the reinforcement-learning stage, and of a study of several runs of it."""
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from transformers.hf_argparser import HfArg
+
+from .config import OptimizerConfig, SamplingConfig, SettingError
+
+
+@dataclass
+class PPOConfig(SamplingConfig, OptimizerConfig):
+    """The reinforcement-learning stage."""
+
+    algorithm: Literal["ppo", "p3o", "rloo", "grpo", "dr_grpo", "reinforce++", "reinforce++_baseline", "online_dpo"] = (
+        HfArg(default="ppo", help="What gives advantages and loss (algorithms.py).")
+    )
+    num_generations: int | None = HfArg(
+        default=None, help="Responses per prompt. Default: the algorithm's own (1, 2 for pairs, 4 for groups)."
+    )
+    reward_model_path: str | None = HfArg(default=None, help="Reward model. Default: the result of reward.")
+    value_model_init: Literal["reward", "policy"] = HfArg(
+        default="policy", help="Critic from the reward model, or from the policy's body with a zero head."
+    )
+    value_model_path: str | None = HfArg(default=None, help="Critic from this model, of any size, instead.")
+    critic_learning_rate: float | None = HfArg(default=None, help="Default: learning_rate.")
+    critic_lora_r: int | None = HfArg(default=None, help="LoRA rank of the critic; its score head is trained too.")
+    critic_warmup_steps: int = HfArg(default=0, help="First steps, in which the critic alone is trained.")
+    total_steps: int = HfArg(default=100, help="Steps (rollout and updates).")
+    num_ppo_epochs: int = HfArg(default=4, help="Passes over each rollout.")
+    num_mini_batches: int = HfArg(default=1, help="Optimizer steps per pass.")
+    kl_in: Literal["reward", "loss"] | None = HfArg(
+        default=None, help="Where the KL penalty stands. Default: reward, but loss for grpo and dr_grpo."
+    )
+    kl_estimator: Literal["k1", "abs", "k2", "k3"] | None = HfArg(
+        default=None,
+        help="Default: k1 in the reward, where it is exact; k2 in the loss, which has the same gradient; k3 for grpo.",
+    )
+    kl_target: float | None = HfArg(
+        default=None, help="Nats per response that an adaptive kl_coef aims at. Default: kl_coef stays."
+    )
+    kl_horizon: int = HfArg(default=10_000, help="Episodes over which the adaptive kl_coef moves.")
+    score_scaling: Literal["none", "ref", "running"] = HfArg(
+        default="none",
+        help="ref: shift and scale scores to mean 0 and deviation 1 on the first rollout, which is the reference's. "
+        "running: divide by the deviation of all scores so far.",
+    )
+    score_clip: float | None = HfArg(default=None, help="Bound on the score's magnitude, after its scaling.")
+    missing_eos_penalty: float | None = HfArg(default=None, help="For the score of a response that does not end.")
+    missing_eos_mode: Literal["subtract", "replace"] = HfArg(
+        default="subtract", help="Subtract the penalty from that score, or put minus the penalty in its place."
+    )
+    whiten_rewards: bool = HfArg(default=False, help="Scale rewards to unit variance, keeping their mean.")
+    whiten_advantages: bool = HfArg(default=True, help="Whiten advantages (ppo, reinforce++) over the global batch.")
+    cliprange: float = HfArg(default=0.2, help="Clip range of the policy ratio.")
+    cliprange_high: float | None = HfArg(default=None, help="Clip range above 1 (DAPO: 0.28). Default: cliprange.")
+    dual_clip: float | None = HfArg(
+        default=None, help="Bound of the loss at negative advantages, times |A|; 3 is usual."
+    )
+    weight_clip: float = HfArg(default=10.0, help="p3o: bound c of the pair's ratio weight, in [1/c, c].")
+    p3o_variant: Literal["joint", "separate"] = HfArg(default="joint", help="p3o: clipping V2 (joint) or V1.")
+    dpo_labels: Literal["hard", "soft"] = HfArg(
+        default="hard", help="online_dpo: the better response wins, or wins with probability sigmoid(difference)."
+    )
+    loss_aggregation: (
+        Literal["token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm"] | None
+    ) = HfArg(default=None, help="How token losses add up. Default: the algorithm's own.")
+    entropy_coef: float = HfArg(default=0.0, help="Weight of the entropy bonus in the loss.")
+    mask_truncated_completions: bool = HfArg(
+        default=False, help="Learn nothing from responses that do not end; they still count in the baselines."
+    )
+    mask_zero_variance_groups: bool = HfArg(
+        default=False, help="Learn nothing from prompts whose responses all score alike, the KL penalty included."
+    )
+    target_kl: float | None = HfArg(
+        default=None,
+        help="No more updates on a rollout once policy/approxkl_avg, the way from its sampler, is above. Per token; "
+        "per response for rloo, p3o and online_dpo.",
+    )
+    vf_coef: float = HfArg(default=1.0, help="Weight of the value loss.")
+    cliprange_value: float = HfArg(default=0.2, help="Clip range of the value.")
+    gamma: float = HfArg(default=1.0, help="Discount.")
+    lam: float = HfArg(default=0.95, help="GAE lambda.")
+    ptx_coef: float = HfArg(
+        default=0.0, help="Weight of the language-model loss on texts, mixed in (InstructGPT: 27.8)."
+    )
+    ptx_max_length: int = HfArg(default=1024, help="Those texts are cut to this many tokens.")
+    ema_decay: float | None = HfArg(
+        default=None, help="Also keep a moving average of the policy (usual: 0.992), saved as <output_dir>/train/ema."
+    )
+    eval_steps: int = HfArg(default=0, help="Evaluate every so many steps; 0 means before and after only.")
+    log_completions_steps: int = HfArg(
+        default=10, help="Every so many steps all responses go to completions.jsonl, some to report_to; 0: never."
+    )
+    metric_for_best_model: str | None = HfArg(
+        default=None,
+        help="A figure of the evaluations, such as eval/score: the model that is best in it is kept in "
+        "<output_dir>/train/best.",
+    )
+    greater_is_better: bool = HfArg(default=True, help="Whether a larger metric_for_best_model is the better one.")
+    early_stopping_patience: int | None = HfArg(
+        default=None, help="Stop after so many evaluations without a better metric_for_best_model."
+    )
+    save_steps: int = HfArg(default=50, help="Checkpoint every so many steps; 0 means none but the final model.")
+    save_total_limit: int = HfArg(default=2, help="Committed checkpoints to keep.")
+    resume_from_checkpoint: str | None = HfArg(default=None, help="A checkpoint's path, or `latest`.")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.batch_size % self.num_mini_batches:
+            raise SettingError(
+                f"batch_size {self.batch_size} must be a multiple of num_mini_batches {self.num_mini_batches}"
+            )
+        if self.critic_warmup_steps >= self.total_steps:
+            raise SettingError(
+                f"critic_warmup_steps {self.critic_warmup_steps} must be below total_steps {self.total_steps}, or the "
+                "policy is never trained"
+            )
+        if self.early_stopping_patience is not None and self.metric_for_best_model is None:
+            raise SettingError("early_stopping_patience needs metric_for_best_model")
+        if self.metric_for_best_model is not None and not self.eval_steps:
+            raise SettingError("metric_for_best_model needs eval_steps above 0: only evaluations are compared")
+        if self.kl_target is not None and not self.kl_coef:
+            raise SettingError("kl_target needs a kl_coef above 0 to start from")
+        if self.kl_target is not None and self.kl_horizon <= 0.2 * self.batch_size:
+            raise SettingError(
+                f"kl_horizon {self.kl_horizon} must be above a fifth of batch_size {self.batch_size}: "
+                "kl_coef could come to 0 or below in one step"
+            )
+
+
+@dataclass
+class FrontierConfig(PPOConfig):
+    """Training runs: each of algorithms at each of kl_coefs; their settings are those of train."""
+
+    algorithms: str = HfArg(
+        default="ppo,p3o,rloo,online_dpo", help="What to compare, separated by commas; online_dpo has soft labels here."
+    )
+    kl_coefs: str = HfArg(default="0.05,0.1,0.2", help="Values of kl_coef, separated by commas.")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.runs()
+
+    def runs(self) -> list[tuple[str, float]]:
+        known = get_args(PPOConfig.__dataclass_fields__["algorithm"].type)
+        names = [name.strip() for name in self.algorithms.split(",")]
+        for name in names:
+            if name not in known:
+                raise SettingError(f"algorithms: {name!r} is none of {', '.join(known)}")
+        try:
+            coefs = [float(coef) for coef in self.kl_coefs.split(",")]
+        except ValueError as error:
+            raise SettingError(f"kl_coefs must be numbers separated by commas, not {self.kl_coefs!r}") from error
+        return [(name, coef) for name in names for coef in coefs]
