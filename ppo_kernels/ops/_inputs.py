@@ -112,7 +112,10 @@ def _as_number(op: str, name: str, value: object) -> float | Tensor:
         except OverflowError:
             raise ValueError(f"{op}: {name} must be a number that fits a float, got one beyond it") from None
     if hasattr(value, "__array__"):  # NumPy's, whose dtype a traced graph does not know
-        return _one_element(op, name, torch.as_tensor(value))
+        try:
+            return _one_element(op, name, torch.as_tensor(value))
+        except TypeError:  # text, objects
+            pass
     raise TypeError(f"{op}: {name} must be a number or one element, got {type(value).__name__}")
 
 

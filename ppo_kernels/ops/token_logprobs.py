@@ -25,10 +25,10 @@ from ppo_kernels.ops._inputs import (
     check_floating,
     check_integer,
     check_number,
-    check_real,
     check_tensor,
     keepable,
     mask_as_it_is,
+    number_or_tensor,
     to_mask,
     unit_last_stride,
 )
@@ -355,9 +355,10 @@ def _mask(mask: object, logits: Tensor, labels: Tensor) -> Tensor | None:
 
 
 def _temperature_rows(temperature: Tensor, logits: Tensor) -> Tensor:
-    check_real("token_logprobs", "temperature", temperature)
-    if temperature.numel() == 1:  # of any shape, and from any device
-        temperature = temperature.to(logits.device, wide_dtype(logits.device)).reshape(())
+    if temperature.numel() == 1:
+        _, one = number_or_tensor("token_logprobs", "temperature", temperature, logits.device)
+        temperature = temperature if one is None else one
+    check_floating("token_logprobs", "temperature", temperature)
     check_device("token_logprobs", "temperature", temperature, logits.device)
     try:
         rows = temperature.detach().to(wide_dtype(temperature.device)).expand(logits.shape[:-1])
