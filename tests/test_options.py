@@ -138,7 +138,7 @@ def test_a_new_value_compiles_nothing_anew(impl, option):
     for i in range(10):
         changed = number * (1 + 0.01 * i)
         torch.testing.assert_close(step(LOGP, changed), op(LOGP, impl, **{name: changed})[0])
-    assert counter.frame_count <= 2  # the first makes a constant of the float
+        assert counter.frame_count <= 2  # the first makes a constant of the float
 
 
 @pytest.mark.large
