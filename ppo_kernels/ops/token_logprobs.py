@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ppo_kernels._registered import forward_mode_message
-from ppo_kernels._types import compute_dtype, wide_dtype
+from ppo_kernels._types import compute_dtype, element, wide_dtype
 from ppo_kernels.backends import register
 from ppo_kernels.ops._autograd import (
     first_order_only,
@@ -28,6 +28,7 @@ from ppo_kernels.ops._inputs import (
     check_tensor,
     keepable,
     mask_as_it_is,
+    number_or_tensor,
     to_mask,
     unit_last_stride,
 )
@@ -236,9 +237,10 @@ def token_logprobs(
         logits: ``[..., V]``, bfloat16, float16, float32 or float64; any strides but a last one of 1
             (``logits[:, :-1]`` is not copied).
         labels: ``[...]``, int32 or int64; or ``[..., K]``, K >= 1 labels for each row, which may repeat.
-        temperature: tau > 0, a number or a tensor that broadcasts to ``[...]`` (not differentiated). With t the least
-            normal number of the dtype that is computed in, one below 8192 t or above 1 / t is taken as that: the
-            largest logits alone count, or all alike. In a tensor infinity is legal, and what is not above 0 gives NaN.
+        temperature: tau > 0, a number, or a tensor of one element or one that broadcasts to ``[...]`` (not
+            differentiated). With t the least normal number of the dtype that is computed in, one below 8192 t or above
+            1 / t is taken as that: the largest logits alone count, or all alike. In a tensor, of one element too,
+            infinity is legal, and what is not above 0 gives NaN: only ``validate=True`` looks at its values.
         mask: ``[...]``, or of the labels' shape; non-zero = valid. None means all valid. Rows without a valid label
             are not read.
         ignore_index: a label that is masked.
@@ -286,10 +288,10 @@ def token_logprobs(
     mask = _mask(mask, logits, labels)
     if mask is not None and mask.dim() == logits.dim():
         labels, mask = torch.where(mask != 0, labels.long(), ignore_index), None
+    if rows is None and torch.compiler.is_compiling():  # a float would become a constant of the graph
+        rows, tau = element(tau), 1.0
     if rows is not None:
         rows = _temperature_rows(rows, logits)
-    elif torch.compiler.is_compiling():  # a float would become a constant of the graph
-        rows = torch.full(logits.shape[:-1], tau, dtype=wide_dtype(logits.device), device=logits.device)
     if inplace_backward and not (torch.compiler.is_compiling() or transformed()):
         check_overwritable(logits)
     if validate:
@@ -353,6 +355,9 @@ def _mask(mask: object, logits: Tensor, labels: Tensor) -> Tensor | None:
 
 
 def _temperature_rows(temperature: Tensor, logits: Tensor) -> Tensor:
+    if temperature.numel() == 1:
+        _, one = number_or_tensor("token_logprobs", "temperature", temperature, logits.device)
+        temperature = temperature if one is None else one
     check_floating("token_logprobs", "temperature", temperature)
     check_device("token_logprobs", "temperature", temperature, logits.device)
     try:
