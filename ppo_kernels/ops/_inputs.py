@@ -124,6 +124,18 @@ def _check_one(op: str, name: str, value: Tensor) -> None:
         raise ValueError(
             f"{op}: {name} must be a number or one real element, got {value.dtype} of shape {tuple(value.shape)}"
         )
+    refuse_gradient(op, name, value)
+
+
+def refuse_gradient(op: str, name: str, value: Tensor) -> None:
+    """Raise for an option that somebody means to learn: its gradient would be 0 in silence."""
+    x = value
+    while torch.is_grad_enabled():
+        if x.requires_grad:
+            raise ValueError(f"{op}: {name} requires grad and is not differentiated; pass .detach()")
+        if torch.compiler.is_compiling() or not torch._C._functorch.is_functorch_wrapped_tensor(x):
+            return
+        x = torch._C._functorch.get_unwrapped(x)
 
 
 def _one_element(op: str, name: str, value: Tensor) -> float | Tensor:
@@ -298,6 +310,7 @@ class Tokens:
                     f"{self.op}: normalizer must be a number or one real element,"
                     f" got {tuple(value.shape)} {value.dtype}"
                 )
+            refuse_gradient(self.op, "normalizer", value)
             return value.detach().to(device=device, dtype=wide_dtype(device)).reshape(())
         value = check_number(self.op, "normalizer", value, least=0.0)
         if torch.compiler.is_compiling():

@@ -7,7 +7,6 @@ from typing import Literal, overload
 import torch
 from torch import Tensor
 
-from ppo_kernels._registered import forward_mode_message
 from ppo_kernels._types import compute_dtype, element, wide_dtype
 from ppo_kernels.backends import register
 from ppo_kernels.ops._autograd import (
@@ -29,11 +28,12 @@ from ppo_kernels.ops._inputs import (
     keepable,
     mask_as_it_is,
     number_or_tensor,
+    refuse_gradient,
     to_mask,
     unit_last_stride,
 )
 from ppo_kernels.ops._overwrite import Chunk, check_overwritable, saved_as_they_are
-from ppo_kernels.ops._public import not_a_graph, public
+from ppo_kernels.ops._public import not_a_graph, public, refuse_tangents
 from ppo_kernels.reference import token_logprobs as reference
 
 
@@ -133,6 +133,7 @@ class _EagerLogprobs(torch.autograd.Function):
         if grad_logprobs is None and grad_entropy is None:
             return None, None, *none
         logits, labels, temperature_rows, *rest = ctx.saved_tensors
+        refuse_tangents("token_logprobs", grad_logprobs, grad_entropy)
         others = (labels, temperature_rows, *_contiguous((grad_logprobs, grad_entropy)), *rest, *ctx.numbers)
         if not ctx.inplace:
             grad = _BACKWARD.run(ctx.impl, logits, *others)
@@ -142,15 +143,17 @@ class _EagerLogprobs(torch.autograd.Function):
                 "token_logprobs: inplace_backward=True overwrites what a second differentiation would need;"
                 " pass inplace_backward=False, or call backward without create_graph=True"
             )
-        chunk = ctx.chunk or Chunk(logits)
+        chunk = ctx.chunk or (Chunk(logits) if logits is not None else None)
+        if chunk is None:
+            raise RuntimeError(
+                "token_logprobs: inplace_backward=True has overwritten the logits in a first backward; pass"
+                " inplace_backward=False for a second one"
+            )
         chunk.begin()
         _BACKWARD_INPLACE.run(ctx.impl, chunk.logits, *others)
         chunk.end()
+        ctx.chunk = None  # else the logits would live as long as the loss
         return None, chunk.logits, *none
-
-    @staticmethod
-    def jvp(ctx, *_tangents):
-        raise RuntimeError(forward_mode_message("token_logprobs"))
 
 
 class _TransformedLogprobs(torch.autograd.Function):
@@ -177,10 +180,6 @@ class _TransformedLogprobs(torch.autograd.Function):
         with torch.no_grad():
             grad = _gradient(ctx.impl, logits, labels, temperature_rows, grads, rest, ctx.numbers)
         return None, once("token_logprobs", grad, logits), None, None, None, None, None, None
-
-    @staticmethod
-    def jvp(ctx, *_tangents):
-        raise RuntimeError(forward_mode_message("token_logprobs"))
 
 
 @overload
@@ -246,8 +245,8 @@ def token_logprobs(
         ignore_index: a label that is masked.
         entropy: True also returns the entropy; "detached" returns it without a gradient.
         inplace_backward: write the gradient over the logits (they must not be a leaf, nor overlap themselves). Saves
-            a tensor of their size; nothing else may need the logits after the backward. Ignored by impl="torch" and
-            under torch.compile.
+            a tensor of their size; nothing else may need the logits after the backward. Ignored by impl="torch", by
+            torch.func and under torch.compile.
         impl: "auto", "cuda", "triton", "cpu" or "torch".
         validate: also check the labels and temperatures (synchronises with the device).
 
@@ -355,6 +354,7 @@ def _mask(mask: object, logits: Tensor, labels: Tensor) -> Tensor | None:
 
 
 def _temperature_rows(temperature: Tensor, logits: Tensor) -> Tensor:
+    refuse_gradient("token_logprobs", "temperature", temperature)
     if temperature.numel() == 1:
         _, one = number_or_tensor("token_logprobs", "temperature", temperature, logits.device)
         temperature = temperature if one is None else one
