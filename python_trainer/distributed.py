@@ -13,6 +13,8 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from .config import SharedError, UserError
+
 T = TypeVar("T")
 
 
@@ -126,7 +128,7 @@ def gather_objects(mine: T) -> list[T]:
 
 @contextlib.contextmanager
 def raise_on_all_ranks(kind: type[Exception]) -> Iterator[None]:
-    """An error of this kind on one rank is one of every rank: none is left waiting for it."""
+    """An error of this kind on one rank is one of every rank, a SharedError: none is left waiting for it."""
     failure = None
     try:
         yield
@@ -134,7 +136,7 @@ def raise_on_all_ranks(kind: type[Exception]) -> Iterator[None]:
         failure = str(error)
     failures = [text for text in gather_objects(failure) if text is not None]
     if failures:
-        raise kind(failures[0])
+        raise (SharedError if kind is UserError else kind)(failures[0])
 
 
 @contextlib.contextmanager
