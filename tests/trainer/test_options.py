@@ -236,6 +236,9 @@ def test_lora_names_an_unknown_module(tiny):
     pytest.importorskip("peft", reason="LoRA needs peft")
     with pytest.raises(UserError, match="lora_target_modules.*nowhere"):
         tiny(lora_r=4, lora_target_modules="nowhere")
+
+
+def test_settings_of_adapters_without_adapters_are_refused():
     for settings in ({"lora_target_modules": "wte"}, {"lora_alpha": 32}, {"lora_save": "adapter"}):
         (name,) = settings
         with pytest.raises(ValueError, match=f"{name} .* is for LoRA adapters, and none are trained: set lora_r"):
