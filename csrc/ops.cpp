@@ -18,7 +18,7 @@ constexpr const char* kSchemas = R"(
 
 // logits [..., V]; labels and logprobs [...] or, with several labels per row, [..., K]; mask, temperature_rows (float64)
 // and every other output [...]; entropy is empty unless asked for. A temperature is taken for the nearest one
-// whose log2(e) / temperature is a normal number of the dtype that is computed in; what is not above 0 makes NaN. log_sum
+// at which the gradient's factors are numbers of the dtype that is computed in; what is not above 0 makes NaN. log_sum
 // is -1 for a row that was not read, row_max is NaN for a row without a distribution.
 token_logprobs(Tensor logits, Tensor labels, Tensor? mask, Tensor? temperature_rows, float temperature,
     int ignore_index, bool entropy) -> (Tensor logprobs, Tensor entropy, Tensor row_max, Tensor log_sum)

@@ -336,6 +336,13 @@ def test_nan_in_a_valid_token_is_seen_and_reaches_no_other_gradient(impl):
     assert bool(grad[1, 2].isnan()) == bool(of_reference[1, 2].isnan())
 
 
+def test_an_infinite_ratio_without_an_advantage_is_seen(impl):
+    """0 times infinity: the loss is NaN, as its gradient is, and not the clipped side's 0."""
+    logp, old = torch.zeros(1, 2), torch.tensor([[-200.0, 0.0]])
+    (loss, _), _ = grad_of(lambda x: policy_loss(x, old, torch.zeros(1, 2), log_ratio_clamp=None, impl=impl), logp)
+    assert loss.isnan()
+
+
 @pytest.mark.parametrize("bounds", [[-5, 3, 12], [0, 100, 7], [2**40, -(2**40), 12], [3, 3, 3], [12, 0], [5]])
 def test_wrong_cu_seqlens_never_read_outside(impl, bounds):
     rows = len(bounds) - 1

@@ -31,7 +31,7 @@ PPO_INLINE PolicyTerm<T> policy_term(T logp, T old, T adv, T weight, const Polic
   const T plain_loss = -adv * ratio, clipped_loss = -adv * clipped;
   const T from_plain = plain_loss > clipped_loss ? T(1) : (plain_loss == clipped_loss ? T(0.5) : T(0));
   const T inside = ratio < o.low ? T(0) : (ratio > o.high ? T(0) : T(1));
-  T loss = plain_loss > clipped_loss ? plain_loss : clipped_loss;
+  T loss = clipped_loss > plain_loss ? clipped_loss : plain_loss;  // a NaN among the first must show
   T share = from_plain + (T(1) - from_plain) * inside;
 
   // Only compared where adv < 0, so that an infinite dual_clip makes no NaN of adv = 0.

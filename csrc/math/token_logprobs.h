@@ -7,12 +7,13 @@ namespace ppo {
 
 constexpr double kNotRead = -1.0;  // log_sum of a row that is masked or ignored: no softmax has a negative one
 
-// A temperature at which both tau and log2(e) / tau are normal numbers of the type T that logits are computed in: the
-// nearest one, at which the softmax is as good as its limit, the largest logits alone or all logits alike. NaN for
+// The nearest temperature at which tau, log2(e) / tau and a thousand times that are numbers of the type T that logits
+// are computed in: the softmax is as good as its limit there, the largest logits alone or all logits alike. NaN for
 // what is not above 0.
 template <class T>
 PPO_INLINE double usable_temperature(double tau) {
-  constexpr double kLeast = std::numeric_limits<T>::min(), kMost = 1.0 / kLeast;
+  constexpr double kSmallest = std::numeric_limits<T>::min(), kMost = 1.0 / kSmallest;
+  constexpr double kLeast = kSmallest * 0x1p13;  // the gradient multiplies 1 / tau by exponents
   if (!(tau > 0.0)) return std::numeric_limits<double>::quiet_NaN();
   return tau < kLeast ? kLeast : (tau > kMost ? kMost : tau);
 }

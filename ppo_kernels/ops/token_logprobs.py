@@ -236,9 +236,9 @@ def token_logprobs(
         logits: ``[..., V]``, bfloat16, float16, float32 or float64; any strides but a last one of 1
             (``logits[:, :-1]`` is not copied).
         labels: ``[...]``, int32 or int64; or ``[..., K]``, K >= 1 labels for each row, which may repeat.
-        temperature: tau > 0, a number or a tensor that broadcasts to ``[...]`` (not differentiated). One below the
-            least normal number of the dtype that is computed in, or above its inverse, is taken as that: the largest
-            logits alone count, or all alike. In a tensor infinity is legal, and what is not above 0 gives NaN.
+        temperature: tau > 0, a number or a tensor that broadcasts to ``[...]`` (not differentiated). With t the least
+            normal number of the dtype that is computed in, one below 8192 t or above 1 / t is taken as that: the
+            largest logits alone count, or all alike. In a tensor infinity is legal, and what is not above 0 gives NaN.
         mask: ``[...]``, or of the labels' shape; non-zero = valid. None means all valid. Rows without a valid label
             are not read.
         ignore_index: a label that is masked.

@@ -26,8 +26,8 @@ def token_logprobs(
     in_range = (y >= 0) & (y < logits.size(-1))
     z = torch.where(row_live[..., None], logits.to(dtype), 0.0)
     tau = temperature[..., None] if isinstance(temperature, Tensor) else torch.tensor(temperature, dtype=torch.float64)
-    least = torch.finfo(dtype).tiny  # beyond it and its inverse the softmax is as good as its limit
-    tau = torch.where(tau > 0, tau.clamp(least, 1 / least), float("nan")).to(dtype)
+    smallest = torch.finfo(dtype).tiny  # near it and its inverse the softmax is as good as its limit
+    tau = torch.where(tau > 0, tau.clamp(smallest * 2**13, 1 / smallest), float("nan")).to(dtype)
     log_p = torch.log_softmax((z - z.detach().amax(-1, keepdim=True)) / tau, -1)  # or z / tau may be infinite
     # Multiplying by NaN, rather than selecting it, makes the gradient of a row with a bad label NaN as well.
     bad = live & ~in_range

@@ -36,8 +36,9 @@ def log2_per_logit(temperature_rows, temperature, row, DTYPE: tl.constexpr):
     tau = tl.full((), 0.0, tl.float64) + temperature
     if temperature_rows is not None:
         tau = tl.load(temperature_rows + row)
-    least = tl.full((), 2.0**-1022 if DTYPE.primitive_bitwidth == 64 else 2.0**-126, tl.float64)
-    return LOG2E / tl.where(tau > 0.0, tl.minimum(tl.maximum(tau, least), 1.0 / least), NAN)
+    smallest = tl.full((), 2.0**-1022 if DTYPE.primitive_bitwidth == 64 else 2.0**-126, tl.float64)
+    least = smallest * 2.0**13  # the gradient multiplies 1 / tau by exponents
+    return LOG2E / tl.where(tau > 0.0, tl.minimum(tl.maximum(tau, least), 1.0 / smallest), NAN)
 
 
 @triton.jit

@@ -113,7 +113,7 @@ def _pairs(
     from_plain = tl.where(plain > clipped, 1.0, tl.where(plain == clipped, 0.5, 0.0))
     inside_clip = tl.where((x >= low) & (x <= high), 1.0, 0.0)
     change = slope * (from_plain + (1.0 - from_plain) * inside_clip)
-    loss = tl.where(plain > clipped, plain, clipped)
+    loss = tl.where(clipped > plain, clipped, plain)
     if JOINT:
         # What joint adds has no gradient: with the reference off, one that is not finite drops out.
         constant = tl.where(gap - gap == 0.0, gap - x, tl.where(kl_coef == 0.0, 0.0, gap - x))

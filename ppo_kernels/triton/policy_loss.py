@@ -49,7 +49,7 @@ def policy_term(logp, old, adv, weight, low, high, dual_clip, log_ratio_clamp):
     plain_loss, clipped_loss = -adv * ratio, -adv * clipped
     from_plain = tl.where(plain_loss > clipped_loss, 1.0, tl.where(plain_loss == clipped_loss, 0.5, 0.0))
     inside = tl.where((ratio < low) | (ratio > high), 0.0, 1.0)
-    loss = tl.where(plain_loss > clipped_loss, plain_loss, clipped_loss)
+    loss = tl.where(clipped_loss > plain_loss, clipped_loss, plain_loss)  # a NaN among the first must show
     share = from_plain + (1.0 - from_plain) * inside
 
     # Only compared where adv < 0, so that an infinite dual_clip makes no NaN of adv = 0.
