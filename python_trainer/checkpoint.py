@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from . import atomic, distributed, files, zero_state
-from .config import SharedError, UserError, by_new_names
+from .config import UserError, by_new_names
 from .deepspeed_engine import all_finite
 from .ppo_config import PPOConfig
 from .settings import make_folder
@@ -166,7 +166,7 @@ def last_step_kept(save_last: Callable[[], int | None]) -> Iterator[None]:
     try:
         yield
     except (UserError, OSError) as error:
-        if distributed.world_size() > 1 and not isinstance(error, SharedError):
+        if distributed.world_size() > 1 and not getattr(error, "everywhere", False):
             raise  # of one rank, for all that is known: the others would not come to the save, which takes all of them
         text = str(error) if isinstance(error, UserError) else f"{error.filename or 'a file'}: {error.strerror}"
         try:

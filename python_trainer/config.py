@@ -70,9 +70,13 @@ for _names, _test, _allowed in (
 class UserError(Exception):
     """Something the person who started the run can put right; shown as one line, without a traceback."""
 
+    everywhere = False  # True: every rank raises it at the same place, so that they can still do something together
+
 
 class SharedError(UserError):
-    """One that every rank raises at the same place, so that they can still do something together."""
+    """Of something that every rank sees alike."""
+
+    everywhere = True
 
 
 class SettingError(UserError, ValueError):

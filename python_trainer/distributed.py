@@ -13,8 +13,6 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from .config import SharedError, UserError
-
 T = TypeVar("T")
 
 
@@ -128,7 +126,7 @@ def gather_objects(mine: T) -> list[T]:
 
 @contextlib.contextmanager
 def raise_on_all_ranks(kind: type[Exception]) -> Iterator[None]:
-    """An error of this kind on one rank is one of every rank, a SharedError: none is left waiting for it."""
+    """An error of this kind on one rank is one of every rank, and says so: none is left waiting for it."""
     failure = None
     try:
         yield
@@ -136,7 +134,9 @@ def raise_on_all_ranks(kind: type[Exception]) -> Iterator[None]:
         failure = str(error)
     failures = [text for text in gather_objects(failure) if text is not None]
     if failures:
-        raise (SharedError if kind is UserError else kind)(failures[0])
+        shared: Any = kind(failures[0])
+        shared.everywhere = True
+        raise shared
 
 
 @contextlib.contextmanager

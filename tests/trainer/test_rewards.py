@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from python_trainer.config import RewardConfig, SharedError, UserError
+from python_trainer.config import RewardConfig, UserError
 from python_trainer.data import Pair, Prompt, Rollout, left_pad
 from python_trainer.reward_functions import FunctionReward
 from python_trainer.rewards import ModelReward, exact_match
@@ -61,8 +61,9 @@ def test_what_a_template_has_against_a_response_is_an_error_of_all_ranks():
     reward = ModelReward.__new__(ModelReward)
     reward.reads_ids, reward.tokenizer, reward.policy_tokenizer = False, tokenizer, tokenizer
     drawn = replace(rollout(), prompts=[Prompt([{"role": "user", "content": "a"}])] * 3)
-    with pytest.raises(SharedError, match="does not take this conversation .no."):
+    with pytest.raises(UserError, match="does not take this conversation .no.") as caught:
         reward._scores(drawn)
+    assert caught.value.everywhere
 
 
 def test_columns_must_be_the_same_in_all_rows(folder):
