@@ -24,6 +24,16 @@ def wide_dtype(device: torch.device) -> torch.dtype:
     return torch.float64 if _has_float64(str(device)) else torch.float32
 
 
+def element(value: float | Tensor) -> Tensor:
+    """A number as a 0-d float64 tensor on the CPU, which a graph takes as an input.
+
+    A sum, because the value of anything else, torch.full's too, becomes a constant of a compiled graph.
+    """
+    if isinstance(value, Tensor):
+        return value.detach().to(torch.float64).reshape(())
+    return torch.zeros((), dtype=torch.float64, device="cpu") + value
+
+
 @torch.compiler.assume_constant_result
 def _has_float64(device: str) -> bool:
     try:

@@ -21,6 +21,7 @@ from ppo_kernels import __all__ as _public_names
 from ppo_kernels import _native, triton
 from ppo_kernels._registered import arguments, checked, guard, require
 from ppo_kernels._schemas import SCHEMAS
+from ppo_kernels._types import element, wide_dtype
 
 logger = logging.getLogger("ppo_kernels")
 
@@ -111,7 +112,7 @@ class Op:
         traced = self.traced.get(impl)
         if traced is None or torch.compiler.is_exporting():
             return self.kernels[impl], args
-        numbers = torch.stack([_as_element(args[i]) for i in self.floats if i < len(args)])
+        numbers = torch.stack([element(args[i]) for i in self.floats if i < len(args)])
         rest = [x for i, x in enumerate(args) if i not in self.floats]
         rest.insert(self.floats[0], numbers)
         return traced, tuple(rest)
@@ -119,7 +120,9 @@ class Op:
     def reference(self, *args: Any, **options: Any) -> Any:
         """Call the eager reference and count the call. A traced one becomes part of a graph and is not a call."""
         assert self._reference is not None
-        if not torch.compiler.is_compiling():
+        if torch.compiler.is_compiling():
+            options = {name: _beside(args[0], x) for name, x in options.items()}
+        else:
             if args[0].requires_grad:  # autograd refuses to save tensors of inference mode
                 args = tuple(_out_of_inference(x) for x in args)
                 options = {name: _out_of_inference(x) for name, x in options.items()}
@@ -128,12 +131,10 @@ class Op:
         return self._reference(*args, **options)
 
 
-def _as_element(x: Any) -> torch.Tensor:
-    return x if isinstance(x, torch.Tensor) else torch.full((), x, dtype=torch.float64)
-
-
 _library = torch.library.Library("ppo_kernels", "FRAGMENT")
 _traced_library = torch.library.Library("ppo_kernels_traced", "DEF")
+#: These ops read ``numbers`` on the CPU, which the replay of a CUDA graph would not: it would keep the first values.
+_TRACED_TAGS = tuple(tag for tag in (getattr(torch.Tag, "cudagraph_unsafe", None),) if tag is not None)
 
 
 def _register_traced(name: str, schema: str, floats: tuple[int, ...], fake: Callable, kernel: Callable) -> Callable:
@@ -141,7 +142,7 @@ def _register_traced(name: str, schema: str, floats: tuple[int, ...], fake: Call
     inside = [x for i, x in enumerate(arguments(schema)) if i not in floats]
     inside.insert(floats[0], "Tensor numbers")
     schema = f"{name}({', '.join(inside)}) ->{schema.partition(') ->')[2]}"
-    _traced_library.define(schema)
+    _traced_library.define(schema, tags=_TRACED_TAGS)
 
     def with_floats(args: tuple, values: Sequence[float]) -> list:
         full = list(args)
@@ -169,6 +170,15 @@ def _register_traced(name: str, schema: str, floats: tuple[int, ...], fake: Call
         f"ppo_kernels_traced::{name}", checked(schema, fake_call, on_cpu="numbers"), lib=_traced_library
     )
     return getattr(torch.ops.ppo_kernels_traced, name).default
+
+
+def _beside(x: torch.Tensor, option: Any) -> Any:
+    """A traced option, an element on the CPU, next to ``x``: clamp takes no bounds from another device."""
+    if isinstance(option, tuple):
+        return tuple(_beside(x, part) for part in option)
+    if isinstance(option, torch.Tensor) and option.dim() == 0 and option.device != x.device:
+        return option.to(x.device, wide_dtype(x.device))
+    return option
 
 
 def _out_of_inference(x: Any) -> Any:

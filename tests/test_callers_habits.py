@@ -1,5 +1,7 @@
 """Results are the caller's to write to, constants may come from inference mode, and chunks may be overwritten."""
 
+import weakref
+
 import pytest
 import torch
 
@@ -139,8 +141,85 @@ def test_chunks_that_share_logits_or_were_written_to_are_refused(require_impl, k
         chunk_gradient(impl, [TIMES[0], (ALL, slice(0, 2))])
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         chunk_gradient(impl, HALVES, lambda z: z.mul_(2))
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+    with pytest.raises(RuntimeError, match="overwritten the logits in a first backward"):
         logits = torch.randn(2, 3, 5, requires_grad=True) * 1
         loss = pk.token_logprobs(logits, torch.zeros(2, 3, dtype=torch.int64), inplace_backward=True, impl=impl).sum()
         loss.backward(retain_graph=True)
         loss.backward()
+
+
+#: Ways to cut [4, 6, V] logits into disjoint chunks; the labels are cut likewise.
+CUTS = {
+    "rows": lambda x, rows: x.split(2),
+    "tokens": lambda x, rows: x.split([1, 3, 2], dim=1),
+    "flat": lambda x, rows: rows(x).split(7),
+    "selected": lambda x, rows: [x[i] for i in range(4)],
+    "unbound": lambda x, rows: x.unbind(0),
+    "unbound tokens": lambda x, rows: x.unbind(1),
+    "shifted": lambda x, rows: x[:, :-1].split(2, dim=1),
+    "shifted rows": lambda x, rows: x[:, 1:].split(1),
+    "every other": lambda x, rows: [x[::2, 3:], x[1::2, 2:], x[::2, :3]],
+    "every other token": lambda x, rows: [x[:, ::2], x[:, 1::2]],
+    "flat and not": lambda x, rows: [rows(x)[:6], x[1:, :2], x[1:, 2:]],
+    "transposed": lambda x, rows: x.transpose(0, 1).split(2),
+    "with an empty one": lambda x, rows: [x[:2], x[1:1], x[2:]],
+}
+OVERLAPPING = {
+    "flat rows": lambda x, rows: [rows(x)[:7], rows(x)[6:]],
+    "flat and not": lambda x, rows: [rows(x)[:7], x[1:]],
+    "flat across rows": lambda x, rows: [rows(x)[3:8], x[:, :2]],
+    "a row twice": lambda x, rows: [x[0], x[0:1]],
+    "a token of all rows": lambda x, rows: [x[:, 2], x[:, 2:]],
+    "a token of a row": lambda x, rows: [x[:, 1:3], x[3:, 2:]],
+    "every other and a pair": lambda x, rows: [x[:, ::2], x[:, 2:4]],
+}
+
+
+def layer_gradient(impl, cut, bias, inplace):
+    torch.manual_seed(0)
+    layer, hidden, labels = torch.nn.Linear(3, 8, bias=bias), torch.randn(4, 6, 3), torch.randint(8, (4, 6))
+    logits = cut(layer(hidden), lambda x: x.view(-1, 8))
+    labels = cut(labels, lambda x: x.view(-1))
+    call = {"inplace_backward": inplace, "impl": impl}
+    sum(pk.token_logprobs(x, y, **call).sum() for x, y in zip(logits, labels, strict=True)).backward()
+    return layer.weight.grad
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("cut", CUTS)
+def test_disjoint_chunks_of_a_layers_output_may_be_overwritten(require_impl, impl_name, cut, bias):
+    impl = require_impl("token_logprobs", impl_name)
+    want = layer_gradient("torch", CUTS[cut], bias, False)
+    torch.testing.assert_close(layer_gradient(impl, CUTS[cut], bias, True), want)
+
+
+@pytest.mark.parametrize("cut", OVERLAPPING)
+def test_chunks_of_a_layers_output_that_share_logits_are_refused(require_impl, cut):
+    impl = require_impl("token_logprobs", "cpu")
+    for bias in (True, False):
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            layer_gradient(impl, OVERLAPPING[cut], bias, True)
+
+
+@pytest.mark.parametrize("name", [*DIFFERENTIABLE, "inplace_backward"])
+def test_a_loss_that_is_kept_keeps_no_inputs(impl_of, name):
+    if name == "inplace_backward":
+        impl, x = impl_of("token_logprobs"), torch.randn(3, 8)
+        leaf, labels = x.requires_grad_(), torch.zeros(3, dtype=torch.int64)
+
+        def call(x):
+            return (pk.token_logprobs(x, labels, inplace_backward=True, impl=impl),)
+    else:
+        impl, case = small(impl_of, name)
+        leaf = case.tensors[case.leaf].detach().clone().requires_grad_()
+
+        def call(x):
+            return case.call(case.tensors | {case.leaf: x}, impl)
+
+    x = leaf * 1
+    alive = weakref.ref(x)
+    out = call(x)
+    out[0].sum().backward()
+    leaf.grad = x = None
+    assert out[0].requires_grad
+    assert alive() is None

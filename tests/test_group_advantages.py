@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from torch.distributed import ProcessGroup
 
 from bench import oracle
 from ppo_kernels import group_advantages, whiten
@@ -183,7 +184,8 @@ WRONG = [
     ({"scores": torch.randn(2, 3)}, ValueError, ("scores", "[B]", "(2, 3)")),
     ({"scores": torch.ones(6, dtype=torch.bool)}, TypeError, ("scores", "bool")),
     ({"eps": -1.0}, ValueError, ("eps", "0", "-1.0")),
-    ({"process_group": object()}, ValueError, ("process_group", "reinforce++_baseline", "rloo")),
+    ({"process_group": object()}, TypeError, ("process_group", "ProcessGroup", "object")),
+    ({"process_group": ProcessGroup(0, 1)}, ValueError, ("process_group", "reinforce++_baseline", "rloo")),
     ({"impl": "nonsense"}, ValueError, ("nonsense", "torch")),
 ]
 

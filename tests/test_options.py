@@ -5,9 +5,11 @@ import math
 import numpy as np
 import pytest
 import torch
-from torch._dynamo.testing import CompileCounter
+from torch._dynamo.testing import CompileCounter, CompileCounterWithBackend
 
 import ppo_kernels as pk
+from ppo_kernels import backends
+from ppo_kernels._schemas import SCHEMAS
 from tests.lib.devices import IMPLEMENTATIONS
 from tests.lib.helpers import bit_equal
 
@@ -49,6 +51,10 @@ def logprobs(x, impl, **options):
     return (pk.token_logprobs(x, torch.arange(4), impl=impl, **options),)
 
 
+def weights(x, impl, **options):
+    return pk.aggregation_weights(x > 0, "seq-mean-token-sum-norm", **options)
+
+
 #: By option: the op, a value in use.
 CLIPS = {
     "cliprange": (policy, 0.25),
@@ -74,8 +80,9 @@ NUMBERS = {
     "eps": (whiten, 0.25),
     "groups eps": (groups, 0.25),
     "temperature": (logprobs, 0.5),
+    "max_length": (weights, 8.0),
 }
-FORMS = (np.float32, np.float64, np.array, torch.tensor, lambda x: torch.tensor([x], dtype=torch.float64))
+FORMS = (np.float32, np.float64, np.array, torch.tensor, lambda x: torch.tensor([[x]], dtype=torch.float64))
 
 
 #: One of each op, which `make test` compiles for: a second each.
@@ -126,12 +133,74 @@ def test_a_new_value_compiles_nothing_anew(impl, option):
     op, number = (CLIPS | NUMBERS)[option]
     name = option.split()[-1]
     torch._dynamo.reset()
-    counter = CompileCounter()
+    counter = CompileCounterWithBackend("aot_eager")  # AOTAutograd makes constants of floats that Dynamo lets change
     step = torch.compile(lambda x, v: op(x, impl, **{name: v})[0], fullgraph=True, backend=counter)
-    for i in range(4):
+    for i in range(10):
         changed = number * (1 + 0.01 * i)
         torch.testing.assert_close(step(LOGP, changed), op(LOGP, impl, **{name: changed})[0])
-    assert counter.frame_count <= 2  # the first makes a constant of the float
+        assert counter.frame_count <= 2  # the first makes a constant of the float
+
+
+@pytest.mark.large
+@pytest.mark.parametrize("form", [np.float32, np.float64, np.array])
+def test_numpy_numbers_are_compiled(impl, form):
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    step = torch.compile(lambda x, v: gae(x, impl, gamma=v, lam=v)[0], fullgraph=True, backend=counter)
+    for number in (0.25, 0.5, 0.75, 0.875):
+        torch.testing.assert_close(step(LOGP, form(number)), gae(LOGP, impl, gamma=number, lam=number)[0])
+    assert counter.frame_count <= 2
+
+
+def test_no_cuda_graph_keeps_a_value():
+    tag = getattr(torch.Tag, "cudagraph_unsafe", None)
+    if tag is None:
+        pytest.skip("this torch has no tag that keeps an op out of CUDA graphs")
+    traced = {op for name in SCHEMAS for op in backends.op(name).traced.values()}
+    assert {tag in op.tags for op in traced} == {True}
+
+
+#: A call of each op with floats among its options.
+CALLS = (
+    lambda x, impl: policy(x, impl, normalizer=3.0, dual_clip=2.0),
+    lambda x, impl: rewards(x, impl, score_clip=2.0),
+    lambda x, impl: pk.p3o_loss(x, OLD, REF, SCORES, variant="joint", normalizer=3.0, impl=impl),
+    p3o,
+    lambda x, impl: value(x, impl, normalizer=3.0),
+    gae,
+    whiten,
+    groups,
+    lambda x, impl: pk.token_logprobs(x, torch.arange(4, device="cpu"), temperature=0.5, entropy=True, impl=impl),
+    weights,
+)
+
+
+def call_all(impl):
+    return [op(LOGP, impl) for op in CALLS]
+
+
+def check_other_defaults(call, impl):
+    want = call_all(impl)
+    torch.set_default_device("meta")
+    torch.set_default_dtype(torch.float64)
+    try:
+        found = call(impl)
+    finally:
+        torch.set_default_device(None)
+        torch.set_default_dtype(torch.float32)
+    for got, expected in zip(map(flat, found), map(flat, want), strict=True):
+        for x, y in zip(got, expected, strict=True):
+            torch.testing.assert_close(x, y)
+
+
+def test_the_default_device_and_dtype_matter_to_no_op(impl):
+    check_other_defaults(call_all, impl)
+
+
+@pytest.mark.parametrize("impl", ["cpu", pytest.param("torch", marks=pytest.mark.rest)])
+def test_the_default_device_and_dtype_matter_to_no_graph(impl):
+    torch._dynamo.reset()
+    check_other_defaults(torch.compile(call_all, backend="aot_eager"), impl)
 
 
 @pytest.mark.large
@@ -147,7 +216,13 @@ def test_an_element_compiles_once(impl, option):
     assert counter.frame_count == 1
 
 
-@pytest.mark.parametrize("bad", [True, "0.2", 1j, np.bool_(True), torch.tensor([0.1, 0.2]), torch.tensor(True)])
+NO_NUMBERS = (
+    *(True, "0.2", 1j, np.complex64(1), np.bool_(True), np.ones(2), np.str_("0.2")),
+    *(torch.tensor([0.1, 0.2]), torch.tensor(True), torch.tensor(1j)),
+)
+
+
+@pytest.mark.parametrize("bad", NO_NUMBERS)
 @pytest.mark.parametrize("option", ["cliprange", "gamma", "kl_coef"])
 def test_what_is_not_a_number_is_refused(impl, option, bad):
     op, _ = (CLIPS | NUMBERS)[option]
@@ -155,6 +230,50 @@ def test_what_is_not_a_number_is_refused(impl, option, bad):
         op(LOGP, impl, **{option: bad})
     with pytest.raises(ValueError, match=option):
         op(LOGP, impl, **{option: torch.tensor(float("nan")) if option != "kl_coef" else float("nan")})
+
+
+def test_an_option_is_not_mapped_over(impl):
+    with pytest.raises(ValueError, match="gamma is one number for the whole call, and torch.func.vmap maps over it"):
+        torch.func.vmap(lambda v: gae(LOGP, impl, gamma=v)[0])(torch.tensor([0.5, 0.75]))
+
+
+def test_one_temperature_comes_in_any_shape_dtype_and_from_the_cpu(impl):
+    for form in (torch.tensor(2), torch.full((1, 1), 2), torch.full((1, 1, 1), 2.0, dtype=torch.float16)):
+        assert bit_equal(
+            logprobs(LOGP, impl, temperature=form), logprobs(LOGP, impl, temperature=torch.full((4,), 2.0))
+        )
+    assert logprobs(LOGP, impl, temperature=torch.tensor(0.0))[0].isnan().all()  # a tensor's values are not read
+    with pytest.raises(ValueError, match="every temperature must be > 0"):
+        logprobs(LOGP, impl, temperature=torch.tensor(0.0), validate=True)
+    with pytest.raises(ValueError, match="temperature must be a number or one real element"):
+        logprobs(LOGP, impl, temperature=torch.tensor(1j))
+    labels = torch.zeros(4, dtype=torch.int64, device="meta")
+    elsewhere = pk.token_logprobs(LOGP.to("meta"), labels, temperature=torch.tensor(0.5), impl="torch")
+    assert elsewhere.device.type == "meta"
+
+
+def test_numbers_that_a_dtype_holds_no_more(impl):
+    x, zero, one = torch.zeros(1, 2), torch.zeros(1, 2), torch.ones(1, 2)
+    assert pk.policy_loss(x, zero, one, normalizer=1e-320, impl=impl)[0] == -math.inf  # as -2 / 1e-320 is in float64
+    assert pk.policy_loss(x, zero, 1e30 * one, normalizer=1e39, impl=impl)[0].item() == pytest.approx(-2e-9)
+    if impl == "triton":  # whose interpreter keeps the float64 of an argument that a GPU gets in float32
+        return
+    # A coefficient that is 0 in float32 is off: what it would multiply is infinite or NaN.
+    for lost in (torch.full((1, 2), math.inf), torch.full((1, 2), math.nan)):
+        off = {"ref_logprobs": lost, "kl_coef": 1e-50, "kl_log_clamp": None, "impl": impl}
+        y = x.clone().requires_grad_()
+        loss, _ = pk.policy_loss(y, zero, one, **off)
+        loss.backward()
+        assert loss == -1
+        assert y.grad.tolist() == [[-0.5, -0.5]]
+        rewarded, _ = pk.kl_rewards(x, lost, torch.ones(1), kl_coef=1e-50, impl=impl)
+        assert rewarded.tolist() == [[0, 1]]
+
+
+def test_max_length_is_a_length():
+    with pytest.raises(ValueError, match=r"max_length must be >= 1\.0, got 0\.5"):
+        pk.aggregation_weights(LOGP > 0, "seq-mean-token-sum-norm", max_length=0.5)
+    assert pk.aggregation_weights(LOGP[:, :0] > 0, "seq-mean-token-sum-norm")[0].tolist() == [1.0] * 4
 
 
 @pytest.mark.parametrize("dtype", [torch.int8, torch.int16, torch.uint8, torch.int32, torch.int64])

@@ -7,7 +7,7 @@ from torch import func
 import ppo_kernels as pk
 from tests.lib import transforms
 from tests.lib.devices import IMPLEMENTATIONS
-from tests.lib.transforms import LOGP, OLD, OPS, REF, ROWS, SCORES
+from tests.lib.transforms import ADV, CONSTANTS, LOGP, NEEDED, NUMBERS, OLD, OPS, REF, ROWS, SCORES
 
 COMPILED = ("dynamo", "aot_eager")
 
@@ -63,3 +63,74 @@ def test_a_graph_that_differentiates_twice_is_refused(require_impl, impl):
 
     with torch._dynamo.config.patch(trace_autograd_ops=True), pytest.raises(Exception, match="differentiating twice"):
         transforms.gradient(transforms.compiled(penalty, "aot_eager"), x)
+
+
+FORWARD = {
+    "dual": transforms.tangent,
+    "jvp": lambda f, x: func.jvp(f, (x,), (x,)),
+    "jvp of grad": lambda f, x: func.jvp(func.grad(lambda y: f(y).sum()), (x,), (x,)),
+    "jvp of vmap": lambda f, x: func.jvp(func.vmap(f), (x[None],), (x[None],)),
+    "vmap of jvp": lambda f, x: func.vmap(lambda y: func.jvp(f, (y,), (y,)))(x[None]),
+    "compiled": lambda f, x: transforms.tangent(transforms.compiled(f, "whole"), x),
+}
+
+
+@pytest.mark.parametrize("impl", [impl for impl in IMPLEMENTATIONS if impl != "triton"])
+@pytest.mark.parametrize("op", CONSTANTS)
+def test_a_tangent_of_a_constant_is_refused(require_impl, impl, op):
+    require_impl("gae", impl)
+    for name, differentiate in FORWARD.items():
+        torch._dynamo.reset()
+        with pytest.raises(Exception, match=f"{op}: forward-mode"):
+            pytest.fail(f"{name} gives {differentiate(lambda x: CONSTANTS[op](x, impl), ADV)}")
+
+
+def test_a_call_without_a_tangent_within_forward_mode_is_computed():
+    with torch.autograd.forward_ad.dual_level():
+        other = torch.autograd.forward_ad.make_dual(ADV, ADV)
+        for op, f in CONSTANTS.items():
+            assert torch.isfinite(f(ADV, "auto")).all(), op
+        assert func.vmap(lambda x: pk.gae(x, OLD)[0] * other)(ADV[None]).shape == (1, *ADV.shape)
+
+
+def learned(op, impl, option, value):
+    options = {option: (0.2, value) if option == "cliprange" and op == "policy_loss" else value}
+    if op == "policy_loss":
+        options["ref_logprobs"] = REF
+    if op != "aggregation_weights":
+        options["impl"] = impl
+    out = getattr(pk, op)(*NEEDED[op], **options)
+    return (out if isinstance(out, torch.Tensor) else out[0]).sum()
+
+
+@pytest.mark.parametrize("impl", [impl for impl in IMPLEMENTATIONS if impl != "triton"])
+@pytest.mark.parametrize(("op", "option"), [(op, option) for op in NUMBERS for option in NUMBERS[op]])
+def test_an_option_that_requires_grad_is_refused(require_impl, impl, op, option):
+    require_impl("gae", impl)
+    value = 1.5 if option in ("dual_clip", "weight_clip") else 0.5
+    parameter = torch.nn.Parameter(torch.tensor(value))
+    sentence = f"^{op}: {option}( .high.)? requires grad and is not differentiated; pass .detach..$"
+    with pytest.raises(ValueError, match=sentence):
+        learned(op, impl, option, parameter)
+    with pytest.raises(ValueError, match=sentence):
+        func.grad(lambda x: learned(op, impl, option, x))(parameter.detach())
+    want = learned(op, impl, option, value)
+    torch.testing.assert_close(learned(op, impl, option, parameter.detach()), want)
+    with torch.no_grad():
+        torch.testing.assert_close(learned(op, impl, option, parameter), want)
+
+
+@pytest.mark.parametrize("impl", ["cpu", "torch"])
+def test_options_of_rows_that_require_grad_are_refused(require_impl, impl):
+    require_impl("gae", impl)
+    with pytest.raises(ValueError, match="^gae: lam requires grad"):
+        pk.gae(LOGP, OLD, lam=torch.full((2,), 0.5, requires_grad=True), impl=impl)
+    with pytest.raises(ValueError, match="^token_logprobs: temperature requires grad"):
+        pk.token_logprobs(*NEEDED["token_logprobs"], temperature=torch.ones(2, 1, requires_grad=True), impl=impl)
+    with pytest.raises(ValueError, match="^token_logprobs: temperature requires grad"):
+        tau = torch.ones(3, 2, 1)
+        func.grad(
+            lambda t: func.vmap(lambda u: pk.token_logprobs(*NEEDED["token_logprobs"], temperature=u, impl=impl))(
+                t
+            ).sum()
+        )(tau)

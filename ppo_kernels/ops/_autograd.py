@@ -26,7 +26,7 @@ def transformed() -> bool:
 
 def recorded(x: Tensor) -> bool:
     """Whether autograd looks at what is computed from ``x``; if not, an op spares itself its autograd function."""
-    return (x.requires_grad and torch.is_grad_enabled()) or torch.autograd.forward_ad._current_level >= 0
+    return x.requires_grad and torch.is_grad_enabled()
 
 
 @torch.compiler.assume_constant_result
@@ -95,10 +95,6 @@ class _FirstOrderOnly(torch.autograd.Function):
     def backward(ctx, grad):
         return None, once(ctx.op, grad, ctx.saved_tensors[0])
 
-    @staticmethod
-    def jvp(ctx, *_tangents):
-        raise RuntimeError(forward_mode_message(ctx.op))
-
 
 def first_order_only(op: str, x: Tensor) -> Tensor:
     """``x`` for the reference: autograd could differentiate it twice, but a switch of ``impl`` changes no contract."""
@@ -122,8 +118,6 @@ def _differentiated_once(op: str, x: Tensor, kernel: bool) -> Tensor:
     """
     stack = get_interpreter_stack() or []
     kinds = [interpreter.key() for interpreter in stack]
-    if Transform.Jvp in kinds:
-        raise RuntimeError(forward_mode_message(op))
     if kinds.count(Transform.Grad) > 1:
         raise RuntimeError(twice_message(op))
     if kernel and Transform.Vmap in kinds:
@@ -144,9 +138,6 @@ def traced_input(op: str, x: Tensor, *, kernel: bool) -> Tensor:
     """``x`` as a traced autograd function takes it, or one sentence where torch.compile would make a graph with
     gradients of 0 or break inside itself: for a kernel under vmap, too, and in a strict export.
     """
-    # The level is read here for Dynamo to guard it: a graph that was made without one would drop tangents.
-    if torch.autograd.forward_ad._current_level >= 0:
-        raise RuntimeError(forward_mode_message(op))
     names = _transforms()
     if kernel and names == "Vmap":  # eager code can do it, behind a break of the graph
         raise RuntimeError(vmap_message(op))
@@ -169,7 +160,7 @@ def fused_loss(op: Op, impl: str, x: Tensor, arguments: tuple[object, ...]) -> t
     elif transformed():
         loss, stats, _, _ = _TransformedLoss.apply(op, impl, x, *arguments)
     elif recorded(x):
-        loss, stats = _EagerLoss.apply(op, impl, x, arguments)
+        loss, stats, _ = _EagerLoss.apply(op, impl, x, arguments)
     else:
         loss, stats, _, _ = op.run(impl, x, *arguments, False)
     return loss, stats.unbind(0)
@@ -199,23 +190,19 @@ class _EagerLoss(torch.autograd.Function):
     def forward(ctx, op, impl, x, arguments):
         ctx.set_materialize_grads(False)
         loss, stats, grad, inv_normalizer = op.run(impl, x, *arguments, ctx.needs_input_grad[2])
-        # Not saved: the gradient depends on x but not on its memory, which the caller may write to.
-        ctx.op, ctx.x = op.name, x
+        ctx.op = op.name
         ctx.save_for_backward(grad, inv_normalizer)
         ctx.mark_non_differentiable(stats)
-        return loss, stats
+        # An output, so that it depends on x for who differentiates twice. Nothing keeps x, or its memory, for that.
+        return loss, stats, grad
 
     @staticmethod
     @not_a_graph
-    def backward(ctx, grad_loss, _grad_stats):
+    def backward(ctx, grad_loss, *_others):
         if grad_loss is None:
             return None, None, None, None
         grad, inv_normalizer = ctx.saved_tensors
-        return None, None, once(ctx.op, grad * (grad_loss * inv_normalizer), ctx.x), None
-
-    @staticmethod
-    def jvp(ctx, *_tangents):
-        raise RuntimeError(forward_mode_message(ctx.op))
+        return None, None, once(ctx.op, grad * (grad_loss * inv_normalizer), grad), None
 
 
 class _TransformedLoss(torch.autograd.Function):
@@ -239,7 +226,3 @@ class _TransformedLoss(torch.autograd.Function):
         grads: list[Any] = [None] * ctx.inputs
         grads[2] = once(ctx.op, grad * (grad_loss * inv_normalizer), x)
         return tuple(grads)
-
-    @staticmethod
-    def jvp(ctx, *_tangents):
-        raise RuntimeError(forward_mode_message(ctx.op))

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ppo_kernels._types import compute_dtype, wide_dtype
+from ppo_kernels._types import compute_dtype, element, wide_dtype
 
 FLOATING = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 _MASK_DTYPES = (torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, *FLOATING)
@@ -85,7 +85,8 @@ def check_number(
 ) -> float:
     """A float option as a Python number: given as one, as a NumPy scalar or as one element on the CPU.
 
-    While tracing it may be symbolic, or stay a 0-d tensor, whose value is not looked at: a graph outlives it.
+    While tracing it becomes a 0-d tensor: a float would become a constant of the graph, and every new value a
+    compilation. The value of one that was a tensor is not looked at: a graph outlives it.
     """
     if type(value) is not float:
         value = _as_number(op, name, value)
@@ -95,6 +96,8 @@ def check_number(
         limits = [f"> {above}"] * (above > -math.inf) + [f">= {least}"] * (least > -math.inf)
         limits += [f"<= {most}"] * (most < math.inf)
         raise ValueError(f"{op}: {name} must be {' and '.join(limits) or 'finite'}, got {value}")
+    if torch.compiler.is_compiling() and not torch.compiler.is_exporting():
+        return element(value)  # type: ignore[return-value]
     return value
 
 
@@ -108,8 +111,11 @@ def _as_number(op: str, name: str, value: object) -> float | Tensor:
             return float(value)
         except OverflowError:
             raise ValueError(f"{op}: {name} must be a number that fits a float, got one beyond it") from None
-    if getattr(value, "shape", None) == () and value.dtype != "bool":  # type: ignore[attr-defined]  # a NumPy array of one number
-        return float(value)  # type: ignore[arg-type]
+    if hasattr(value, "__array__"):  # NumPy's, whose dtype a traced graph does not know
+        try:
+            return _one_element(op, name, torch.as_tensor(value))
+        except TypeError:  # text, objects
+            pass
     raise TypeError(f"{op}: {name} must be a number or one element, got {type(value).__name__}")
 
 
@@ -118,6 +124,18 @@ def _check_one(op: str, name: str, value: Tensor) -> None:
         raise ValueError(
             f"{op}: {name} must be a number or one real element, got {value.dtype} of shape {tuple(value.shape)}"
         )
+    refuse_gradient(op, name, value)
+
+
+def refuse_gradient(op: str, name: str, value: Tensor) -> None:
+    """Raise for an option that somebody means to learn: its gradient would be 0 in silence."""
+    x = value
+    while torch.is_grad_enabled():
+        if x.requires_grad:
+            raise ValueError(f"{op}: {name} requires grad and is not differentiated; pass .detach()")
+        if torch.compiler.is_compiling() or not torch._C._functorch.is_functorch_wrapped_tensor(x):
+            return
+        x = torch._C._functorch.get_unwrapped(x)
 
 
 def _one_element(op: str, name: str, value: Tensor) -> float | Tensor:
@@ -128,8 +146,19 @@ def _one_element(op: str, name: str, value: Tensor) -> float | Tensor:
             " pass a number or a CPU tensor"
         )
     if torch.compiler.is_compiling():
-        return value.detach().to(torch.float64).reshape(())
+        return element(value)
+    _refuse_batched(op, name, value)
     return value.item()
+
+
+def _refuse_batched(op: str, name: str, value: Tensor) -> None:
+    while torch._C._functorch.is_functorch_wrapped_tensor(value):
+        if torch._C._functorch.is_batchedtensor(value):
+            raise ValueError(
+                f"{op}: {name} is one number for the whole call, and torch.func.vmap maps over it; call the op once for"
+                " each value"
+            )
+        value = torch._C._functorch.get_unwrapped(value)
 
 
 def check_integer_option(op: str, name: str, value: object, *, least: int) -> int:
@@ -151,7 +180,7 @@ def number_or_tensor(op: str, name: str, value: object, device: torch.device) ->
         return 0.0, value.detach().to(device=device, dtype=wide_dtype(device)).reshape(())
     value = check_number(op, name, value)
     if torch.compiler.is_compiling():
-        return 0.0, torch.full((), value, dtype=wide_dtype(device), device=device)
+        return 0.0, element(value).to(device, wide_dtype(device))
     return value, None
 
 
@@ -281,8 +310,11 @@ class Tokens:
                     f"{self.op}: normalizer must be a number or one real element,"
                     f" got {tuple(value.shape)} {value.dtype}"
                 )
+            refuse_gradient(self.op, "normalizer", value)
             return value.detach().to(device=device, dtype=wide_dtype(device)).reshape(())
         value = check_number(self.op, "normalizer", value, least=0.0)
+        if torch.compiler.is_compiling():
+            return element(value).to(device, wide_dtype(device))
         return torch.full((), value, dtype=wide_dtype(device), device=device)
 
     def validate_cu_seqlens(self) -> None:

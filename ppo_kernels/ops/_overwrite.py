@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from ppo_kernels._registered import overlaps_itself
 
-_BOXES = "_ppo_kernels_overwritten"
+_PARTS = "_ppo_kernels_overwritten"
 
 
 def check_overwritable(logits: Tensor) -> None:
@@ -39,9 +41,9 @@ class Chunk:
 
     def begin(self) -> None:
         """Raise if anything but the overwriting of other parts has changed the logits since the forward."""
-        since = [box for version, box in getattr(self.whole, _BOXES, ()) if version > self.version]
-        mine = self._box()
-        if self.logits._version - self.version != len(since) or any(_meet(mine, box) for box in since):
+        since = [part for version, part in getattr(self.whole, _PARTS, ()) if version > self.version]
+        mine = _part(self.logits)
+        if self.logits._version - self.version != len(since) or any(_meet(mine, part) for part in since):
             raise RuntimeError(
                 "token_logprobs: logits that inplace_backward=True needs have been modified by an inplace operation"
                 " since the forward; write to them after the backward, or pass inplace_backward=False"
@@ -49,26 +51,58 @@ class Chunk:
 
     def end(self) -> None:
         """The logits are overwritten, and their version is a new one."""
-        boxes = getattr(self.whole, _BOXES, [])
-        boxes.append((self.logits._version, self._box()))
-        setattr(self.whole, _BOXES, boxes)
-
-    def _box(self) -> list[tuple[int, int]] | None:
-        """The first and last index of each dimension of the whole tensor, if the part is such a box, else None."""
-        x, whole = self.logits, self.whole
-        if x.stride() != whole.stride() or not whole.is_contiguous():
-            return None
-        box, offset = [], x.storage_offset() - whole.storage_offset()
-        for stride, size in zip(x.stride(), x.shape, strict=True):
-            box.append((offset // stride, offset // stride + size))
-            offset %= stride
-        return box
+        parts = getattr(self.whole, _PARTS, [])
+        parts.append((self.logits._version, _part(self.logits)))
+        setattr(self.whole, _PARTS, parts)
 
 
-def _meet(a: list[tuple[int, int]] | None, b: list[tuple[int, int]] | None) -> bool:
-    if a is None or b is None:
+class _Part(NamedTuple):
+    """Where elements lie in memory: the first, the place after the last, and how many there are at each stride."""
+
+    begin: int
+    end: int
+    sizes: dict[int, int]
+
+
+def _part(x: Tensor) -> _Part:
+    sizes: dict[int, int] = {}
+    inner = 0
+    for stride, size in sorted(zip(x.stride(), x.shape, strict=True)):
+        if size == 1:
+            continue
+        if sizes and stride == inner * sizes[inner]:  # goes on where the smaller stride ends
+            sizes[inner] *= size
+        else:
+            sizes[stride], inner = size, stride
+    begin = int(x.storage_offset())
+    return _Part(begin, begin + 1 + sum((size - 1) * stride for stride, size in sizes.items()), sizes)
+
+
+def _meet(a: _Part, b: _Part) -> bool:
+    """Whether an element may be in both. Of parts with unlike strides some that do not meet are taken to."""
+    if a.end <= b.begin or b.end <= a.begin:
+        return False
+    strides = sorted({1, *a.sizes, *b.sizes}, reverse=True)
+    origin = min(a.begin, b.begin)
+    box_a, box_b = _box(a, strides, origin), _box(b, strides, origin)
+    if box_a is None or box_b is None:
         return True
-    return all(begin < end_b and begin_b < end for (begin, end), (begin_b, end_b) in zip(a, b, strict=True))
+    return all(max(i, j) < min(m, n) for (i, m), (j, n) in zip(box_a, box_b, strict=True))
+
+
+def _box(part: _Part, strides: list[int], origin: int) -> list[tuple[int, int]] | None:
+    """The first index and the one after the last at each stride, largest first, or None where they are ambiguous:
+    where the smaller strides reach beyond a larger one.
+    """
+    box, offset, reach = [], part.begin - origin, part.end - 1 - part.begin
+    for stride in strides:
+        size = part.sizes.get(stride, 1)
+        reach -= (size - 1) * stride  # of the smaller strides
+        index, offset = divmod(offset, stride)
+        if offset + reach >= stride:
+            return None
+        box.append((index, index + size))
+    return box
 
 
 def saved_as_they_are() -> bool:

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
+from torch._C import _functorch as functorch
 from torch._C._dynamo import eval_frame
+from torch._functorch.pyfunctorch import temporarily_pop_interpreter_stack
+from torch.autograd import forward_ad
+
+from ppo_kernels._registered import forward_mode_message
 
 Function = TypeVar("Function", bound=Callable)
 
@@ -21,14 +26,23 @@ def public(function: Function) -> Function:
 
     @functools.wraps(function)
     def call(*arguments: Any, **options: Any) -> Any:
+        if forward_ad._current_level >= 0:
+            refuse_tangents(function.__name__, *arguments, *options.values())
         for x in (*arguments, *options.values()):
             if type(x) is not Tensor and isinstance(x, Tensor) and _is_replica(x):
                 return function(*map(_local, arguments), **{name: _local(x) for name, x in options.items()})
-        if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
-            return _within_a_transform(function, arguments, options)
         return function(*arguments, **options)
 
     return cast(Function, call)
+
+
+def refuse_tangents(op: str, *given: object) -> None:
+    """Raise if forward-mode differentiation goes on and one of these takes part: the results would have no tangent.
+
+    A graph cannot tell which do, and reads the level for Dynamo to guard it: one made without would drop tangents.
+    """
+    if forward_ad._current_level >= 0 and (torch.compiler.is_compiling() or _any_dual(given)):
+        raise RuntimeError(forward_mode_message(op))
 
 
 def _is_replica(x: object) -> bool:
@@ -52,5 +66,17 @@ def not_a_graph(function: Function) -> Function:
 
 
 @not_a_graph
-def _within_a_transform(function: Callable, arguments: tuple, options: dict[str, Any]) -> Any:
-    return function(*arguments, **options)
+def _any_dual(given: Iterable[object]) -> bool:
+    """Whether one of the tensors, also in a pair, has a tangent: at the innermost transform, or at one around it."""
+    pairs = [x if isinstance(x, (tuple, list)) else (x,) for x in given]
+    tensors = [x for pair in pairs for x in pair if isinstance(x, Tensor)]
+    transform = functorch.peek_interpreter_stack()
+    sees_tangents = transform is None or transform.key() == functorch.TransformType.Jvp
+    if sees_tangents and any(forward_ad.unpack_dual(x).tangent is not None for x in tensors):
+        return True
+    if transform is None:
+        return False
+    level = transform.level()
+    outer = [functorch.get_unwrapped(x) if functorch.maybe_get_level(x) == level else x for x in tensors]
+    with temporarily_pop_interpreter_stack():
+        return _any_dual(outer)

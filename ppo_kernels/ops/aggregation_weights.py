@@ -38,7 +38,7 @@ def aggregation_weights(
     Args:
         mask: ``[B, T]``, or packed ``[N]`` with ``cu_seqlens``; non-zero = valid.
         mode: one of the above (verl's names).
-        max_length: for "seq-mean-token-sum-norm"; None means T (a packed mask must say).
+        max_length: >= 1, for "seq-mean-token-sum-norm"; None means T, or 1 if T is 0 (a packed mask must say).
         cu_seqlens: ``[B+1]`` int32 or int64, row starts and the end of a packed batch.
 
     Returns:
@@ -58,7 +58,7 @@ def aggregation_weights(
     if mask.dim() != (2 if cu_seqlens is None else 1):
         raise ValueError(f"{op}: mask must be [B, T], or [N] with cu_seqlens; got shape {tuple(mask.shape)}")
     if max_length is not None:
-        max_length = check_number(op, "max_length", max_length, above=0.0)
+        max_length = check_number(op, "max_length", max_length, least=1.0)
     if mode == "seq-mean-token-sum-norm" and max_length is None and cu_seqlens is not None:
         raise ValueError(f"{op}: a packed mask needs max_length for {mode!r}")
     return reference.aggregation_weights(mask, mode, max_length=max_length, cu_seqlens=cu_seqlens)

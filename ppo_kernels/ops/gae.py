@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ppo_kernels._types import wide_dtype
 from ppo_kernels.backends import register, vmap_by_calls
-from ppo_kernels.ops._inputs import Tokens, as_they_are, check_choice, check_number, mask_as_it_is
+from ppo_kernels.ops._inputs import Tokens, as_they_are, check_choice, check_number, mask_as_it_is, refuse_gradient
 from ppo_kernels.ops._public import public
 from ppo_kernels.reference import gae as reference
 
@@ -99,6 +99,8 @@ def gae(
         extra=(bootstrap_value, lam if isinstance(lam, Tensor) and lam.numel() != 1 else None),
     )
     mask = tokens.mask(mask)
+    if isinstance(lam, Tensor):
+        refuse_gradient("gae", "lam", lam)
     lam_rows = None
     if isinstance(lam, Tensor) and lam.numel() == 1 and lam.device.type != "cpu":
         lam_rows = lam.detach().to(wide_dtype(lam.device)).reshape(1).expand(tokens.rows).contiguous()

@@ -62,7 +62,8 @@ def kl_rewards(
         mask: same shape as the log-probabilities; non-zero = valid. None means all valid.
         kl_coef: weight of the penalty (reward per nat), a number or a one-element tensor.
         kl_estimator: "k1", "abs", "k2" or "k3".
-        score_clip: bound of the score (DeepSpeed-Chat: 5); None, the default, or inf switches it off.
+        score_clip: bound of the score (DeepSpeed-Chat: 5); None, the default, or inf switches it off. To watch how many
+            it changes, count ``(scores.abs() > score_clip).sum()``.
         kl_log_clamp, kl_clamp: bounds of the log-ratio and of the estimate; None or inf switches them off.
             verl uses 20 and 10, OpenRLHF 10 for the second alone.
         score_index: ``[B]`` int32 or int64, the token of the row that gets the score; it may be masked. -1, or any

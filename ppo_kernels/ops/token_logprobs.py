@@ -7,8 +7,7 @@ from typing import Literal, overload
 import torch
 from torch import Tensor
 
-from ppo_kernels._registered import forward_mode_message
-from ppo_kernels._types import compute_dtype, wide_dtype
+from ppo_kernels._types import compute_dtype, element, wide_dtype
 from ppo_kernels.backends import register
 from ppo_kernels.ops._autograd import (
     first_order_only,
@@ -28,11 +27,13 @@ from ppo_kernels.ops._inputs import (
     check_tensor,
     keepable,
     mask_as_it_is,
+    number_or_tensor,
+    refuse_gradient,
     to_mask,
     unit_last_stride,
 )
 from ppo_kernels.ops._overwrite import Chunk, check_overwritable, saved_as_they_are
-from ppo_kernels.ops._public import not_a_graph, public
+from ppo_kernels.ops._public import not_a_graph, public, refuse_tangents
 from ppo_kernels.reference import token_logprobs as reference
 
 
@@ -132,6 +133,7 @@ class _EagerLogprobs(torch.autograd.Function):
         if grad_logprobs is None and grad_entropy is None:
             return None, None, *none
         logits, labels, temperature_rows, *rest = ctx.saved_tensors
+        refuse_tangents("token_logprobs", grad_logprobs, grad_entropy)
         others = (labels, temperature_rows, *_contiguous((grad_logprobs, grad_entropy)), *rest, *ctx.numbers)
         if not ctx.inplace:
             grad = _BACKWARD.run(ctx.impl, logits, *others)
@@ -141,15 +143,17 @@ class _EagerLogprobs(torch.autograd.Function):
                 "token_logprobs: inplace_backward=True overwrites what a second differentiation would need;"
                 " pass inplace_backward=False, or call backward without create_graph=True"
             )
-        chunk = ctx.chunk or Chunk(logits)
+        chunk = ctx.chunk or (Chunk(logits) if logits is not None else None)
+        if chunk is None:
+            raise RuntimeError(
+                "token_logprobs: inplace_backward=True has overwritten the logits in a first backward; pass"
+                " inplace_backward=False for a second one"
+            )
         chunk.begin()
         _BACKWARD_INPLACE.run(ctx.impl, chunk.logits, *others)
         chunk.end()
+        ctx.chunk = None  # else the logits would live as long as the loss
         return None, chunk.logits, *none
-
-    @staticmethod
-    def jvp(ctx, *_tangents):
-        raise RuntimeError(forward_mode_message("token_logprobs"))
 
 
 class _TransformedLogprobs(torch.autograd.Function):
@@ -176,10 +180,6 @@ class _TransformedLogprobs(torch.autograd.Function):
         with torch.no_grad():
             grad = _gradient(ctx.impl, logits, labels, temperature_rows, grads, rest, ctx.numbers)
         return None, once("token_logprobs", grad, logits), None, None, None, None, None, None
-
-    @staticmethod
-    def jvp(ctx, *_tangents):
-        raise RuntimeError(forward_mode_message("token_logprobs"))
 
 
 @overload
@@ -236,16 +236,17 @@ def token_logprobs(
         logits: ``[..., V]``, bfloat16, float16, float32 or float64; any strides but a last one of 1
             (``logits[:, :-1]`` is not copied).
         labels: ``[...]``, int32 or int64; or ``[..., K]``, K >= 1 labels for each row, which may repeat.
-        temperature: tau > 0, a number or a tensor that broadcasts to ``[...]`` (not differentiated). With t the least
-            normal number of the dtype that is computed in, one below 8192 t or above 1 / t is taken as that: the
-            largest logits alone count, or all alike. In a tensor infinity is legal, and what is not above 0 gives NaN.
+        temperature: tau > 0, a number, or a tensor of one element or one that broadcasts to ``[...]`` (not
+            differentiated). With t the least normal number of the dtype that is computed in, one below 8192 t or above
+            1 / t is taken as that: the largest logits alone count, or all alike. In a tensor, of one element too,
+            infinity is legal, and what is not above 0 gives NaN: only ``validate=True`` looks at its values.
         mask: ``[...]``, or of the labels' shape; non-zero = valid. None means all valid. Rows without a valid label
             are not read.
         ignore_index: a label that is masked.
         entropy: True also returns the entropy; "detached" returns it without a gradient.
         inplace_backward: write the gradient over the logits (they must not be a leaf, nor overlap themselves). Saves
-            a tensor of their size; nothing else may need the logits after the backward. Ignored by impl="torch" and
-            under torch.compile.
+            a tensor of their size; nothing else may need the logits after the backward. Ignored by impl="torch", by
+            torch.func and under torch.compile.
         impl: "auto", "cuda", "triton", "cpu" or "torch".
         validate: also check the labels and temperatures (synchronises with the device).
 
@@ -286,10 +287,10 @@ def token_logprobs(
     mask = _mask(mask, logits, labels)
     if mask is not None and mask.dim() == logits.dim():
         labels, mask = torch.where(mask != 0, labels.long(), ignore_index), None
+    if rows is None and torch.compiler.is_compiling():  # a float would become a constant of the graph
+        rows, tau = element(tau), 1.0
     if rows is not None:
         rows = _temperature_rows(rows, logits)
-    elif torch.compiler.is_compiling():  # a float would become a constant of the graph
-        rows = torch.full(logits.shape[:-1], tau, dtype=wide_dtype(logits.device), device=logits.device)
     if inplace_backward and not (torch.compiler.is_compiling() or transformed()):
         check_overwritable(logits)
     if validate:
@@ -353,6 +354,10 @@ def _mask(mask: object, logits: Tensor, labels: Tensor) -> Tensor | None:
 
 
 def _temperature_rows(temperature: Tensor, logits: Tensor) -> Tensor:
+    refuse_gradient("token_logprobs", "temperature", temperature)
+    if temperature.numel() == 1:
+        _, one = number_or_tensor("token_logprobs", "temperature", temperature, logits.device)
+        temperature = temperature if one is None else one
     check_floating("token_logprobs", "temperature", temperature)
     check_device("token_logprobs", "temperature", temperature, logits.device)
     try:

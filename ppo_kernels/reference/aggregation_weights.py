@@ -23,5 +23,5 @@ def aggregation_weights(
     if mode == "seq-mean-token-mean":
         weight = torch.where(counts > 0, 1.0 / counts, 0.0).to(torch.float32)
     elif mode == "seq-mean-token-sum-norm":
-        weight = weight / max(mask.size(1) if max_length is None else max_length, 1)
+        weight = weight / (max(mask.size(1), 1) if max_length is None else max_length)
     return weight, (counts > 0).sum().to(wide)

@@ -65,4 +65,4 @@ def kl_rewards(
         at = torch.where(inside & (at >= 0), rows.start + score_index, -1)
     here = rows.owned & (torch.arange(valid.numel(), device=valid.device) == spread(at, rows))
     bonus = torch.where(here, spread(clamp(scores.to(dtype), score_clip), rows), 0.0)
-    return (bonus - scaled_or_off(scalar(kl_coef, dtype), k)).reshape(logprobs.shape), row_sum(k, rows)
+    return (bonus - scaled_or_off(scalar(kl_coef, k), k)).reshape(logprobs.shape), row_sum(k, rows)

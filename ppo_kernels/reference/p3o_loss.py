@@ -59,11 +59,9 @@ def p3o_loss(
     margin_i, margin_j = of_pairs(margin)
     reward_i, reward_j = of_pairs(reward)
     s_gap = margin_i - margin_j
-    coef = scalar(kl_coef, wide)
+    coef = scalar(kl_coef, s_gap)
     q = reward_i - reward_j - scaled_or_off(coef, s_gap)
-    # A tensor even of a number: a traced math.log() makes a constant of it.
-    made = weight_clip if isinstance(weight_clip, Tensor) else torch.full((), weight_clip, dtype=wide)
-    bound = made.to(logprobs.device, wide).log()
+    bound = scalar(weight_clip, s_gap).log()
     if variant == "separate":
         log_weights = torch.stack([shift_i, shift_j]).detach()
         w_i, w_j = log_weights.clamp(-bound, bound).exp()
@@ -79,7 +77,7 @@ def p3o_loss(
         step = shift_i - shift_j
         surrogate, clipped_ij = _clipped(-k, step, -cliprange, cliprange)
         # This has no gradient: with the reference off, one that is not finite drops out.
-        constant = torch.where(s_gap.isfinite() | (torch.as_tensor(coef) != 0), s_gap - step.detach(), 0.0)
+        constant = torch.where(s_gap.isfinite() | (coef != 0), s_gap - step.detach(), 0.0)
         loss, clipped = 0.5 * (surrogate - k * constant), clipped_ij[None]
     total, count = reduce_loss(loss.reshape(-1), both.reshape(-1), rows, None, normalizer)
     total = total.to(dtype)

@@ -59,12 +59,11 @@ def policy_loss(
     ref_kl = torch.zeros_like(loss)
     if ref_logprobs is not None:
         ref = select(ref_logprobs.detach(), valid, dtype)
-        coef = scalar(kl_coef, dtype)
+        coef = scalar(kl_coef, loss)
         ref_kl = kl_estimate(logp.detach(), ref, kl_estimator, kl_log_clamp, kl_clamp)
-        if isinstance(coef, Tensor):  # a coefficient of 0 is off: what it multiplies must have a finite gradient
-            ref = torch.where(coef != 0, ref, logp.detach())
-        if isinstance(coef, Tensor) or coef != 0:
-            loss = loss + coef * kl_estimate(logp, ref, kl_estimator, kl_log_clamp, kl_clamp)
+        # A coefficient of 0 is off: what it multiplies must be finite and have a finite gradient.
+        x, y = torch.where(coef != 0, logp, 0.0), torch.where(coef != 0, ref, 0.0)
+        loss = loss + coef * kl_estimate(x, y, kl_estimator, kl_log_clamp, kl_clamp)
     total, count = reduce_loss(loss, valid, rows, row_weight, normalizer)
 
     with torch.no_grad():

@@ -24,16 +24,14 @@ class Rows(NamedTuple):
         return self.start.numel()
 
 
-def scalar(x: float | Tensor, dtype: torch.dtype) -> float | Tensor:
-    """A coefficient that takes part in no type promotion."""
-    return x.detach().to(dtype).reshape(()) if isinstance(x, Tensor) else x
+def scalar(x: float | Tensor, like: Tensor) -> Tensor:
+    """A coefficient in the dtype that it multiplies: one that rounds to 0 there is off, as in the kernels."""
+    return torch.as_tensor(x, dtype=like.dtype, device=like.device).detach().reshape(())
 
 
-def scaled_or_off(coef: float | Tensor, term: Tensor) -> Tensor:
+def scaled_or_off(coef: Tensor, term: Tensor) -> Tensor:
     """A coefficient of 0 switches its term off, be that infinite or NaN."""
-    if isinstance(coef, Tensor):
-        return torch.where(coef == 0, 0.0, coef * term)
-    return coef * term if coef != 0 else torch.zeros_like(term)
+    return torch.where(coef == 0, 0.0, coef * term)
 
 
 def find_rows(x: Tensor, cu_seqlens: Tensor | None) -> Rows:
@@ -95,13 +93,14 @@ def reduce_loss(
     loss: Tensor, valid: Tensor, rows: Rows, row_weight: Tensor | None, normalizer: float | Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """``sum(valid * row_weight * loss) / normalizer`` (0 if the normalizer is 0), and the valid-token count."""
-    count = valid.sum().to(loss.dtype)
+    count, wide = valid.sum(), wide_dtype(loss.device)
     if row_weight is not None:
         loss = loss * spread(row_weight.detach().to(loss.dtype), rows)
-    total = torch.where(valid, loss, 0.0).sum()
-    scale = count if normalizer is None else torch.as_tensor(normalizer, dtype=loss.dtype, device=loss.device)
+    total = torch.where(valid, loss, 0.0).sum().to(wide)
+    scale = torch.as_tensor(count if normalizer is None else normalizer, dtype=wide, device=loss.device)
     empty = scale == 0  # selected on both sides: neither a NaN among the losses nor 1 / 0 may show
-    return torch.where(empty, 0.0, total) * torch.where(empty, 0.0, 1.0 / scale), count
+    quotient = torch.where(empty, 0.0, total) * torch.where(empty, 0.0, 1.0 / scale)
+    return quotient.to(loss.dtype), count.to(loss.dtype)
 
 
 def how_many(valid: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ppo_kernels._types import compute_dtype
+from ppo_kernels._types import compute_dtype, wide_dtype
 
 
 def token_logprobs(
@@ -25,7 +25,7 @@ def token_logprobs(
     row_live = live.any(-1)
     in_range = (y >= 0) & (y < logits.size(-1))
     z = torch.where(row_live[..., None], logits.to(dtype), 0.0)
-    tau = temperature[..., None] if isinstance(temperature, Tensor) else torch.tensor(temperature, dtype=torch.float64)
+    tau = torch.as_tensor(temperature, dtype=wide_dtype(logits.device), device=logits.device)[..., None]
     smallest = torch.finfo(dtype).tiny  # near it and its inverse the softmax is as good as its limit
     tau = torch.where(tau > 0, tau.clamp(smallest * 2**13, 1 / smallest), float("nan")).to(dtype)
     log_p = torch.log_softmax((z - z.detach().amax(-1, keepdim=True)) / tau, -1)  # or z / tau may be infinite
@@ -42,4 +42,4 @@ def token_logprobs(
 
 
 def _nan_where(bad: Tensor, dtype: torch.dtype) -> Tensor:
-    return torch.where(bad, float("nan"), 1.0).to(dtype)
+    return torch.ones_like(bad, dtype=dtype).masked_fill(bad, float("nan"))

@@ -15,7 +15,6 @@ from ppo_kernels.triton._launch import launch
 from ppo_kernels.triton._math import INF, LN2, LOG2E, exp, expm1
 
 NOT_READ = tl.constexpr(-1.0)  # log_sum of a row that is masked or ignored: no softmax has a negative one
-NAN = tl.constexpr(float("nan"))
 _NO_LABEL = tl.constexpr(2**62)
 _BLOCK = 64  # labels at a time
 _OTHERS = 16  # that those are compared with at a time
@@ -38,7 +37,7 @@ def log2_per_logit(temperature_rows, temperature, row, DTYPE: tl.constexpr):
         tau = tl.load(temperature_rows + row)
     smallest = tl.full((), 2.0**-1022 if DTYPE.primitive_bitwidth == 64 else 2.0**-126, tl.float64)
     least = smallest * 2.0**13  # the gradient multiplies 1 / tau by exponents
-    return LOG2E / tl.where(tau > 0.0, tl.minimum(tl.maximum(tau, least), 1.0 / smallest), NAN)
+    return LOG2E / tl.where(tau > 0.0, tl.minimum(tl.maximum(tau, least), 1.0 / smallest), float("nan"))
 
 
 @triton.jit
@@ -96,14 +95,14 @@ def _logprobs(
     bad = 0
     for begin in range(0, many, BLOCK):
         at, label, counts, inside = _labels_from(labels, row, begin, many, used, vocab, ignore_index, BLOCK)
-        z = tl.load(start + tl.where(inside, label, 0), mask=inside, other=NAN)
+        z = tl.load(start + tl.where(inside, label, 0), mask=inside, other=float("nan"))
         logp = (z.to(tl.float64) - peak.to(tl.float64)) * c64 * LN2 - logz.to(tl.float64)
         logp = tl.where(logp > 0.0, 0.0, logp)
         there = begin + tl.arange(0, BLOCK) < many
         tl.store(logprobs + at, tl.where(counts, logp, 0.0).to(DTYPE), mask=there)
         bad += tl.max(tl.where(counts & (inside == 0), 1, 0), axis=0)
     if entropy is not None:
-        tl.store(entropy + row, tl.full((), NAN, DTYPE), mask=bad > 0)
+        tl.store(entropy + row, tl.full((), float("nan"), DTYPE), mask=bad > 0)
 
 
 @triton.jit(do_not_specialize=_GENERAL)
@@ -117,8 +116,8 @@ def _sums(grad_logprobs, labels, log_sum, sums, vocab, many, ignore_index, BLOCK
         at, _, counts, inside = _labels_from(labels, row, begin, many, many, vocab, ignore_index, BLOCK)
         g = tl.load(grad_logprobs + at, mask=counts, other=0.0)
         some += tl.max(tl.where(g != 0.0, 1, 0), axis=0)
-        total += tl.sum(tl.where(counts & (inside == 0), NAN, g), axis=0)
-    total = tl.where(logz != logz, NAN, total)
+        total += tl.sum(tl.where(counts & (inside == 0), float("nan"), g), axis=0)
+    total = tl.where(logz != logz, float("nan"), total)
     tl.store(sums + row, tl.where(some > 0, total, 0.0))
 
 
@@ -141,7 +140,7 @@ def _gradients(
         at_g, other, counts, known = _labels_from(labels, row, begin_other, many, many, vocab, ignore_index, OTHERS)
         g = tl.load(grad_logprobs + at_g, mask=counts, other=0.0)
         some += tl.max(tl.where(g != 0.0, 1, 0), axis=0)
-        g = tl.where(counts & (known == 0), NAN, g)
+        g = tl.where(counts & (known == 0), float("nan"), g)
         same = label[:, None] == other[None, :]
         own += tl.sum(tl.where(same, g[None, :], 0.0), axis=1)
         others += tl.sum(tl.where(same, 0.0, g[None, :]), axis=1)

@@ -14,7 +14,6 @@ from ppo_kernels.triton._labels import NOT_READ, leading, log2_per_logit, row_st
 from ppo_kernels.triton._launch import as_vector, launch, mask_bytes, require_unit_stride
 from ppo_kernels.triton._math import INF, LN2, LOG2E, exp, expm1, log1p
 
-NAN = tl.constexpr(float("nan"))
 _VECTOR_BYTES = 16
 _TILE = 16384  # logits of a backward program, whole blocks: enough to pay for the row's values, and many programs
 # Nothing is specialized on a size or an address: the few variants are those of the tl.constexpr arguments.
@@ -185,9 +184,9 @@ def _finish(target, top, s, e, c64):
     logp = tl.where(leads, 0.0, far * LN2) - logz.to(tl.float64)
     h = logz - tl.where(leads, (e + s * x) * small, e + small * x) / total * LN2
     fine = (s < INF) & (target < INF) & ((s > 0.0) | (target > -INF))
-    logp = tl.where(fine, tl.where(logp > 0.0, 0.0, logp), NAN).to(DTYPE)
-    h = tl.where(fine, tl.where(h < 0.0, 0.0, h), NAN)
-    return logp, h, tl.where(fine, tl.where(leads, target, top), NAN), tl.where(fine, logz, NAN)
+    logp = tl.where(fine, tl.where(logp > 0.0, 0.0, logp), float("nan")).to(DTYPE)
+    h = tl.where(fine, tl.where(h < 0.0, 0.0, h), float("nan"))
+    return logp, h, tl.where(fine, tl.where(leads, target, top), float("nan")), tl.where(fine, logz, float("nan"))
 
 
 @triton.jit

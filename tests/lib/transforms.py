@@ -31,6 +31,42 @@ OPS = {
     "token_logprobs": (LOGITS, lambda x, impl: (pk.token_logprobs(x, LABELS, impl=impl) * ADV).sum()),
     "entropy": (LOGITS, lambda x, impl: (pk.token_logprobs(x, LABELS, entropy=True, impl=impl)[1] * ADV).sum()),
 }
+#: Each takes a tensor that no gradient flows to: a tangent of it is refused in every op.
+CONSTANTS = {
+    "gae": lambda x, impl: pk.gae(x, OLD, impl=impl)[0],
+    "kl_rewards": lambda x, impl: pk.kl_rewards(x, REF, SCORES, impl=impl)[0],
+    "whiten": lambda x, impl: pk.whiten(x, impl=impl),
+    "moments": lambda x, impl: pk.moments(x, impl=impl)[1],
+    "group_advantages": lambda x, impl: pk.group_advantages(x[:, 0], group_size=2, impl=impl),
+    "aggregation_weights": lambda x, impl: pk.aggregation_weights(x)[0],
+    "policy_loss": lambda x, impl: pk.policy_loss(LOGP, OLD, x, impl=impl)[0],
+    "value_loss": lambda x, impl: pk.value_loss(LOGP, OLD, x, impl=impl)[0],
+    "p3o_loss": lambda x, impl: pk.p3o_loss(LOGP, OLD, x, SCORES, impl=impl)[0],
+    "token_logprobs": lambda x, impl: pk.token_logprobs(LOGITS, LABELS, temperature=x.exp(), impl=impl),
+}
+#: Options that are numbers and may be tensors.
+NUMBERS = {
+    "gae": ("gamma", "lam"),
+    "kl_rewards": ("kl_coef", "score_clip", "kl_log_clamp", "kl_clamp"),
+    "whiten": ("eps",),
+    "group_advantages": ("eps",),
+    "aggregation_weights": ("max_length",),
+    "policy_loss": ("cliprange", "dual_clip", "log_ratio_clamp", "kl_coef", "kl_log_clamp", "kl_clamp", "normalizer"),
+    "value_loss": ("cliprange_value", "normalizer"),
+    "p3o_loss": ("kl_coef", "cliprange", "weight_clip", "log_ratio_clamp", "normalizer"),
+    "token_logprobs": ("temperature",),
+}
+NEEDED = {
+    "gae": (LOGP, OLD),
+    "kl_rewards": (LOGP, REF, SCORES),
+    "whiten": (ADV,),
+    "group_advantages": (SCORES, torch.zeros(B, dtype=torch.int64)),
+    "aggregation_weights": (ADV != 0,),
+    "policy_loss": (LOGP, OLD, ADV),
+    "value_loss": (LOGP, OLD, ADV),
+    "p3o_loss": (LOGP, OLD, REF, SCORES),
+    "token_logprobs": (LOGITS, LABELS),
+}
 #: "whole" must become one graph, the others of torch.compile may break it: eager code then does the rest.
 MODES = {
     "eager": None,
@@ -179,13 +215,8 @@ ROWS = {
     "jvp": Row(inside(lambda f, y: func.jvp(f, (y,), (y,))[1]), refused=FORWARD),
     "jacfwd": Row(inside(lambda f, y: func.jacfwd(f)(y)), refused=FORWARD),
     "hessian": Row(inside(lambda f, y: func.hessian(f)(y)), refused=FORWARD),
-    "dual": Row(
-        lambda f, x, mode: tangent(compiled(f, mode), x),
-        lambda f, x: (gradient(f, x) * x).sum(),
-        refused=FORWARD,
-        of="kernels",
-    ),
-    "dual_after_plain": Row(dual_after_plain, lambda f, x: (gradient(f, x) * x).sum(), refused=FORWARD, of="kernels"),
+    "dual": Row(lambda f, x, mode: tangent(compiled(f, mode), x), refused=FORWARD),
+    "dual_after_plain": Row(dual_after_plain, refused=FORWARD),
     "grad_of_grad": Row(inside(lambda f, y: func.grad(lambda z: func.grad(f)(z).square().sum())(y)), refused=TWICE),
     "grad_of_grad_broken": Row(
         inside(lambda f, y: func.grad(lambda z: func.grad(broken(f))(z).square().sum())(y)),
