@@ -58,6 +58,11 @@ class Algorithm:
         for name in self.ignored:
             if getattr(config, name) != getattr(PPOConfig, name):
                 raise ValueError(f"{config.algorithm} has no use for {name}; leave it out")
+        if config.mask_zero_variance_groups and self.group_size == 1:
+            raise ValueError(
+                "mask_zero_variance_groups needs num_generations of at least 2: one response alone scores like all of "
+                "its group, so that nothing would be learned; set num_generations, or leave it out"
+            )
         self.place = config.kl_in or self.kl_places[0]
         if self.place not in self.kl_places:
             raise ValueError(f"{config.algorithm} has its KL penalty in the {self.kl_places[0]}; leave out kl_in")
@@ -97,7 +102,7 @@ class Algorithm:
 
     def weight(self, mask: torch.Tensor) -> torch.Tensor:
         """How much the statistics of a micro-batch count among those of others: by what they are means over."""
-        return torch.tensor(len(mask), device=mask.device) if self.of_responses else mask.sum()
+        return mask.any(dim=1).sum() if self.of_responses else mask.sum()
 
     def token_rewards(self, local: Experience) -> torch.Tensor:
         """[B, T] the score at the last token and, if the penalty stands in the reward, minus kl_coef times the KL."""
@@ -242,6 +247,7 @@ class RLOO(Algorithm):
             logprobs.sum(dim=1, keepdim=True),  # masked tokens are 0
             batch.logprobs.sum(dim=1, keepdim=True),
             batch.advantages[:, :1],
+            batch.mask.any(dim=1, keepdim=True),  # a response that is left out has no ratio
             cliprange=self.clip_bounds,
             dual_clip=self.config.dual_clip,
             normalizer=normalizer,

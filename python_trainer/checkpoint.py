@@ -10,6 +10,7 @@ import json
 import os
 import re
 import shutil
+import stat
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -165,8 +166,8 @@ def last_step_kept(save_last: Callable[[], int | None]) -> Iterator[None]:
     try:
         yield
     except (UserError, OSError) as error:
-        if isinstance(error, OSError) and distributed.world_size() > 1:
-            raise  # of one rank: the others know nothing of it
+        if distributed.world_size() > 1 and not getattr(error, "everywhere", False):
+            raise  # of one rank, for all that is known: the others would not come to the save, which takes all of them
         text = str(error) if isinstance(error, UserError) else f"{error.filename or 'a file'}: {error.strerror}"
         try:
             step = save_last()
@@ -231,18 +232,27 @@ def _make_room(folder: Path, place: Path, shards: dict[str, list[zero_state.Slic
     needed, free = sum(distributed.gather_objects(mine)), 0
     if distributed.is_main():
         place.mkdir(parents=True, exist_ok=True)
-        for old in [None, *_steps(folder)[: -max(limit - 1, 1)]]:
-            if old is not None:
+        free, freed, going = shutil.disk_usage(place).free, 0, []
+        for old in _steps(folder)[: -max(limit - 1, 1)]:
+            if free + freed < needed:
+                going.append(old)
+                freed += _freed_by(old)
+        if going and free + freed >= needed:  # else they would be lost for nothing
+            for old in going:
                 atomic.discard(old)
             free = shutil.disk_usage(place).free
-            if free >= needed:
-                break
     free = distributed.gather_objects(free)[0]
     if free < needed:
         raise UserError(
             f"a checkpoint takes about {needed / 1e9:.3g} GB and {place} has {free / 1e9:.3g} GB left; earlier ones "
             "are as they were. Free some space, or set output_dir to another disk, or lower save_total_limit"
         )
+
+
+def _freed_by(checkpoint: Path) -> int:
+    """Bytes that go with it: not those of a file that has another name too."""
+    found = [path.lstat() for path in checkpoint.rglob("*")]
+    return sum(one.st_size for one in found if stat.S_ISREG(one.st_mode) and one.st_nlink == 1)
 
 
 def _sweep(folder: Path, *, overwrite: bool, done: int) -> None:

@@ -70,6 +70,14 @@ for _names, _test, _allowed in (
 class UserError(Exception):
     """Something the person who started the run can put right; shown as one line, without a traceback."""
 
+    everywhere = False  # True: every rank raises it at the same place, so that they can still do something together
+
+
+class SharedError(UserError):
+    """Of something that every rank sees alike."""
+
+    everywhere = True
+
 
 class SettingError(UserError, ValueError):
     """A setting, or settings together, that cannot be."""
@@ -204,6 +212,17 @@ class OptimizerConfig(RunConfig):
     lora_save: Literal["merged", "adapter"] = HfArg(
         default="merged", help="Save a whole model with the adapters merged in, or the adapters alone, for peft."
     )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        ranks = {name: getattr(self, name) for name in ("lora_r", "critic_lora_r") if hasattr(self, name)}
+        for name in ("lora_alpha", "lora_target_modules", "lora_save"):
+            its = ["lora_r"] if name == "lora_save" else list(ranks)  # a critic is not saved as an adapter
+            if getattr(self, name) != getattr(OptimizerConfig, name) and all(ranks[one] is None for one in its):
+                raise SettingError(
+                    f"{name} {getattr(self, name)} is for LoRA adapters, and none are trained: set {' or '.join(its)}, "
+                    f"or leave {name} out"
+                )
 
 
 @dataclass

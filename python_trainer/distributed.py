@@ -126,7 +126,7 @@ def gather_objects(mine: T) -> list[T]:
 
 @contextlib.contextmanager
 def raise_on_all_ranks(kind: type[Exception]) -> Iterator[None]:
-    """An error of this kind on one rank is one of every rank: none is left waiting for it."""
+    """An error of this kind on one rank is one of every rank, and says so: none is left waiting for it."""
     failure = None
     try:
         yield
@@ -134,7 +134,9 @@ def raise_on_all_ranks(kind: type[Exception]) -> Iterator[None]:
         failure = str(error)
     failures = [text for text in gather_objects(failure) if text is not None]
     if failures:
-        raise kind(failures[0])
+        shared: Any = kind(failures[0])
+        shared.everywhere = True
+        raise shared
 
 
 @contextlib.contextmanager

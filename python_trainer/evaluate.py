@@ -2,6 +2,7 @@
 
 import functools
 import math
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -18,6 +19,7 @@ from .rollout import Generator, HfGenerator, RewardFn, by_rows, sample, score_to
 
 T = TypeVar("T")
 Completion = tuple[str, float | None]
+LOWEST = -sys.float_info.max  # a checkpoint holds no infinity
 
 
 @dataclass
@@ -33,17 +35,21 @@ class Best:
     def __init__(self, config: PPOConfig) -> None:
         self.name, self.sign = config.metric_for_best_model, 1 if config.greater_is_better else -1
         self.patience = config.early_stopping_patience
-        self.seen, self.value, self.worse = 0, 0.0, 0
+        self.highest, self.worse = LOWEST, 0  # of sign times the metric
 
-    def takes(self, metrics: Mapping[str, float]) -> bool:
+    def is_beaten(self, metrics: Mapping[str, float]) -> bool:
         """Whether this evaluation is the best yet."""
         if self.name is None:
             return False
         value = metrics[self.key(metrics)]
-        better = math.isfinite(value) and (not self.seen or self.sign * value > self.sign * self.value)
-        self.seen, self.worse = self.seen + 1, 0 if better else self.worse + 1
-        self.value = value if better else self.value
-        return better
+        return math.isfinite(value) and self.sign * value > self.highest
+
+    def observe(self, metrics: Mapping[str, float]) -> None:
+        """To be called once a model that is better has been saved: what is remembered has to be on the disk."""
+        if self.is_beaten(metrics):
+            self.highest, self.worse = self.sign * metrics[self.key(metrics)], 0
+        elif self.name is not None:
+            self.worse += 1
 
     def refuse_unknown(self, metrics: Mapping[str, float]) -> None:
         """The metric has to be among those of an evaluation."""
@@ -60,11 +66,16 @@ class Best:
     def given_up(self) -> bool:
         return self.patience is not None and self.worse >= self.patience
 
-    def state(self) -> dict[str, float]:
-        return {"seen": self.seen, "value": self.value, "worse": self.worse}
+    def state(self) -> dict[str, Any]:
+        return self._of() | {"highest": self.highest, "worse": self.worse}
 
-    def restore(self, state: dict[str, float]) -> None:
-        self.seen, self.value, self.worse = int(state["seen"]), state["value"], int(state["worse"])
+    def restore(self, state: dict[str, Any]) -> None:
+        """Unless it is of another metric: then every evaluation is a new one."""
+        if self._of() == {key: state[key] for key in self._of()}:
+            self.highest, self.worse = state["highest"], int(state["worse"])
+
+    def _of(self) -> dict[str, Any]:
+        return {"name": (self.name or "").removeprefix("eval/"), "sign": self.sign}
 
 
 def completion_rows(

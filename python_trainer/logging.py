@@ -86,6 +86,7 @@ class Log:
 
     def __init__(self, folder: Path, config: OptimizerConfig, total: int, *, start: int = 0, title: str = "") -> None:
         self.path = folder / "metrics.jsonl"
+        self.responses = config.batch_size
         self._reports: list[Report] = []
         self._file: IO[str] | None = None
         self._said: IO[str] | None = None
@@ -130,7 +131,8 @@ class Log:
     def step(self, step: int, metrics: Mapping[str, float], line: Sequence[str] = LINE) -> None:
         self.record(step, metrics)
         shown = "  ".join(f"{name} {metrics[name]:.3g}" for name in line if name in metrics)
-        self.say("  ".join([f"step {step:4d}", shown, *(f"! {text}" for text in warnings(metrics))]))
+        said = warnings(metrics, self.responses)
+        self.say("  ".join([f"step {step:4d}", shown, *(f"! {text}" for text in said)]))
         self._bar.update(step - self._bar.n)
 
     def progress(self, step: int) -> None:
@@ -156,9 +158,11 @@ def _keep_until(path: Path, step: int) -> None:
     files.write(path, "".join(as_json(row) + "\n" for row in kept))
 
 
-def warnings(metrics: Mapping[str, float]) -> list[str]:
-    """What a person should look at, in words."""
+def warnings(metrics: Mapping[str, float], responses: int) -> list[str]:
+    """What a person should look at, in words; a step has so many responses."""
     found = []
+    if metrics.get("val/masked_responses", 0.0) >= responses:
+        found.append("nothing is learned: all responses are masked")
     if (cut := 1 - metrics.get("val/eos_rate", 1.0)) > 0.5:
         found.append(f"{cut:.0%} of the responses are cut at response_length")
     if (same := metrics.get("val/frac_reward_zero_std", 0.0)) > 0.5:
@@ -169,7 +173,7 @@ def warnings(metrics: Mapping[str, float]) -> list[str]:
 
 
 def as_json(value: Any, indent: int | None = None) -> str:
-    """JSON has no NaN and no infinity: null stands for them."""
+    """JSON has no NaN and no infinity: null stands for them, and for a date of Parquet its text."""
 
     def finite(part: Any) -> Any:
         if isinstance(part, dict):
@@ -178,7 +182,7 @@ def as_json(value: Any, indent: int | None = None) -> str:
             return [finite(inner) for inner in part]
         return None if isinstance(part, float) and not math.isfinite(part) else part
 
-    return json.dumps(finite(value), indent=indent, allow_nan=False)
+    return json.dumps(finite(value), indent=indent, allow_nan=False, default=str)
 
 
 def read(path: Path) -> list[dict[str, Any]]:

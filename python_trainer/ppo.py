@@ -327,8 +327,9 @@ class Trainer:
         if due or self.done == config.total_steps:
             after = self.evaluate(self.actor)
             row |= after.metrics
-            if self.best.takes(after.metrics):
+            if self.best.is_beaten(after.metrics):
                 self._save_model("best")
+            self.best.observe(after.metrics)
         log.step(self.done, row)
         if config.log_completions_steps and self.done % config.log_completions_steps == 0:
             prompts, experience = self.rolled_out
@@ -367,7 +368,8 @@ class Trainer:
         self.done, memory = checkpoint.load(source, self.trained, self.config, self._memory(), self._average())
         self.kl.coef = memory["kl_coef"]
         self.shaping.restore(memory["scores"])
-        self.best.restore(memory["best"])
+        if self.continues:  # else the best model is another run's
+            self.best.restore(memory["best"])
         self.saved = self.done if self.continues else 0
 
     def _memory(self) -> dict[str, Any]:

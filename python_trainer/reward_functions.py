@@ -1,6 +1,8 @@
 """Rewards from a person's own Python, called as TRL's trainers call it."""
 
 import asyncio
+import contextlib
+import copy
 import functools
 import hashlib
 import importlib
@@ -9,7 +11,7 @@ import inspect
 import math
 import sys
 import traceback
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -24,6 +26,8 @@ from .data import Content, Prompt, Rollout, readable
 Function = Callable[..., Any]
 ARGUMENTS = ("prompts", "completions", "completion_ids")
 Scores = list[float | None]
+# How a person's own code can end, also by `sys.exit()` and in a task that somebody cancels.
+FAILURES = (Exception, SystemExit, asyncio.CancelledError)
 
 
 class FunctionReward:
@@ -65,7 +69,7 @@ class FunctionReward:
                     )
         device = rollout.sequences.device
         rows = [torch.tensor([math.nan if x is None else x for x in scores], device=device) for scores in found]
-        self.parts = dict(zip((name.rpartition(":")[2] for name in self.names), rows, strict=True))
+        self.parts = dict(zip(_shortest(self.names), rows, strict=True))
         missing = torch.tensor([[score is None for score in scores] for scores in found], device=device)
         weights = torch.tensor(self.weights, device=device)
         return torch.where(missing, 0.0, torch.stack(rows) * weights[:, None]).sum(dim=0)
@@ -82,24 +86,39 @@ class FunctionReward:
 
     def _call_all(self, given: Mapping[str, list[Any]]) -> list[Scores]:
         """What each function gave; the async ones wait together."""
-        results = [
-            _guarded(name, functools.partial(function, **_wanted(function, given)))
-            for name, function in zip(self.names, self.functions, strict=True)
-        ]
-        waiting = [at for at, result in enumerate(results) if inspect.isawaitable(result)]
-        if waiting:
-            if self._loop is None:
-                self._loop = asyncio.new_event_loop()  # one for all rollouts: clients of services are bound to theirs
-
-            async def together() -> list[Any]:
-                return await asyncio.gather(*(results[at] for at in waiting))
-
-            names = ", ".join(self.names[at] for at in waiting)
-            loop = self._loop
-            for at, result in zip(waiting, _guarded(names, lambda: loop.run_until_complete(together())), strict=True):
-                results[at] = result
+        results: list[Any] = []
+        try:
+            for name, function in zip(self.names, self.functions, strict=True):
+                results.append(_guarded(name, functools.partial(function, **_wanted(function, given))))
+            waiting = [at for at, result in enumerate(results) if inspect.isawaitable(result)]
+            if waiting:
+                names = ", ".join(self.names[at] for at in waiting)
+                found = _guarded(names, functools.partial(self._awaited, [results[at] for at in waiting]))
+                for at, result in zip(waiting, found, strict=True):
+                    results[at] = result
+        finally:
+            for result in filter(inspect.iscoroutine, results):  # one that nobody came to await
+                result.close()
         count = len(given["prompts"])
         return [_numbers(name, result, count) for name, result in zip(self.names, results, strict=True)]
+
+    def _awaited(self, waiting: Sequence[Awaitable[Any]]) -> list[Any]:
+        if self._loop is None:
+            self._loop = asyncio.new_event_loop()  # one for all rollouts: clients of services are bound to theirs
+        loop = self._loop
+
+        async def together() -> list[Any]:
+            return await asyncio.gather(*waiting)
+
+        try:
+            return loop.run_until_complete(together())
+        except FAILURES:
+            left = asyncio.all_tasks(loop)  # the others must not be in the way of what comes after
+            for task in left:
+                task.cancel()
+            with contextlib.suppress(*FAILURES):
+                loop.run_until_complete(asyncio.gather(*left, return_exceptions=True))
+            raise
 
 
 def load(name: str, modules: dict[str, ModuleType] | None = None) -> Function:
@@ -112,7 +131,7 @@ def load(name: str, modules: dict[str, ModuleType] | None = None) -> Function:
         if place not in loaded:
             loaded[place] = _from_file(Path(place)) if place.endswith(".py") else importlib.import_module(place)
         found = getattr(loaded[place], function)
-    except (Exception, SystemExit) as error:  # it is a person's code that runs here
+    except FAILURES as error:  # it is a person's code that runs here
         raise UserError(f"cannot load reward_function {name!r}: {_said(error)}") from error
     if not callable(found) or isinstance(found, type):
         what = "a class; name a function, or an object that can be called" if isinstance(found, type) else "no function"
@@ -163,8 +182,16 @@ def _parameters(function: Function) -> tuple[list[inspect.Parameter], bool]:
 
 
 def _wanted(function: Function, given: Mapping[str, list[Any]]) -> dict[str, list[Any]]:
+    """Copies, row by row: a function may change what it gets, and what it got is sampled from again."""
     named, others = _parameters(function)
-    return dict(given) if others else {one.name: given[one.name] for one in named if one.name in given}
+    chosen = given.keys() if others else [one.name for one in named if one.name in given]
+    return {name: [copy.deepcopy(part) for part in given[name]] for name in chosen}
+
+
+def _shortest(names: Sequence[str]) -> list[str]:
+    """The functions' bare names, and the full ones of those that have a bare name in common."""
+    bare = [name.rpartition(":")[2] for name in names]
+    return [short if bare.count(short) == 1 else name for short, name in zip(bare, names, strict=True)]
 
 
 def _refuse_missing_arguments(name: str, function: Function, columns: Collection[str]) -> None:
@@ -199,7 +226,7 @@ def refuse_columns(place: str, prompts: Sequence[Prompt]) -> None:
 def _guarded(name: str, call: Callable[[], Any]) -> Any:
     try:
         return call()
-    except Exception as error:  # it is a person's code that runs here
+    except FAILURES as error:  # it is a person's code that runs here
         raise UserError(f"{name} ended in {_said(error)}") from error
 
 
@@ -217,7 +244,7 @@ def _numbers(name: str, result: Any, count: int) -> Scores:
         result = result.tolist()
     if isinstance(result, str | bytes | Mapping) or not hasattr(result, "__iter__"):
         raise UserError(f"{name} must give a list with a number for each response, and gave {str(result)[:60]!r}")
-    scores = list(result)
+    scores = _guarded(name, lambda: list(result))  # a generator does its work only now
     if len(scores) != count:
         raise UserError(f"{name} gave {len(scores)} scores for {count} responses")
     found: Scores = []
@@ -226,6 +253,6 @@ def _numbers(name: str, result: Any, count: int) -> Scores:
             if isinstance(score, str | bytes):
                 raise TypeError(f"{score!r} is text")
             found.append(None if score is None else float(score))
-        except (TypeError, ValueError, OverflowError) as error:
+        except FAILURES as error:  # TypeError, ValueError, OverflowError, and what a type of theirs may raise
             raise UserError(f"{name} must give numbers: {error}") from error
     return found

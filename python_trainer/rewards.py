@@ -10,8 +10,8 @@ from transformers import PreTrainedTokenizerBase
 from ppo_kernels import moments
 
 from . import distributed
-from .config import SamplingConfig, UserError
-from .data import Prompt, Rollout, Task, pad_right, readable
+from .config import SamplingConfig, SharedError, UserError
+from .data import Content, Prompt, Rollout, Task, pad_right, readable
 from .deepspeed_engine import frozen
 from .models import (
     SEQUENCES,
@@ -100,8 +100,8 @@ class ModelReward:
             (prompt.content, text if isinstance(prompt.content, str) else [{"role": "assistant", "content": text}])
             for prompt, text in zip(rollout.prompts, texts, strict=True)
         ]
-        rows = whole_ids(pairs, self.tokenizer, {self.tokenizer.eos_token_id}, rollout.ended.tolist())
-        with distributed.raise_on_all_ranks(UserError):
+        with distributed.raise_on_all_ranks(UserError):  # also what the chat template has against a response
+            rows = whole_ids(pairs, self.tokenizer, {self.tokenizer.eos_token_id}, rollout.ended.tolist())
             if (longest := max(map(len, rows))) > self.context:
                 raise UserError(
                     f"prompt and response are {longest} tokens of the reward model, which reads {self.context}: lower "
@@ -112,19 +112,17 @@ class ModelReward:
         return scores.gather(1, mask.sum(dim=1, keepdim=True) - 1).squeeze(1)
 
 
-def exact_match(prompts: list[str], completions: list[str], answer: list[str], **_: Any) -> list[bool]:
-    """A verifier: the completion is the `answer` of its prompt, blanks and case aside."""
-    return [
-        completion.lower().split() == str(wanted).lower().split()
-        for completion, wanted in zip(completions, answer, strict=True)
-    ]
+def exact_match(prompts: list[Content], completions: list[Content], answer: list[str], **_: Any) -> list[bool]:
+    """A verifier: the completion, of a chat its last message, is the `answer` of its prompt, blanks and case aside."""
+    texts = [said if isinstance(said, str) else said[-1]["content"] for said in completions]
+    return [text.lower().split() == str(wanted).lower().split() for text, wanted in zip(texts, answer, strict=True)]
 
 
 def refuse_non_finite_scores(scores: torch.Tensor) -> None:
     finite = distributed.gather_rows(scores).isfinite()  # all ranks stop together, or none
     if not finite.all():
         bad = int((~finite).sum())
-        raise UserError(f"the score of {bad} of {len(finite)} responses is not finite; the weights are untouched")
+        raise SharedError(f"the score of {bad} of {len(finite)} responses is not finite; the weights are untouched")
 
 
 def means_of_parts(reward_fn: RewardFn) -> dict[str, float]:

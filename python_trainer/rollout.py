@@ -24,7 +24,7 @@ from transformers import (
 from ppo_kernels import kl_rewards, moments, token_logprobs
 
 from . import distributed
-from .config import UserError
+from .config import SharedError
 from .data import Experience, Generate, Prompt, Rollout, left_pad, only_drawn
 from .deepspeed_engine import Policy, weights_of
 from .ppo_config import PPOConfig
@@ -76,7 +76,7 @@ def refuse_other_weights(policy: Policy, rollout: Rollout, drawn_at: torch.Tenso
     exact = distributed.device().type == "cpu" and policy.module.dtype == torch.float32
     bound = GENERATION_TOLERANCE["exact" if exact else "rounded"]
     if not total / tokens <= bound:  # NaN fails too
-        raise UserError(
+        raise SharedError(
             "responses were not drawn from the weights that are trained: log-probabilities at generation and at "
             f"scoring differ by {total / tokens:.2g} per token ({bound:g} is allowed for rounding). To find the cause, "
             "set generation_engine hf, another attn_implementation or deepspeed file, or leave lora_r out"
@@ -85,11 +85,20 @@ def refuse_other_weights(policy: Policy, rollout: Rollout, drawn_at: torch.Tenso
 
 def stopped(responses: torch.Tensor, tokenizer: PreTrainedTokenizerBase, strings: Sequence[str]) -> torch.Tensor:
     """[B, T] bool: the tokens with which one of the texts is complete."""
-    width = max(len(text.encode()) for text in strings) + 1  # tokens that can hold it, if each has a byte at least
+    width = _window(strings)
     windows = [[ids[max(0, end - width) : end] for end in range(1, len(ids) + 1)] for ids in responses.tolist()]
-    texts = [[tokenizer.decode(window) for window in row] for row in windows]
-    found = [[any(one in text for one in strings) for text in row] for row in texts]
+    found = [[_holds(window, tokenizer, strings) for window in row] for row in windows]
     return torch.tensor(found, device=responses.device)
+
+
+def _window(strings: Sequence[str]) -> int:
+    """Tokens that can hold the longest text, if each has a byte at least."""
+    return max(len(text.encode()) for text in strings) + 1
+
+
+def _holds(ids: list[int], tokenizer: PreTrainedTokenizerBase, strings: Sequence[str]) -> bool:
+    text = tokenizer.decode(ids)
+    return any(one in text for one in strings)
 
 
 def shard(rows: int) -> slice:
@@ -187,7 +196,8 @@ class StopStrings(StoppingCriteria):
         self.prompt_width = prompt_width
 
     def __call__(self, input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
-        return stopped(input_ids[:, self.prompt_width :], self.tokenizer, self.strings)[:, -1]
+        last = input_ids[:, self.prompt_width :][:, -_window(self.strings) :].tolist()  # earlier ones were looked at
+        return torch.tensor([_holds(ids, self.tokenizer, self.strings) for ids in last], device=input_ids.device)
 
 
 def score_tokens(policy: Policy, rollout: Rollout) -> torch.Tensor:

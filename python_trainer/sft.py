@@ -73,9 +73,17 @@ def sft(config: SftConfig) -> dict[str, float]:
         size = config.per_device_train_batch_size
         parts = [heldout[at : at + size] for at in range(0, len(heldout), size)]
         total = sum(text_logprobs(policy, part, pad, config.ops_impl).sum().item() for part in parts)
-        return {"eval/perplexity": math.exp(-total / sum(row.predicted for row in heldout))}
+        return {"eval/perplexity": perplexity(-total / sum(row.predicted for row in heldout))}
 
     return _train(config, folder, policy, tokenizer, train, losses, evaluate)
+
+
+def perplexity(loss: float) -> float:
+    """exp(loss); of a model that has diverged infinity, which is no reason to lose it."""
+    try:
+        return math.exp(loss)
+    except OverflowError:
+        return math.inf
 
 
 def reward(config: RewardConfig) -> dict[str, float]:

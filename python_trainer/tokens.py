@@ -184,10 +184,28 @@ def _started(bare: list[int], whole: list[int]) -> list[int]:
 def _joined(prompt: Content, text: Content, tokenizer: PreTrainedTokenizerBase, finished: bool) -> str:
     if isinstance(prompt, str) and isinstance(text, str):
         return prompt + text
-    messages = [*(prompt if not isinstance(prompt, str) else []), *(text if not isinstance(text, str) else [])]
+    before, after = ([] if isinstance(content, str) else content for content in (prompt, text))
     if finished:
-        return _rendered(messages, tokenizer)
-    return _opened(messages[:-1], tokenizer) + messages[-1]["content"]
+        return _rendered(_conversation(before, after), tokenizer)
+    return _opened([*before, *after[:-1]], tokenizer) + after[-1]["content"]
+
+
+def _conversation(before: list[Message], after: list[Message]) -> list[Message]:
+    """Both; where `after` goes on in the assistant's turn that `before` leaves open, they have one turn there."""
+    if not _goes_on(before, after):
+        return [*before, *after]
+    return [
+        *before[:-1],
+        {**before[-1], **after[0], "content": before[-1]["content"] + after[0]["content"]},
+        *after[1:],
+    ]
+
+
+def _goes_on(before: list[Message], after: list[Message]) -> bool:
+    if not before or not after or {before[-1]["role"], after[0]["role"]} != {"assistant"}:
+        return False
+    kinds = {type(messages.get("content")) for messages in (before[-1], after[0])}
+    return kinds in ({str}, {list})  # else it is a call of a tool
 
 
 def _opened(messages: list[Message], tokenizer: PreTrainedTokenizerBase) -> str:
@@ -231,13 +249,15 @@ def _from(ids: list[int], before: list[int]) -> list[bool]:
 def _assistant_turns(ids: list[int], example: Example, tokenizer: PreTrainedTokenizerBase) -> tuple[list[bool], bool]:
     """The assistant's turns after the prompt, each with its end; False beside the last one alone."""
     before = [] if isinstance(example.prompt, str) else example.prompt
-    messages = [*before, *example.text] if not isinstance(example.text, str) else before
+    after = [] if isinstance(example.text, str) else example.text
+    messages, first = _conversation(before, after), len(before) - _goes_on(before, after)
     if messages[-1]["role"] != "assistant":
         raise UserError(f"a conversation to learn from must end with the assistant: {readable(messages)[-60:]!r}")
     learned = [False] * len(ids)
-    turns = [at for at in range(len(before), len(messages)) if messages[at]["role"] == "assistant"]
+    turns = [at for at in range(first, len(messages)) if messages[at]["role"] == "assistant"]
     for at in turns:
-        start = prompt_ids([messages[:at]], tokenizer)[0] if at else []
+        asked = before if at < len(before) else messages[:at]  # the answer may begin inside a turn
+        start = prompt_ids([asked], tokenizer)[0] if asked else []
         if at == turns[-1]:
             end = ids
         else:

@@ -376,7 +376,7 @@ def _number(place: str, number: int, value: Any) -> float:
 
 
 def _key(content: Content) -> str:
-    return content if isinstance(content, str) else json.dumps(content, sort_keys=True)
+    return content if isinstance(content, str) else json.dumps(content, sort_keys=True, default=str)
 
 
 def _is_text(value: str) -> bool:

@@ -314,6 +314,8 @@ def test_groups_stay_together(tiny, name):
         ({"algorithm": "p3o", "dual_clip": 3.0}, "p3o has no use for dual_clip"),
         ({"algorithm": "rloo", "kl_in": "loss"}, "rloo has its KL penalty in the reward"),
         ({"algorithm": "ppo", "kl_in": "loss", "kl_estimator": "k1"}, "kl_in loss needs kl_estimator k2 or k3"),
+        ({"algorithm": "ppo", "mask_zero_variance_groups": True}, "mask_zero_variance_groups needs num_generations"),
+        ({"algorithm": "reinforce++", "mask_zero_variance_groups": True}, "needs num_generations of at least 2"),
     ],
 )
 def test_what_does_not_fit_is_refused(tiny, settings, message):

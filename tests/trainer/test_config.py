@@ -115,12 +115,10 @@ def test_a_hostile_file_is_one_line(tmp_path, text, message):
 
 
 def test_aliases_and_lists_of_words(tmp_path):
-    text = (
-        "\ufefftrain: &own {kl_coef: 0.3, lora_target_modules: [a, b]}\neval: {<<: *own, lora_target_modules: null}\n"
-    )
+    text = "\ufefftrain: &own {lora_r: 4, lora_target_modules: [a, b]}\neval: {<<: *own, lora_target_modules: null}\n"
     (tmp_path / "run.yaml").write_text(text, encoding="utf-8")
     config = load("train", str(tmp_path / "run.yaml"), [], PPOConfig)
-    assert (config.kl_coef, config.lora_target_modules) == (0.3, "a,b")
+    assert (config.lora_r, config.lora_target_modules) == (4, "a,b")
 
 
 @pytest.fixture

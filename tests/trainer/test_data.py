@@ -2,12 +2,13 @@
 
 import csv
 import json
+from datetime import datetime
 
 import pytest
 
 from python_trainer.config import RewardConfig, RunConfig, SftConfig, UserError
 from python_trainer.data import Example, Pair, Prompt, load_task
-from python_trainer.logging import read
+from python_trainer.logging import as_json, read
 from python_trainer.ppo_config import PPOConfig
 from python_trainer.sft import reward, sft
 from python_trainer.tasks.files import Files
@@ -239,6 +240,15 @@ def test_fields_that_arrow_adds_to_messages_are_none_of_theirs(tmp_path):
     datasets().Dataset.from_list(rows).to_parquet(tmp_path / "prompts.parquet")
     found = Files(str(tmp_path), eval_path=str(tmp_path)).prompts()[0]
     assert [prompt.content for prompt in found] == [row["prompt"] for row in rows]
+
+
+def test_messages_with_a_date_are_told_apart_and_recorded(tmp_path):
+    """Parquet has dates, and JSON none."""
+    rows = [{"prompt": [say("user", "q") | {"at": datetime(2026, 1, day)}]} for day in (1, 2)]
+    datasets().Dataset.from_list(rows).to_parquet(tmp_path / "prompts.parquet")
+    (train,), (held,) = Files(str(tmp_path)).prompts()
+    assert train != held
+    assert '"at": "2026-01-0' in as_json({"prompt": train.content})
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from python_trainer.config import RewardConfig
 from python_trainer.data import Rollout, left_pad
 from python_trainer.models import save_model
 from python_trainer.ppo_config import PPOConfig
-from python_trainer.rollout import HfGenerator, stopped
+from python_trainer.rollout import HfGenerator, StopStrings, stopped
 from python_trainer.sft import reward
 from tests.lib.trainer import TINY
 from tests.verify.trainer.test_vllm import VLLM, drawn, vllm, wide
@@ -89,14 +89,22 @@ def test_responses_end_at_stop_strings(tiny, source, given):
 
 
 def test_a_stop_string_may_end_inside_a_token_and_begin_in_another():
+    read = []
+
     class Letters:
         def decode(self, ids):
+            read.append(len(ids))
             return "".join({1: "ab", 2: "cd", 3: "x", 4: "é"}[token] for token in ids)
 
     responses = torch.tensor([[3, 1, 2, 3], [1, 3, 2, 1], [4, 4, 3, 3]])
     found = stopped(responses, Letters(), ["bc", "éx"])
     assert found.any(dim=1).tolist() == [True, False, True]
     assert found.int().argmax(dim=1).tolist() == [2, 0, 2]
+    stop = StopStrings(Letters(), ["bc", "éx"], 1)
+    for end in range(1, 5):
+        read.clear()
+        assert stop(torch.cat([responses[:, :1], responses[:, :end]], dim=1), None).equal(found[:, end - 1])
+        assert read == [end] * 3  # the last tokens of each row, once
 
 
 @pytest.mark.parametrize("given", ["", "[1]", '["a", ""]', '["a"'])

@@ -7,6 +7,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from python_trainer import checkpoint
+from python_trainer import sft as sft_module
 from python_trainer.config import SftConfig, UserError
 from python_trainer.deepspeed_engine import all_finite, init_distributed, step_together, weights_here
 from python_trainer.models import save_model
@@ -95,6 +96,18 @@ def test_imitation_saves_no_such_model_either(tmp_path, ratings):
     with pytest.raises(UserError, match="weights of the model are not finite"):
         sft(config)
     assert not (tmp_path / "sft" / "model").exists()
+
+
+def test_a_perplexity_beyond_all_numbers_loses_no_model(tmp_path, ratings, monkeypatch):
+    plain = sft_module.text_logprobs
+    monkeypatch.setattr(
+        sft_module, "text_logprobs", lambda *given: plain(*given) * (1 if torch.is_grad_enabled() else 1e4)
+    )
+    model = TINY["model_config"].replace('"n_positions": 16', '"n_positions": 48')
+    common = {"task": "reviews", "data_path": str(ratings), "output_dir": str(tmp_path), "disable_tqdm": True}
+    assert sft(SftConfig(**common, model_config=model, batch_size=16, max_steps=1)) == {"eval/perplexity": math.inf}
+    assert (tmp_path / "sft" / "model").is_dir()
+    assert '"eval/perplexity": null' in (tmp_path / "sft" / "metrics.jsonl").read_text()
 
 
 def test_the_average_is_checked_too(tiny, tmp_path):

@@ -2,14 +2,15 @@
 
 import errno
 import json
+import os
 import shutil
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from python_trainer import atomic, checkpoint, deepspeed_engine
-from python_trainer.config import UserError
+from python_trainer import atomic, checkpoint, deepspeed_engine, distributed
+from python_trainer.config import SharedError, UserError
 from python_trainer.data import fingerprint
 from python_trainer.models import save_model
 from tests.lib.hostile import commit
@@ -117,6 +118,32 @@ def test_room_is_made_of_what_would_go_anyway(tiny, tmp_path, monkeypatch):
     room["free"], trainer.done = 10, 4
     with pytest.raises(UserError, match="a checkpoint takes about"):
         trainer.save_checkpoint(folder)
+
+
+def test_checkpoints_that_would_make_no_room_stay(tiny, tmp_path, monkeypatch):
+    """Their files have a second name, which keeps them on the disk."""
+    trainer = tiny(save_total_limit=2)
+    folder = tmp_path / "run" / "train" / "checkpoints"
+    for step in (1, 2):
+        trainer.done = step
+        trainer.save_checkpoint(folder)
+    for number, path in enumerate(path for path in folder.rglob("*") if path.is_file()):
+        os.link(path, tmp_path / f"copy-{number}")
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=10))
+    trainer.done = 3
+    with pytest.raises(UserError, match="a checkpoint takes about .* earlier ones are as they were"):
+        trainer.save_checkpoint(folder)
+    assert steps(tmp_path) == ["step-000001", "step-000002"]
+
+
+def test_ranks_save_together_or_not_at_all(monkeypatch):
+    """An error that one rank may be alone with leaves it to no save, for which it would wait for ever."""
+    saved = []
+    monkeypatch.setattr(distributed, "world_size", lambda: 2)
+    for error in (UserError("of one"), OSError(errno.ENOSPC, "of one"), SharedError("of all")):
+        with pytest.raises(type(error), match="of"), checkpoint.last_step_kept(lambda: saved.append(1)):
+            raise error
+    assert saved == [1]
 
 
 @pytest.mark.parametrize("kind", ["linear", "cosine"])

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from python_trainer.algorithms import KlControl
-from python_trainer.config import RewardConfig, UserError
+from python_trainer.config import RewardConfig, SftConfig, UserError
 from python_trainer.data import Example
 from python_trainer.deepspeed_engine import step_together
 from python_trainer.ppo_config import PPOConfig
@@ -236,3 +236,15 @@ def test_lora_names_an_unknown_module(tiny):
     pytest.importorskip("peft", reason="LoRA needs peft")
     with pytest.raises(UserError, match="lora_target_modules.*nowhere"):
         tiny(lora_r=4, lora_target_modules="nowhere")
+
+
+def test_settings_of_adapters_without_adapters_are_refused():
+    for settings in ({"lora_target_modules": "wte"}, {"lora_alpha": 32}, {"lora_save": "adapter"}):
+        (name,) = settings
+        with pytest.raises(ValueError, match=f"{name} .* is for LoRA adapters, and none are trained: set lora_r"):
+            PPOConfig(**TINY | settings)
+        with pytest.raises(ValueError, match="set lora_r, or leave"):
+            SftConfig(**settings)
+    PPOConfig(**TINY, critic_lora_r=2, lora_alpha=32, lora_target_modules="wte")
+    with pytest.raises(ValueError, match="lora_save adapter is for LoRA adapters"):
+        PPOConfig(**TINY, critic_lora_r=2, lora_save="adapter")

@@ -1,9 +1,13 @@
 """Reward functions as people write them, and what is said of those that cannot serve."""
 
+import asyncio
+import copy
+import gc
 import os
 import signal
 import sys
 import time
+import warnings
 from dataclasses import replace
 
 import pytest
@@ -20,6 +24,7 @@ from tests.lib.trainer import TINY
 
 MINE = """
 import asyncio
+import sys
 import dataclasses
 import multiprocessing
 import neighbour
@@ -89,6 +94,29 @@ def raising(completions, **_):
 
 async def raising_later(completions, **_):
     raise KeyError("later")
+
+def leaving(completions, **_):
+    sys.exit(3)
+
+async def leaving_later(completions, **_):
+    await asyncio.sleep(0)
+    sys.exit(3)
+
+def cancelled(completions, **_):
+    raise asyncio.CancelledError
+
+def yielding(completions, **_):
+    yield 1.0
+    raise KeyError("in the middle")
+
+def changing(prompts, completions, completion_ids, answer):
+    for rows in (prompts, completions):
+        for row in rows:
+            row.append({"role": "user", "content": "and now?"})
+            row[0]["content"] = "changed"
+    for row in completion_ids + answer:
+        row.clear()
+    return [1.0] * len(prompts)
 
 def wants_more(completions, trainer_state):
     return []
@@ -177,6 +205,46 @@ def test_what_a_module_may_hold(make, name, scores):
             signal.alarm(0)
 
 
+@pytest.mark.parametrize("names", [("slowly", "leaving"), ("slowly", "leaving_later"), ("slowly", "raising_later")])
+def test_what_waits_beside_a_failing_function_is_closed(make, names):
+    reward = make(*names)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        with pytest.raises(UserError, match="ended in"):
+            reward(rollout())
+        gc.collect()
+    assert not [str(one.message) for one in said if "never awaited" in str(one.message)]
+    if reward._loop is not None:
+        assert not asyncio.all_tasks(reward._loop)
+        reward._loop.close()
+
+
+def test_functions_cannot_change_what_they_get(make):
+    drawn = rollout(chat=True)
+    drawn = replace(drawn, prompts=[replace(prompt, columns={"answer": ["b"]}) for prompt in drawn.prompts])
+    before = copy.deepcopy(drawn.prompts)
+    reward = make("changing", "trl")
+    for _ in range(2):
+        reward(drawn)
+        assert drawn.prompts == before
+        (_, told) = reward.functions
+        told = told.__globals__["SEEN"]
+        assert told["prompts"] == [prompt.content for prompt in before]
+        assert told["answer"] == [["b"]] * 3
+        assert told["completions"][1] == [{"role": "assistant", "content": "a a a a c"}]
+        assert told["completion_ids"][0] == [3, 3, 1]
+
+
+def test_functions_of_one_name_are_told_apart(make, tmp_path):
+    (tmp_path / "other.py").write_text("def few(completions): return [9.0] * len(completions)\n")
+    reward = make("few", "judge")
+    names = [f"{tmp_path}/{name}" for name in ("mine.py:few", "other.py:few", "mine.py:judge")]
+    reward = FunctionReward(names, [1.0] * 3, reward.tokenizer, ("answer",))
+    reward(rollout())
+    assert list(reward.parts) == [*names[:2], "judge"]
+    assert [part[0].item() for part in reward.parts.values()] == [3.0, 9.0, 1.0]
+
+
 def test_a_file_does_not_stand_in_for_a_package(tmp_path):
     """One that is called like a package that something else imports later."""
     (tmp_path / "colorsys.py").write_text("def f(completions): return [1.0] * len(completions)\n")
@@ -197,6 +265,10 @@ def test_a_file_does_not_stand_in_for_a_package(tmp_path):
         ("huge", "must give numbers: int too large"),
         ("raising", r"ended in KeyError: 'gone' .*mine.py, line \d+"),
         ("raising_later", r"ended in KeyError: 'later' .*mine.py, line \d+"),
+        ("leaving", r"ended in SystemExit: 3 .*mine.py, line \d+"),
+        ("leaving_later", r"ended in SystemExit: 3 .*mine.py, line \d+"),
+        ("cancelled", r"ended in CancelledError: .*mine.py, line \d+"),
+        ("yielding", r"ended in KeyError: 'in the middle' .*mine.py, line \d+"),
         ("wants_more", "wants 'trainer_state', and there is answer, completion_ids"),
         ("trl", None),
         ("number", "is no function"),

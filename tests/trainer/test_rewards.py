@@ -10,9 +10,10 @@ import torch
 from python_trainer.config import RewardConfig, UserError
 from python_trainer.data import Pair, Prompt, Rollout, left_pad
 from python_trainer.reward_functions import FunctionReward
-from python_trainer.rewards import exact_match
+from python_trainer.rewards import ModelReward, exact_match
 from python_trainer.sft import PairTokens, pair_loss
 from python_trainer.tasks.files import Files
+from tests.lib.text_models import tokenizer_of
 from tests.lib.trainer import ROWS
 
 
@@ -50,6 +51,19 @@ def test_a_function_that_cannot_serve_is_named(folder, tokenizer, name, message)
 def test_the_verifier_compares_with_the_answer():
     verdicts = exact_match([""] * 3, ["Four", "5 ", "six"], answer=["four", 5, "seven"])
     assert verdicts == [True, True, False]
+    chats = [[{"role": "assistant", "content": text}] for text in ("Four", "six")]
+    assert exact_match([[], []], chats, answer=["four", "seven"]) == [True, False]
+
+
+def test_what_a_template_has_against_a_response_is_an_error_of_all_ranks():
+    """One rank may have that response alone."""
+    tokenizer = tokenizer_of(chat=True, template="{{ raise_exception('no') }}")
+    reward = ModelReward.__new__(ModelReward)
+    reward.reads_ids, reward.tokenizer, reward.policy_tokenizer = False, tokenizer, tokenizer
+    drawn = replace(rollout(), prompts=[Prompt([{"role": "user", "content": "a"}])] * 3)
+    with pytest.raises(UserError, match="does not take this conversation .no.") as caught:
+        reward._scores(drawn)
+    assert caught.value.everywhere
 
 
 def test_columns_must_be_the_same_in_all_rows(folder):

@@ -7,7 +7,7 @@ import torch
 
 from python_trainer import sft as sft_module
 from python_trainer.config import RewardConfig, SamplingConfig, SftConfig, UserError
-from python_trainer.data import Example, Prompt, left_pad
+from python_trainer.data import Example, Pair, Prompt, left_pad
 from python_trainer.sft import reward, sft
 from python_trainer.tokens import encode_examples, encode_prompts, prompt_ids, whole_ids
 from tests.lib.text_models import FAMILIES, TEMPLATE, saved, tokenizer_of, write_rows
@@ -114,6 +114,27 @@ def test_what_is_learned(make, capsys):
     with pytest.raises(UserError, match="must end with the assistant"):
         learned(Example(TALK), tokenizer)
     assert capsys.readouterr().out == ""
+
+
+OPEN = [*ASKED, {"role": "assistant", "content": "It is"}]
+GOES_ON = [{"role": "assistant", "content": " 4"}]
+
+
+def test_an_answer_goes_on_in_the_turn_that_its_prompt_leaves_open(make):
+    """For the policy, a reward model, pairs and imitation it is one turn."""
+    tokenizer = make("start", chat=True)
+    one_turn = [*ASKED, {"role": "assistant", "content": "It is 4"}]
+    ends = [tokenizer.eos_token_id]
+    closed, open_ended = (whole_ids([(OPEN, GOES_ON)], tokenizer, ends, [whole])[0] for whole in (True, False))
+    assert closed == tokenizer.apply_chat_template(one_turn, tokenize=True, return_dict=False)
+    assert tokenizer.decode(open_ended) == tokenizer.decode(prompt_ids([OPEN], tokenizer)[0]) + " 4"
+    assert tokenizer.decode(closed).startswith(tokenizer.decode(open_ended))
+    assert learned(Example(GOES_ON, OPEN), tokenizer) == ["4</s>"]
+    more = [*GOES_ON, {"role": "user", "content": "3 + 4"}, *ANSWER]
+    assert learned(Example(more, OPEN), tokenizer) == ["4</s>", "7</s>"]
+    pair = Pair(GOES_ON, [{"role": "assistant", "content": " 5"}], 0.0, OPEN)
+    (row,) = sft_module._encode_pairs([pair], tokenizer, ends, RewardConfig(max_length=100))
+    assert row.chosen == closed
 
 
 def test_templates_that_rewrite_earlier_turns_or_end_none(make, capsys):

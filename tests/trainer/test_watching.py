@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -62,12 +63,14 @@ def test_some_go_to_the_curves_elsewhere(tiny, monkeypatch):
 
 
 def test_warnings_stand_in_the_line():
-    assert logging.warnings({"val/eos_rate": 0.6, "objective/scores_std": 0.1}) == []
-    assert logging.warnings({"val/eos_rate": 0.3}) == ["70% of the responses are cut at response_length"]
-    assert logging.warnings({"val/frac_reward_zero_std": 0.75, "objective/scores_std": 0.1}) == [
+    assert logging.warnings({"val/eos_rate": 0.6, "objective/scores_std": 0.1}, 8) == []
+    assert logging.warnings({"val/eos_rate": 0.3}, 8) == ["70% of the responses are cut at response_length"]
+    assert logging.warnings({"val/frac_reward_zero_std": 0.75, "objective/scores_std": 0.1}, 8) == [
         "in 75% of the groups all responses score alike"
     ]
-    assert logging.warnings({"objective/scores_std": 0.0}) == ["all responses score alike"]
+    assert logging.warnings({"objective/scores_std": 0.0}, 8) == ["all responses score alike"]
+    assert logging.warnings({"val/masked_responses": 7}, 8) == []
+    assert logging.warnings({"val/masked_responses": 8}, 8) == ["nothing is learned: all responses are masked"]
 
 
 def test_a_line_for_each_step(tiny, capsys):
@@ -109,6 +112,27 @@ def test_masked_responses_move_nothing(tiny, algorithm):
     torch.testing.assert_close(gradients[1][~left_out], gradients[0][~left_out])
 
 
+@pytest.mark.parametrize("algorithm", ["rloo", "grpo"])
+def test_statistics_are_of_what_is_learned_from(tiny, algorithm):
+    """The same of a batch, and of one that has responses beside those that are left out."""
+    trainer = tiny(algorithm=algorithm, num_generations=2)
+    experience = trainer.collect_experience()
+    kept = torch.arange(16) < 4
+    zeroed = {"mask": experience.mask & kept[:, None]}
+    for name in ("logprobs", "ref_logprobs", "advantages"):
+        zeroed[name] = getattr(experience, name) * kept[:, None]
+    found = []
+    for batch in (replace(experience, **zeroed), experience[kept.nonzero().squeeze(1)]):
+        normalizer = trainer.algorithm.normalizer(batch.mask)
+        _, statistics = trainer.algorithm.policy_loss((batch.logprobs + 0.1) * batch.mask, batch, normalizer)
+        averages = logging.Averages()
+        averages.add(statistics, trainer.algorithm.weight(batch.mask))
+        averages.add({name: 3 * value for name, value in statistics.items()}, torch.tensor(4))  # of another micro-batch
+        found.append(averages.reduce())
+    assert found[0] == pytest.approx(found[1])
+    assert found[0]["policy/approxkl_avg"] > 0.001
+
+
 def test_masks_are_counted_and_a_batch_without_any_left_has_no_gradient(tiny):
     trainer = tiny(algorithm="grpo", num_generations=4, mask_zero_variance_groups=True, entropy_coef=0.1)
     row = trainer.train_step()
@@ -125,15 +149,27 @@ def test_pairs_have_no_use_for_masks(tiny, algorithm):
         tiny(algorithm=algorithm, mask_truncated_completions=True)
 
 
+def takes(best: Best, metrics: dict[str, float]) -> bool:
+    beaten = best.is_beaten(metrics)
+    best.observe(metrics)
+    return beaten
+
+
 def test_the_best_is_the_best():
-    best = Best(PPOConfig(metric_for_best_model="score", eval_steps=1, early_stopping_patience=2))
-    taken = [best.takes({"eval/score": value}) for value in (-1.0, -2.0, 3.0, math.nan, 3.0)]
-    assert taken == [True, False, True, False, False]
+    settings = {"eval_steps": 1, "early_stopping_patience": 2}
+    best = Best(PPOConfig(metric_for_best_model="score", **settings))
+    taken = [takes(best, {"eval/score": value}) for value in (math.nan, -1.0, -2.0, 3.0, math.nan, 3.0)]
+    assert taken == [False, True, False, True, False, False]
     assert best.given_up
-    other = Best(PPOConfig(metric_for_best_model="eval/kl", eval_steps=1, greater_is_better=False))
-    other.restore(best.state())
-    assert other.takes({"eval/kl": 2.5})
-    assert not other.given_up
+    for other in ({"metric_for_best_model": "kl"}, {"metric_for_best_model": "score", "greater_is_better": False}):
+        fresh = Best(PPOConfig(**settings | other))
+        fresh.restore(best.state())
+        assert not fresh.given_up
+        assert takes(fresh, {"eval/kl": 2.5, "eval/score": 4.0})
+    same = Best(PPOConfig(metric_for_best_model="eval/score", **settings))
+    same.restore(json.loads(json.dumps(best.state(), allow_nan=False)))
+    assert same.given_up
+    assert not takes(same, {"eval/score": 3.0})
     with pytest.raises(UserError, match="metric_for_best_model wibble is not evaluated; there are eval/score"):
         Best(PPOConfig(metric_for_best_model="wibble", eval_steps=1)).key({"eval/score": 1.0})
 
@@ -159,6 +195,28 @@ def test_the_best_model_is_kept_and_a_run_that_gets_no_better_stops(tiny, tmp_pa
     assert (tmp_path / "run" / "train" / "model").is_dir()
     with pytest.raises(UserError, match="earlier run"):
         tiny()
+
+
+def test_the_best_of_another_run_and_one_that_was_not_saved_are_none(tiny, tmp_path, monkeypatch):
+    settings = {"eval_steps": 1, "metric_for_best_model": "score", "total_steps": 2}
+    trainer = tiny(**settings)
+    plain = trainer._save_model
+
+    def save_model(name):
+        if name == "best":
+            raise UserError("the disk is full")
+        plain(name)
+
+    monkeypatch.setattr(trainer, "_save_model", save_model)
+    with pytest.raises(UserError, match="the disk is full; step 1 is saved"):
+        trainer.train()
+    source = str(step(tmp_path, 1))
+    assert tiny(**settings, resume_from_checkpoint=source).best.state() == Best(trainer.config).state()
+    trainer.best.observe({"eval/score": 1e9})
+    trainer.save_checkpoint(trainer.folder / "checkpoints")
+    assert tiny(**settings, resume_from_checkpoint=source).best.highest == 1e9
+    other = tiny(**settings, resume_from_checkpoint=source, output_dir=str(tmp_path / "other"))
+    assert other.best.state() == Best(trainer.config).state()
 
 
 @pytest.mark.parametrize(
