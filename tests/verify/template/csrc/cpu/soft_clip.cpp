@@ -17,9 +17,9 @@ Tensor soft_clip_cpu(const Tensor& x, const OptTensor& mask, double cap) {
   PPO_COUNT("soft_clip");
   return dispatch_compute(x, [&](auto zero) {
     using T = decltype(zero);
-    const T* values = contiguous_data<T>(x, x);
-    const uint8_t* valid = contiguous_data<uint8_t>(mask, x);
-    Tensor y = torch::stable::new_empty(x, x.sizes());
+    const T* values = contiguous_data<T>("x", x, x);
+    const uint8_t* valid = contiguous_data<uint8_t>("mask", mask, x);
+    const Tensor y = new_like(x);
     T* out = data_of<T>(y);
     for_each((x.numel() + kChunk - 1) / kChunk, 1, [&](int64_t chunk) {
       const int64_t begin = chunk * kChunk, n = std::min(kChunk, x.numel() - begin);
@@ -32,4 +32,4 @@ Tensor soft_clip_cpu(const Tensor& x, const OptTensor& mask, double cap) {
 }  // namespace
 }  // namespace ppo
 
-STABLE_TORCH_LIBRARY_IMPL(ppo_kernels, CPU, m) { m.impl("soft_clip", TORCH_BOX(&ppo::soft_clip_cpu)); }
+STABLE_TORCH_LIBRARY_IMPL(ppo_kernels, CPU, m) { PPO_IMPL(m, "soft_clip", ppo::soft_clip_cpu); }
