@@ -39,7 +39,9 @@ class Launcher {
     return t;
   }
 
-  void clear(void* memory, size_t bytes) const { STD_CUDA_CHECK(cudaMemsetAsync(memory, 0, bytes, stream_)); }
+  void clear(void* memory, size_t bytes) const {
+    if (bytes > 0) STD_CUDA_CHECK(cudaMemsetAsync(memory, 0, bytes, stream_));  // an empty tensor has no memory
+  }
 
  private:
   torch::stable::accelerator::DeviceGuard guard_;
