@@ -41,7 +41,7 @@ def options() -> argparse.Namespace:
     ):
         size.add_argument(f"--{name}", dest="size", action="store_const", const=name, default="small", help=text)
     size.add_argument("--accuracy", action="store_true", help="errors against float64 beside those of eager code")
-    size.add_argument("--trainers", action="store_true", help="a step of our trainer beside TRL's, 10 minutes")
+    size.add_argument("--trainers", action="store_true", help="a step of our trainer beside TRL's")
     size.add_argument("--results", type=Path, metavar="FILE", help="measure nothing; take the results of this file")
     parser.add_argument("--only", default="", metavar="TEXT", help="rows whose name contains this")
     parser.add_argument("--seconds", type=float, help="of timing per group (default: by size)")

@@ -326,3 +326,21 @@ class Tokens:
                 f"{self.op}: cu_seqlens must start at 0, never fall and end at N = {self.like.numel()};"
                 f" got {cu.tolist() if cu.numel() <= 16 else f'{cu[:8].tolist()} ... {cu[-8:].tolist()}'}"
             )
+
+
+def temperature_rows(op: str, temperature: Tensor, logits: Tensor) -> Tensor:
+    """The temperature of each row of logits [..., V], contiguous, in the widest dtype of their device."""
+    refuse_gradient(op, "temperature", temperature)
+    if temperature.numel() == 1:
+        _, one = number_or_tensor(op, "temperature", temperature, logits.device)
+        temperature = temperature if one is None else one
+    check_floating(op, "temperature", temperature)
+    check_device(op, "temperature", temperature, logits.device)
+    try:
+        rows = temperature.detach().to(wide_dtype(temperature.device)).expand(logits.shape[:-1])
+    except RuntimeError as error:
+        raise ValueError(
+            f"{op}: temperature must broadcast to the logits' shape without V {tuple(logits.shape[:-1])},"
+            f" got {tuple(temperature.shape)}"
+        ) from error
+    return rows.contiguous()

@@ -7,7 +7,7 @@ from typing import Literal, overload
 import torch
 from torch import Tensor
 
-from ppo_kernels._types import compute_dtype, element, wide_dtype
+from ppo_kernels._types import compute_dtype, element
 from ppo_kernels.backends import register
 from ppo_kernels.ops._autograd import (
     first_order_only,
@@ -27,8 +27,7 @@ from ppo_kernels.ops._inputs import (
     check_tensor,
     keepable,
     mask_as_it_is,
-    number_or_tensor,
-    refuse_gradient,
+    temperature_rows,
     to_mask,
     unit_last_stride,
 )
@@ -290,7 +289,7 @@ def token_logprobs(
     if rows is None and torch.compiler.is_compiling():  # a float would become a constant of the graph
         rows, tau = element(tau), 1.0
     if rows is not None:
-        rows = _temperature_rows(rows, logits)
+        rows = temperature_rows(op, rows, logits)
     if inplace_backward and not (torch.compiler.is_compiling() or transformed()):
         check_overwritable(logits)
     if validate:
@@ -351,23 +350,6 @@ def _mask(mask: object, logits: Tensor, labels: Tensor) -> Tensor | None:
         return None
     of_rows = labels.dim() == logits.dim() > check_tensor("token_logprobs", "mask", mask).dim()
     return to_mask("token_logprobs", mask, logits[..., 0] if of_rows else labels)
-
-
-def _temperature_rows(temperature: Tensor, logits: Tensor) -> Tensor:
-    refuse_gradient("token_logprobs", "temperature", temperature)
-    if temperature.numel() == 1:
-        _, one = number_or_tensor("token_logprobs", "temperature", temperature, logits.device)
-        temperature = temperature if one is None else one
-    check_floating("token_logprobs", "temperature", temperature)
-    check_device("token_logprobs", "temperature", temperature, logits.device)
-    try:
-        rows = temperature.detach().to(wide_dtype(temperature.device)).expand(logits.shape[:-1])
-    except RuntimeError as error:
-        raise ValueError(
-            f"token_logprobs: temperature must broadcast to the logits' shape without V {tuple(logits.shape[:-1])},"
-            f" got {tuple(temperature.shape)}"
-        ) from error
-    return rows.contiguous()
 
 
 def _validate(logits: Tensor, labels: Tensor, mask: Tensor | None, rows: Tensor | None, ignore_index: int) -> None:
