@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
+
+Function = TypeVar("Function", bound=Callable)
 
 #: The KL estimators; kernels take the position.
 KL_ESTIMATORS = ("k1", "abs", "k2", "k3")
@@ -34,7 +37,13 @@ def element(value: float | Tensor) -> Tensor:
     return torch.zeros((), dtype=torch.float64, device="cpu") + value
 
 
-@torch.compiler.assume_constant_result
+def constant_of_a_graph(function: Function) -> Function:
+    """``torch.compiler.assume_constant_result`` without its import of Dynamo, which takes a second."""
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
+@constant_of_a_graph
 def _has_float64(device: str) -> bool:
     try:
         return torch.empty(0, dtype=torch.float64, device=device).dtype == torch.float64

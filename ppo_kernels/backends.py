@@ -53,6 +53,8 @@ class Op:
     #: By device type, the implementations that can run here, best first.
     available: dict[str, tuple[str, ...]]
     _reference: Callable | None
+    #: Its outputs without their values.
+    fake: Callable
     #: Positions of the float arguments, and by implementation the op that takes them as one tensor.
     floats: tuple[int, ...]
     traced: dict[str, Callable]
@@ -137,7 +139,7 @@ _traced_library = torch.library.Library("ppo_kernels_traced", "DEF")
 _TRACED_TAGS = tuple(tag for tag in (getattr(torch.Tag, "cudagraph_unsafe", None),) if tag is not None)
 
 
-def _register_traced(name: str, schema: str, floats: tuple[int, ...], fake: Callable, kernel: Callable) -> Callable:
+def register_traced(name: str, schema: str, floats: tuple[int, ...], fake: Callable, kernel: Callable) -> Callable:
     """The op with its float arguments as one tensor, which takes the place of the first."""
     inside = [x for i, x in enumerate(arguments(schema)) if i not in floats]
     inside.insert(floats[0], "Tensor numbers")
@@ -232,7 +234,7 @@ def register(name: str, *, fake: Callable, triton_kernel: Callable, reference: C
     if floats and "!" not in schema:
         for kernel in set(kernels.values()):
             twin = "_triton" if kernel is kernels.get("triton") else ""
-            op = _register_traced(name + twin, schema, floats, fake, kernel)
+            op = register_traced(name + twin, schema, floats, fake, kernel)
             traced |= {impl: op for impl in kernels if kernels[impl] is kernel}
 
     def runs(impl: str, device_type: str) -> bool:
@@ -244,7 +246,7 @@ def register(name: str, *, fake: Callable, triton_kernel: Callable, reference: C
         device_type: tuple(impl for impl in preference if runs(impl, device_type))
         for device_type, preference in PREFERENCE.items()
     }
-    _ops[name] = Op(name, kernels, available, reference, floats, traced)
+    _ops[name] = Op(name, kernels, available, reference, fake, floats, traced)
     return _ops[name]
 
 

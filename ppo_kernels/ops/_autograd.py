@@ -13,6 +13,7 @@ from torch import Tensor
 from torch._C._functorch import get_interpreter_stack
 
 from ppo_kernels._registered import forward_mode_message
+from ppo_kernels._types import constant_of_a_graph
 from ppo_kernels.backends import Op
 from ppo_kernels.ops._public import not_a_graph
 
@@ -29,7 +30,7 @@ def recorded(x: Tensor) -> bool:
     return x.requires_grad and torch.is_grad_enabled()
 
 
-@torch.compiler.assume_constant_result
+@constant_of_a_graph
 def _transforms() -> str:
     """The transforms around a traced call, outermost first, as text, which a graph may hold."""
     names = [str(interpreter.key()).rpartition(".")[2] for interpreter in get_interpreter_stack() or ()]
@@ -109,7 +110,13 @@ _library.define("first_order_only(str op, Tensor(a) x) -> Tensor(a)")
 _library.impl("first_order_only", _FirstOrderOnly.apply, "CompositeImplicitAutograd")
 
 
-@torch.compiler.allow_in_graph
+@constant_of_a_graph
+def _allow_in_graph() -> bool:
+    """Make ``_differentiated_once`` opaque to Dynamo, which runs this before it looks at that."""
+    torch.compiler.allow_in_graph(_differentiated_once)
+    return True
+
+
 def _differentiated_once(op: str, x: Tensor, kernel: bool) -> Tensor:
     """``x`` apart from what torch.func differentiates, whose gradient Dynamo would make 0.
 
@@ -147,7 +154,7 @@ def traced_input(op: str, x: Tensor, *, kernel: bool) -> Tensor:
             f"{op}: torch.export with strict=True drops the gradient of this op; pass strict=False, export under"
             ' torch.no_grad(), or pass impl="torch"'
         )
-    if names:
+    if names and _allow_in_graph():
         return _differentiated_once(op, x, kernel)
     return torch.ops.ppo_kernels_traced.first_order_only(op, x)
 

@@ -42,8 +42,9 @@ def serve_cuda_from_host() -> None:
     path = host_cuda.build()
     _native.open_cuda_library(path)
     ops = getattr(torch.ops, host_cuda.NAMESPACE)
-    for schema in SCHEMAS.values():
+    for name, schema in SCHEMAS.items():
         guard(_host_cuda, schema)
+        torch.library.register_fake(f"{host_cuda.NAMESPACE}::{name}", backends.op(name).fake, lib=_host_cuda)
     _serve("cuda", lambda op: _float32_only("cuda", getattr(ops, op.name).default))
 
 
@@ -62,7 +63,10 @@ def serve_from_gpu(impl: str) -> None:
 def _serve(impl: str, kernel_of) -> None:
     """Let ``impl`` serve CPU tensors by the callable that ``kernel_of`` makes of each op."""
     for op in map(backends.op, SCHEMAS):
-        op.kernels[impl] = kernel_of(op)
+        kernel = op.kernels[impl] = kernel_of(op)
+        if impl in op.traced or "cpu" in op.traced:
+            name = f"{op.name}_of_{impl}"
+            op.traced[impl] = backends.register_traced(name, SCHEMAS[op.name], op.floats, op.fake, kernel)
         if impl not in op.available["cpu"]:
             op.available["cpu"] += (impl,)
 

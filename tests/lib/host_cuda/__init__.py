@@ -56,6 +56,8 @@ def build() -> Path:
     flags = ["-std=c++20", "-O1", "-g", "-fPIC", "-fvisibility=hidden", "-DTORCH_TARGET_VERSION=0x020b000000000000"]
     flags += [*(f"-I{folder}" for folder in INCLUDES), "-isystem", str(torch_root / "include")]
     flags += ["-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", *extra]
+    if extra:
+        flags += ["-Wno-maybe-uninitialized"]  # of which gcc warns wrongly in instrumented code
     BUILT.mkdir(parents=True, exist_ok=True)
 
     def compiled(source: Path) -> Path:
