@@ -216,6 +216,7 @@ class _TransformedLoss(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
+    @not_a_graph
     def forward(op, impl, x, *arguments):
         return op.kernel(impl)(x, *arguments, True)
 

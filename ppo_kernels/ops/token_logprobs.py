@@ -159,6 +159,7 @@ class _TransformedLogprobs(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
+    @not_a_graph
     def forward(impl, logits, labels, mask, temperature_rows, temperature, ignore_index, entropy):
         logprobs, h, row_max, log_sum = _TOKEN_LOGPROBS.kernel(impl)(
             logits, labels, mask, temperature_rows, temperature, ignore_index, entropy is not False
