@@ -85,13 +85,9 @@ FEW = one_of_each_kind()
     ("impl", "name"),
     [
         *(("cpu", name) for name in NAMES),
-        *((impl, name) for impl in ("triton", "torch") for name in FEW),
-        *(
-            pytest.param(impl, name, marks=pytest.mark.rest)
-            for impl in ("triton", "torch")
-            for name in NAMES
-            if name not in FEW
-        ),
+        *(("triton", name) for name in FEW),
+        *(pytest.param("triton", name, marks=pytest.mark.rest) for name in NAMES if name not in FEW),
+        *(pytest.param("torch", name, marks=pytest.mark.rest) for name in NAMES),
     ],
 )
 def test_compiles_into_one_graph_and_equals_eager(require_impl, name, impl):
