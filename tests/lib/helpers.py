@@ -157,7 +157,7 @@ def in_fresh_process(target, *args, start=fresh_processes) -> None:
     """Run ``target(*args)`` in a process of its own: a wild read then fails the test and not the session."""
     process = start().Process(target=_serve_and_run, args=(target, args))
     process.start()
-    process.join(120)
+    process.join(200)
     assert process.exitcode == 0, f"{target.__name__}: exit code {process.exitcode}"
 
 
