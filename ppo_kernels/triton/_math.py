@@ -81,7 +81,7 @@ def kl_term(logp, ref, log_clamp, value_clamp, ESTIMATOR: tl.constexpr):
     x = clamp(raw, log_clamp)
     if ESTIMATOR == 0:
         k = -x
-        slope = x * 0.0 + 1.0
+        slope = tl.full(x.shape, 1.0, x.dtype)
     elif ESTIMATOR == 1:
         k = tl.abs(x)
         slope = tl.where(x > 0.0, -1.0, tl.where(x < 0.0, 1.0, 0.0)).to(x.dtype)
