@@ -77,7 +77,9 @@ def test_gradient_of_the_penalty(impl, estimator, log_clamp, clamp):
 
 def paired(op, variant):
     def call(first, old, ref, score, **options):
-        logp, old, ref, score = (torch.cat([x, torch.zeros_like(x)]).mT.reshape(-1, 1) for x in (first, old, ref, score))
+        logp, old, ref, score = (
+            torch.cat([x, torch.zeros_like(x)]).mT.reshape(-1, 1) for x in (first, old, ref, score)
+        )
         return op(logp, old, ref, score[:, 0], variant=variant, **options)
 
     return call
