@@ -62,7 +62,7 @@ def main(arguments: Sequence[str]) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT) and error.filename is None:
             raise
         print(f"error: {error.strerror}: {error.filename or 'output_dir'}; what is committed is safe", file=sys.stderr)
         return 1

@@ -110,6 +110,19 @@ def test_a_cache_that_others_may_write_to_is_refused(tmp_path, monkeypatch):
     assert cache.make_cache_folder().stat().st_mode & 0o777 == 0o700
 
 
+def test_folders_inside_the_cache_are_closed_too(tmp_path, monkeypatch):
+    """Compiled code lies there with the modes of the umask."""
+    monkeypatch.setenv("PPO_KERNELS_CACHE", str(tmp_path))
+    tmp_path.chmod(0o755)
+    (tmp_path / "made").mkdir(mode=0o755)
+    inner = cache.make_cache_folder("made/by us")
+    assert inner == tmp_path / "made" / "by us"
+    assert [path.stat().st_mode & 0o777 for path in (inner, inner.parent, tmp_path)] == [0o700, 0o700, 0o755]
+    inner.chmod(0o770)
+    with pytest.raises(UserError, match="others may write to the cache .*by us"):
+        cache.make_cache_folder("made/by us")
+
+
 def test_a_cache_that_cannot_be_written_is_named(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("PPO_KERNELS_CACHE", str(tmp_path / "file" / "cache"))
