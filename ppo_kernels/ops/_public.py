@@ -18,7 +18,7 @@ from ppo_kernels._registered import forward_mode_message
 Function = TypeVar("Function", bound=Callable)
 
 
-def public(function: Function) -> Function:
+def public(function: Function, op: str = "") -> Function:
     """A public function, which reads a DTensor that every rank holds whole as this rank's tensor.
 
     It returns plain tensors; the gradient of such a DTensor is one too, with the same placements.
@@ -27,11 +27,17 @@ def public(function: Function) -> Function:
     @functools.wraps(function)
     def call(*arguments: Any, **options: Any) -> Any:
         if forward_ad._current_level >= 0:
-            refuse_tangents(function.__name__, *arguments, *options.values())
-        for x in (*arguments, *options.values()):
+            refuse_tangents(op or function.__name__, *arguments, *options.values())
+        for x in arguments:
             if type(x) is not Tensor and isinstance(x, Tensor) and _is_replica(x):
-                return function(*map(_local, arguments), **{name: _local(x) for name, x in options.items()})
+                return on_this_rank(arguments, options)
+        for x in options.values():
+            if type(x) is not Tensor and isinstance(x, Tensor) and _is_replica(x):
+                return on_this_rank(arguments, options)
         return function(*arguments, **options)
+
+    def on_this_rank(arguments: Iterable, options: dict[str, Any]) -> Any:
+        return function(*map(_local, arguments), **{name: _local(x) for name, x in options.items()})
 
     return cast(Function, call)
 
