@@ -100,7 +100,7 @@ def _steady_output() -> Iterator[None]:
     for stream in before:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
-    sys.stdout, sys.stderr = (_Steady(stream) for stream in before)
+    sys.stdout, sys.stderr = (_Steady(stream or open(os.devnull, "w")) for stream in before)  # noqa: SIM115  # closed
     try:
         yield
     finally:

@@ -31,6 +31,16 @@ def test_a_terminal_may_lack_signs(monkeypatch):
     assert terminal.buffer.getvalue() == b"0.1 \\xb1 0.2 \\u2500\n"
 
 
+def test_there_may_be_no_terminal_at_all(monkeypatch):
+    """Python has no streams where they are closed."""
+    for name in ("stdout", "stderr"):
+        monkeypatch.setattr(sys, name, None)
+    with commands._steady_output():
+        print("nowhere")
+        sys.stderr.write("nowhere either")
+    assert sys.stdout is None
+
+
 SHOUT = """
 import sys
 from python_trainer.__main__ import _steady_output
