@@ -170,7 +170,9 @@ def last_step_kept(save_last: Callable[[], int | None]) -> Iterator[None]:
     except (UserError, OSError) as error:
         if distributed.world_size() > 1 and not getattr(error, "everywhere", False):
             raise  # of one rank, for all that is known: the others would not come to the save, which takes all of them
-        text = str(error) if isinstance(error, UserError) else f"{error.filename or 'a file'}: {error.strerror}"
+        text = str(error)
+        if isinstance(error, OSError):
+            text = f"{error.filename or 'a file'}: {error.strerror or error}"
         try:
             step = save_last()
         except UserError as again:
