@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
 from ppo_kernels._types import KL_ESTIMATORS, PolicyStats
 from ppo_kernels.backends import register
 from ppo_kernels.ops import _fakes
-from ppo_kernels.ops._autograd import first_order_only, fused_loss
+from ppo_kernels.ops._autograd import first_order_only, fused_loss, has_tangent
 from ppo_kernels.ops._inputs import (
     Tokens,
     bound,
@@ -32,7 +34,7 @@ _POLICY_LOSS = register(
 )
 
 
-@public
+@partial(public, differentiable=True)
 def policy_loss(
     logprobs: Tensor,
     old_logprobs: Tensor,
@@ -144,7 +146,7 @@ def policy_loss(
         ref_logprobs = tokens.constant(ref_logprobs)
 
     impl = _POLICY_LOSS.choose(impl, logprobs.device.type, tokens.dtype)
-    if impl == "torch":
+    if impl == "torch" or has_tangent(logprobs):
         return _POLICY_LOSS.reference(
             first_order_only(op, logprobs), old_logprobs, advantages, mask,
             cliprange=(low, high), dual_clip=dual_bound, log_ratio_clamp=log_bound, weights=weights,

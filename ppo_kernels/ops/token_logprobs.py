@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ppo_kernels._types import compute_dtype, element
 from ppo_kernels.backends import register
-from ppo_kernels.ops._autograd import first_order_only, once, recorded, traced_input, transformed
+from ppo_kernels.ops._autograd import first_order_only, has_tangent, once, recorded, traced_input, transformed
 from ppo_kernels.ops._fakes import like_first
 from ppo_kernels.ops._inputs import (
     check_device,
@@ -265,7 +265,7 @@ def token_logprobs(
     return _every_call(logits, labels, temperature, mask, ignore_index, entropy, inplace_backward, impl, validate)
 
 
-@partial(public, op="token_logprobs")
+@partial(public, op="token_logprobs", differentiable=True)
 def _every_call(logits, labels, temperature, mask, ignore_index, entropy, inplace_backward, impl, validate):
     op = "token_logprobs"
     if not (entropy is False or entropy is True or (isinstance(entropy, str) and entropy == "detached")):
@@ -295,7 +295,7 @@ def _every_call(logits, labels, temperature, mask, ignore_index, entropy, inplac
     logits = unit_last_stride(logits)
 
     impl = _TOKEN_LOGPROBS.choose(impl, logits.device.type, logits.dtype)
-    if impl == "torch":
+    if impl == "torch" or has_tangent(logits):
         return _TOKEN_LOGPROBS.reference(
             first_order_only(op, logits),
             labels,
@@ -374,7 +374,7 @@ def _validate(logits: Tensor, labels: Tensor, mask: Tensor | None, rows: Tensor 
         raise ValueError(f"token_logprobs: every temperature must be > 0, the least is {float(rows.min())}")
 
 
-@public
+@partial(public, differentiable=True)
 def selective_log_softmax(
     logits: Tensor, index: Tensor, temperature: float | Tensor = 1.0, row_mask: Tensor | None = None
 ) -> Tensor:
@@ -388,7 +388,7 @@ def selective_log_softmax(
     return token_logprobs(logits, index, temperature=temperature, mask=row_mask)
 
 
-@public
+@partial(public, differentiable=True)
 def selective_log_softmax_and_entropy(
     logits: Tensor, index: Tensor, temperature: float | Tensor = 1.0, row_mask: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
 from ppo_kernels._types import ValueStats
 from ppo_kernels.backends import register
 from ppo_kernels.ops import _fakes
-from ppo_kernels.ops._autograd import first_order_only, fused_loss
+from ppo_kernels.ops._autograd import first_order_only, fused_loss, has_tangent
 from ppo_kernels.ops._inputs import Tokens, bound
 from ppo_kernels.ops._public import public
 from ppo_kernels.reference import value_loss as reference
@@ -25,7 +27,7 @@ _VALUE_LOSS = register(
 )
 
 
-@public
+@partial(public, differentiable=True)
 def value_loss(
     values: Tensor,
     old_values: Tensor,
@@ -87,7 +89,7 @@ def value_loss(
     old_values, returns = tokens.constant(old_values), tokens.constant(returns)
 
     impl = _VALUE_LOSS.choose(impl, values.device.type, tokens.dtype)
-    if impl == "torch":
+    if impl == "torch" or has_tangent(values):
         return _VALUE_LOSS.reference(
             first_order_only(op, values),
             old_values,
