@@ -147,6 +147,15 @@ def test_an_order_that_is_no_permutation_writes_every_output(impl):
             assert got.isfinite().all()
 
 
+def test_a_bound_of_the_weights_that_has_no_logarithm_is_no_other_error(impl):
+    for args in samples()["p3o_loss"][:1]:
+        names = [argument.split()[-1] for argument in arguments(SCHEMAS["p3o_loss"])]
+        given = dict(zip(names, args, strict=True))
+        for bound in (0.0, -1.0, float("-inf"), float("nan")):
+            loss, *_ = kernel("p3o_loss", impl)(*(given | {"weight_clip": bound}).values())
+            assert loss.shape == ()
+
+
 LOGITS, LABELS = torch.randn(2, 5), torch.tensor([0, 1])
 
 
