@@ -146,6 +146,45 @@ inline void check_no_overlap(const char* name, const Tensor& x) {
   }
 }
 
+// No other tensor of a call shares memory with the one that is overwritten: it would be read while it changes. Tensors
+// that lie between each other's elements are refused too.
+class ApartFrom {
+ public:
+  template <class... Others>
+  ApartFrom(const char* name, const Tensor& overwritten, const Others&... others) : name_(name) {
+    std::tie(begin_, end_) = memory_of(overwritten);
+    (check(others), ...);
+  }
+
+ private:
+  static std::pair<uintptr_t, uintptr_t> memory_of(const Tensor& x) {
+    const auto begin = reinterpret_cast<uintptr_t>(x.data_ptr());
+    if (x.numel() == 0) return {begin, begin};
+    const Sizes sizes = x.sizes(), strides = x.strides();
+    int64_t reach = 1;
+    for (size_t d = 0; d < sizes.size(); ++d) reach += (sizes[d] - 1) * strides[d];
+    return {begin, begin + static_cast<uintptr_t>(reach) * x.element_size()};
+  }
+  void check(const Tensor& x) {
+    ++position_;
+    const auto [begin, end] = memory_of(x);
+    PPO_CHECK(begin == end || begin_ == end_ || end <= begin_ || end_ <= begin, "argument ", position_,
+              " shares memory with ", name_, ", which is overwritten; pass a copy (.clone()) of it");
+  }
+  void check(const OptTensor& x) {
+    if (x.has_value()) return check(*x);
+    ++position_;
+  }
+  template <class Number>
+  void check(const Number&) {
+    ++position_;
+  }
+
+  const char* name_;
+  int position_ = 1;
+  uintptr_t begin_, end_;
+};
+
 // Every tensor of a call is on the device of the first: a pointer into the memory of another would be a wild one.
 class SameDevice {
  public:

@@ -18,7 +18,8 @@ constexpr const char* kSchemas = R"(
 
 // logits [..., V]; labels and logprobs [...] or, with several labels per row, [..., K]; mask, temperature_rows (float64)
 // and every other output [...]; entropy is empty unless asked for. A temperature is taken for the nearest one
-// at which the gradient's factors are numbers of the dtype that is computed in; what is not above 0 makes NaN. log_sum
+// at which the gradient's factors are numbers of the dtype that is computed in; what is not above 0 makes NaN. Logits
+// that are overwritten overlap neither themselves nor another argument. log_sum
 // is -1 for a row that was not read, row_max is NaN for a row without a distribution.
 token_logprobs(Tensor logits, Tensor labels, Tensor? mask, Tensor? temperature_rows, float temperature,
     int ignore_index, bool entropy) -> (Tensor logprobs, Tensor entropy, Tensor row_max, Tensor log_sum)
@@ -62,7 +63,8 @@ p3o_loss(Tensor logprobs, Tensor old_logprobs, Tensor ref_logprobs, Tensor score
     -> (Tensor loss, Tensor stats, Tensor grad, Tensor inv_normalizer)
 
 // scores [B]. Groups are runs of equal numbers in sorted_ids [B], element i of which is scores[order[i]]; without
-// them, every group_size neighbours. A score that no place of order names has the advantage 0. mode: 0 rloo, 1 grpo, 2 dr_grpo.
+// them, every group_size neighbours. A score that no place of order names has the advantage 0, one that several name
+// that of any of them. mode: 0 rloo, 1 grpo, 2 dr_grpo.
 group_advantages(Tensor scores, Tensor? sorted_ids, Tensor? order, int group_size, int mode, float eps)
     -> Tensor
 )";

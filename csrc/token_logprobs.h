@@ -31,6 +31,7 @@ struct TokenLogprobsBackward<void(const Tensor&, const Tensor&, Rest...), kInto,
   static void in_place(const Tensor& logits, Rest... rest) {
     PPO_COUNT("token_logprobs_backward_");
     check_no_overlap("logits", logits);
+    ApartFrom("logits", logits, rest...);
     kInto(logits, logits, rest...);
   }
 };

@@ -137,20 +137,28 @@ def open_cuda_library(path: Path) -> ctypes.CDLL:
 
 
 def _check_whole(path: Path) -> None:
-    """A library without its end (after a full disk, or a copy that broke off) would kill the process with SIGBUS."""
+    """A library without its end, or with zeros there, would kill the process with SIGBUS or SIGSEGV.
+
+    That is what a full disk, a copy that broke off and a lost current leave. The linker writes the sections' headers
+    last.
+    """
     with path.open("rb") as file:
         header = file.read(64)
         if header[:5] != b"\x7fELF\2" or len(header) < 64:  # the loader itself refuses what is no library
             return
         segments, sections = struct.unpack_from("=QQ", header, 32)
-        segment_size, segment_count, section_size, section_count = struct.unpack_from("=4H", header, 54)
+        segment_size, segment_count, section_size, section_count, names = struct.unpack_from("=5H", header, 54)
         ends = [segments + segment_size * segment_count, sections + section_size * section_count]
         file.seek(segments)
         table = file.read(segment_size * segment_count)
+        file.seek(sections + section_size * names)
+        kind_of_names = file.read(8)[4:]
     ends += [sum(struct.unpack_from("=8xQ16xQ", table, at)) for at in range(0, len(table) - 55, 56)]
     size = path.stat().st_size
     if size < max(ends):
         raise OSError(f"it is cut short, {size} of {max(ends)} bytes; build it again: {REBUILD}")
+    if section_count and kind_of_names != b"\3\0\0\0":  # a table of names
+        raise OSError(f"its end is damaged; build it again: {REBUILD}")
 
 
 def _cannot_load(path: Path, error: Exception) -> str:

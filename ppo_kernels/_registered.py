@@ -108,6 +108,37 @@ def overlaps_itself(x: Tensor) -> bool:
     return False
 
 
+def require_overwritable(names: Sequence[str], args: Sequence[object]) -> None:
+    """The first argument neither overlaps itself nor shares memory with another, which would be read as it changes.
+
+    Tensors that lie between each other's elements are taken for such that share memory.
+    """
+    first = args[0]
+    assert isinstance(first, Tensor)
+    require(
+        not overlaps_itself(first),
+        f"{names[0]} is overwritten and must not overlap itself, got the shape {list(first.shape)} with strides"
+        f" {list(first.stride())}; pass {names[0]}.contiguous()",
+    )
+    begin, end = _memory_of(first)
+    for name, x in zip(names[1:], args[1:], strict=False):
+        if not isinstance(x, Tensor) or x.numel() == 0:
+            continue
+        at, after = _memory_of(x)
+        require(
+            after <= begin or end <= at,
+            f"{name} shares memory with {names[0]}, which is overwritten; pass a copy, {name}.clone()",
+        )
+
+
+def _memory_of(x: Tensor) -> tuple[int, int]:
+    """The addresses of its first byte and of that after its last."""
+    if x.numel() == 0:
+        return x.data_ptr(), x.data_ptr()
+    reach = 1 + sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))
+    return x.data_ptr(), x.data_ptr() + reach * x.element_size()
+
+
 def _guard_overwritten(library: torch.library.Library, schema: str) -> None:
     """Do for an op that overwrites its first argument what torch's own in-place ops do: nothing that autograd tracks
     is overwritten, and its version tells whoever has saved it."""

@@ -150,4 +150,4 @@ def without_home(text: str) -> str:
 if __name__ == "__main__":
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="backslashreplace")  # a terminal may know ASCII alone
-    sys.stdout.write(without_home(report()) + "\n")
+    print(without_home(report()))  # to nowhere where standard output is closed

@@ -62,7 +62,7 @@ def main(arguments: Sequence[str]) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT) and error.filename is None:
             raise
         print(f"error: {error.strerror}: {error.filename or 'output_dir'}; what is committed is safe", file=sys.stderr)
         return 1
@@ -100,7 +100,7 @@ def _steady_output() -> Iterator[None]:
     for stream in before:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
-    sys.stdout, sys.stderr = (_Steady(stream) for stream in before)
+    sys.stdout, sys.stderr = (_Steady(stream or open(os.devnull, "w")) for stream in before)  # noqa: SIM115  # closed
     try:
         yield
     finally:

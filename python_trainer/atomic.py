@@ -67,13 +67,18 @@ def verify(folder: Path) -> list[str]:
         listed = _listed(folder)
     except ValueError as error:
         raise UserError(f"{folder / MANIFEST} is damaged: {error}") from error
+    except OSError as error:
+        raise UserError(f"{folder / MANIFEST} cannot be read: {error.strerror}") from error
     for name, (expected, _) in listed.items():
         path = folder / name
         size = path.stat().st_size if files.is_plain(path) and _is_inside(folder, name) else None
         if size != expected:
             found = "is missing" if size is None else f"has {size} bytes"
             raise UserError(f"{folder} refused: {path} {found}, expected {expected} bytes")
-    found_now = _checksums(folder, {name: size for name, (size, _) in listed.items()})
+    try:
+        found_now = _checksums(folder, {name: size for name, (size, _) in listed.items()})
+    except OSError as error:
+        raise UserError(f"{folder} refused: {error.filename or 'a file'}: {error.strerror}") from error
     for name, (_, sha256) in listed.items():
         if found_now[name] != sha256:
             raise UserError(f"{folder} refused: the content of {folder / name} has changed since it was written")

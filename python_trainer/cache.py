@@ -18,9 +18,18 @@ def cache_folder() -> Path:
         raise UserError(f"there is no home folder for a cache: set {VARIABLE} to a folder of your own") from error
 
 
-def make_cache_folder() -> Path:
-    """The same, made, and closed to others."""
+def make_cache_folder(inner: str = "") -> Path:
+    """The same, or a folder inside it: made, and closed to others at every level."""
     folder = cache_folder()
+    _make_private(folder)
+    for part in Path(inner).parts:
+        folder = folder / part
+        _make_private(folder)
+        folder.chmod(0o700)  # what is compiled into it has the modes of the umask
+    return folder
+
+
+def _make_private(folder: Path) -> None:
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         facts = folder.stat()
@@ -38,4 +47,3 @@ def make_cache_folder() -> Path:
         )
     if not os.access(folder, os.W_OK | os.X_OK):
         raise UserError(f"the cache {folder} cannot be written: set {VARIABLE} to another folder")
-    return folder

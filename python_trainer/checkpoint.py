@@ -82,7 +82,7 @@ def save(
     target = distributed.gather_objects(mine)[0]
     shards = {name: zero_state.slices(model) for name, model in trained.items()} | {"ema": list(average)}
     for name, slices in shards.items():
-        _refuse_non_finite(f"the {name}'s weights are not finite: nothing is saved in {target}", slices)
+        _refuse_non_finite(f"the {name}'s weights or moments are not finite: nothing is saved in {target}", slices)
     _make_room(folder, target.parent, shards, config.save_total_limit)
     with atomic.atomic_dir(target) as place:
         for name, slices in shards.items():
@@ -131,7 +131,9 @@ def load(
     zero_state.read(folder, names, "ema", average)
     loaded = {name: zero_state.slices(model) for name, model in trained.items()} | {"ema": list(average)}
     for name, slices in loaded.items():
-        _refuse_non_finite(f"{folder} holds weights of the {name} that are not finite: resume from one before", slices)
+        _refuse_non_finite(
+            f"{folder} holds weights or moments of the {name} that are not finite: resume from one before", slices
+        )
     return content["step"], remembered
 
 
@@ -168,7 +170,9 @@ def last_step_kept(save_last: Callable[[], int | None]) -> Iterator[None]:
     except (UserError, OSError) as error:
         if distributed.world_size() > 1 and not getattr(error, "everywhere", False):
             raise  # of one rank, for all that is known: the others would not come to the save, which takes all of them
-        text = str(error) if isinstance(error, UserError) else f"{error.filename or 'a file'}: {error.strerror}"
+        text = str(error)
+        if isinstance(error, OSError):
+            text = f"{error.filename or 'a file'}: {error.strerror or error}"
         try:
             step = save_last()
         except UserError as again:
@@ -218,8 +222,9 @@ def _raise_on_all_ranks(folder: Path) -> Iterator[None]:
 
 
 def _refuse_non_finite(text: str, slices: Sequence[zero_state.Slice]) -> None:
-    moments = tuple(f"{kind}/" for kind in zero_state.MOMENTS)
-    if not all_finite(part.values for part in slices if not part.name.startswith((*moments, "buffer/"))):
+    """Weights, averages and the optimizer's moments, with which the next update would spoil them; buffers may hold
+    infinities."""
+    if not all_finite(part.values for part in slices if not part.name.startswith("buffer/")):
         raise UserError(text)
 
 

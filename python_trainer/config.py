@@ -13,6 +13,8 @@ import torch
 from transformers import CONFIG_MAPPING
 from transformers.hf_argparser import HfArg
 
+from . import files
+
 CONFIGS = Path(__file__).parent / "configs"
 REPORTS = ("tensorboard", "wandb")
 RENAMED = {"cliprange_ratio": "weight_clip"}  # settings, by the names that earlier versions wrote down
@@ -23,6 +25,8 @@ ADDED: dict[str, Any] = {
     "mask_zero_variance_groups": False,
 }  # settings that they did not know, as they were
 
+
+PATHS = ("output_dir", "deepspeed", "resume_from_checkpoint")  # and what ends in _path
 
 Test = Callable[[float], bool]
 RANGES: dict[str, tuple[Test, str]] = {}
@@ -146,6 +150,9 @@ class RunConfig:
                 raise SettingError(f"{name} holds a character that no text and no file's name has: {value[:60]!a}")
             if isinstance(value, int) and abs(value) >= 1 << 53:
                 raise SettingError(f"{name} must be below 2**53, not a number of {len(str(abs(value)))} digits")
+            is_path = isinstance(value, str) and (name in PATHS or name.endswith("_path"))
+            if is_path and (why := files.unreachable(value)):
+                raise SettingError(f"{name} leads nowhere: {why}: {value[:60]!r}")
         for name, (test, allowed) in RANGES.items():
             value = getattr(self, name, None)
             if value is not None and not test(value):
@@ -370,11 +377,11 @@ def report_packages(report_to: str) -> list[str]:
 
 def resolve(path: str) -> Path:
     """A file as given, or else the one of that name shipped in configs/."""
-    for candidate in (Path(path), CONFIGS / path):
-        if candidate.is_file():
-            return candidate
+    for candidate in (path, str(CONFIGS / path)):
+        if os.path.isfile(candidate):
+            return Path(candidate)
     shipped = ", ".join(sorted(p.name for p in CONFIGS.iterdir()))
-    raise UserError(f"no such file: {path} (shipped configurations: {shipped})")
+    raise UserError(f"no such file: {path[:200]} (shipped configurations: {shipped})")
 
 
 def _is_text(value: str) -> bool:

@@ -369,9 +369,8 @@ def _compile_cpu_communication() -> None:
     given = os.environ.get("TORCH_EXTENSIONS_DIR")
     if given is not None and given != str(cache_folder() / inner):
         return  # somebody else's to manage
-    folder = make_cache_folder() / inner
+    folder = make_cache_folder(str(inner))
     os.environ["TORCH_EXTENSIONS_DIR"] = str(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     with files.locked(folder / ".building", wait=True):
         for guard in folder.glob("*/lock"):
             if files.is_folder(guard.parent):

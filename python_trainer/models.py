@@ -312,7 +312,7 @@ def save_model(
     module: Any = model.module if isinstance(model, Trainable) else model
     if not all_finite(weights_here(module)):
         raise UserError(f"weights are not finite, and no model is saved in {folder.parent.parent}")
-    with gathered_params(module.parameters()):
+    with gathered_params(module.parameters()), distributed.raise_on_all_ranks(UserError):
         if distributed.is_main():
             body = module.model if isinstance(module, ScalarModel) else module
             if form == "adapter" and has_adapters(body):

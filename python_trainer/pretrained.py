@@ -7,6 +7,7 @@ random weights; peft does so too. Here all of that ends the command.
 import contextlib
 import copy
 import json
+import os
 import re
 import warnings
 from collections.abc import Iterable
@@ -17,10 +18,13 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.configuration_utils import PretrainedConfig
 from transformers.utils.peft_utils import find_adapter_config_file
 
+from . import files
 from .atomic import MANIFEST, refuse_unlisted
 from .config import OptimizerConfig, RunConfig, UserError
+from .deepspeed_engine import is_finite
 
 READ_BY_TRANSFORMERS = re.compile(
     r".*\.(json|safetensors|bin|jinja|model)|(vocab|merges)\.txt|additional_chat_templates"
@@ -80,7 +84,7 @@ def load_model(kind: Any, path: str | Path, config: RunConfig, *, continue_rank:
 
 def undamaged(path: Path) -> Path:
     """The same path, once its files are those of the manifest that our commands write beside a model."""
-    if (path / MANIFEST).is_file():
+    if os.path.isfile(path / MANIFEST):
         refuse_unlisted(path, lambda name: READ_BY_TRANSFORMERS.fullmatch(name) is not None)
     return path
 
@@ -145,8 +149,10 @@ def save_whole(body: Any, merged: dict[str, torch.Tensor], folder: Path) -> None
     def as_it_was(name: str, weight: torch.Tensor) -> torch.Tensor:
         if not weight.is_floating_point():
             return weight
-        key = (weight.data_ptr(), weight.shape, weight.stride())
-        return cast.setdefault(key, weight.to(origin.dtypes.get(name, origin.dtype)))
+        dtype = origin.dtypes.get(name, origin.dtype)
+        if not is_finite(saved := weight.to(dtype)):
+            raise UserError(f"{name} has grown beyond {dtype}, as which it is saved: set torch_dtype to bfloat16")
+        return cast.setdefault((weight.data_ptr(), weight.shape, weight.stride()), saved)
 
     weights = {name: as_it_was(name, weight) for name, weight in merged.items()}
     shell.save_pretrained(folder, state_dict=weights)
@@ -177,6 +183,7 @@ def _whole(kind: Any, path: str | Path, config: RunConfig, *, headless: bool = F
     if config.attn_implementation is not None:
         more["attn_implementation"] = config.attn_implementation
     with _readable(path):
+        _refuse_foreign_kernels(path, PretrainedConfig.get_config_dict(str(path))[0])
         model, report = kind.from_pretrained(
             str(path),
             trust_remote_code=False,
@@ -194,6 +201,18 @@ def _whole(kind: Any, path: str | Path, config: RunConfig, *, headless: bool = F
     if model.can_generate():
         model.origin.generation_config = _generation_config(model, path)
     return model.float()
+
+
+def _refuse_foreign_kernels(path: str | Path, settings: Any) -> None:
+    """Of `owner/name` transformers fetches the compiled code from the Hub, and runs it."""
+    for key, value in settings.items() if isinstance(settings, dict) else ():
+        _refuse_foreign_kernels(path, value)
+        names = list(value.values()) if isinstance(value, dict) else [value]
+        code = [name for name in names if isinstance(name, str) and "/" in name]
+        if key.endswith("_implementation") and code:
+            raise UserError(
+                f"{path}: its config.json has {key} {code[0][:60]!r}, which is code from elsewhere: take it out there"
+            )
 
 
 def _refuse_other_weights(model: Any, report: dict[str, Any], path: object, optional: tuple[str, ...]) -> None:
@@ -248,8 +267,10 @@ def refuse_unfit(model: PreTrainedModel, source: object) -> None:
     mask = (torch.arange(6) >= 2).long().expand(2, 6)
     positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
     model.eval()
-    one, changed = model(input_ids=padded, attention_mask=mask, position_ids=positions, use_cache=False).logits[:, 2:]
-    bare = model(input_ids=ids[None], use_cache=False).logits[0]
+    with _readable(source):  # settings that loading does not look at may end its first pass
+        both = model(input_ids=padded, attention_mask=mask, position_ids=positions, use_cache=False).logits
+        bare = model(input_ids=ids[None], use_cache=False).logits[0]
+    one, changed = both[:, 2:]
     bound = UNSEEN * bare.abs().max()
     if (one - changed)[:-1].abs().max() > bound:
         raise UserError(
@@ -364,8 +385,12 @@ def _silent() -> Any:
 
 @contextlib.contextmanager
 def _readable(path: object) -> Any:
-    """What transformers and peft raise about a model that they cannot load, in one line."""
+    """What transformers and peft raise about a model that they cannot load, in one line; they would wait at a pipe."""
     try:
+        folder = Path(str(path))
+        for file in folder.iterdir() if os.path.isdir(folder) else [folder]:
+            if READ_BY_TRANSFORMERS.fullmatch(file.name) and files.would_wait(file):
+                raise UserError(f"{file} is {files.kind(file)}, and a model is read from files")
         yield
     except UserError:
         raise

@@ -151,6 +151,14 @@ def reads_ids_of(other: PreTrainedTokenizerBase, policy: PreTrainedTokenizerBase
     return prompt_ids(probes, other) == prompt_ids(probes, policy)
 
 
+def is_text(value: str) -> bool:
+    """Whether it is Unicode: JSON can hold halves of characters."""
+    try:
+        return value.isascii() or bool(value.encode())
+    except UnicodeEncodeError:
+        return False
+
+
 def vocabulary_of(tokenizer: PreTrainedTokenizerBase) -> int:
     """How many ids there are, counted to the last that means something."""
     return max(tokenizer.get_vocab().values()) + 1
@@ -160,6 +168,8 @@ def _ids(texts: Sequence[str], chat: Sequence[bool], tokenizer: PreTrainedTokeni
     """A rendered chat holds all its special tokens; a plain text gets the start that the tokenizer puts there."""
     if not texts:
         return []
+    if broken := next((text for text in texts if not is_text(text)), None):
+        raise UserError(f"there is half a character, which no text has: {broken[:60]!a}")
     start = tokenizer.bos_token
     if start and tokenizer("")["input_ids"][:1] == [tokenizer.bos_token_id]:
         # It may be typed there: some tokenizers read what follows a typed one in another way.

@@ -147,6 +147,15 @@ def test_an_order_that_is_no_permutation_writes_every_output(impl):
             assert got.isfinite().all()
 
 
+def test_a_bound_of_the_weights_that_has_no_logarithm_is_no_other_error(impl):
+    for args in samples()["p3o_loss"][:1]:
+        names = [argument.split()[-1] for argument in arguments(SCHEMAS["p3o_loss"])]
+        given = dict(zip(names, args, strict=True))
+        for bound in (0.0, -1.0, float("-inf"), float("nan")):
+            loss, *_ = kernel("p3o_loss", impl)(*(given | {"weight_clip": bound}).values())
+            assert loss.shape == ()
+
+
 LOGITS, LABELS = torch.randn(2, 5), torch.tensor([0, 1])
 
 
@@ -163,6 +172,38 @@ def test_what_overlaps_itself_is_not_overwritten(impl):
             overwrite(impl, view)
         assert torch.equal(view, before)
     overwrite(impl, torch.randn(1, 5).expand(2, 5)[:0].new_empty(2, 5))
+
+
+def _within(memory, x, at):
+    """The values of ``x`` as a view of that memory, from byte ``at`` on."""
+    part = memory[at : at + x.numel() * x.element_size()]
+    return part.view(x.dtype).view(x.shape).copy_(x)
+
+
+def test_what_shares_memory_with_another_argument_is_not_overwritten(impl):
+    """It would be read while it changes; what begins where the other ends is apart."""
+    found = [(op, args) for op, args in calls() if "!" in SCHEMAS[op]]
+    assert found
+    for op, args in found:
+        (first, x), *rest = args.items()
+        size = x.numel() * x.element_size()
+        for name, other in rest:
+            if not torch.is_tensor(other) or other.numel() == 0:
+                continue
+            memory = torch.zeros(4096, dtype=torch.uint8)
+            near = {first: _within(memory, x, 2048), name: _within(memory, other, 2048 + -(-size // 8) * 8)}
+            alone = {first: x.clone()}
+            kernel(op, impl)(*(args | near).values())
+            kernel(op, impl)(*(args | alone).values())
+            assert bit_equal(near[first], alone[first])
+            for at in (2048, 2048 + (size - 1) // 8 * 8, 2048 - other.numel() * other.element_size() + 8):
+                shared = args | {first: _within(memory, x, 2048), name: _within(memory, other, at)}
+                before = memory.clone()
+                text = sentence(kernel(op, impl), shared)
+                place = list(args).index(name) + 1
+                ends = f"shares memory with {first}, which is overwritten; pass a copy"
+                assert text.startswith((f"{op}: {name} {ends}", f"{op}: argument {place} {ends}")), text
+                assert torch.equal(memory, before)
 
 
 def test_what_autograd_tracks_is_not_overwritten(impl):

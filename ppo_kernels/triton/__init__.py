@@ -14,7 +14,7 @@ from collections.abc import Callable
 
 import torch
 
-from ppo_kernels._registered import arguments, checked, guard, overlaps_itself, require
+from ppo_kernels._registered import arguments, checked, guard, require_overwritable
 
 #: Whether kernels run in Triton's interpreter: on CPU tensors, slowly, for tests. Read when Triton is imported.
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "y", "yes", "t", "true", "on")
@@ -29,7 +29,8 @@ _calls_lock = threading.Lock()
 
 def register(schema: str, fake: Callable, find_launcher: Callable[[], Callable]) -> torch._ops.OpOverload:
     """Register the op with this schema. Its calls ask ``find_launcher``, which imports Triton, for what launches it."""
-    name, first_name, overwrites = schema.partition("(")[0], arguments(schema)[0].split()[-1], "!" in schema
+    name, overwrites = schema.partition("(")[0], "!" in schema
+    names = [argument.split()[-1] for argument in arguments(schema)]
 
     def call(*args: object) -> object:
         with _calls_lock:
@@ -37,11 +38,7 @@ def register(schema: str, fake: Callable, find_launcher: Callable[[], Callable])
         first = args[0]
         assert isinstance(first, torch.Tensor)
         if overwrites:
-            require(
-                not overlaps_itself(first),
-                f"{first_name} is overwritten and must not overlap itself, got the shape {list(first.shape)} with"
-                f" strides {list(first.stride())}; pass {first_name}.contiguous()",
-            )
+            require_overwritable(names, args)
         if first.device.type == "cpu":
             return find_launcher()(*args)
         with torch.accelerator.device_index(first.get_device()):

@@ -171,6 +171,11 @@ def _fold(parts_ptr, normalizer_ptr, loss_ptr, stats_ptr, inverse_ptr, P, FOLD: 
     tl.store(stats_ptr + q, stats, mask=q <= PAIRS)
 
 
+def _log(x: float) -> float:
+    """As C has it, without an exception."""
+    return math.log(x) if x > 0.0 else -math.inf if x == 0.0 else math.nan
+
+
 def p3o_loss(
     logprobs: Tensor,
     old_logprobs: Tensor,
@@ -217,7 +222,7 @@ def p3o_loss(
         parts,
         gradient if grad else None,
         row_stride(mask), row_stride(gradient), rows.length, group_size,
-        kl_coef, middle - cliprange, middle + cliprange, math.log(weight_clip), log_ratio_clamp,
+        kl_coef, middle - cliprange, middle + cliprange, _log(weight_clip), log_ratio_clamp,
         JOINT=variant == 1, MEMBERS=triton.next_power_of_2(group_size), BLOCK=PAIRS_BLOCK, num_warps=PAIRS_WARPS,
     )  # fmt: skip
     launch_fold(_fold, parts, normalizer, out)

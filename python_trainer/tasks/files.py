@@ -14,10 +14,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
+from .. import files
 from ..config import RunConfig, SamplingConfig, UserError
 from ..data import Content, Example, Message, Pair, Prompt, Task
 from ..reward_functions import refuse_columns
-from ..tokens import tell
+from ..tokens import is_text, tell
 
 T = TypeVar("T")
 Row = dict[str, Any]
@@ -177,7 +178,7 @@ class Files(Task):
         if isinstance(value, str):
             if not value and not empty:
                 _refuse(place, number, f"{name} is empty: leave such rows out")
-            if not _is_text(value):
+            if not is_text(value):
                 _refuse(place, number, f"{name} holds half a character, which no text has: {value[:60]!a}")
             return value
         if not isinstance(value, list) or not all(isinstance(part, dict) for part in value):
@@ -187,7 +188,7 @@ class Files(Task):
         for message in value:
             if "role" not in message or "content" not in message:
                 _refuse(place, number, f"a message of {name} needs `role` and `content`, and has {', '.join(message)}")
-            if not _is_text(str(message["content"])):
+            if not is_text(str(message["content"])):
                 _refuse(place, number, f"a message of {name} holds half a character, which no text has")
         return [_without_none(message) for message in value]
 
@@ -223,7 +224,7 @@ def find(path: Path, kind: str) -> Path:
 
 def load(place: Path) -> tuple[list[Row], list[Row] | None]:
     """The rows to train on, and those to hold out where the data set says which they are."""
-    if place.is_file():
+    if not place.is_dir():
         return read_file(place), None
     if _is_saved(place):
         return _read_saved(place)
@@ -237,6 +238,8 @@ def load(place: Path) -> tuple[list[Row], list[Row] | None]:
 
 
 def read_file(path: Path) -> list[Row]:
+    if files.would_wait(path):
+        raise UserError(f"{path} is {files.kind(path)}: data are read from a file")
     if path.suffix == ".parquet":
         return _read_parquet(path)
     if path.suffix not in FORMATS:
@@ -377,14 +380,6 @@ def _number(place: str, number: int, value: Any) -> float:
 
 def _key(content: Content) -> str:
     return content if isinstance(content, str) else json.dumps(content, sort_keys=True, default=str)
-
-
-def _is_text(value: str) -> bool:
-    """Whether it is Unicode: JSON can hold halves of characters."""
-    try:
-        return value.isascii() or bool(value.encode())
-    except UnicodeEncodeError:
-        return False
 
 
 def _without_none(message: Message) -> Message:

@@ -1,15 +1,24 @@
 """What is wrong is said in one line, before or instead of training."""
 
+import errno
 import json
+import os
+import shutil
 
 import pytest
 import torch
 from transformers import AutoModelForSequenceClassification
 
+from python_trainer import __main__ as commands
 from python_trainer import distributed
-from python_trainer.config import RewardConfig, UserError
-from python_trainer.models import load_scalar, save_model
+from python_trainer.config import RewardConfig, UserError, resolve
+from python_trainer.data import Prompt
+from python_trainer.models import load_policy, load_scalar, load_tokenizer, save_model
+from python_trainer.ppo_config import PPOConfig
+from python_trainer.reward_functions import load as load_function
 from python_trainer.sft import reward
+from python_trainer.tasks.files import Files
+from python_trainer.tokens import encode_prompts
 from tests.lib.trainer import TINY, as_options, command
 
 
@@ -110,6 +119,73 @@ def test_run_stops_after_too_many_skipped_updates(tiny, monkeypatch):
     monkeypatch.setattr(trainer.algorithm, "policy_loss", poisoned)
     with pytest.raises(UserError, match="2 updates had a non-finite"):
         trainer.train()
+
+
+def test_paths_that_lead_nowhere(tmp_path):
+    """A name too long and a circle of links: each who looks would end in an error of its own."""
+    (tmp_path / "circle").symlink_to(tmp_path / "circle")
+    for path, why in (("x" * 300, "File name too long"), (str(tmp_path / "circle"), "Too many levels")):
+        for name in (
+            *("output_dir", "deepspeed", "resume_from_checkpoint", "data_path", "eval_data_path"),
+            *("sft_model_path", "reward_model_path", "value_model_path"),
+        ):
+            with pytest.raises(UserError, match=f"{name} leads nowhere: {why}"):
+                PPOConfig(**TINY | {"output_dir": str(tmp_path)} | {name: path})
+        with pytest.raises(UserError, match="no such file"):
+            resolve(path)
+        with pytest.raises(UserError, match="cannot load reward_function"):
+            load_function(f"{path}.py:f")
+
+
+@pytest.mark.parametrize("name", ["prompts.jsonl", "prompts/one.jsonl", "train.json"])
+@pytest.mark.parametrize("linked", [False, True])
+def test_a_pipe_in_the_place_of_data_is_not_waited_for(tmp_path, name, linked):
+    place = tmp_path / "data" / name
+    place.parent.mkdir(parents=True)
+    os.mkfifo(tmp_path / "pipe" if linked else place)
+    if linked:
+        place.symlink_to(tmp_path / "pipe")
+    with pytest.raises(UserError, match=f"{name} is a (pipe|link): data are read from a file"):
+        Files(str(tmp_path / "data")).prompts()
+
+
+def test_a_pipe_in_a_models_folder_is_not_waited_for(model, tmp_path):
+    for name in ("config.json", "model.safetensors", "tokenizer.json", "adapter_config.json", "chat_template.jinja"):
+        copied = shutil.copytree(model, tmp_path / f"with {name}")
+        (copied / name).unlink(missing_ok=True)
+        os.mkfifo(copied / name)
+        for load, more in (
+            (load_policy, (RewardConfig(), None)),
+            (load_scalar, ("reward_model_path", RewardConfig())),
+            (load_tokenizer, ()),
+        ):
+            with pytest.raises(UserError, match=f"{name} is a pipe, and a model is read from files"):
+                load(copied, *more)
+
+
+def test_a_models_first_pass_is_part_of_its_loading(model, tmp_path):
+    """Settings that nobody looks at before."""
+    config = tmp_path / "model" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"pad_token_id": 2**70}))
+    with pytest.raises(UserError, match="cannot load a model from .*model: int too big to convert"):
+        load_policy(model, RewardConfig(), load_tokenizer(model))
+
+
+def test_half_a_character_is_no_prompt(tiny):
+    trainer = tiny()
+    trainer.tokenizer.chat_template = "{{ messages[0]['content'] }}"
+    for prompt in ("\ud800", [{"role": "user", "content": "a \udfff"}]):
+        with pytest.raises(UserError, match="half a character"):
+            encode_prompts([Prompt(prompt)], trainer.tokenizer, trainer.config, 16)
+
+
+def test_what_the_disk_refuses_is_said_in_one_line(monkeypatch, capsys):
+    def denied(*_):
+        raise PermissionError(errno.EACCES, "Permission denied", "/data/prompts.jsonl")
+
+    monkeypatch.setattr(commands, "run_command", denied)
+    assert commands.main(["train"]) == 1
+    assert capsys.readouterr().err == "error: Permission denied: /data/prompts.jsonl; what is committed is safe\n"
 
 
 def test_command_says_it_in_one_line(tmp_path):

@@ -113,7 +113,7 @@ def test_a_perplexity_beyond_all_numbers_loses_no_model(tmp_path, ratings, monke
 def test_the_average_is_checked_too(tiny, tmp_path):
     trainer = tiny(ema_decay=0.9, total_steps=1, save_steps=1)
     next(iter(trainer.ema.average.values())).view(-1)[0] = float("nan")
-    with pytest.raises(UserError, match="the ema's weights are not finite"):
+    with pytest.raises(UserError, match="the ema's weights or moments are not finite"):
         trainer.save_checkpoint(trainer.folder / "checkpoints")
     trainer.config.save_steps = 0
     with pytest.raises(UserError, match="weights are not finite, and no model is saved in .*train"):
@@ -122,17 +122,34 @@ def test_the_average_is_checked_too(tiny, tmp_path):
     assert not list((tmp_path / "run" / "train").glob("checkpoints/*"))
 
 
-@pytest.mark.parametrize("owner", ["actor", "ema"])
+@pytest.mark.parametrize("owner", ["actor", "actor's moments", "ema"])
 def test_a_checkpoint_with_such_weights_is_refused(tiny, tmp_path, monkeypatch, owner):
+    """And with such moments of the optimizer: the next update would spoil the weights, or never move them."""
     trainer = tiny(ema_decay=0.9, total_steps=1, save_steps=1)
+    trainer.train_step()
     values = trainer._average()[0].values if owner == "ema" else next(trainer.actor.module.parameters())
-    with monkeypatch.context() as patch, torch.no_grad():
-        patch.setattr(checkpoint, "all_finite", lambda _: True)
+    if owner == "actor's moments":
+        values = next(iter(trainer.trained["actor"].engine.basic_optimizer.state.values()))["exp_avg_sq"]
+    with torch.no_grad():
         values.view(-1)[-1] = float("inf")
-        trainer.done = 1
+    name = owner.partition("'")[0]
+    with pytest.raises(UserError, match=f"the {name}'s weights or moments are not finite: nothing is saved"):
         trainer.save_checkpoint(trainer.folder / "checkpoints")
-    with pytest.raises(UserError, match=f"step-000001 holds weights of the {owner} that are not finite"):
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "all_finite", lambda _: True)
+        trainer.save_checkpoint(trainer.folder / "checkpoints")
+    with pytest.raises(UserError, match=f"step-000001 holds weights or moments of the {name} that are not finite"):
         tiny(ema_decay=0.9, total_steps=1, resume_from_checkpoint="latest")
+    assert not (tmp_path / "run" / "train" / "model").exists()
+
+
+def test_weights_that_a_half_precision_does_not_hold_are_not_saved_in_it(tiny, tmp_path):
+    """They are trained in float32, and would become infinite in the file."""
+    trainer = tiny(torch_dtype="float16", total_steps=1, save_steps=0)
+    with torch.no_grad():
+        trainer.actor.module.transformer.wpe.weight[-1, -1] = 1e5  # of a position that no text has
+    with pytest.raises(UserError, match="transformer.wpe.weight has grown beyond torch.float16.* torch_dtype"):
+        trainer.train()
     assert not (tmp_path / "run" / "train" / "model").exists()
 
 

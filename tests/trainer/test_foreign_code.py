@@ -75,6 +75,30 @@ def test_python_in_a_models_folder_does_not_run(folder, tmp_path, config, what, 
     assert "[y/N]" not in capsys.readouterr().out
 
 
+NAMED = [
+    {"attn_implementation": "evil/kernel"},
+    {"_attn_implementation": "evil/kernel@main:attention"},
+    {"attn_implementation": {"": "eager", "text_config": "evil/kernel"}},
+    {"text_config": {"attn_implementation": "paged|evil/kernel"}},
+    {"experts_implementation": "evil/kernel"},
+]
+
+
+def test_no_compiled_code_is_fetched_that_a_models_folder_names(tmp_path, config):
+    """transformers takes a name with an owner for a kernel of the Hub."""
+    tokenizer = Exact(config).tokenizer()
+    AutoModelForCausalLM.from_config(AutoConfig.for_model(**TINY_MODEL, vocab_size=7)).save_pretrained(tmp_path)
+    content = json.loads((tmp_path / "config.json").read_text())
+    for named in NAMED:
+        (tmp_path / "config.json").write_text(json.dumps(content | named))
+        for load in (
+            lambda: models.load_policy(tmp_path, config, tokenizer),
+            lambda: models.load_scalar(tmp_path, "reward_model_path", config),
+        ):
+            with pytest.raises(UserError, match="has .*_implementation '.*evil/kernel.* code from elsewhere"):
+                load()
+
+
 def test_an_architecture_given_as_settings_brings_no_code(folder, tmp_path):
     given = TINY_MODEL | {"auto_map": MAP, "_name_or_path": str(folder)}
     config = PPOConfig(**TINY | {"model_config": json.dumps(given)})

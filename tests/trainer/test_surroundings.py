@@ -31,6 +31,16 @@ def test_a_terminal_may_lack_signs(monkeypatch):
     assert terminal.buffer.getvalue() == b"0.1 \\xb1 0.2 \\u2500\n"
 
 
+def test_there_may_be_no_terminal_at_all(monkeypatch):
+    """Python has no streams where they are closed."""
+    for name in ("stdout", "stderr"):
+        monkeypatch.setattr(sys, name, None)
+    with commands._steady_output():
+        print("nowhere")
+        sys.stderr.write("nowhere either")
+    assert sys.stdout is None
+
+
 SHOUT = """
 import os, sys
 from python_trainer.__main__ import _steady_output
@@ -111,6 +121,19 @@ def test_a_cache_that_others_may_write_to_is_refused(tmp_path, monkeypatch):
     (tmp_path / ".cache" / "ppo_kernels").mkdir(parents=True)
     (tmp_path / ".cache" / "ppo_kernels").chmod(0o775)
     assert cache.make_cache_folder().stat().st_mode & 0o777 == 0o700
+
+
+def test_folders_inside_the_cache_are_closed_too(tmp_path, monkeypatch):
+    """Compiled code lies there with the modes of the umask."""
+    monkeypatch.setenv("PPO_KERNELS_CACHE", str(tmp_path))
+    tmp_path.chmod(0o755)
+    (tmp_path / "made").mkdir(mode=0o755)
+    inner = cache.make_cache_folder("made/by us")
+    assert inner == tmp_path / "made" / "by us"
+    assert [path.stat().st_mode & 0o777 for path in (inner, inner.parent, tmp_path)] == [0o700, 0o700, 0o755]
+    inner.chmod(0o770)
+    with pytest.raises(UserError, match="others may write to the cache .*by us"):
+        cache.make_cache_folder("made/by us")
 
 
 def test_a_cache_that_cannot_be_written_is_named(tmp_path, monkeypatch):
