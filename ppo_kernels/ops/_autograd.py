@@ -55,7 +55,7 @@ class _Once(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(op, grad, x):
+    def forward(op, grad, *_origins):
         return grad.view_as(grad)
 
     @staticmethod
@@ -72,12 +72,16 @@ class _Once(torch.autograd.Function):
 
 
 @not_a_graph
-def once(op: str, grad: Tensor, x: Tensor) -> Tensor:
-    """The gradient with respect to ``x``, as a backward returns it.
+def once(op: str, grad: Tensor, *origins: Tensor | None) -> Tensor:
+    """A gradient as a backward returns it, which depends on what it was computed of.
 
     It is recorded with create_graph=True, and under torch.func always: only who differentiates it is refused.
     """
-    return _Once.apply(op, grad, x) if torch.is_grad_enabled() and not torch.compiler.is_dynamo_compiling() else grad
+    return (
+        _Once.apply(op, grad, *origins)
+        if torch.is_grad_enabled() and not torch.compiler.is_dynamo_compiling()
+        else grad
+    )
 
 
 class _FirstOrderOnly(torch.autograd.Function):
@@ -111,8 +115,10 @@ def first_order_only(op: str, x: Tensor) -> Tensor:
         return traced_input(op, x, kernel=False)
     if has_tangent(x):
         kinds = [interpreter.key() for interpreter in get_interpreter_stack() or ()]
-        if kinds.count(Transform.Grad) + kinds.count(Transform.Jvp) > 1 or recorded(_base(x)):
+        if Transform.Grad in kinds or kinds.count(Transform.Jvp) > 1:
             raise RuntimeError(twice_message(op))
+        if recorded(_base(x)):
+            raise RuntimeError(f"{twice_message(op)}; pass a detached tensor, or differentiate within torch.no_grad()")
         return x
     return _FirstOrderOnly.apply(op, x) if x.requires_grad or transformed() else x
 
@@ -149,13 +155,13 @@ def _differentiated_once(op: str, x: Tensor, kernel: bool) -> Tensor:
     if kernel and Transform.Vmap in kinds:
         raise RuntimeError(vmap_message(op))
     outer = _base(x)
-    grads = (torch._C._functorch.CGradInterpreterPtr(i) for i in stack if i.key() == Transform.Grad)
-    if outer.requires_grad and all(interpreter.prevGradMode() for interpreter in grads):
+    grads = [torch._C._functorch.CGradInterpreterPtr(i).prevGradMode() for i in stack if i.key() == Transform.Grad]
+    if outer.requires_grad and all(grads or [torch.is_grad_enabled()]):
         raise RuntimeError(
             f"{op}: torch.func inside torch.compile got an input that requires grad by itself, and differentiating"
             " twice is not supported; pass it detached, or call torch.func without torch.compile"
         )
-    return x.view_as(x) if Transform.Jvp in kinds else _FirstOrderOnly.apply(op, x)
+    return x.clone() if Transform.Jvp in kinds else _FirstOrderOnly.apply(op, x)  # no view: AOTAutograd fails on it
 
 
 def traced_input(op: str, x: Tensor, *, kernel: bool) -> Tensor:

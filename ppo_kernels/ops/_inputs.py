@@ -211,6 +211,12 @@ def to_mask(op: str, mask: object, like: Tensor) -> Tensor | None:
     return unit_last_stride(mask)
 
 
+def reraise_unless_refused(op: str, error: RuntimeError) -> None:
+    """Raise what a kernel did not say: running out of memory, or the error of a hook."""
+    if not isinstance(error, NotImplementedError) and op not in str(error):
+        raise error
+
+
 def keepable(x: Tensor | None) -> Tensor | None:
     """``x``, or a copy of a tensor of inference mode, which autograd refuses to save."""
     return x.clone() if x is not None and x.is_inference() else x

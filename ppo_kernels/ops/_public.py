@@ -59,15 +59,15 @@ def refuse_tangents(op: str, *given: object, differentiable: bool = False) -> No
     message = forward_mode_message(op)
     if differentiable:
         message = (
-            f"{op}: forward-mode differentiation is supported in the first argument alone, and a graph takes no tangent"
-            " from outside; detach the others, or call torch.func.jvp within the graph"
+            f"{op}: forward-mode differentiation is supported in the first argument alone, and a graph takes no dual"
+            " tensors; detach the others, or call torch.func.jvp within the graph"
         )
     if torch.compiler.is_compiling():
-        if not (differentiable and differentiates_forward()):
-            raise RuntimeError(message)
-        for x in given:
-            if isinstance(x, Tensor) and _allow_in_graph():
-                _refuse_tangent(message, x)
+        _allow_in_graph()
+        if torch.compiler.is_exporting() or not (differentiable and differentiates_forward()):
+            _refuse_tangent(message, None)
+        for x in _tensors(given):
+            _refuse_tangent(message, x)
     elif any_tangent(given):
         raise RuntimeError(message)
 
@@ -80,16 +80,17 @@ def differentiates_forward() -> bool:
 
 
 @constant_of_a_graph
-def _allow_in_graph() -> bool:
+def _allow_in_graph() -> None:
     """Make ``_refuse_tangent`` opaque to Dynamo, which runs this before it looks at that."""
     torch.compiler.allow_in_graph(_refuse_tangent)
-    return True
 
 
-def _refuse_tangent(message: str, x: Tensor) -> Tensor:
-    if any_tangent((x,)):
+def _refuse_tangent(message: str, x: Tensor | None) -> Tensor:
+    """Raise if ``x`` has a tangent or is None, and with it end the compilation: behind a break of the graph eager code
+    would no longer see the tangents that the graph has made."""
+    if x is None or any_tangent((x,)):
         raise RuntimeError(message)
-    return x.view_as(x)
+    return x.new_empty(0)
 
 
 def _is_replica(x: object) -> bool:
@@ -112,6 +113,12 @@ def not_a_graph(function: Function) -> Function:
     return function
 
 
+def _tensors(given: Iterable[object]) -> list[Tensor]:
+    """The tensors among arguments, also of a pair."""
+    pairs = [x if isinstance(x, (tuple, list)) else (x,) for x in given]
+    return [x for pair in pairs for x in pair if isinstance(x, Tensor)]
+
+
 @not_a_graph
 def _without_graphs(function: Callable, *arguments: Any) -> Any:
     return function(*arguments)
@@ -120,8 +127,7 @@ def _without_graphs(function: Callable, *arguments: Any) -> Any:
 @not_a_graph
 def any_tangent(given: Iterable[object]) -> bool:
     """Whether one of the tensors, also in a pair, has a tangent: at the innermost transform, or at one around it."""
-    pairs = [x if isinstance(x, (tuple, list)) else (x,) for x in given]
-    tensors = [x for pair in pairs for x in pair if isinstance(x, Tensor)]
+    tensors = _tensors(given)
     transform = functorch.peek_interpreter_stack()
     sees_tangents = transform is None or transform.key() == functorch.TransformType.Jvp
     if sees_tangents and any(forward_ad.unpack_dual(x).tangent is not None for x in tensors):

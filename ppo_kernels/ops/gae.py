@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ppo_kernels._types import wide_dtype
 from ppo_kernels.backends import register, vmap_by_calls
-from ppo_kernels.ops._inputs import Tokens, check_choice, check_number, refuse_gradient
+from ppo_kernels.ops._inputs import Tokens, check_choice, check_number, refuse_gradient, reraise_unless_refused
 from ppo_kernels.ops._public import public
 from ppo_kernels.reference import gae as reference
 
@@ -88,8 +88,8 @@ def gae(
     if usual and _GAE.shortcut(impl, mask, rewards, values) and rewards.dtype == torch.float32:
         try:
             return _GAE.run("cpu", rewards, values, mask, None, None, None, gamma, lam, code)
-        except RuntimeError:
-            pass
+        except RuntimeError as error:
+            reraise_unless_refused("gae", error)
     tokens = Tokens(
         "gae",
         cu_seqlens,

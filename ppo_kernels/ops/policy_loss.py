@@ -18,6 +18,7 @@ from ppo_kernels.ops._inputs import (
     check_floating,
     check_tensor,
     number_or_tensor,
+    reraise_unless_refused,
 )
 from ppo_kernels.ops._public import public
 from ppo_kernels.reference import policy_loss as reference
@@ -123,8 +124,8 @@ def policy_loss(
         inputs = (old_logprobs, advantages, mask, None, ref_logprobs, None, None, None, None)
         try:
             return _fused("cpu", logprobs, *inputs, *options)
-        except RuntimeError:
-            pass
+        except RuntimeError as error:
+            reraise_unless_refused("policy_loss", error)
     check_floating(op, "advantages", advantages)
     if weights is not None:
         check_floating(op, "weights", weights)

@@ -20,6 +20,7 @@ from ppo_kernels.ops._inputs import (
     check_number,
     check_tensor,
     keepable,
+    reraise_unless_refused,
     temperature_rows,
     to_mask,
     unit_last_stride,
@@ -129,7 +130,7 @@ class _EagerLogprobs(torch.autograd.Function):
         others = (labels, temperature_rows, *_contiguous((grad_logprobs, grad_entropy)), *rest, *ctx.numbers)
         if not ctx.inplace:
             grad = _BACKWARD.run(ctx.impl, logits, *others)
-            return None, once("token_logprobs", grad, logits), None
+            return None, once("token_logprobs", grad, logits, grad_logprobs, grad_entropy), None
         if torch.is_grad_enabled():
             raise RuntimeError(
                 "token_logprobs: inplace_backward=True overwrites what a second differentiation would need;"
@@ -172,7 +173,16 @@ class _TransformedLogprobs(torch.autograd.Function):
         grads = (grad_logprobs, grad_entropy if ctx.entropy is True else None)
         with torch.no_grad():
             grad = _gradient(ctx.impl, logits, labels, temperature_rows, grads, rest, ctx.numbers)
-        return None, once("token_logprobs", grad, logits), None, None, None, None, None, None
+        return (
+            None,
+            once("token_logprobs", grad, logits, grad_logprobs, grad_entropy),
+            None,
+            None,
+            None,
+            None,
+            None,
+            None,
+        )
 
 
 @overload
@@ -257,11 +267,11 @@ def token_logprobs(
     """
     usual = type(temperature) is float and 0.0 < temperature < math.inf and type(ignore_index) is int
     usual = usual and type(entropy) is bool and not (validate or inplace_backward)
-    if usual and _TOKEN_LOGPROBS.shortcut(impl, mask, logits, labels):
+    if usual and _TOKEN_LOGPROBS.shortcut(impl, mask, logits, labels) and labels.dtype == torch.int64:
         try:
             return _eager("cpu", logits, labels, mask, None, temperature, ignore_index, entropy, False)
-        except RuntimeError:
-            pass
+        except RuntimeError as error:
+            reraise_unless_refused("token_logprobs", error)
     return _every_call(logits, labels, temperature, mask, ignore_index, entropy, inplace_backward, impl, validate)
 
 
@@ -325,16 +335,8 @@ def _every_call(logits, labels, temperature, mask, ignore_index, entropy, inplac
 
 def _eager(impl, logits, labels, mask, temperature_rows, temperature, ignore_index, entropy, inplace):
     if recorded(logits):
-        rest = (
-            labels,
-            mask,
-            temperature_rows,
-            temperature,
-            ignore_index,
-            entropy,
-            inplace,
-        )  # torch looks at each input
-        return _EagerLogprobs.apply(impl, logits, rest)  # one input: torch looks at each
+        rest = (labels, mask, temperature_rows, temperature, ignore_index, entropy, inplace)
+        return _EagerLogprobs.apply(impl, logits, rest)  # as one, because torch looks at each input
     logprobs, h, _, _ = _TOKEN_LOGPROBS.run(
         impl, logits, labels, mask, temperature_rows, temperature, ignore_index, entropy is not False
     )

@@ -11,7 +11,7 @@ from ppo_kernels._types import ValueStats
 from ppo_kernels.backends import register
 from ppo_kernels.ops import _fakes
 from ppo_kernels.ops._autograd import first_order_only, fused_loss, has_tangent
-from ppo_kernels.ops._inputs import Tokens, bound
+from ppo_kernels.ops._inputs import Tokens, bound, reraise_unless_refused
 from ppo_kernels.ops._public import public
 from ppo_kernels.reference import value_loss as reference
 
@@ -76,8 +76,8 @@ def value_loss(
     if usual and values.dtype == torch.float32:
         try:
             return _fused("cpu", values, old_values, returns, mask, None, None, None, clip)
-        except RuntimeError:
-            pass
+        except RuntimeError as error:
+            reraise_unless_refused("value_loss", error)
     tokens = Tokens(op, cu_seqlens, values=values, old_values=old_values, returns=returns, extra=(row_weight,))
     mask = tokens.mask(mask)
     if row_weight is not None:

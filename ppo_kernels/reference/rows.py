@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from ppo_kernels._types import wide_dtype
 
@@ -74,6 +75,8 @@ def row_sum(x: Tensor, rows: Rows) -> Tensor:
         return x.reshape(rows.batch, rows.length).sum(1)
     if rows.batch == 0:
         return x[:0]  # not fresh zeros: a loss over no rows is still differentiable
+    if forward_ad._current_level >= 0:  # segment_reduce has no forward mode
+        return x.new_zeros(rows.batch).index_add(0, rows.row, torch.where(rows.owned, x, 0.0))
     # The segments have to begin at token 0: what lies before the first row is one of its own.
     lengths = torch.cat([rows.start[:1], rows.end - rows.start])
     return torch.segment_reduce(x, "sum", lengths=lengths, unsafe=True, initial=0.0)[1:]

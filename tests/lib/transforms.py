@@ -181,8 +181,6 @@ class Row(NamedTuple):
 
 
 EAGER, FORWARD, TWICE = ("eager",), "forward-mode", "twice"
-BREAKABLE = ("eager", "dynamo")
-WHOLE = tuple(mode for mode in MODES if mode not in BREAKABLE)
 
 
 def broken(f: Callable) -> Callable:
@@ -226,8 +224,8 @@ ROWS = {
     "jvp": Row(inside(lambda f, y: func.jvp(f, (y,), (y,))[1]), slope),
     "jacfwd": Row(inside(lambda f, y: func.jacfwd(f)(y))),
     "hessian": Row(inside(lambda f, y: func.hessian(f)(y)), refused=TWICE),
-    "dual": Row(lambda f, x, mode: tangent(compiled(f, mode), x), slope, modes=BREAKABLE),
-    "dual_after_plain": Row(dual_after_plain, refused=FORWARD, modes=WHOLE),
+    "dual": Row(lambda f, x, mode: tangent(compiled(f, mode), x), refused=FORWARD, modes=COMPILED),
+    "dual_after_plain": Row(dual_after_plain, refused=FORWARD, modes=COMPILED),
     "grad_of_grad": Row(inside(lambda f, y: func.grad(lambda z: func.grad(f)(z).square().sum())(y)), refused=TWICE),
     "grad_of_grad_broken": Row(
         inside(lambda f, y: func.grad(lambda z: func.grad(broken(f))(z).square().sum())(y)),
@@ -241,13 +239,20 @@ ROWS = {
     # Not behind AOTAutograd: its graphs give a second derivative of 0, or refuse, whatever is in them (exp() too).
     "twice": Row(lambda f, x, mode: twice(compiled(f, mode), x), refused=TWICE, modes=("eager", "dynamo", "whole")),
     "grad_of_a_leaf": Row(of_an_input_that_requires_grad, refused=TWICE),
-    "dual_after_a_graph": Row(dual_after_plain, slope, modes=BREAKABLE),
+    "dual_in_eager_code": Row(lambda f, x, mode: tangent(f, x), slope, modes=EAGER),
+    "dual_made_in_a_graph": Row(inside(lambda f, y: tangent(f, y)), refused=FORWARD, modes=COMPILED),
+    "dual_of_grad": Row(lambda f, x, mode: tangent(func.grad(f), x), refused=TWICE, modes=EAGER),
+    "double_backward_jvp": Row(
+        lambda f, x, mode: torch.autograd.functional.jvp(f, x, x)[1], refused=TWICE, modes=EAGER
+    ),
+    "jvp_of_checkpoint": Row(
+        inside(lambda f, y: func.jvp(lambda z: checkpoint(f, z, use_reentrant=False), (y,), (y,))[1]), slope
+    ),
     "jvp_of_vmap": Row(inside(lambda f, y: func.jvp(lambda z: func.vmap(f)(z[None])[0], (y,), (y,))[1]), slope),
     "vmap_of_jvp": Row(inside(lambda f, y: func.vmap(lambda z: func.jvp(f, (z,), (z,))[1])(y[None])[0]), slope),
     "jvp_of_other": Row(
         inside(lambda f, y: func.jvp(lambda z: f(y) * z.sum(), (y,), (y,))[1]), lambda f, x: f(x) * x.sum()
     ),
-    "dual_into_a_graph": Row(lambda f, x, mode: tangent(compiled(f, mode), x), refused=FORWARD, modes=WHOLE),
     "jvp_of_grad": Row(inside(lambda f, y: func.jvp(func.grad(f), (y,), (y,))[1]), refused=TWICE),
     "grad_of_jvp": Row(inside(lambda f, y: func.grad(lambda z: func.jvp(f, (z,), (y,))[1])(y)), refused=TWICE),
     "jvp_of_a_leaf": Row(
