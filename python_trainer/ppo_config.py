@@ -1,11 +1,13 @@
 """What can be set of the reinforcement-learning stage, and of a study of several runs of it."""
 
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal, TypeVar, get_args
 
 from transformers.hf_argparser import HfArg
 
 from .config import OptimizerConfig, SamplingConfig, SettingError
+
+N = TypeVar("N", int, float)
 
 
 @dataclass
@@ -131,25 +133,73 @@ class PPOConfig(SamplingConfig, OptimizerConfig):
 
 @dataclass
 class FrontierConfig(PPOConfig):
-    """Training runs: each of algorithms at each of kl_coefs; their settings are those of train."""
+    """Training runs: each of algorithms at each of kl_coefs with each of seeds, all of them on as many responses.
+
+    Settings are those of train. With learning_rates or mini_batches each algorithm first gets its own: those that reach
+    the best J = reward - kl_coef · KL with `seed` at the middle one of kl_coefs.
+    """
 
     algorithms: str = HfArg(
         default="ppo,p3o,rloo,online_dpo", help="What to compare, separated by commas; online_dpo has soft labels here."
     )
     kl_coefs: str = HfArg(default="0.05,0.1,0.2", help="Values of kl_coef, separated by commas.")
+    seeds: str | None = HfArg(
+        default=None,
+        help="Seeds of the runs, separated by commas. Default: seed; the two after it where something is chosen.",
+    )
+    learning_rates: str | None = HfArg(
+        default=None, help="Learning rates, separated by commas, of which each algorithm gets its best one."
+    )
+    mini_batches: str | None = HfArg(
+        default=None, help="Values of num_mini_batches, separated by commas, of which each algorithm gets its best one."
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.runs()
+        if self.chooses and self.seed in self.run_seeds():
+            raise SettingError(
+                f"seeds {self.seeds}: with seed {self.seed} learning_rates and mini_batches are chosen, and what is "
+                "compared needs others"
+            )
+        self.candidates()
 
-    def runs(self) -> list[tuple[str, float]]:
+    @property
+    def chooses(self) -> bool:
+        """Whether algorithms get settings of their own."""
+        return self.learning_rates is not None or self.mini_batches is not None
+
+    def candidates(self) -> list[tuple[float, int]]:
+        """Learning rates with numbers of minibatches: what an algorithm chooses from."""
+        rates = _numbers("learning_rates", self.learning_rates, float) or [self.learning_rate]
+        batches = _numbers("mini_batches", self.mini_batches, int) or [self.num_mini_batches]
+        return [(rate, number) for rate in rates for number in batches]
+
+    def run_seeds(self) -> list[int]:
+        given = _numbers("seeds", self.seeds, int)
+        return given or ([self.seed + 1, self.seed + 2] if self.chooses else [self.seed])
+
+    def names(self) -> list[str]:
+        """Of the algorithms."""
         known = get_args(PPOConfig.__dataclass_fields__["algorithm"].type)
         names = [name.strip() for name in self.algorithms.split(",")]
         for name in names:
             if name not in known:
                 raise SettingError(f"algorithms: {name!r} is none of {', '.join(known)}")
-        try:
-            coefs = [float(coef) for coef in self.kl_coefs.split(",")]
-        except ValueError as error:
-            raise SettingError(f"kl_coefs must be numbers separated by commas, not {self.kl_coefs!r}") from error
-        return [(name, coef) for name in names for coef in coefs]
+        return list(dict.fromkeys(names))
+
+    def coefs(self) -> list[float]:
+        return _numbers("kl_coefs", self.kl_coefs, float)
+
+    def runs(self) -> list[tuple[str, float, int]]:
+        """Algorithm, kl_coef and seed of each."""
+        return [(name, coef, seed) for name in self.names() for coef in self.coefs() for seed in self.run_seeds()]
+
+
+def _numbers(name: str, text: str | None, kind: type[N]) -> list[N]:
+    """Those of a list with commas, each once."""
+    try:
+        return list(dict.fromkeys(kind(part) for part in text.split(","))) if text is not None else []
+    except ValueError as error:
+        what = "whole numbers" if kind is int else "numbers"
+        raise SettingError(f"{name} must be {what} separated by commas, not {text!r}") from error

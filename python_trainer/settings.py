@@ -22,7 +22,10 @@ from .config import RENAMED, EvalConfig, RewardConfig, RunConfig, SftConfig, Use
 from .deepspeed_file import deepspeed_file
 from .ppo_config import FrontierConfig, PPOConfig
 
-LISTS = {"reward_function", "reward_weights", "lora_target_modules", "algorithms", "kl_coefs"}  # or with commas
+LISTS = {  # or with commas
+    *("reward_function", "reward_weights", "lora_target_modules"),
+    *("algorithms", "kl_coefs", "seeds", "learning_rates", "mini_batches"),
+}
 LARGEST_FILE = 100_000  # values in a file of settings
 OF_OTHER_TRAINERS = {  # words that people bring, and what is here in their place
     "top_p": "responses are drawn from the whole distribution, so that sampling and scoring agree; leave it out",
