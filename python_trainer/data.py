@@ -87,6 +87,14 @@ class Rollout:
     def responses(self) -> torch.Tensor:
         return self.sequences[:, self.prompt_width :]
 
+    def answers(self) -> list[list[int]]:
+        """The ids of each response, its end token among them."""
+        return [ids[mask].tolist() for ids, mask in zip(self.responses, self.mask, strict=True)]
+
+    def texts(self, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+        """Each response as a person reads it."""
+        return [tokenizer.decode(ids, skip_special_tokens=True) for ids in self.answers()]
+
     @property
     def position_ids(self) -> torch.Tensor:
         """Positions count from the first real token: a padded prompt is scored as the bare one would be."""

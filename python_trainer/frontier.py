@@ -20,7 +20,7 @@ from .checkpoint import FREE_TO_CHANGE
 from .config import UserError, by_new_names
 from .data import load_task
 from .deepspeed_engine import Policy, frozen, init_distributed
-from .logging import read
+from .logging import read, write_table
 from .models import stage_model, starting_point
 from .ppo_config import FrontierConfig, PPOConfig
 from .rollout import score_tokens
@@ -81,9 +81,9 @@ def frontier(config: FrontierConfig, train: Callable[[PPOConfig], object]) -> Pa
     points += _optimum(config)
     with distributed.raise_on_all_ranks(UserError):
         if distributed.is_main():
-            _write(folder / "frontier.csv", points)
-            _write(folder / "lines.csv", lines)
-            _write(folder / "choices.csv", choices)
+            write_table(folder / "frontier.csv", points)
+            write_table(folder / "lines.csv", lines)
+            write_table(folder / "choices.csv", choices)
             draw(folder / "frontier.csv", folder / "frontier.png")
     return folder / "frontier.png"
 
@@ -207,18 +207,6 @@ def _spread(coefs: Sequence[float]) -> list[float]:
     """Weights at which the optimum is drawn: beyond both ends of those that were run."""
     low, high = min(coefs) / 3, max(coefs) * 10
     return [low * (high / low) ** (index / 30) for index in range(31)]
-
-
-def _write(path: Path, rows: Sequence[Any]) -> None:
-    """Named tuples of one kind as CSV; nothing where there are none."""
-    if not rows:
-        return
-    make_folder(path.parent)
-    table = io.StringIO()
-    writer = csv.writer(table, lineterminator="\n")
-    writer.writerow(rows[0]._fields)
-    writer.writerows([field if not isinstance(field, float) else f"{field:.6g}" for field in row] for row in rows)
-    files.write(path, table.getvalue())
 
 
 def draw(table: Path, picture: Path) -> None:

@@ -1,6 +1,7 @@
 """What can be set of the reinforcement-learning stage, and of a study of several runs of it."""
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal, TypeVar, get_args
 
 from transformers.hf_argparser import HfArg
@@ -194,6 +195,47 @@ class FrontierConfig(PPOConfig):
     def runs(self) -> list[tuple[str, float, int]]:
         """Algorithm, kl_coef and seed of each."""
         return [(name, coef, seed) for name in self.names() for coef in self.coefs() for seed in self.run_seeds()]
+
+
+@dataclass
+class CompareConfig(SamplingConfig):
+    """Policies against each other on the same held-out prompts. What is not given is as it was in the runs."""
+
+    runs: str | None = HfArg(
+        default=None,
+        help="What to compare, separated by commas, or in front of all options with blanks: output_dirs of train "
+        "commands, or folders of models, each as NAME=FOLDER if the folder's own name does not tell.",
+    )
+    judge: str | None = HfArg(
+        default=None,
+        help="A function that decides beside the reward and the task's gold score: `file.py:name`, written as one for "
+        "reward_function.",
+    )
+    reward_model_path: str | None = HfArg(default=None, help="Reward model. Default: that of the runs.")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.entries()
+
+    def entries(self) -> dict[str, Path]:
+        """Names and folders."""
+        given = [part.strip() for part in (self.runs or "").split(",") if part.strip()]
+        if len(given) < 2:
+            raise SettingError(f"compare needs two runs or more, not {len(given)}: compare RUN RUN ...")
+        found: dict[str, Path] = {}
+        for part in given:
+            name, equals, folder = part.partition("=")
+            if not equals or Path(part).exists():
+                folder, name = part, _own_name(Path(part))
+            times = sum(known.partition(" (")[0] == name for known in found)
+            found[f"{name} ({times + 1})" if times else name] = Path(folder)
+        return found
+
+
+def _own_name(place: Path) -> str:
+    """The folder's, but for those that are called alike in every run."""
+    parts = [part for part in place.absolute().parts if part not in ("train", "model")]
+    return parts[-1]
 
 
 def _numbers(name: str, text: str | None, kind: type[N]) -> list[N]:

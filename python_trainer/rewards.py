@@ -22,7 +22,7 @@ from .models import (
     stage_model,
     tokenizer_beside,
 )
-from .ppo_config import PPOConfig
+from .ppo_config import CompareConfig, PPOConfig
 from .reward_functions import FunctionReward
 from .rollout import RewardFn, by_rows, score_responses
 from .tokens import prompt_ids, reads_ids_of, whole_ids
@@ -41,7 +41,7 @@ def load_reward_fn(
         return FunctionReward(*config.reward_functions(), tokenizer, columns)
     if task.verifiable:
         return task.score
-    assert isinstance(config, PPOConfig)
+    assert isinstance(config, PPOConfig | CompareConfig)
     return ModelReward(reward_model_path(config), config, tokenizer, prompts, drawn)
 
 
@@ -54,7 +54,7 @@ def _refuse_unused_model(config: SamplingConfig) -> None:
         )
 
 
-def reward_model_path(config: PPOConfig) -> Path:
+def reward_model_path(config: PPOConfig | CompareConfig) -> Path:
     path = stage_model(config, "reward", config.reward_model_path)
     if path is None:
         raise UserError("no reward model: give reward_model_path or reward_function, or run the reward command first")
@@ -69,7 +69,12 @@ class ModelReward:
     """
 
     def __init__(
-        self, path: Path, config: PPOConfig, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt], drawn: int
+        self,
+        path: Path,
+        config: SamplingConfig,
+        tokenizer: PreTrainedTokenizerBase,
+        prompts: Sequence[Prompt],
+        drawn: int,
     ) -> None:
         model = load_scalar(path, "reward_model_path", config)
         self.policy_tokenizer, self.tokenizer = tokenizer, tokenizer_beside(path, tokenizer)
@@ -94,8 +99,7 @@ class ModelReward:
     def _scores(self, rollout: Rollout) -> torch.Tensor:
         if self.reads_ids:
             return score_responses(self.model, rollout)
-        answers = [ids[mask].tolist() for ids, mask in zip(rollout.responses, rollout.mask, strict=True)]
-        texts = [self.policy_tokenizer.decode(ids, skip_special_tokens=True) for ids in answers]
+        texts = rollout.texts(self.policy_tokenizer)
         pairs = [
             (prompt.content, text if isinstance(prompt.content, str) else [{"role": "assistant", "content": text}])
             for prompt, text in zip(rollout.prompts, texts, strict=True)
