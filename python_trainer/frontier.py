@@ -15,14 +15,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from . import distributed, files
-from .algorithms import ALGORITHMS, KlControl, load_algorithm
+from .algorithms import KlControl, load_algorithm
 from .checkpoint import FREE_TO_CHANGE
 from .config import UserError, by_new_names
 from .data import load_task
 from .deepspeed_engine import Policy, frozen, init_distributed
 from .logging import read, write_table
 from .models import stage_model, starting_point
-from .ppo_config import FrontierConfig, PPOConfig
+from .ppo_config import FrontierConfig, PPOConfig, without_use
 from .rollout import score_tokens
 from .settings import make_folder, read_yaml
 
@@ -158,7 +158,7 @@ def _run_config(config: FrontierConfig, algorithm: str, coef: float, seed: int, 
         found = stage_model(config, stage, settings[name])
         settings[name] = None if found is None else str(found)
     # What one algorithm is set to and another has no use for.
-    settings |= {name: getattr(PPOConfig, name) for name in ALGORITHMS[algorithm].ignored}
+    settings |= {name: getattr(PPOConfig, name) for name in without_use(algorithm)}
     if algorithm == "online_dpo":
         settings["dpo_labels"] = "soft"
     settings |= {"algorithm": algorithm, "kl_coef": coef, "seed": seed}

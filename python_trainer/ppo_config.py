@@ -9,6 +9,35 @@ from transformers.hf_argparser import HfArg
 from .config import OptimizerConfig, SamplingConfig, SettingError
 
 N = TypeVar("N", int, float)
+PER_TOKEN = ("ppo", "grpo", "dr_grpo", "reinforce++", "reinforce++_baseline")
+WHITENED = ("ppo", "reinforce++", "reinforce++_baseline")
+RATIO = (*PER_TOKEN, "rloo")  # algorithms of the clipped ratio of a token or of a response
+# Settings that not every algorithm reads, and those that do. For all others they are refused unless they have their
+# default value, or, of the critic's own training, named: files and presets for several algorithms hold them.
+USED_BY = {
+    "gamma": WHITENED,
+    "lam": ("ppo",),
+    "whiten_rewards": ("ppo",),
+    "whiten_advantages": WHITENED,
+    "loss_aggregation": PER_TOKEN,
+    "cliprange": (*RATIO, "p3o"),
+    "cliprange_high": RATIO,
+    "dual_clip": RATIO,
+    "kl_estimator": RATIO,
+    "mask_truncated_completions": RATIO,
+    "mask_zero_variance_groups": RATIO,
+    "weight_clip": ("p3o",),
+    "p3o_variant": ("p3o",),
+    "dpo_labels": ("online_dpo",),
+    "critic_warmup_steps": ("ppo",),
+    "critic_lora_r": ("ppo",),
+    "value_model_path": ("ppo",),
+    "value_model_init": ("ppo",),
+    "critic_learning_rate": ("ppo",),
+    "vf_coef": ("ppo",),
+    "cliprange_value": ("ppo",),
+}
+NAMED = ("value_model_init", "critic_learning_rate", "vf_coef", "cliprange_value")
 
 
 @dataclass
@@ -130,6 +159,11 @@ class PPOConfig(SamplingConfig, OptimizerConfig):
                 f"kl_horizon {self.kl_horizon} must be above a fifth of batch_size {self.batch_size}: "
                 "kl_coef could come to 0 or below in one step"
             )
+
+
+def without_use(algorithm: str) -> list[str]:
+    """The settings that an algorithm does not read."""
+    return [name for name, users in USED_BY.items() if algorithm not in users]
 
 
 @dataclass
