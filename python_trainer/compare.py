@@ -16,25 +16,16 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from . import distributed, files
 from .config import EvalConfig, SamplingConfig, UserError
-from .data import Prompt, load_task
-from .deepspeed_engine import Policy, frozen, init_distributed
+from .data import Policy, Prompt, load_task
+from .deepspeed_engine import frozen, init_distributed
 from .evaluate import Evaluation, choose_generator, evaluate, evaluation_prompts, mean_and_error, respond
 from .logging import as_json, write_table
-from .models import (
-    SEQUENCES,
-    context_of,
-    load_policy,
-    load_tokenizer,
-    refuse_short_context,
-    stage_model,
-    stop_strings,
-    undamaged,
-)
+from .models import load_policy, load_reward_model, load_tokenizer, stage_model, stop_strings, undamaged
 from .ppo_config import CompareConfig
 from .reward_functions import FunctionReward
 from .rewards import load_reward_fn, refuse_non_finite_scores
 from .settings import make_folder, save
-from .tokens import encode_prompts, vocabulary_of
+from .tokens import SEQUENCES, context_of, encode_prompts, refuse_short_context, vocabulary_of
 
 REWARD, GOLD = "reward", "gold"  # who decides: what was trained on; the task's independent score
 
@@ -96,7 +87,9 @@ def beside_reference(config: EvalConfig) -> tuple[Evaluation, Evaluation]:
     reference, policy = (_policy(load_policy(path, config, tokenizer), config, tokenizer) for path in (source, trained))
     prompts = encode_prompts(heldout, tokenizer, config, context_of(policy.module))
     wanted = task.verifiable or config.reward_function is not None
-    reward_fn = load_reward_fn(config, task, tokenizer, prompts, vocabulary_of(tokenizer)) if wanted else None
+    reward_fn = None
+    if wanted:
+        reward_fn = load_reward_fn(config, task, tokenizer, prompts, vocabulary_of(tokenizer), load_reward_model)
     before, after = (
         evaluate(p, reference, prompts, task, tokenizer, generator, reward_fn, config) for p in (reference, policy)
     )
@@ -166,7 +159,7 @@ def _drawn(config: CompareConfig, places: Mapping[str, Path]) -> tuple[Sequence[
     reference = _policy(load_policy(source, config, tokenizer), config, tokenizer)
     prompts = encode_prompts(heldout, tokenizer, config, context_of(reference.module))
     longest = max(len(prompt.ids) for prompt in prompts) + config.response_length
-    reward_fn = load_reward_fn(config, task, tokenizer, prompts, vocabulary_of(tokenizer))
+    reward_fn = load_reward_fn(config, task, tokenizer, prompts, vocabulary_of(tokenizer), load_reward_model)
     judge = None if config.judge is None else FunctionReward([config.judge], [1.0], tokenizer, prompts[0].columns)
     found = {}
     for name, path in places.items():

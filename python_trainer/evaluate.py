@@ -12,8 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from . import distributed
 from .config import SamplingConfig, UserError
-from .data import Experience, Prompt, Rollout, Task, readable
-from .deepspeed_engine import Policy
+from .data import Experience, Policy, Prompt, Rollout, Task, readable
 from .ppo_config import PPOConfig
 from .rollout import Generator, HfGenerator, RewardFn, by_rows, sample, score_tokens
 

@@ -18,8 +18,8 @@ from . import distributed, files
 from .algorithms import KlControl, load_algorithm
 from .checkpoint import FREE_TO_CHANGE
 from .config import UserError, by_new_names
-from .data import load_task
-from .deepspeed_engine import Policy, frozen, init_distributed
+from .data import Policy, load_task
+from .deepspeed_engine import frozen, init_distributed
 from .logging import read, write_table
 from .models import stage_model, starting_point
 from .ppo_config import FrontierConfig, PPOConfig, without_use
