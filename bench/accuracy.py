@@ -7,7 +7,6 @@ float32. A cell is the worst error over its data sets, and in brackets the worst
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 
 import numpy as np
 import torch
@@ -61,7 +60,7 @@ def rows() -> dict[tuple[str, str, str], dict[str, tuple[float, float]]]:
     worst: dict[tuple[str, str, str], dict[str, tuple[float, float]]] = {}
     for case in (case for case in CASES if case.accuracy):
         eager, have = case.accurate_eager or case.eager, backends.op(case.op).implementations("cpu")
-        calls = {impl: partial(case.run, impl) for impl in IMPLS if impl in have}
+        calls = {impl: case.call(impl) for impl in IMPLS if impl in have}
         for data in case.accuracy(g):
             want, base = truth(case, data), computed(case, data, eager)
             outputs = {"eager": base} | {impl: computed(case, data, call) for impl, call in calls.items()}

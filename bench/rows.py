@@ -175,7 +175,7 @@ def all_of(size: str) -> list[Row]:
 
 def call_of(setup: Setup, provider: str) -> Callable[[Inputs], Callable[[], object]]:
     """From inputs to the call of a provider up to its outputs; or AbsentError."""
-    case, run = setup.case, setup.case.run
+    case = setup.case
     if provider in peers.PEERS:
         return lambda inputs: peers.call(provider, case.work, inputs)
     if provider in (*OURS, PORTABLE, BARE):
@@ -185,7 +185,7 @@ def call_of(setup: Setup, provider: str) -> Callable[[Inputs], Callable[[], obje
     if provider == COMPILE and case.time_loop:
         raise AbsentError("the loop over time would be unrolled into one graph of T steps")
     impl = {PORTABLE: "cpu", REFERENCE: "torch", COMPILE: "torch"}.get(provider, provider)
-    function = {EAGER: case.eager, BARE: case.bare}.get(provider) or partial(run, impl)
+    function = {EAGER: case.eager, BARE: case.bare}.get(provider) or case.call(impl)
     if provider == COMPILE:
         function = torch.compile(function, dynamic=False)
     return lambda inputs: partial(function, **inputs)

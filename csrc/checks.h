@@ -13,6 +13,7 @@
 #include <torch/headeronly/core/ScalarType.h>
 
 #include <algorithm>
+#include <array>
 #include <cstdint>
 #include <optional>
 #include <sstream>
@@ -209,15 +210,16 @@ T* data_of(const Tensor& x) {
 
 // A contiguous tensor on the device of `like`. torch::stable::new_empty would look its op up by name, in every call.
 inline Tensor empty(Sizes sizes, ScalarType dtype, const Tensor& like) {
-  std::vector<int64_t> strides(sizes.size());
-  int64_t stride = 1;
+  std::array<int64_t, 8> few;
+  std::vector<int64_t> many(sizes.size() > few.size() ? sizes.size() : 0);
+  int64_t *strides = many.empty() ? few.data() : many.data(), stride = 1;
   for (size_t d = sizes.size(); d-- > 0; stride *= std::max<int64_t>(sizes[d], 1)) strides[d] = stride;
   int32_t device_type, device_index;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like.get(), &device_index));
   AtenTensorHandle made;
   TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
-      static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(),
+      static_cast<int64_t>(sizes.size()), sizes.data(), strides,
       torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)), device_type, device_index, &made));
   return Tensor(made);
 }

@@ -11,7 +11,7 @@ import logging
 import threading
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -58,6 +58,20 @@ class Op:
     #: Positions of the float arguments, and by implementation the op that takes them as one tensor.
     floats: tuple[int, ...]
     traced: dict[str, Callable]
+    #: By implementation, what eager calls of it go to.
+    eager: dict[str, Callable] = field(default_factory=dict)
+    #: Whether there is a CPU kernel.
+    on_cpu: bool = False
+
+    def __post_init__(self) -> None:
+        for impl, kernel in self.kernels.items():
+            self.serve(impl, kernel)
+        self.on_cpu = "cpu" in self.kernels
+
+    def serve(self, impl: str, kernel: Callable) -> None:
+        """Let ``kernel`` run an implementation."""
+        self.kernels[impl] = kernel
+        self.eager[impl] = getattr(kernel, "_op", kernel)  # without the Python call around a registered op
 
     def implementations(self, device_type: str) -> tuple[str, ...]:
         """The implementations that can run on a device type here, best first."""
@@ -81,17 +95,21 @@ class Op:
         """The registered op behind an implementation other than "torch"."""
         return self.kernels[impl]
 
-    def shortcut(self, impl: str, *rare: object) -> bool:
-        """Whether plain CPU tensors may go to their kernel unchecked: without rare arguments, and nothing around it.
+    def shortcut(self, impl: str, mask: object, first: object, *others: object) -> bool:
+        """Whether a call with these tensors may go to the CPU's kernel unchecked: plain ones, and nothing around it.
 
-        What the kernel refuses goes the way of every other call, which converts it or says what is wrong.
+        What the kernel refuses goes the way of every other call, which converts it or says what is wrong. That takes
+        20 microseconds, so what is often converted is not tried: masks of integers here, half precision by callers.
         """
-        for x in rare:
-            if x is not None:
-                return False
-        if torch.compiler.is_compiling() or impl not in ("auto", "cpu") or "cpu" not in self.kernels:
+        if type(first) is not torch.Tensor or not first.is_cpu or impl not in ("auto", "cpu") or not self.on_cpu:
             return False
-        return not (torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0)
+        for x in others:  # a generator costs a microsecond
+            if type(x) is not torch.Tensor:
+                return False
+        if mask is not None and (type(mask) is not torch.Tensor or mask.dtype != torch.bool):
+            return False
+        around = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+        return not around and forward_ad._current_level < 0
 
     def call(self, impl: str, *args: Any) -> Any:
         """Call the registered op."""
@@ -103,7 +121,7 @@ class Op:
     def run(self, impl: str, *args: Any) -> Any:
         """Call the registered op eagerly, from where it is differentiated by other means or not at all."""
         with torch._C._AutoDispatchBelowAutograd():
-            return self.kernels[impl](*args)
+            return self.eager[impl](*args)
 
     def traceable(self, impl: str, args: tuple) -> tuple[Callable, tuple]:
         """The op for a graph, and its arguments there: the floats as one float64 tensor on the CPU.

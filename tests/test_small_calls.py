@@ -43,7 +43,8 @@ OPTIONS: dict[str, list[dict[str, object]]] = {
                     {"row_weight": torch.rand(4)}, {"normalizer": 7}, {"normalizer": -1.0}],
     "value_loss": [{}, {"cliprange_value": None}, {"cliprange_value": -1.0}, {"row_weight": torch.rand(4)}],
     "token_logprobs": [{}, {"entropy": True}, {"entropy": "detached"}, {"temperature": 0.0}, {"temperature": True},
-                       {"temperature": torch.rand(4) + 1}, {"ignore_index": 1.0}, {"ignore_index": 2}],
+                       {"temperature": torch.rand(4) + 1}, {"ignore_index": 1.0}, {"ignore_index": 2},
+                       {"ignore_index": 2**63}, {"temperature": float("inf")}, {"temperature": float("nan")}],
 }  # fmt: skip
 
 

@@ -72,6 +72,7 @@ FORWARD = {
     "jvp of vmap": lambda f, x: func.jvp(func.vmap(f), (x[None],), (x[None],)),
     "vmap of jvp": lambda f, x: func.vmap(lambda y: func.jvp(f, (y,), (y,)))(x[None]),
     "compiled": lambda f, x: transforms.tangent(transforms.compiled(f, "whole"), x),
+    "jvp in a graph": lambda f, x: transforms.compiled(lambda y: func.jvp(f, (y,), (y,)), "aot_eager")(x),
 }
 
 
@@ -79,10 +80,20 @@ FORWARD = {
 @pytest.mark.parametrize("op", CONSTANTS)
 def test_a_tangent_of_a_constant_is_refused(require_impl, impl, op):
     require_impl("gae", impl)
-    for name, differentiate in FORWARD.items():
+    for differentiate in FORWARD.values():
         torch._dynamo.reset()
         with pytest.raises(Exception, match=f"{op}: forward-mode"):
-            pytest.fail(f"{name} gives {differentiate(lambda x: CONSTANTS[op](x, impl), ADV)}")
+            differentiate(lambda x: CONSTANTS[op](x, impl), ADV)
+
+
+def test_a_tangent_by_name_and_in_another_dtype():
+    want = transforms.slope(lambda x: pk.policy_loss(x, OLD, ADV, impl="torch")[0], LOGP)
+    got = transforms.tangent(lambda x: pk.policy_loss(old_logprobs=OLD, advantages=ADV, logprobs=x)[0], LOGP)
+    torch.testing.assert_close(got, want)
+    got = transforms.tangent(lambda x: pk.policy_loss(x, OLD, ADV)[0], LOGP.double())
+    torch.testing.assert_close(got, want.double(), rtol=1e-6, atol=0.0)
+    with pytest.raises(ValueError, match="impl"):
+        transforms.tangent(lambda x: pk.policy_loss(x, OLD, ADV, impl="tpu")[0], LOGP)
 
 
 def test_a_call_without_a_tangent_within_forward_mode_is_computed():

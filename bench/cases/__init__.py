@@ -11,6 +11,7 @@ import importlib
 import pkgutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -158,11 +159,12 @@ class Case:
         """How many outputs have a gradient: the first ones."""
         return self.differentiable_outputs if self.leaf else 0
 
-    @property
-    def run(self) -> Callable[..., object]:
-        """run(impl, **inputs): the call with the options of the case."""
-        function, options = self.function or getattr(ppo_kernels, self.op), dict(self.options)
-        return lambda impl, **inputs: function(**(options | inputs), impl=impl)
+    def call(self, impl: str) -> Callable[..., object]:
+        """The public function with the options of the case, for inputs by name."""
+        return partial(self.function or getattr(ppo_kernels, self.op), **self.options, impl=impl)
+
+    def run(self, impl: str, **inputs: object) -> object:
+        return self.call(impl)(**inputs)
 
     @property
     def oracle(self) -> Callable[..., object]:

@@ -144,15 +144,15 @@ void gradient_block(const In* in, int64_t n, T max, T c, T a, T b, T k, In* out)
 // The offset of row i of a [..., V] tensor with any leading strides.
 class RowOffsets {
  public:
-  explicit RowOffsets(const Tensor& x) {
-    const int64_t dims = x.dim() - 1;
-    for (int64_t d = 0; d < dims; ++d) {
+  explicit RowOffsets(const Tensor& x) : contiguous_(x.is_contiguous()), vocab_(x.size(x.dim() - 1)) {
+    if (contiguous_) return;
+    for (int64_t d = 0; d < x.dim() - 1; ++d) {
       sizes_.push_back(x.size(d));
       strides_.push_back(x.stride(d));
     }
-    if (x.is_contiguous()) sizes_ = {x.numel() / x.size(dims)}, strides_ = {x.size(dims)};
   }
   int64_t operator()(int64_t row) const {
+    if (contiguous_) return row * vocab_;
     int64_t offset = 0;
     for (int64_t d = static_cast<int64_t>(sizes_.size()) - 1; d >= 0; --d) {
       offset += row % sizes_[d] * strides_[d];
@@ -162,6 +162,8 @@ class RowOffsets {
   }
 
  private:
+  bool contiguous_;
+  int64_t vocab_;
   std::vector<int64_t> sizes_, strides_;
 };
 

@@ -11,11 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._C._functorch import get_interpreter_stack
+from torch.autograd import forward_ad
 
 from ppo_kernels._registered import forward_mode_message
 from ppo_kernels._types import constant_of_a_graph
 from ppo_kernels.backends import Op
-from ppo_kernels.ops._public import not_a_graph
+from ppo_kernels.ops._public import any_tangent, differentiates_forward, not_a_graph
 
 Transform = torch._C._functorch.TransformType
 
@@ -97,10 +98,22 @@ class _FirstOrderOnly(torch.autograd.Function):
         return None, once(ctx.op, grad, ctx.saved_tensors[0])
 
 
+def has_tangent(x: Tensor) -> bool:
+    """Whether forward mode differentiates ``x``: every implementation then computes by the reference."""
+    if forward_ad._current_level < 0:
+        return False
+    return differentiates_forward() if torch.compiler.is_compiling() else any_tangent((x,))
+
+
 def first_order_only(op: str, x: Tensor) -> Tensor:
     """``x`` for the reference: autograd could differentiate it twice, but a switch of ``impl`` changes no contract."""
     if torch.compiler.is_compiling():
         return traced_input(op, x, kernel=False)
+    if has_tangent(x):
+        kinds = [interpreter.key() for interpreter in get_interpreter_stack() or ()]
+        if kinds.count(Transform.Grad) + kinds.count(Transform.Jvp) > 1 or recorded(_base(x)):
+            raise RuntimeError(twice_message(op))
+        return x
     return _FirstOrderOnly.apply(op, x) if x.requires_grad or transformed() else x
 
 
@@ -108,6 +121,12 @@ def first_order_only(op: str, x: Tensor) -> Tensor:
 _library = torch.library.Library("ppo_kernels_traced", "FRAGMENT")
 _library.define("first_order_only(str op, Tensor(a) x) -> Tensor(a)")
 _library.impl("first_order_only", _FirstOrderOnly.apply, "CompositeImplicitAutograd")
+
+
+def _base(x: Tensor) -> Tensor:
+    while torch._C._functorch.is_functorch_wrapped_tensor(x):
+        x = torch._C._functorch.get_unwrapped(x)
+    return x
 
 
 @constant_of_a_graph
@@ -125,13 +144,11 @@ def _differentiated_once(op: str, x: Tensor, kernel: bool) -> Tensor:
     """
     stack = get_interpreter_stack() or []
     kinds = [interpreter.key() for interpreter in stack]
-    if kinds.count(Transform.Grad) > 1:
+    if kinds.count(Transform.Grad) + kinds.count(Transform.Jvp) > 1:
         raise RuntimeError(twice_message(op))
     if kernel and Transform.Vmap in kinds:
         raise RuntimeError(vmap_message(op))
-    outer = x
-    while torch._C._functorch.is_functorch_wrapped_tensor(outer):
-        outer = torch._C._functorch.get_unwrapped(outer)
+    outer = _base(x)
     grads = (torch._C._functorch.CGradInterpreterPtr(i) for i in stack if i.key() == Transform.Grad)
     if outer.requires_grad and all(interpreter.prevGradMode() for interpreter in grads):
         raise RuntimeError(

@@ -188,6 +188,8 @@ def bound(op: str, name: str, value: object, *, above: float = -math.inf, least:
     """A clip or clamp as kernels take it: infinity where None or infinity switches it off."""
     if value is None:
         return math.inf
+    if type(value) is float and above < value and least <= value < math.inf and not torch.compiler.is_compiling():
+        return value
     if type(value) is not float:
         value = _as_number(op, name, value)
     if isinstance(value, Tensor) or value != math.inf:
@@ -207,20 +209,6 @@ def to_mask(op: str, mask: object, like: Tensor) -> Tensor | None:
     if mask.dtype not in (torch.bool, torch.uint8):
         mask = mask != 0
     return unit_last_stride(mask)
-
-
-def as_they_are(dtypes: Sequence[torch.dtype], *tensors: object) -> bool:
-    """Whether CPU kernels take these inputs without a conversion. Their shapes the kernels check themselves."""
-    for x in tensors:  # a generator costs a microsecond
-        if type(x) is not Tensor or x.dtype not in dtypes or not x.is_cpu:
-            return False
-        if x.layout is not torch.strided or not x.is_contiguous():
-            return False
-    return True
-
-
-def mask_as_it_is(mask: object) -> bool:
-    return mask is None or as_they_are((torch.bool,), mask)
 
 
 def keepable(x: Tensor | None) -> Tensor | None:

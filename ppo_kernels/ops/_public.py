@@ -14,35 +14,82 @@ from torch._functorch.pyfunctorch import temporarily_pop_interpreter_stack
 from torch.autograd import forward_ad
 
 from ppo_kernels._registered import forward_mode_message
+from ppo_kernels._types import constant_of_a_graph
 
 Function = TypeVar("Function", bound=Callable)
 
 
-def public(function: Function) -> Function:
+def public(function: Function, *, op: str = "", differentiable: bool = False) -> Function:
     """A public function, which reads a DTensor that every rank holds whole as this rank's tensor.
 
-    It returns plain tensors; the gradient of such a DTensor is one too, with the same placements.
+    It returns plain tensors; the gradient of such a DTensor is one too, with the same placements. A tangent of forward
+    mode is refused, but for the first argument of a ``differentiable`` op.
     """
+    name, first = op or function.__name__, function.__code__.co_varnames[0]
 
     @functools.wraps(function)
     def call(*arguments: Any, **options: Any) -> Any:
         if forward_ad._current_level >= 0:
-            refuse_tangents(function.__name__, *arguments, *options.values())
-        for x in (*arguments, *options.values()):
+            constants = options | {first: None} if differentiable else options
+            refuse_tangents(name, *arguments[differentiable:], *constants.values(), differentiable=differentiable)
+            if not torch.compiler.is_compiling():
+                return _without_graphs(on_this_rank, arguments, options)
+        for x in arguments:
             if type(x) is not Tensor and isinstance(x, Tensor) and _is_replica(x):
-                return function(*map(_local, arguments), **{name: _local(x) for name, x in options.items()})
+                return on_this_rank(arguments, options)
+        for x in options.values():
+            if type(x) is not Tensor and isinstance(x, Tensor) and _is_replica(x):
+                return on_this_rank(arguments, options)
         return function(*arguments, **options)
+
+    def on_this_rank(arguments: Iterable, options: dict[str, Any]) -> Any:
+        return function(*map(_local, arguments), **{name: _local(x) for name, x in options.items()})
 
     return cast(Function, call)
 
 
-def refuse_tangents(op: str, *given: object) -> None:
+def refuse_tangents(op: str, *given: object, differentiable: bool = False) -> None:
     """Raise if forward-mode differentiation goes on and one of these takes part: the results would have no tangent.
 
-    A graph cannot tell which do, and reads the level for Dynamo to guard it: one made without would drop tangents.
+    A graph does not know which of its inputs do, and reads the level for Dynamo to guard it: one made without would
+    drop tangents. It does know what it differentiates itself.
     """
-    if forward_ad._current_level >= 0 and (torch.compiler.is_compiling() or _any_dual(given)):
-        raise RuntimeError(forward_mode_message(op))
+    if forward_ad._current_level < 0:
+        return
+    message = forward_mode_message(op)
+    if differentiable:
+        message = (
+            f"{op}: forward-mode differentiation is supported in the first argument alone, and a graph takes no tangent"
+            " from outside; detach the others, or call torch.func.jvp within the graph"
+        )
+    if torch.compiler.is_compiling():
+        if not (differentiable and differentiates_forward()):
+            raise RuntimeError(message)
+        for x in given:
+            if isinstance(x, Tensor) and _allow_in_graph():
+                _refuse_tangent(message, x)
+    elif any_tangent(given):
+        raise RuntimeError(message)
+
+
+@constant_of_a_graph
+def differentiates_forward() -> bool:
+    """Whether a graph differentiates in forward mode where this is traced."""
+    stack = functorch.get_interpreter_stack() or ()
+    return any(interpreter.key() == functorch.TransformType.Jvp for interpreter in stack)
+
+
+@constant_of_a_graph
+def _allow_in_graph() -> bool:
+    """Make ``_refuse_tangent`` opaque to Dynamo, which runs this before it looks at that."""
+    torch.compiler.allow_in_graph(_refuse_tangent)
+    return True
+
+
+def _refuse_tangent(message: str, x: Tensor) -> Tensor:
+    if any_tangent((x,)):
+        raise RuntimeError(message)
+    return x.view_as(x)
 
 
 def _is_replica(x: object) -> bool:
@@ -66,7 +113,12 @@ def not_a_graph(function: Function) -> Function:
 
 
 @not_a_graph
-def _any_dual(given: Iterable[object]) -> bool:
+def _without_graphs(function: Callable, *arguments: Any) -> Any:
+    return function(*arguments)
+
+
+@not_a_graph
+def any_tangent(given: Iterable[object]) -> bool:
     """Whether one of the tensors, also in a pair, has a tangent: at the innermost transform, or at one around it."""
     pairs = [x if isinstance(x, (tuple, list)) else (x,) for x in given]
     tensors = [x for pair in pairs for x in pair if isinstance(x, Tensor)]
@@ -79,4 +131,4 @@ def _any_dual(given: Iterable[object]) -> bool:
     level = transform.level()
     outer = [functorch.get_unwrapped(x) if functorch.maybe_get_level(x) == level else x for x in tensors]
     with temporarily_pop_interpreter_stack():
-        return _any_dual(outer)
+        return any_tangent(outer)

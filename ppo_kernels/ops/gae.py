@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ppo_kernels._types import wide_dtype
 from ppo_kernels.backends import register, vmap_by_calls
-from ppo_kernels.ops._inputs import Tokens, as_they_are, check_choice, check_number, mask_as_it_is, refuse_gradient
+from ppo_kernels.ops._inputs import Tokens, check_choice, check_number, refuse_gradient
 from ppo_kernels.ops._public import public
 from ppo_kernels.reference import gae as reference
 
@@ -84,13 +84,12 @@ def gae(
     if lam_tensor is None:
         lam = check_number("gae", "lam", lam, least=0.0, most=1.0)
     code = check_choice("gae", "masked_steps", masked_steps, MASKED_STEPS)
-    if not validate and _GAE.shortcut(impl, lam_tensor, bootstrap_value, cu_seqlens):
-        plain = as_they_are((torch.float32,), rewards, values)
-        if plain and mask_as_it_is(mask):
-            try:
-                return _GAE.run("cpu", rewards, values, mask, None, None, None, gamma, lam, code)
-            except RuntimeError:
-                pass
+    usual = not validate and lam_tensor is bootstrap_value is cu_seqlens is None
+    if usual and _GAE.shortcut(impl, mask, rewards, values) and rewards.dtype == torch.float32:
+        try:
+            return _GAE.run("cpu", rewards, values, mask, None, None, None, gamma, lam, code)
+        except RuntimeError:
+            pass
     tokens = Tokens(
         "gae",
         cu_seqlens,

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from torch import Tensor
 
 from ppo_kernels._types import P3OStats
 from ppo_kernels.backends import register
 from ppo_kernels.ops import _fakes
-from ppo_kernels.ops._autograd import first_order_only, fused_loss
+from ppo_kernels.ops._autograd import first_order_only, fused_loss, has_tangent
 from ppo_kernels.ops._inputs import Tokens, bound, check_choice, check_integer_option, number_or_tensor
 from ppo_kernels.ops._public import public
 from ppo_kernels.reference import p3o_loss as reference
@@ -26,7 +28,7 @@ _P3O_LOSS = register(
 VARIANTS = ("separate", "joint")
 
 
-@public
+@partial(public, differentiable=True)
 def p3o_loss(
     logprobs: Tensor,
     old_logprobs: Tensor,
@@ -120,7 +122,7 @@ def p3o_loss(
     old_logprobs, ref_logprobs = tokens.constant(old_logprobs), tokens.constant(ref_logprobs)
 
     impl = _P3O_LOSS.choose(impl, logprobs.device.type, tokens.dtype)
-    if impl == "torch":
+    if impl == "torch" or has_tangent(logprobs):
         return _P3O_LOSS.reference(
             first_order_only(op, logprobs), old_logprobs, ref_logprobs, scores, mask,
             variant=variant, group_size=group_size, kl_coef=coef if coef_tensor is None else coef_tensor,

@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
 from ppo_kernels._types import KL_ESTIMATORS, PolicyStats
 from ppo_kernels.backends import register
 from ppo_kernels.ops import _fakes
-from ppo_kernels.ops._autograd import first_order_only, fused_loss
+from ppo_kernels.ops._autograd import first_order_only, fused_loss, has_tangent
 from ppo_kernels.ops._inputs import (
     Tokens,
-    as_they_are,
     bound,
     check_choice,
     check_floating,
     check_tensor,
-    mask_as_it_is,
     number_or_tensor,
 )
 from ppo_kernels.ops._public import public
@@ -34,7 +34,7 @@ _POLICY_LOSS = register(
 )
 
 
-@public
+@partial(public, differentiable=True)
 def policy_loss(
     logprobs: Tensor,
     old_logprobs: Tensor,
@@ -116,15 +116,15 @@ def policy_loss(
     log_bound = bound(op, "log_ratio_clamp", log_ratio_clamp, least=0.0)
     kl_bounds = bound(op, "kl_log_clamp", kl_log_clamp, least=0.0), bound(op, "kl_clamp", kl_clamp, least=0.0)
     options = (low, high, dual_bound, log_bound, coef, code, *kl_bounds)
-    if not validate and _POLICY_LOSS.shortcut(impl, weights, row_weight, normalizer, cu_seqlens, coef_tensor):
-        ref = () if ref_logprobs is None else (ref_logprobs,)
-        plain = as_they_are((torch.float32,), logprobs, old_logprobs, advantages, *ref)
-        if plain and mask_as_it_is(mask) and advantages.dim() == 2:
-            inputs = (old_logprobs, advantages, mask, None, ref_logprobs, None, None, None, None)
-            try:
-                return _fused("cpu", logprobs, *inputs, *options)
-            except RuntimeError:
-                pass
+    usual = not validate and weights is row_weight is normalizer is cu_seqlens is coef_tensor is None
+    ref = logprobs if ref_logprobs is None else ref_logprobs
+    usual = usual and _POLICY_LOSS.shortcut(impl, mask, logprobs, old_logprobs, advantages, ref)
+    if usual and logprobs.dtype == torch.float32 and advantages.dim() == 2:
+        inputs = (old_logprobs, advantages, mask, None, ref_logprobs, None, None, None, None)
+        try:
+            return _fused("cpu", logprobs, *inputs, *options)
+        except RuntimeError:
+            pass
     check_floating(op, "advantages", advantages)
     if weights is not None:
         check_floating(op, "weights", weights)
@@ -146,7 +146,7 @@ def policy_loss(
         ref_logprobs = tokens.constant(ref_logprobs)
 
     impl = _POLICY_LOSS.choose(impl, logprobs.device.type, tokens.dtype)
-    if impl == "torch":
+    if impl == "torch" or has_tangent(logprobs):
         return _POLICY_LOSS.reference(
             first_order_only(op, logprobs), old_logprobs, advantages, mask,
             cliprange=(low, high), dual_clip=dual_bound, log_ratio_clamp=log_bound, weights=weights,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from functools import partial
 from typing import Literal, overload
 
 import torch
@@ -9,24 +11,15 @@ from torch import Tensor
 
 from ppo_kernels._types import compute_dtype, element
 from ppo_kernels.backends import register
-from ppo_kernels.ops._autograd import (
-    first_order_only,
-    once,
-    recorded,
-    traced_input,
-    transformed,
-)
+from ppo_kernels.ops._autograd import first_order_only, has_tangent, once, recorded, traced_input, transformed
 from ppo_kernels.ops._fakes import like_first
 from ppo_kernels.ops._inputs import (
-    FLOATING,
-    as_they_are,
     check_device,
     check_floating,
     check_integer,
     check_number,
     check_tensor,
     keepable,
-    mask_as_it_is,
     temperature_rows,
     to_mask,
     unit_last_stride,
@@ -107,8 +100,9 @@ class _TracedLogprobs(torch.autograd.Function):
 
 class _EagerLogprobs(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, impl, logits, labels, mask, temperature_rows, temperature, ignore_index, entropy, inplace):
+    def forward(ctx, impl, logits, rest):
         ctx.set_materialize_grads(False)
+        labels, mask, temperature_rows, temperature, ignore_index, entropy, inplace = rest
         logprobs, h, *sums = _TOKEN_LOGPROBS.run(
             impl, logits, labels, mask, temperature_rows, temperature, ignore_index, entropy is not False
         )
@@ -128,15 +122,14 @@ class _EagerLogprobs(torch.autograd.Function):
     @staticmethod
     @not_a_graph
     def backward(ctx, grad_logprobs, grad_entropy=None):
-        none = (None,) * 7
         if grad_logprobs is None and grad_entropy is None:
-            return None, None, *none
+            return None, None, None
         logits, labels, temperature_rows, *rest = ctx.saved_tensors
         refuse_tangents("token_logprobs", grad_logprobs, grad_entropy)
         others = (labels, temperature_rows, *_contiguous((grad_logprobs, grad_entropy)), *rest, *ctx.numbers)
         if not ctx.inplace:
             grad = _BACKWARD.run(ctx.impl, logits, *others)
-            return None, once("token_logprobs", grad, logits), *none
+            return None, once("token_logprobs", grad, logits), None
         if torch.is_grad_enabled():
             raise RuntimeError(
                 "token_logprobs: inplace_backward=True overwrites what a second differentiation would need;"
@@ -152,7 +145,7 @@ class _EagerLogprobs(torch.autograd.Function):
         _BACKWARD_INPLACE.run(ctx.impl, chunk.logits, *others)
         chunk.end()
         ctx.chunk = None  # else the logits would live as long as the loss
-        return None, chunk.logits, *none
+        return None, chunk.logits, None
 
 
 class _TransformedLogprobs(torch.autograd.Function):
@@ -212,7 +205,6 @@ def token_logprobs(
 ) -> tuple[Tensor, Tensor]: ...
 
 
-@public
 def token_logprobs(
     logits: Tensor,
     labels: Tensor,
@@ -263,6 +255,18 @@ def token_logprobs(
 
     Source: online softmax, Milakov and Gimelshein (2018).
     """
+    usual = type(temperature) is float and 0.0 < temperature < math.inf and type(ignore_index) is int
+    usual = usual and type(entropy) is bool and not (validate or inplace_backward)
+    if usual and _TOKEN_LOGPROBS.shortcut(impl, mask, logits, labels):
+        try:
+            return _eager("cpu", logits, labels, mask, None, temperature, ignore_index, entropy, False)
+        except RuntimeError:
+            pass
+    return _every_call(logits, labels, temperature, mask, ignore_index, entropy, inplace_backward, impl, validate)
+
+
+@partial(public, op="token_logprobs", differentiable=True)
+def _every_call(logits, labels, temperature, mask, ignore_index, entropy, inplace_backward, impl, validate):
     op = "token_logprobs"
     if not (entropy is False or entropy is True or (isinstance(entropy, str) and entropy == "detached")):
         raise ValueError(f'{op}: entropy must be False, True or "detached", got {entropy!r}')
@@ -272,13 +276,6 @@ def token_logprobs(
         raise ValueError(f"{op}: ignore_index must fit an int64, got {ignore_index}")
     rows = temperature if isinstance(temperature, Tensor) else None
     tau = check_number(op, "temperature", temperature, above=0.0) if rows is None else 1.0
-    if not (validate or inplace_backward) and _TOKEN_LOGPROBS.shortcut(impl, rows):
-        plain = as_they_are(FLOATING, logits) and as_they_are((torch.int64,), labels)
-        if plain and mask_as_it_is(mask):
-            try:
-                return _eager("cpu", logits, (labels, mask, None, tau, ignore_index, entropy), False)
-            except RuntimeError:
-                pass
     check_floating(op, "logits", logits)
     check_integer(op, "labels", labels)
     if logits.dim() == 0 or logits.size(-1) == 0:
@@ -298,7 +295,7 @@ def token_logprobs(
     logits = unit_last_stride(logits)
 
     impl = _TOKEN_LOGPROBS.choose(impl, logits.device.type, logits.dtype)
-    if impl == "torch":
+    if impl == "torch" or has_tangent(logits):
         return _TOKEN_LOGPROBS.reference(
             first_order_only(op, logits),
             labels,
@@ -320,17 +317,27 @@ def token_logprobs(
     elif transformed():
         logprobs, h = _TransformedLogprobs.apply(impl, logits, *arguments)[:2]
     else:
-        return _eager(impl, logits, arguments, inplace_backward)
+        return _eager(impl, logits, *arguments, inplace_backward)
     if entropy is False:
         return logprobs
     return logprobs, h
 
 
-def _eager(impl: str, logits: Tensor, arguments: tuple, inplace: bool) -> Tensor | tuple[Tensor, Tensor]:
+def _eager(impl, logits, labels, mask, temperature_rows, temperature, ignore_index, entropy, inplace):
     if recorded(logits):
-        return _EagerLogprobs.apply(impl, logits, *arguments, inplace)
-    *others, entropy = arguments
-    logprobs, h, _, _ = _TOKEN_LOGPROBS.run(impl, logits, *others, entropy is not False)
+        rest = (
+            labels,
+            mask,
+            temperature_rows,
+            temperature,
+            ignore_index,
+            entropy,
+            inplace,
+        )  # torch looks at each input
+        return _EagerLogprobs.apply(impl, logits, rest)  # one input: torch looks at each
+    logprobs, h, _, _ = _TOKEN_LOGPROBS.run(
+        impl, logits, labels, mask, temperature_rows, temperature, ignore_index, entropy is not False
+    )
     return logprobs if entropy is False else (logprobs, h)
 
 
@@ -367,7 +374,7 @@ def _validate(logits: Tensor, labels: Tensor, mask: Tensor | None, rows: Tensor 
         raise ValueError(f"token_logprobs: every temperature must be > 0, the least is {float(rows.min())}")
 
 
-@public
+@partial(public, differentiable=True)
 def selective_log_softmax(
     logits: Tensor, index: Tensor, temperature: float | Tensor = 1.0, row_mask: Tensor | None = None
 ) -> Tensor:
@@ -381,7 +388,7 @@ def selective_log_softmax(
     return token_logprobs(logits, index, temperature=temperature, mask=row_mask)
 
 
-@public
+@partial(public, differentiable=True)
 def selective_log_softmax_and_entropy(
     logits: Tensor, index: Tensor, temperature: float | Tensor = 1.0, row_mask: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:

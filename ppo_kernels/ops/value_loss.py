@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
 from ppo_kernels._types import ValueStats
 from ppo_kernels.backends import register
 from ppo_kernels.ops import _fakes
-from ppo_kernels.ops._autograd import first_order_only, fused_loss
-from ppo_kernels.ops._inputs import Tokens, as_they_are, bound, mask_as_it_is
+from ppo_kernels.ops._autograd import first_order_only, fused_loss, has_tangent
+from ppo_kernels.ops._inputs import Tokens, bound
 from ppo_kernels.ops._public import public
 from ppo_kernels.reference import value_loss as reference
 
@@ -25,7 +27,7 @@ _VALUE_LOSS = register(
 )
 
 
-@public
+@partial(public, differentiable=True)
 def value_loss(
     values: Tensor,
     old_values: Tensor,
@@ -69,13 +71,13 @@ def value_loss(
     """
     op = "value_loss"
     clip = bound(op, "cliprange_value", cliprange_value, least=0.0)
-    if not validate and _VALUE_LOSS.shortcut(impl, row_weight, normalizer, cu_seqlens):
-        plain = as_they_are((torch.float32,), values, old_values, returns)
-        if plain and mask_as_it_is(mask):
-            try:
-                return _fused("cpu", values, old_values, returns, mask, None, None, None, clip)
-            except RuntimeError:
-                pass
+    usual = not validate and row_weight is normalizer is cu_seqlens is None
+    usual = usual and _VALUE_LOSS.shortcut(impl, mask, values, old_values, returns)
+    if usual and values.dtype == torch.float32:
+        try:
+            return _fused("cpu", values, old_values, returns, mask, None, None, None, clip)
+        except RuntimeError:
+            pass
     tokens = Tokens(op, cu_seqlens, values=values, old_values=old_values, returns=returns, extra=(row_weight,))
     mask = tokens.mask(mask)
     if row_weight is not None:
@@ -87,7 +89,7 @@ def value_loss(
     old_values, returns = tokens.constant(old_values), tokens.constant(returns)
 
     impl = _VALUE_LOSS.choose(impl, values.device.type, tokens.dtype)
-    if impl == "torch":
+    if impl == "torch" or has_tangent(values):
         return _VALUE_LOSS.reference(
             first_order_only(op, values),
             old_values,

@@ -63,7 +63,8 @@ def serve_from_gpu(impl: str) -> None:
 def _serve(impl: str, kernel_of) -> None:
     """Let ``impl`` serve CPU tensors by the callable that ``kernel_of`` makes of each op."""
     for op in map(backends.op, SCHEMAS):
-        kernel = op.kernels[impl] = kernel_of(op)
+        kernel = kernel_of(op)
+        op.serve(impl, kernel)
         if impl in op.traced or "cpu" in op.traced:
             name = f"{op.name}_of_{impl}"
             op.traced[impl] = backends.register_traced(name, SCHEMAS[op.name], op.floats, op.fake, kernel)

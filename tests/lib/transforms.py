@@ -156,6 +156,11 @@ def of_an_input_that_requires_grad(f, x, mode):
     return torch.autograd.grad(step(leaf), leaf)[0]
 
 
+def slope(f: Callable, x: torch.Tensor) -> torch.Tensor:
+    """The derivative of ``f`` at ``x`` in the direction of ``x``."""
+    return (gradient(f, x) * x).sum()
+
+
 def pair(x):
     return torch.stack([x, 2 * x])
 
@@ -172,6 +177,8 @@ class Row(NamedTuple):
 
 
 EAGER, FORWARD, TWICE = ("eager",), "forward-mode", "twice"
+BREAKABLE = ("eager", "dynamo")
+WHOLE = tuple(mode for mode in MODES if mode not in BREAKABLE)
 
 
 def broken(f: Callable) -> Callable:
@@ -212,11 +219,11 @@ ROWS = {
     "vmap_in_grad": Row(
         inside(lambda f, y: func.grad(lambda z: func.vmap(f)(torch.stack([z, 0 * z])).sum())(y)), vmaps=True
     ),
-    "jvp": Row(inside(lambda f, y: func.jvp(f, (y,), (y,))[1]), refused=FORWARD),
-    "jacfwd": Row(inside(lambda f, y: func.jacfwd(f)(y)), refused=FORWARD),
-    "hessian": Row(inside(lambda f, y: func.hessian(f)(y)), refused=FORWARD),
-    "dual": Row(lambda f, x, mode: tangent(compiled(f, mode), x), refused=FORWARD),
-    "dual_after_plain": Row(dual_after_plain, refused=FORWARD),
+    "jvp": Row(inside(lambda f, y: func.jvp(f, (y,), (y,))[1]), slope),
+    "jacfwd": Row(inside(lambda f, y: func.jacfwd(f)(y))),
+    "hessian": Row(inside(lambda f, y: func.hessian(f)(y)), refused=TWICE),
+    "dual": Row(lambda f, x, mode: tangent(compiled(f, mode), x), slope, modes=BREAKABLE),
+    "dual_after_plain": Row(dual_after_plain, refused=FORWARD, modes=WHOLE),
     "grad_of_grad": Row(inside(lambda f, y: func.grad(lambda z: func.grad(f)(z).square().sum())(y)), refused=TWICE),
     "grad_of_grad_broken": Row(
         inside(lambda f, y: func.grad(lambda z: func.grad(broken(f))(z).square().sum())(y)),
@@ -227,6 +234,22 @@ ROWS = {
     # Not behind AOTAutograd: its graphs give a second derivative of 0, or refuse, whatever is in them (exp() too).
     "twice": Row(lambda f, x, mode: twice(compiled(f, mode), x), refused=TWICE, modes=("eager", "dynamo", "whole")),
     "grad_of_a_leaf": Row(of_an_input_that_requires_grad, refused=TWICE),
+    "dual_after_a_graph": Row(dual_after_plain, slope, modes=BREAKABLE),
+    "jvp_of_vmap": Row(inside(lambda f, y: func.jvp(lambda z: func.vmap(f)(z[None])[0], (y,), (y,))[1]), slope),
+    "vmap_of_jvp": Row(inside(lambda f, y: func.vmap(lambda z: func.jvp(f, (z,), (z,))[1])(y[None])[0]), slope),
+    "jvp_of_other": Row(
+        inside(lambda f, y: func.jvp(lambda z: f(y) * z.sum(), (y,), (y,))[1]), lambda f, x: f(x) * x.sum()
+    ),
+    "dual_into_a_graph": Row(lambda f, x, mode: tangent(compiled(f, mode), x), refused=FORWARD, modes=WHOLE),
+    "jvp_of_grad": Row(inside(lambda f, y: func.jvp(func.grad(f), (y,), (y,))[1]), refused=TWICE),
+    "grad_of_jvp": Row(inside(lambda f, y: func.grad(lambda z: func.jvp(f, (z,), (y,))[1])(y)), refused=TWICE),
+    "jvp_of_a_leaf": Row(
+        lambda f, x, mode: compiled(lambda y: func.jvp(f, (y,), (x,))[1], mode)(x.clone().requires_grad_()),
+        refused=TWICE,
+    ),
+    "jvp_of_jvp": Row(
+        inside(lambda f, y: func.jvp(lambda z: func.jvp(f, (z,), (y,))[1], (y,), (y,))[1]), refused=TWICE
+    ),
 }
 
 
