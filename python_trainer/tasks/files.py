@@ -251,10 +251,9 @@ def read_file(path: Path) -> list[Row]:
 
 
 def split(rows: list[T], key: Callable[[T], str], share: float, place: Path) -> tuple[list[T], list[T]]:
-    """What is held out, about `share` of what differs, is a matter of each row alone: of the hash of its key.
+    """About `share` of what differs is held out, by the hash of each row's key: the same in all files, in any order.
 
-    So it is the same in all files and at all stages, in any order, and rows that are added move no other. Of a few rows
-    one at least is held out, and one is not.
+    Rows that are added move no other. Of a few rows one at least is held out, and one is not.
     """
     places = {name: int.from_bytes(hashlib.sha256(name.encode()).digest()[:8]) / 2**64 for name in map(key, rows)}
     if len(places) < 2:
@@ -379,9 +378,7 @@ def _number(place: str, number: int, value: Any) -> float:
 
 def _key(content: Content) -> str:
     """What makes a prompt the same one; a question is, as plain text and as a user's only message."""
-    if isinstance(content, str):
-        return content
-    if len(content) == 1 and content[0].keys() == {"role", "content"} and content[0]["role"] == "user":
+    if not isinstance(content, str) and content == [{"role": "user", "content": content[-1].get("content")}]:
         content = content[0]["content"]
     return content if isinstance(content, str) else json.dumps(content, sort_keys=True, default=str)
 
