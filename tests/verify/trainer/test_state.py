@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from python_trainer import checkpoint, deepspeed_engine, zero_state
+from python_trainer import checkpoint, deepspeed_engine, distributed, zero_state
 from python_trainer.config import UserError
 from python_trainer.ppo import Trainer
 from python_trainer.ppo_config import PPOConfig
@@ -140,7 +140,7 @@ def test_what_is_read_is_what_was_held(ran, layout, tiny, tmp_path, monkeypatch,
     held = put_together(source)
     for name, model in trainer.trained.items():
         assert all(values.equal(held[f"{name}/{key}"]) for key, values in of_deepspeed(model).items())
-        with deepspeed_engine.gathered_params(model.module.parameters()):
+        with distributed.gathered_params(model.module.parameters()):
             for key, parameter in model.module.named_parameters():
                 assert parameter.flatten().equal(held[f"{name}/weight/{key}"].to(parameter.dtype)), key
 
