@@ -103,6 +103,8 @@ def beside_reference(config: EvalConfig) -> tuple[Evaluation, Evaluation]:
 def head_to_head(config: CompareConfig) -> Comparison:
     """Every policy against every other one; tables, a picture and all responses are kept."""
     places = {name: policy_at(place) for name, place in config.entries().items()}
+    if len(places) < 2:
+        raise UserError(f"compare needs two runs or more, not {len(places)}: compare RUN RUN ...")
     init_distributed(config.seed, config.ddp_timeout)
     folder = _result_folder(config, "compare")
     prompts, drawn = _drawn(config, places)

@@ -247,15 +247,9 @@ class CompareConfig(SamplingConfig):
     )
     reward_model_path: str | None = HfArg(default=None, help="Reward model. Default: that of the runs.")
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.entries()
-
     def entries(self) -> dict[str, Path]:
         """Names and folders."""
         given = [part.strip() for part in (self.runs or "").split(",") if part.strip()]
-        if len(given) < 2:
-            raise SettingError(f"compare needs two runs or more, not {len(given)}: compare RUN RUN ...")
         found: dict[str, Path] = {}
         for part in given:
             name, equals, folder = part.partition("=")
