@@ -12,17 +12,19 @@ from ppo_kernels import _native, token_logprobs
 from tests.lib.helpers import bit_equal, in_fresh_process
 from tests.lib.memory import fenced
 
-SAME_TESTS = (
-    *("test_token_logprobs.py", "test_token_logprobs_api.py", "test_written_values.py", "test_contracts_memory.py"),
-    "test_avx512.py",
-)
+#: What reads logits: its values, and the rest of its tests, which `make verify PART=factorial` runs.
+SAME_TESTS = [
+    ["test_token_logprobs.py", "test_written_values.py"],
+    pytest.param(["test_token_logprobs_api.py", "test_contracts_memory.py", "test_avx512.py"], marks=pytest.mark.rest),
+]
 # Short of, at and beyond a step of 64 logits, a run of 16 terms and a block of 4096.
 VOCABULARIES = (15, 31, 32, 33, 63, 64, 65, 1023, 1024, 1025, 4095, 4096, 4097, 8200)
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 @pytest.mark.skipif(not _native.avx512_loops(), reason="this CPU has no AVX-512: the tests have run the portable loops")
-def test_the_portable_loops_pass_the_same_tests():
+@pytest.mark.parametrize("files", SAME_TESTS, ids=["values", "others"])
+def test_the_portable_loops_pass_the_same_tests(files):
     folder = Path(__file__).parent
     run = (
         "import sys, pytest; from ppo_kernels import _native; assert not _native.avx512_loops(); "
@@ -30,7 +32,7 @@ def test_the_portable_loops_pass_the_same_tests():
     )
     done = subprocess.run(
         [sys.executable, "-c", run, "-q", "-p", "no:cacheprovider", "-k", "cpu and not cuda"]
-        + [str(folder / name) for name in SAME_TESTS],
+        + [str(folder / name) for name in files],
         cwd=folder.parent,
         env=os.environ | {"PPO_KERNELS_AVX512": "0"},
         capture_output=True,

@@ -225,7 +225,7 @@ def triton_is_refused():
 
 def test_triton_on_cpu_tensors_is_refused_without_its_interpreter(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    in_fresh_process(triton_is_refused)
+    in_fresh_process(triton_is_refused, start=lambda: torch.multiprocessing.get_context("spawn"))
 
 
 @pytest.mark.large

@@ -46,7 +46,7 @@ def garbage_between_guard_pages(impl, front):
     fence_allocations(front)
     g = torch.Generator().manual_seed(0)
     wild = torch.tensor([0, 1, -1, 5, 39, 40, 2**31, -(2**31), 2**40, -(2**40), 2**62, -(2**62)])
-    for turn in range(6 if impl == "triton" else 60):
+    for turn in range(3 if impl == "triton" else 60):  # the interpreter makes more in the fuzz
         pick = lambda *shape: fenced(wild[torch.randint(0, len(wild), shape, generator=g)], front)  # noqa: E731
         row = fenced(torch.rand(4, generator=g), front)
         leaf, labels = fenced(torch.randn(6, 40, generator=g), front).requires_grad_(), pick(6, *(3,) * (turn % 2))

@@ -189,21 +189,20 @@ def test_whoever_has_saved_what_is_overwritten_is_told(impl):
         overwrite(impl, LOGITS.clone())
 
 
-def test_fakes_agree_with_kernels_in_shape_and_dtype(require_impl):
+@pytest.mark.parametrize("impl", ["cpu", pytest.param("triton", marks=pytest.mark.rest)])
+def test_fakes_agree_with_kernels_in_shape_and_dtype(require_impl, impl):
     """In float64 and of 16-bit logits too, and for the ops that graphs hold."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    for impl in ("cpu", "triton"):
-        require_impl("gae", impl)
-        for dtype in (torch.float64, torch.bfloat16):
-            for op, kinds in recorded.samples(dtype, "cpu").items():
-                if dtype == torch.bfloat16 and not op.startswith("token_logprobs"):
-                    continue  # computes in float32 and float64
-                for args in kinds:
-                    for fn, given in ((kernel(op, impl), args), pk.backends.op(op).traceable(impl, args)):
-                        real = fn(*given)
-                        with FakeTensorMode() as mode:
-                            fake = fn(*(mode.from_tensor(a) if torch.is_tensor(a) else a for a in given))
-                        pairs = zip(cases.outputs(real), cases.outputs(fake), strict=True)
-                        for r, f in pairs:
-                            assert r is f is None or (r.shape, r.dtype, r.stride()) == (f.shape, f.dtype, f.stride())
+    require_impl("gae", impl)
+    for dtype in (torch.float64, torch.bfloat16):
+        for op, kinds in recorded.samples(dtype, "cpu").items():
+            if dtype == torch.bfloat16 and not op.startswith("token_logprobs"):
+                continue  # computes in float32 and float64
+            for args in kinds:
+                for fn, given in ((kernel(op, impl), args), pk.backends.op(op).traceable(impl, args)):
+                    real = fn(*given)
+                    with FakeTensorMode() as mode:
+                        fake = fn(*(mode.from_tensor(a) if torch.is_tensor(a) else a for a in given))
+                    for r, f in zip(cases.outputs(real), cases.outputs(fake), strict=True):
+                        assert r is f is None or (r.shape, r.dtype, r.stride()) == (f.shape, f.dtype, f.stride())

@@ -20,6 +20,7 @@ Rows as in the survey of public issue trackers that the design started from; a t
  7  a strided or expanded gradient from above
       test_a_gradient_from_above_is_read_by_its_strides
  8  misaligned vector loads
+      test_contracts_memory.py::test_every_alignment_of_base_and_rows
       test_token_logprobs_api.py::test_every_alignment_of_rows_and_base
  9  a matrix product rounded to bfloat16  - (there is no fused linear op; logits are taken as they are)
 10  a ratio that is not 1 at first
@@ -78,6 +79,7 @@ Rows as in the survey of public issue trackers that the design started from; a t
 25  a head without weights (ZeRO-3)
       test_logits_of_a_head_that_was_not_gathered_are_refused
 26  run-to-run drift
+      test_contracts.py::test_runs_repeat_bit_by_bit
       test_hundreds_of_runs_are_one
 """
 
@@ -266,6 +268,7 @@ def test_logits_of_a_head_that_was_not_gathered_are_refused(require_impl, impl, 
     assert_raises(ValueError, lambda: pk.token_logprobs(logits[:0], labels[:0], **call), "logits", "V >= 1")
 
 
+@pytest.mark.rest  # `make test` has twenty: test_contracts.py::test_runs_repeat_bit_by_bit
 @pytest.mark.parametrize("name", NAMES)
 def test_hundreds_of_runs_are_one(require_impl, name):
     case = cases.make(name, batch=8, length=33)

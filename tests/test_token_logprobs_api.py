@@ -43,7 +43,7 @@ def test_strides_change_no_bit(impl, view, vocab, dtype):
     assert bit_equal(*results)
 
 
-@pytest.mark.large
+@pytest.mark.rest  # for sanitizers; `make test` has test_contracts_memory.py::test_every_alignment_of_base_and_rows
 @pytest.mark.parametrize("lead", [1, 2, 3, 5, 8])
 def test_every_alignment_of_rows_and_base(impl, lead):
     for vocab in range(60, 76):

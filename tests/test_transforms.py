@@ -65,6 +65,18 @@ def test_a_graph_that_differentiates_twice_is_refused(require_impl, impl):
         transforms.gradient(transforms.compiled(penalty, "aot_eager"), x)
 
 
+@pytest.mark.parametrize("impl", ["cpu", pytest.param("torch", marks=pytest.mark.rest)])
+def test_a_graph_of_a_slope_within_grad_gives_no_zero(require_impl, impl):
+    """PyTorch fails an assertion of its own here, whatever the function is; with a graph that has a slope of its own
+    the second derivative was 0."""
+    require_impl("policy_loss", impl)
+    x, op = OPS["policy_loss"]
+    slope = transforms.broken(lambda y: transforms.slope_of(lambda z: op(z, impl), y))
+    torch._dynamo.reset()
+    with pytest.raises(Exception, match=r"differentiating twice|False != True"):
+        torch.compile(lambda y: func.grad(lambda z: slope(z).square().sum())(y), backend="eager")(x)
+
+
 FORWARD = {
     "dual": transforms.tangent,
     "jvp": lambda f, x: func.jvp(f, (x,), (x,)),

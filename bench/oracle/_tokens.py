@@ -61,6 +61,19 @@ def clamp(x: float, bound: float | None) -> tuple[float, float]:
     return (x if math.isnan(x) else math.copysign(bound, x)), 0.0
 
 
+def maximum(a: float, b: float) -> tuple[float, float, float]:
+    """The larger and its derivatives, as autograd has them: half each in a tie, all of both if one is NaN."""
+    if math.isnan(a) or math.isnan(b):
+        return math.nan, 1.0, 1.0
+    share = 0.5 if a == b else float(a > b)
+    return max(a, b), share, 1.0 - share
+
+
+def scaled_or_off(coef: float, term: float) -> float:
+    """A coefficient of 0 switches its term off, be that infinite or NaN."""
+    return coef * term if coef else 0.0
+
+
 def per_token(x, like, rows) -> list[float]:
     """A token-level input as it is, a row-level one repeated over the tokens of its rows."""
     if tuple(x.shape) == tuple(like.shape):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from bench.oracle._kl import kl_token
-from bench.oracle._tokens import bools, clamp, floats, rows_of, shaped
+from bench.oracle._tokens import bools, clamp, floats, rows_of, scaled_or_off, shaped
 
 
 def kl_rewards(
@@ -30,7 +30,7 @@ def kl_rewards(
             if valid[t]:
                 k, _ = kl_token(logp[t], ref[t], kl_estimator, kl_log_clamp, kl_clamp)
                 total += k
-                rewards[t] = -kl_coef * k
+                rewards[t] = -scaled_or_off(kl_coef, k)
                 last = t
         sums.append(total)
         if last is None:

@@ -6,7 +6,7 @@ import math
 
 import numpy as np
 
-from bench.oracle._tokens import bools, clamp, exp, expm1, floats, mean_of, rows_of, shaped, total
+from bench.oracle._tokens import bools, clamp, exp, expm1, floats, mean_of, rows_of, scaled_or_off, shaped, total
 
 
 def clipped_term(slope: float, x: float, low: float, high: float) -> tuple[float, float, bool]:
@@ -63,7 +63,8 @@ def p3o_loss(
         return w
 
     for i, j in pairs:
-        q = score[i] - score[j] - beta * (s_new[i] - s_new[j])
+        gap = s_new[i] - s_new[j]
+        q = score[i] - score[j] - scaled_or_off(beta, gap)
         if variant == "separate":
             w = {i: weight(shift[i]), j: weight(shift[j])}
             for one, other, sign in ((i, j, 1.0), (j, i, -1.0)):
@@ -75,7 +76,8 @@ def p3o_loss(
                 stopped.append(stop)
         else:
             k = -q * weight(shift[i] + shift[j])
-            d, d_old = shift[i] - shift[j], s_old[i] - s_old[j]
+            # d_old is a constant of the loss: with the reference off, one that is not finite drops out.
+            d, d_old = shift[i] - shift[j], s_old[i] - s_old[j] if beta or math.isfinite(gap) else 0.0
             loss, slope, stop = clipped_term(k, d, -cliprange, cliprange)
             losses.append(0.5 * (loss + k * d_old))
             by_row[i] += 0.5 * slope
@@ -83,7 +85,7 @@ def p3o_loss(
             stopped.append(stop)
         better = float(score[i] > score[j]) - float(score[i] < score[j])
         gaps.append(abs(q))
-        margins.append(better * (s_new[i] - s_new[j]))
+        margins.append(better * gap)
     grad = [0.0] * len(logp)
     for row, g in zip(tokens, by_row, strict=True):
         for t in row:

@@ -7,18 +7,27 @@ import math
 import numpy as np
 
 from bench.oracle._kl import kl_token
-from bench.oracle._tokens import bools, clamp, exp, expm1, floats, mean_of, per_token, rows_of, shaped, total
+from bench.oracle._tokens import (
+    bools,
+    clamp,
+    exp,
+    expm1,
+    floats,
+    maximum,
+    mean_of,
+    per_token,
+    rows_of,
+    scaled_or_off,
+    shaped,
+    total,
+)
 
 
 def surrogate(rho, a, low, high, dual_clip) -> tuple[float, float, bool]:
     """Clipped loss of one token, its derivative with respect to rho, and whether the dual clip lowered it."""
     inside = 1.0 - low <= rho <= 1.0 + high
-    plain, clipped = -a * rho, -a * min(max(rho, 1.0 - low), 1.0 + high)
-    d_plain, d_clipped = -a, -a if inside else 0.0
-    if plain == clipped:
-        loss, slope = plain, 0.5 * (d_plain + d_clipped)
-    else:
-        loss, slope = (plain, d_plain) if plain > clipped else (clipped, d_clipped)
+    loss, of_plain, of_clipped = maximum(-a * rho, -a * min(max(rho, 1.0 - low), 1.0 + high))
+    slope = of_plain * -a + (of_clipped * -a if inside else 0.0)
     lowered = False
     if dual_clip is not None and a < 0:
         ceiling = -dual_clip * a
@@ -68,7 +77,7 @@ def policy_loss(
         loss, g = loss * w[t], slope * rho * passes * w[t]
         if ref is not None:
             k, dk = kl_token(logp[t], ref[t], kl_estimator, kl_log_clamp, kl_clamp)
-            loss, g = loss + kl_coef * k, g + kl_coef * dk
+            loss, g = loss + scaled_or_off(kl_coef, k), g + scaled_or_off(kl_coef, dk)
             kls.append(k)
         share = 1.0 if row_weight is None else float(row_weight[b].double())
         terms.append(loss * share)

@@ -6,7 +6,7 @@ import math
 
 import numpy as np
 
-from bench.oracle._tokens import bools, floats, mean_of, rows_of, shaped, total
+from bench.oracle._tokens import bools, floats, maximum, mean_of, rows_of, shaped, total
 
 
 def value_loss(
@@ -32,13 +32,9 @@ def value_loss(
         if cliprange_value is not None:
             lo, hi = old[t] - cliprange_value, old[t] + cliprange_value
             clipped_error = math.nan if math.isnan(old[t]) else min(max(v[t], lo), hi) - ret[t]
-            square, g_clipped = clipped_error * clipped_error, clipped_error if lo <= v[t] <= hi else 0.0
-            larger += square > best
-            if square == best:
-                g = 0.5 * (g + g_clipped)
-            elif square > best:
-                g = g_clipped
-            best = square if square > best or math.isnan(square) else best
+            larger += clipped_error * clipped_error > best
+            best, of_plain, of_clipped = maximum(best, clipped_error * clipped_error)
+            g = of_plain * error + (of_clipped * clipped_error if lo <= v[t] <= hi else 0.0)
         terms.append(0.5 * best * share)
         grad[t] = g * share * inverse
     targets, errors = [ret[t] for _, t in owned], [v[t] - ret[t] for _, t in owned]

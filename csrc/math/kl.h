@@ -44,7 +44,8 @@ PPO_INLINE KlTerm<T> kl_term(T logp, T ref, T log_clamp, T value_clamp) {
   } else if constexpr (kEstimator == KlEstimator::kK2) {
     k = T(0.5) * x * x, slope = -x;
   } else {
-    k = expm1_minus(x, exp_fast(x)), slope = -(k + x);
+    const T exp_x = exp_fast(x);
+    k = expm1_minus(x, exp_x), slope = x > T(-0.5) && x < T(0.5) ? -(k + x) : T(1) - exp_x;  // 1 at -inf
   }
   return {clamp(k, value_clamp), clamp_gradient(raw, log_clamp, clamp_gradient(k, value_clamp, slope))};
 }

@@ -10,9 +10,10 @@ struct Moments {
 
   PPO_INLINE void merge(const Moments& other) {
     if (other.count == 0.0) return;
-    const double total = count + other.count, step = other.mean - mean;
-    m2 += other.m2 + step * step * count * (other.count / total);
-    mean += step * (other.count / total);
+    const double total = count + other.count, share = other.count / total, step = other.mean - mean;
+    m2 += other.m2 + step * step * count * share;
+    // From an infinite mean a step back to a finite one would be NaN.
+    mean = step - step == 0.0 ? mean + step * share : mean * (1.0 - share) + other.mean * share;
     count = total;
   }
 

@@ -80,7 +80,7 @@ PPO_INLINE double pair_half(const Response& a, const Response& b, const PairOpti
   const double plain = slope * x, clipped = slope * within;
   const double from_plain = plain > clipped ? 1.0 : (plain == clipped ? 0.5 : 0.0);
   const double inside = x >= o.low && x <= o.high ? 1.0 : 0.0;
-  const double larger = clipped > plain ? clipped : plain;  // a NaN among the first must show
+  const double larger = max_or_nan(plain, clipped);
   const double change = slope * (from_plain + (1.0 - from_plain) * inside);
   const double preferred = reward > 0.0 ? gap : (reward < 0.0 ? -gap : reward * gap);  // 0 or NaN
   // What joint adds has no gradient: with the reference off, one that is not finite drops out.

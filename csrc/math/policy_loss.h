@@ -40,7 +40,7 @@ PPO_INLINE PolicyTerm<T> policy_term(T logp, T old, T adv, T weight, const Polic
   share = loss < ceiling ? share : (loss > ceiling ? T(0) : T(0.5) * share);
   loss = loss > ceiling ? ceiling : loss;
 
-  const T slope = -adv * ratio * share * weight;
+  const T slope = -adv * ratio * (share == T(0) ? T(0) : share * weight);  // no weight, be it NaN, of what is clipped
   const T beyond = raw < -o.log_ratio_clamp ? T(1) : (raw > o.log_ratio_clamp ? T(1) : T(0));
   const T k3 = expm1_minus(log_ratio, ratio);
   const T high = ratio > o.high ? T(1) : T(0), low = ratio < o.low ? T(1) : T(0);

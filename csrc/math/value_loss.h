@@ -3,6 +3,7 @@
 
 #include <limits>
 
+#include "loss.h"
 #include "moments.h"
 
 namespace ppo {
@@ -13,7 +14,8 @@ struct ValueTerm {
   T clipped;     // 1 where the clipped term is the larger, else 0
 };
 
-// With an infinite clip the two terms are equal and the result is the plain squared error. Ties as autograd has them.
+// With an infinite clip the two terms are equal and the result is the plain squared error. Ties and NaN as autograd has
+// them: max gives each side half, or all of it if one is NaN, and clamp nothing beyond its bounds.
 template <class T>
 PPO_INLINE ValueTerm<T> value_term(T value, T old, T target, T clip) {
   const bool off = clip == std::numeric_limits<T>::infinity();
@@ -22,10 +24,10 @@ PPO_INLINE ValueTerm<T> value_term(T value, T old, T target, T clip) {
   const T bounded = low == low ? within : low;  // a NaN among the old values must show
   const T error = value - target, bounded_error = bounded - target;
   const T plain = error * error, clipped = bounded_error * bounded_error;
-  const T from_plain = plain > clipped ? T(1) : (plain == clipped ? T(0.5) : T(0));
-  const T inside = value >= low ? (value <= high ? T(1) : T(0)) : T(0);
-  return {T(0.5) * (plain > clipped ? plain : clipped),
-          from_plain * error + (T(1) - from_plain) * inside * bounded_error, clipped > plain ? T(1) : T(0)};
+  const T share = plain < clipped ? T(0) : (plain == clipped ? T(0.5) : T(1));
+  const T bounded_share = clipped < plain ? T(0) : (plain == clipped ? T(0.5) : T(1));
+  const T from_bounded = value >= low ? (value <= high ? bounded_share * bounded_error : T(0)) : T(0);
+  return {T(0.5) * max_or_nan(plain, clipped), share * error + from_bounded, clipped > plain ? T(1) : T(0)};
 }
 
 // ValueStats, in its order.

@@ -155,7 +155,7 @@ def _differentiated_once(op: str, x: Tensor, kernel: bool) -> Tensor:
             f"{op}: torch.func inside torch.compile got an input that requires grad by itself, and differentiating"
             " twice is not supported; pass it detached, or call torch.func without torch.compile"
         )
-    return x.view_as(x)
+    return x.view_as(x) if Transform.Jvp in kinds else _FirstOrderOnly.apply(op, x)
 
 
 def traced_input(op: str, x: Tensor, *, kernel: bool) -> Tensor:

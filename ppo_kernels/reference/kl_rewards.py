@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -18,24 +20,39 @@ from ppo_kernels.reference.rows import (
 )
 
 
-def clamp(x: Tensor, bound: float | None) -> Tensor:
-    return x if bound is None else x.clamp(-bound, bound)
+def clamp(x: Tensor, bound: float | Tensor | None) -> Tensor:
+    """``x`` bounded to +-bound; None or infinity is off, and then the gradient of a NaN passes too."""
+    if isinstance(bound, Tensor):  # of a traced graph
+        return torch.where(bound == math.inf, x, x.clamp(-bound, bound))
+    return x if bound is None or bound == math.inf else x.clamp(-bound, bound)
 
 
 def kl_estimate(
-    logprobs: Tensor, ref_logprobs: Tensor, estimator: str, kl_log_clamp: float | None, kl_clamp: float | None
+    logprobs: Tensor,
+    ref_logprobs: Tensor,
+    estimator: str,
+    kl_log_clamp: float | Tensor | None,
+    kl_clamp: float | Tensor | None,
 ) -> Tensor:
     """Per-token estimate of KL(pi || ref): k1, abs, k2 or k3 (Schulman, 2020), bounded before and after."""
     x = clamp(ref_logprobs - logprobs, kl_log_clamp)
+    if kl_clamp is None or (not isinstance(kl_clamp, Tensor) and kl_clamp == math.inf):
+        return _estimate(x, estimator)
+    # What lies beyond the clamp is a constant. An infinite estimate is not left to clamp: its gradient, 0, would meet
+    # an infinite slope.
+    k = _estimate(x.detach(), estimator)
+    within = (k.abs() <= kl_clamp) | (kl_clamp == math.inf)
+    return torch.where(within, _estimate(torch.where(within, x, 0.0), estimator), clamp(k, kl_clamp))
+
+
+def _estimate(x: Tensor, estimator: str) -> Tensor:
     if estimator == "k1":
-        k = -x
-    elif estimator == "abs":
-        k = x.abs()
-    elif estimator == "k2":
-        k = 0.5 * x * x
-    else:
-        k = torch.expm1(x) - x
-    return clamp(k, kl_clamp)
+        return -x
+    if estimator == "abs":
+        return x.abs()
+    if estimator == "k2":
+        return 0.5 * x * x
+    return torch.expm1(x) - x
 
 
 @torch.no_grad()

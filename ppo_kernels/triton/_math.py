@@ -56,6 +56,12 @@ def clamp(x, bound):
 
 
 @triton.jit
+def max_or_nan(a, b):
+    """The larger of two numbers, NaN if one of them is."""
+    return tl.where((b <= a) | (a != a), a, b)
+
+
+@triton.jit
 def clamp_gradient(x, bound, gradient):
     """The gradient that torch.clamp lets through: at its bounds too, for a NaN only when it is off."""
     within = tl.where((x >= -bound) & (x <= bound), gradient, 0.0)
@@ -75,7 +81,7 @@ def kl_term(logp, ref, log_clamp, value_clamp, ESTIMATOR: tl.constexpr):
     x = clamp(raw, log_clamp)
     if ESTIMATOR == 0:
         k = -x
-        slope = x * 0.0 + 1.0
+        slope = tl.full(x.shape, 1.0, x.dtype)
     elif ESTIMATOR == 1:
         k = tl.abs(x)
         slope = tl.where(x > 0.0, -1.0, tl.where(x < 0.0, 1.0, 0.0)).to(x.dtype)
@@ -83,8 +89,9 @@ def kl_term(logp, ref, log_clamp, value_clamp, ESTIMATOR: tl.constexpr):
         k = 0.5 * x * x
         slope = -x
     else:
-        k = expm1_minus(x, exp(x))
-        slope = -(k + x)
+        exp_x = exp(x)
+        k = expm1_minus(x, exp_x)
+        slope = tl.where((x > -0.5) & (x < 0.5), -(k + x), 1.0 - exp_x)  # 1 at -inf
     return clamp(k, value_clamp), clamp_gradient(raw, log_clamp, clamp_gradient(k, value_clamp, slope))
 
 

@@ -27,7 +27,16 @@ from ppo_kernels.triton._launch import (
     token_rows,
 )
 from ppo_kernels.triton._loss import Outputs, columns, finish, fold_sums, launch_fold, new_outputs, pick
-from ppo_kernels.triton._math import clamp, clamp_gradient, exp, expm1_minus, load_valid, row_span, scaled_or_off
+from ppo_kernels.triton._math import (
+    clamp,
+    clamp_gradient,
+    exp,
+    expm1_minus,
+    load_valid,
+    max_or_nan,
+    row_span,
+    scaled_or_off,
+)
 
 # Columns of a row's line of partial sums: the statistics, of rows and then of ordered pairs; and two more.
 (
@@ -113,7 +122,7 @@ def _pairs(
     from_plain = tl.where(plain > clipped, 1.0, tl.where(plain == clipped, 0.5, 0.0))
     inside_clip = tl.where((x >= low) & (x <= high), 1.0, 0.0)
     change = slope * (from_plain + (1.0 - from_plain) * inside_clip)
-    loss = tl.where(clipped > plain, clipped, plain)
+    loss = max_or_nan(plain, clipped)
     if JOINT:
         # What joint adds has no gradient: with the reference off, one that is not finite drops out.
         constant = tl.where(gap - gap == 0.0, gap - x, tl.where(kl_coef == 0.0, 0.0, gap - x))

@@ -58,7 +58,8 @@ def policy_term(logp, old, adv, weight, low, high, dual_clip, log_ratio_clamp):
     share = tl.where(loss < ceiling, share, tl.where(dual, 0.0, 0.5 * share))
     loss = tl.where(dual, ceiling, loss)
 
-    slope = clamp_gradient(raw, log_ratio_clamp, -adv * ratio * share * weight)
+    weighted = tl.where(share == 0.0, 0.0, share * weight)  # no weight, be it NaN, of what is clipped
+    slope = clamp_gradient(raw, log_ratio_clamp, -adv * ratio * weighted)
     k3 = expm1_minus(d, ratio)
     excess = tl.where((d > -0.5) & (d < 0.5), k3 + d, ratio - 1.0)
     above, below = (adv > 0.0) & (ratio > high), (adv < 0.0) & (ratio < low)

@@ -23,7 +23,7 @@ from ppo_kernels.triton._loss import (
     row_arguments,
     store_tokens,
 )
-from ppo_kernels.triton._math import INF
+from ppo_kernels.triton._math import INF, max_or_nan
 
 # One binary for every size and stride.
 INTEGERS = ("N", "T", "B", *(f"{name}_stride" for name in ("values", "old", "returns", "mask")))
@@ -36,17 +36,18 @@ INTEGERS = ("N", "T", "B", *(f"{name}_stride" for name in ("values", "old", "ret
 
 @triton.jit
 def value_term(value, old, target, clip):
-    """Loss of one token, d loss/d value, and whether the clipped term is the larger. Ties as autograd has them."""
+    """Loss of one token, d loss/d value, and whether the clipped term is the larger. Ties and NaN as autograd has them:
+    max gives each side half, or all of it if one is NaN, and clamp nothing beyond its bounds."""
     # An infinite clip makes the two terms equal, whatever old holds.
     low, high = tl.where(clip == INF, -clip, old - clip), tl.where(clip == INF, clip, old + clip)
     within = tl.where(value < low, low, tl.where(value > high, high, value))
     bounded = tl.where(low == low, within, low)  # a NaN among the old values must show
     error, bounded_error = value - target, bounded - target
     plain, clipped = error * error, bounded_error * bounded_error
-    from_plain = tl.where(plain > clipped, 1.0, tl.where(plain == clipped, 0.5, 0.0))
-    inside = tl.where((value >= low) & (value <= high), 1.0, 0.0)
-    loss = 0.5 * tl.where(plain > clipped, plain, clipped)
-    return loss, from_plain * error + (1.0 - from_plain) * inside * bounded_error, clipped > plain
+    share = tl.where(plain < clipped, 0.0, tl.where(plain == clipped, 0.5, 1.0))
+    bounded_share = tl.where(clipped < plain, 0.0, tl.where(plain == clipped, 0.5, 1.0))
+    from_bounded = tl.where((value >= low) & (value <= high), bounded_share * bounded_error, 0.0)
+    return 0.5 * max_or_nan(plain, clipped), share * error + from_bounded, clipped > plain
 
 
 @triton.jit(do_not_specialize=INTEGERS)

@@ -15,6 +15,8 @@ import torch
 from ppo_kernels import _native, backends
 from ppo_kernels._registered import guard
 from ppo_kernels._schemas import SCHEMAS
+from ppo_kernels.triton import INSTALLED, INTERPRETED
+from tests.lib import interpreter
 
 #: Compile the CUDA kernels for the host and test them too.
 HOST_CUDA = os.environ.get("PPO_KERNELS_HOST_CUDA") == "1" and not torch.cuda.is_available()
@@ -28,6 +30,8 @@ _host_cuda = torch.library.Library("ppo_kernels_host_cuda", "FRAGMENT")
 
 def serve() -> None:
     """Make ``IMPLEMENTATIONS`` serve CPU tensors in this process."""
+    if INSTALLED and INTERPRETED:
+        interpreter.wrap_once()
     if torch.cuda.is_available():
         serve_from_gpu("cuda")
         serve_from_gpu("triton")

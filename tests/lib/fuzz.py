@@ -21,7 +21,7 @@ from ppo_kernels._registered import arguments
 from ppo_kernels._schemas import SCHEMAS
 from tests.lib import recorded
 from tests.lib.devices import registered
-from tests.lib.helpers import bit_equal
+from tests.lib.helpers import bit_equal, fresh_processes
 from tests.lib.memory import fenced
 
 LONG = [0, 1, -1, 2, 3, 5, 7, 14, 40, 2**31, -(2**31), 2**40, 2**62, -(2**62), 2**63 - 1, -(2**63)]
@@ -188,7 +188,7 @@ def _described(args: list) -> Iterator[str]:
 
 def problem(impl: str, seeds: range, seconds: float = 600) -> str:
     """What is wrong with the calls of these seeds; nothing if it is empty."""
-    context = torch.multiprocessing.get_context("spawn")
+    context = fresh_processes()
     at, (ours, theirs) = context.Value("q", seeds.start), context.Pipe(duplex=False)
     process = context.Process(target=_check_all, args=(impl, seeds, at, theirs))
     process.start()

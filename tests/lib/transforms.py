@@ -94,8 +94,12 @@ def tangent(f: Callable, x: torch.Tensor) -> torch.Tensor | None:
 
 def twice(f: Callable, x: torch.Tensor) -> torch.Tensor:
     x = x.clone().requires_grad_()
-    slope = torch.autograd.grad(f(x), x, create_graph=True)[0]
+    slope = slope_of(f, x)
     return torch.autograd.grad(slope.square().sum() + x.sum(), x)[0]
+
+
+def slope_of(f: Callable, x: torch.Tensor) -> torch.Tensor:
+    return torch.autograd.grad(f(x), x, create_graph=True)[0]
 
 
 class Model(torch.nn.Module):
@@ -229,6 +233,9 @@ ROWS = {
         inside(lambda f, y: func.grad(lambda z: func.grad(broken(f))(z).square().sum())(y)),
         refused=TWICE,
         modes=("dynamo",),
+    ),
+    "twice_broken": Row(
+        lambda f, x, mode: compiled(broken(lambda y: twice(f, y)), mode)(x), refused=TWICE, modes=("dynamo",)
     ),
     "grad_broken": Row(inside(lambda f, y: func.grad(broken(f))(y)), modes=("dynamo",)),
     # Not behind AOTAutograd: its graphs give a second derivative of 0, or refuse, whatever is in them (exp() too).

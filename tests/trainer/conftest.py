@@ -1,5 +1,5 @@
 """The fixtures of the trainer's tests."""
 
-from tests.lib.trainer import folder, ratings, tiny
+from tests.lib.trainer import evaluation_of_prompts_alone, folder, ratings, tiny
 
-__all__ = ["folder", "ratings", "tiny"]
+__all__ = ["evaluation_of_prompts_alone", "folder", "ratings", "tiny"]

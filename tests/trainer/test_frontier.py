@@ -14,6 +14,8 @@ from python_trainer.rollout import score_tokens
 from python_trainer.settings import load
 from tests.lib.trainer import TINY
 
+ENUMERATES = True
+
 
 def test_the_optimum_is_that_of_the_task(tiny):
     trainer = tiny(kl_coef=0.2)

@@ -15,6 +15,8 @@ from python_trainer.ppo_config import PPOConfig
 from python_trainer.rollout import score_tokens
 from python_trainer.settings import load
 
+ENUMERATES = True
+
 
 def test_evaluation_repeats_the_figures_of_the_run(tiny, tmp_path):
     """The reference comes from the run's settings, wherever they were set."""
