@@ -1,9 +1,10 @@
-"""python -m python_trainer sft|reward|train|eval|frontier|demo --config file.yaml [--key value ...]"""
+"""python -m python_trainer sft|reward|train|eval|compare|frontier|demo --config file.yaml [--key value ...]"""
 
 import argparse
 import contextlib
 import errno
 import io
+import itertools
 import os
 import sys
 import time
@@ -13,22 +14,18 @@ from typing import Any, TextIO
 
 from rich.console import Console
 from rich.table import Table
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from . import distributed, files
+from . import distributed
+from .compare import Comparison, beside_reference, head_to_head
 from .config import CONFIGS, EvalConfig, RewardConfig, RunConfig, SftConfig, UserError
 from .data import Task, load_task
-from .deepspeed_engine import Policy, frozen, init_distributed
-from .evaluate import Evaluation, choose_generator, evaluate, evaluation_prompts
+from .evaluate import Evaluation
 from .frontier import frontier
-from .logging import as_json
-from .models import context_of, load_policy, load_tokenizer, stage_model, stop_strings
+from .models import stage_model
 from .ppo import Trainer
-from .ppo_config import FrontierConfig, PPOConfig
-from .rewards import load_reward_fn
-from .settings import COMMANDS, load, make_folder, save
+from .ppo_config import CompareConfig, FrontierConfig, PPOConfig
+from .settings import COMMANDS, load
 from .sft import reward, sft
-from .tokens import encode_prompts, vocabulary_of
 
 DEMO_CONFIG = "reviews_cpu.yaml"
 LEAST_GOLD_GAIN = 0.2
@@ -41,6 +38,7 @@ HELP = f"""{__doc__}
   reward   a reward model from preference pairs   -> <output_dir>/reward/model
   train    reinforcement learning                 -> <output_dir>/train/model, metrics.jsonl, curves.png
   eval     a trained policy beside its reference  -> <output_dir>/eval/metrics.json
+  compare  RUN RUN ...: each against each other   -> <output_dir>/compare/wins.csv, policies.csv, compare.png
   frontier algorithms x kl_coefs                  -> <output_dir>/frontier/frontier.csv and .png
   demo     sft, reward and train on real reviews; fails if nothing is learned. Replaces its earlier results.
 
@@ -118,6 +116,9 @@ def _underscored(argument: str) -> str:
 def _parsed(command: str, rest: list[str]) -> int:
     if command not in (*COMMANDS, "demo"):
         raise UserError(f"unknown command {command!r}; choose from {', '.join(COMMANDS)}, demo")
+    if command == "compare":
+        runs = list(itertools.takewhile(lambda argument: not argument.startswith("-"), rest))
+        rest = [*([f"--runs={','.join(runs)}"] if runs else []), *rest[len(runs) :]]
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     parser.add_argument("--config")
     try:
@@ -150,48 +151,17 @@ def run_command(command: str, path: str | None, overrides: Sequence[str]) -> Non
         _report(trainer.task, *trainer.train())
     elif command == "eval":
         config = load("eval", path, overrides, EvalConfig)
-        _report(load_task(config), *compare(config))
+        _report(load_task(config), *beside_reference(config))
+    elif command == "compare":
+        rivals = load("compare", path, overrides, CompareConfig)
+        _show(head_to_head(rivals))
+        _say(f"compare: {Path(rivals.output_dir) / 'compare' / 'compare.png'}")
     elif command == "frontier":
         study = load("frontier", path, overrides, FrontierConfig)
         _prepare(study, path)
         _say(f"frontier: {frontier(study, lambda config: Trainer(config).train())}")
     else:
         demo(path or DEMO_CONFIG, overrides)
-
-
-def compare(config: EvalConfig) -> tuple[Evaluation, Evaluation]:
-    """The reference and a trained policy on the same prompts with the same noise; the figures are kept."""
-    init_distributed(config.seed, config.ddp_timeout)
-    trained = stage_model(config, "train", config.model_path)
-    if trained is None:
-        raise UserError("no policy to evaluate: give model_path, or run the train command first")
-    folder = Path(config.output_dir) / "eval"
-    with distributed.raise_on_all_ranks(UserError):
-        if distributed.is_main():
-            make_folder(folder)
-    generator = choose_generator(config)
-    task = load_task(config)
-    heldout = task.prompts()[1]
-    evaluation_prompts(heldout, config)  # before the models load
-    tokenizer = load_tokenizer(trained)
-    source = stage_model(config, "sft", config.sft_model_path)
-    reference, policy = (_policy(load_policy(path, config, tokenizer), config, tokenizer) for path in (source, trained))
-    prompts = encode_prompts(heldout, tokenizer, config, context_of(policy.module))
-    wanted = task.verifiable or config.reward_function is not None
-    reward_fn = load_reward_fn(config, task, tokenizer, prompts, vocabulary_of(tokenizer)) if wanted else None
-    before, after = (
-        evaluate(p, reference, prompts, task, tokenizer, generator, reward_fn, config) for p in (reference, policy)
-    )
-    if distributed.is_main():
-        save(config, folder)
-        figures = {"reference": before.metrics, "policy": after.metrics}
-        files.write(folder / "metrics.json", as_json(figures, indent=2) + "\n")
-    return before, after
-
-
-def _policy(model: PreTrainedModel, config: EvalConfig, tokenizer: PreTrainedTokenizerBase) -> Policy:
-    strings, tokens = stop_strings(config, model), vocabulary_of(tokenizer)
-    return Policy(frozen(model, config), config.temperature, config.ops_impl, strings, tokens)
 
 
 def _prepare(study: FrontierConfig, path: str | None) -> None:
@@ -254,6 +224,29 @@ def _report(task: Task, before: Evaluation, after: Evaluation) -> None:
         else:
             old = f"{before.metrics[name]:8.3f} ± {before.metrics[f'{name}_se']:.3f}"
             print(f"{name:22} {old} -> {after.metrics[name]:8.3f} ± {error:.3f}")
+
+
+def _show(found: Comparison) -> None:
+    """What each policy reached, and a table of wins for each judge."""
+    if not distributed.is_main():
+        return
+    table = Table(title="held-out prompts, the same for all")
+    for column in ("policy", "reward", "gold", "KL", "length"):
+        table.add_column(column)
+    for each in found.policies:
+        gold = "" if each.gold is None else f"{each.gold:.3f} ± {each.gold_se:.3f}"
+        reward, kl = f"{each.reward:.3f} ± {each.reward_se:.3f}", f"{each.kl:.2f} ± {each.kl_se:.2f}"
+        table.add_row(each.policy, reward, gold, kl, f"{each.response_length:.1f}")
+    Console().print(table, markup=False)
+    for judge in dict.fromkeys(win.by for win in found.wins):
+        wins = {(win.policy, win.against): win for win in found.wins if win.by == judge}
+        table = Table(title=f"wins by {judge}, of {found.wins[0].prompts} prompts; a tie is half a win")
+        for column in ("policy", *(f"against {each.policy}" for each in found.policies)):
+            table.add_column(column)
+        for one in found.policies:
+            rates = [wins.get((one.policy, other.policy)) for other in found.policies]
+            table.add_row(one.policy, *(f"{w.win_rate:.1%} ± {w.se:.1%}" if w else "" for w in rates))
+        Console().print(table, markup=False)
 
 
 def _figures(stage: str, figures: dict[str, float]) -> str:

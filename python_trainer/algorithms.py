@@ -7,14 +7,12 @@ from torch.nn.functional import logsigmoid
 
 from ppo_kernels import aggregation_weights, gae, group_advantages, kl_rewards, p3o_loss, policy_loss, whiten
 
-from . import distributed
+from . import distributed, files
 from .config import UserError
 from .data import Experience
-from .ppo_config import PPOConfig
+from .ppo_config import NAMED, PPOConfig, without_use
 
 Loss = tuple[torch.Tensor, dict[str, torch.Tensor]]
-MASKS = ("mask_truncated_completions", "mask_zero_variance_groups")  # for those to ignore that learn from pairs
-OF_TOKENS = ("gamma", "whiten_advantages")  # for those to ignore that take a response as a whole
 
 
 class KlControl:
@@ -45,9 +43,6 @@ class Algorithm:
     kl_in_loss: ClassVar[str] = "k2"  # the estimator there: k2 has the gradient of the reverse KL
     aggregation: ClassVar[str] = "token-mean"
     of_responses: ClassVar[bool] = False  # True: the statistics of its loss are means over responses or their pairs
-    ignored: ClassVar[tuple[str, ...]] = (
-        *("lam", "whiten_rewards", "critic_warmup_steps", "critic_lora_r", "value_model_path"),
-    )
 
     def __init__(self, config: PPOConfig, kl: KlControl) -> None:
         self.config = config
@@ -55,9 +50,7 @@ class Algorithm:
         self.group_size = config.num_generations or self.responses_per_prompt
         if self.group_size < self.fewest_responses:
             raise ValueError(f"{config.algorithm} needs num_generations of at least {self.fewest_responses}")
-        for name in self.ignored:
-            if getattr(config, name) != getattr(PPOConfig, name):
-                raise ValueError(f"{config.algorithm} has no use for {name}; leave it out")
+        self._refuse_what_is_not_read()
         if config.mask_zero_variance_groups and self.group_size == 1:
             raise ValueError(
                 "mask_zero_variance_groups needs num_generations of at least 2: one response alone scores like all of "
@@ -70,6 +63,15 @@ class Algorithm:
         if self.place == "loss" and self.estimator in ("k1", "abs"):
             raise ValueError(f"kl_in loss needs kl_estimator k2 or k3: {self.estimator} has no such gradient")
         self.mode = config.loss_aggregation or self.aggregation
+
+    def _refuse_what_is_not_read(self) -> None:
+        algorithm, config = self.config.algorithm, self.config
+        given = [name for name in without_use(algorithm) if getattr(config, name) != getattr(PPOConfig, name)]
+        for name in given:
+            if name not in NAMED:
+                raise ValueError(f"{algorithm} has no use for {name}; leave it out")
+        if given and distributed.is_main():
+            files.say_once(f"{algorithm} has no critic, and no use for {', '.join(given)}")
 
     def refuse_sizes(self) -> None:
         """Batches that cannot be divided so that the responses to one prompt stay together."""
@@ -156,7 +158,6 @@ class PPO(Algorithm):
     """PPO (Schulman et al., 2017; for language models Ziegler et al., 2019): a critic, GAE, the clipped surrogate."""
 
     needs_critic: ClassVar[bool] = True
-    ignored: ClassVar[tuple[str, ...]] = ()
 
     def compute_advantages(self, local: Experience, rewards: torch.Tensor) -> None:
         config, group = self.config, distributed.group()
@@ -180,11 +181,6 @@ class P3O(Algorithm):
     fewest_responses: ClassVar[int] = 2
     kl_places: ClassVar[tuple[str, ...]] = ("reward",)
     of_responses: ClassVar[bool] = True
-    ignored: ClassVar[tuple[str, ...]] = (
-        *Algorithm.ignored,
-        *OF_TOKENS,
-        *("loss_aggregation", "cliprange_high", "dual_clip", "kl_estimator", *MASKS),
-    )
 
     def __init__(self, config: PPOConfig, kl: KlControl) -> None:
         super().__init__(config, kl)
@@ -235,7 +231,6 @@ class RLOO(Algorithm):
     kl_places: ClassVar[tuple[str, ...]] = ("reward",)
     aggregation: ClassVar[str] = "seq-mean-token-sum"
     of_responses: ClassVar[bool] = True
-    ignored: ClassVar[tuple[str, ...]] = (*Algorithm.ignored, *OF_TOKENS, "loss_aggregation")
 
     def compute_advantages(self, local: Experience, rewards: torch.Tensor) -> None:
         shaped = local.scores - self.kl.coef * local.kl
@@ -271,7 +266,6 @@ class GRPO(Algorithm):
     fewest_responses: ClassVar[int] = 2
     kl_places: ClassVar[tuple[str, ...]] = ("loss",)
     kl_in_loss: ClassVar[str] = "k3"
-    ignored: ClassVar[tuple[str, ...]] = (*Algorithm.ignored, *OF_TOKENS)
     aggregation: ClassVar[str] = "seq-mean-token-mean"
     group_mode: ClassVar[str] = "grpo"
 
@@ -334,11 +328,6 @@ class OnlineDPO(Algorithm):
     fewest_responses: ClassVar[int] = 2
     kl_places: ClassVar[tuple[str, ...]] = ("loss",)
     of_responses: ClassVar[bool] = True
-    ignored: ClassVar[tuple[str, ...]] = (
-        *Algorithm.ignored,
-        *OF_TOKENS,
-        *("loss_aggregation", "cliprange", "cliprange_high", "dual_clip", "kl_estimator", *MASKS),
-    )
 
     def __init__(self, config: PPOConfig, kl: KlControl) -> None:
         super().__init__(config, kl)

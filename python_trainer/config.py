@@ -105,7 +105,7 @@ class RunConfig:
         default=None,
         help="For task files: a folder with texts, pairs and prompts, each a .jsonl, .json, .csv or .parquet or a "
         "folder of that name; or one data set: a file, what `datasets` saved, or train and test files as on the Hub. "
-        "Where no part is named test or validation a tenth is held out, by a fixed seed: the same at every stage. "
+        "Where no part is named test or validation about a tenth is held out, by a hash: the same at every stage. "
         "For task reviews: the ratings file, instead of the copy fetched with pip.",
     )
     eval_data_path: str | None = HfArg(

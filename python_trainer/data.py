@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any, NamedTuple
 
 import torch
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .config import RunConfig, UserError
 from .distributed import seed_of
@@ -17,6 +17,35 @@ Content = str | list[Message]  # plain text, or chat messages
 # (prompts [B, P] padded on the left, their mask [B, P], uniform numbers [B, T]) -> tokens [B, T], and their
 # log-probabilities [B, T] as the generator saw them
 Generate = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
+
+
+class Policy:
+    """A language model, maybe inside an engine: at which temperature it is sampled and scored, and where it ends."""
+
+    def __init__(
+        self,
+        model: Any,
+        temperature: float,
+        impl: str,
+        stop_strings: Sequence[str] = (),
+        vocabulary: int | None = None,
+    ) -> None:
+        self.model = model
+        self.temperature = temperature
+        self.impl = impl
+        self.stop_strings = stop_strings  # beside end_ids
+        self.vocabulary = vocabulary  # the tokenizer's ids: a model may have more, which are never drawn
+        self.copy: PreTrainedModel | None = None  # what generates where the model itself is partitioned
+
+    @property
+    def module(self) -> PreTrainedModel:
+        return getattr(self.model, "module", self.model)  # inside an engine, trained or frozen
+
+    @property
+    def end_ids(self) -> list[int]:
+        """Every token that ends a response."""
+        ends = self.module.generation_config.eos_token_id
+        return [ends] if isinstance(ends, int) else list(ends)
 
 
 @dataclass(frozen=True)
@@ -86,6 +115,14 @@ class Rollout:
     @property
     def responses(self) -> torch.Tensor:
         return self.sequences[:, self.prompt_width :]
+
+    def answers(self) -> list[list[int]]:
+        """The ids of each response, its end token among them."""
+        return [ids[mask].tolist() for ids, mask in zip(self.responses, self.mask, strict=True)]
+
+    def texts(self, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+        """Each response as a person reads it."""
+        return [tokenizer.decode(ids, skip_special_tokens=True) for ids in self.answers()]
 
     @property
     def position_ids(self) -> torch.Tensor:

@@ -1,9 +1,8 @@
 """DeepSpeed: its start, models that are trained, models that are frozen.
 
-The layouts of its optimizers are in zero_state.py, and nothing else of it is used elsewhere.
+The layouts of its optimizers are in zero_state.py; distributed.py makes whole what it has split over the ranks.
 """
 
-import contextlib
 import hashlib
 import logging
 import math
@@ -20,7 +19,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import transformers
-from transformers import PreTrainedModel, get_scheduler
+from transformers import get_scheduler
 
 from . import distributed, files, zero_state
 from .cache import cache_folder, make_cache_folder
@@ -55,35 +54,6 @@ def init_distributed(seed: int, timeout_s: int) -> None:
         _compile_cpu_communication()
     with distributed.quiet():
         deepspeed.init_distributed(dist_backend=backend, timeout=timedelta(seconds=timeout_s))
-
-
-class Policy:
-    """A language model with the one temperature at which it is both sampled and scored, and where it ends."""
-
-    def __init__(
-        self,
-        model: "PreTrainedModel | Trainable",
-        temperature: float,
-        impl: str,
-        stop_strings: Sequence[str] = (),
-        vocabulary: int | None = None,
-    ) -> None:
-        self.model = model
-        self.temperature = temperature
-        self.impl = impl
-        self.stop_strings = stop_strings  # beside end_ids
-        self.vocabulary = vocabulary  # the tokenizer's ids: a model may have more, which are never drawn
-        self.copy: PreTrainedModel | None = None  # what generates where the model itself is partitioned
-
-    @property
-    def module(self) -> PreTrainedModel:
-        return getattr(self.model, "module", self.model)  # inside an engine, trained or frozen
-
-    @property
-    def end_ids(self) -> list[int]:
-        """Every token that ends a response."""
-        ends = self.module.generation_config.eos_token_id
-        return [ends] if isinstance(ends, int) else list(ends)
 
 
 class Trainable:
@@ -302,51 +272,6 @@ def frozen(model: torch.nn.Module, config: RunConfig) -> Any:
     }
     with distributed.quiet():
         return _initialized(config.deepspeed, model=model, config=settings)
-
-
-@contextlib.contextmanager
-def gathered_params(parameters: Iterable[torch.nn.Parameter]) -> Iterator[None]:
-    """Inside, each of them is whole on every rank, whatever the ZeRO stage."""
-    import deepspeed
-
-    partitioned = [p for p in parameters if hasattr(p, "ds_id")]
-    with deepspeed.zero.GatheredParameters(partitioned, enabled=bool(partitioned)):
-        yield
-
-
-def weights_of(module: Any) -> Iterator[tuple[str, torch.Tensor]]:
-    """Names and weights of a model as it would be saved, adapters merged in.
-
-    Each is whole until the next is asked for: who keeps one copies it.
-    """
-    for name, _ in module.named_parameters():
-        if ".lora_" in name:
-            continue
-        plain = name.replace(".base_layer.", ".")
-        place, _, leaf = plain.rpartition(".")
-        layer = module.get_submodule(place)
-        parts = layer.parameters() if hasattr(layer, "base_layer") else [getattr(layer, leaf)]
-        with gathered_params(parts):
-            yield plain, merged_weight(layer, leaf)
-
-
-def merged_weights(model: Any) -> dict[str, torch.Tensor]:
-    """The state dict of the model without adapters, each of them added to the weight it adapts."""
-    weights = {
-        name.replace(".base_layer.", "."): weight for name, weight in model.state_dict().items() if ".lora_" not in name
-    }
-    for name, layer in model.named_modules():
-        if hasattr(layer, "get_delta_weight"):
-            weights[f"{name}.weight"] = merged_weight(layer, "weight")
-    return weights
-
-
-def merged_weight(layer: Any, name: str) -> torch.Tensor:
-    """One parameter of a layer, its adapter added."""
-    weight = getattr(getattr(layer, "base_layer", layer), name).detach()
-    if name == "weight" and hasattr(layer, "get_delta_weight"):
-        return weight + layer.get_delta_weight("default")
-    return weight
 
 
 def _find_build_tools() -> None:

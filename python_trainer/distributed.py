@@ -6,7 +6,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeVar
 
 import numpy as np
@@ -137,6 +137,51 @@ def raise_on_all_ranks(kind: type[Exception]) -> Iterator[None]:
         shared: Any = kind(failures[0])
         shared.everywhere = True
         raise shared
+
+
+@contextlib.contextmanager
+def gathered_params(parameters: Iterable[torch.nn.Parameter]) -> Iterator[None]:
+    """Inside, each of them is whole on every rank, whatever the ZeRO stage."""
+    import deepspeed
+
+    partitioned = [p for p in parameters if hasattr(p, "ds_id")]
+    with deepspeed.zero.GatheredParameters(partitioned, enabled=bool(partitioned)):
+        yield
+
+
+def weights_of(module: Any) -> Iterator[tuple[str, torch.Tensor]]:
+    """Names and weights of a model as it would be saved, adapters merged in.
+
+    Each is whole until the next is asked for: who keeps one copies it.
+    """
+    for name, _ in module.named_parameters():
+        if ".lora_" in name:
+            continue
+        plain = name.replace(".base_layer.", ".")
+        place, _, leaf = plain.rpartition(".")
+        layer = module.get_submodule(place)
+        parts = layer.parameters() if hasattr(layer, "base_layer") else [getattr(layer, leaf)]
+        with gathered_params(parts):
+            yield plain, merged_weight(layer, leaf)
+
+
+def merged_weights(model: Any) -> dict[str, torch.Tensor]:
+    """The state dict of the model without adapters, each of them added to the weight it adapts."""
+    weights = {
+        name.replace(".base_layer.", "."): weight for name, weight in model.state_dict().items() if ".lora_" not in name
+    }
+    for name, layer in model.named_modules():
+        if hasattr(layer, "get_delta_weight"):
+            weights[f"{name}.weight"] = merged_weight(layer, "weight")
+    return weights
+
+
+def merged_weight(layer: Any, name: str) -> torch.Tensor:
+    """One parameter of a layer, its adapter added."""
+    weight = getattr(getattr(layer, "base_layer", layer), name).detach()
+    if name == "weight" and hasattr(layer, "get_delta_weight"):
+        return weight + layer.get_delta_weight("default")
+    return weight
 
 
 @contextlib.contextmanager

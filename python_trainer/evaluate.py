@@ -12,8 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from . import distributed
 from .config import SamplingConfig, UserError
-from .data import Experience, Prompt, Task, readable
-from .deepspeed_engine import Policy
+from .data import Experience, Policy, Prompt, Rollout, Task, readable
 from .ppo_config import PPOConfig
 from .rollout import Generator, HfGenerator, RewardFn, by_rows, sample, score_tokens
 
@@ -82,19 +81,12 @@ def completion_rows(
     experience: Experience, prompts: Sequence[Prompt], tokenizer: PreTrainedTokenizerBase
 ) -> list[dict[str, Any]]:
     """What a person reads to see what a policy does: each response of the global batch, beside its prompt."""
-    responses = [ids[mask] for ids, mask in zip(experience.rollout.responses, experience.mask, strict=True)]
     return [
-        {
-            "prompt": prompt.content,
-            "completion": tokenizer.decode(ids, skip_special_tokens=True),
-            "score": score,
-            "kl": kl,
-            "length": len(ids),
-            "ended": ended,
-        }
-        for prompt, ids, score, kl, ended in zip(
+        {"prompt": prompt.content, "completion": text, "score": score, "kl": kl, "length": length, "ended": ended}
+        for prompt, text, length, score, kl, ended in zip(
             prompts,
-            responses,
+            experience.rollout.texts(tokenizer),
+            experience.mask.sum(dim=1).tolist(),
             experience.raw_scores.tolist(),
             ((experience.logprobs - experience.ref_logprobs) * experience.mask).sum(dim=1).tolist(),
             experience.ended.tolist(),
@@ -132,7 +124,17 @@ def evaluation_prompts(prompts: Sequence[T], config: SamplingConfig) -> Sequence
     return prompts[:count]
 
 
-def evaluate(
+@dataclass
+class Responses:
+    """One response to each evaluation prompt: of this rank, and what all of them are like."""
+
+    rollout: Rollout
+    texts: list[str]
+    gold: list[float] | None  # an independent score, where the task has one
+    columns: dict[str, torch.Tensor]  # a number for each response of this rank
+
+
+def respond(
     policy: Policy,
     reference: Policy,
     prompts: Sequence[Prompt],
@@ -141,8 +143,8 @@ def evaluate(
     generator: Generator,
     reward_fn: RewardFn | None,
     config: SamplingConfig,
-) -> Evaluation:
-    """One response per prompt, with the same noise at every call: two policies differ by themselves alone."""
+) -> Responses:
+    """With the same noise at every call: two policies differ by themselves alone."""
     prompts = evaluation_prompts(prompts, config)
     rows = config.local_rollout_forward_batch_size
     rollout, logp = sample(
@@ -158,23 +160,37 @@ def evaluate(
     columns = {"kl": (logp - ref).sum(dim=1), "response_length": rollout.mask.sum(dim=1).float()}
     if reward_fn is not None:
         columns["score"] = reward_fn(rollout)
-    shown = [ids[mask] for ids, mask in zip(rollout.sequences, rollout.attention_mask, strict=True)]
-    gold = task.gold([tokenizer.decode(ids, skip_special_tokens=True) for ids in shown])
+    whole = [ids[mask] for ids, mask in zip(rollout.sequences, rollout.attention_mask, strict=True)]
+    gold = task.gold([tokenizer.decode(ids, skip_special_tokens=True) for ids in whole])
     if gold is not None:
         columns["gold"] = torch.tensor(gold, device=logp.device)
+    return Responses(rollout, rollout.texts(tokenizer), gold, columns)
+
+
+def evaluate(
+    policy: Policy,
+    reference: Policy,
+    prompts: Sequence[Prompt],
+    task: Task,
+    tokenizer: PreTrainedTokenizerBase,
+    generator: Generator,
+    reward_fn: RewardFn | None,
+    config: SamplingConfig,
+) -> Evaluation:
+    """Means over one response per prompt, each with its standard error."""
+    found = respond(policy, reference, prompts, task, tokenizer, generator, reward_fn, config)
     metrics = {}
-    for name, values in columns.items():
-        everywhere = distributed.gather_rows(values.float()).double()
-        metrics[f"eval/{name}"] = everywhere.mean().item()
-        deviation = everywhere.std().item() if len(everywhere) > 1 else float("nan")
-        metrics[f"eval/{name}_se"] = deviation / len(everywhere) ** 0.5
-    width = rollout.prompt_width
-    texts = [
-        tokenizer.decode(row[width:][mask[width:]], skip_special_tokens=True)
-        for row, mask in zip(rollout.sequences, rollout.attention_mask, strict=True)
-    ]
-    asked = [readable(prompt.content) for prompt in rollout.prompts]
-    scores: list[float | None] = list(gold) if gold is not None else [None] * len(texts)
+    for name, values in found.columns.items():
+        metrics[f"eval/{name}"], metrics[f"eval/{name}_se"] = mean_and_error(distributed.gather_rows(values.float()))
     scored, by_reference = (functools.partial(score_tokens, each) for each in (policy, reference))
     metrics |= task.exact(scored, by_reference, config.kl_coef)
-    return Evaluation(metrics, asked, list(zip(texts, scores, strict=True)))
+    asked = [readable(prompt.content) for prompt in found.rollout.prompts]
+    scores: list[float | None] = list(found.gold) if found.gold is not None else [None] * len(found.texts)
+    return Evaluation(metrics, asked, list(zip(found.texts, scores, strict=True)))
+
+
+def mean_and_error(values: torch.Tensor) -> tuple[float, float]:
+    """The mean of independent numbers and its standard error; NaN of a single one."""
+    values = values.double()
+    deviation = values.std().item() if len(values) > 1 else float("nan")
+    return values.mean().item(), deviation / len(values) ** 0.5

@@ -1,5 +1,6 @@
 """What a person sees: a line and a bar per step, metrics.jsonl, curves.png (METRICS.md explains them), reports."""
 
+import csv
 import dataclasses
 import io
 import json
@@ -170,6 +171,17 @@ def warnings(metrics: Mapping[str, float], responses: int) -> list[str]:
     elif metrics.get("objective/scores_std", 1.0) == 0:
         found.append("all responses score alike")
     return found
+
+
+def write_table(path: Path, rows: Sequence[Any]) -> None:
+    """Named tuples of one kind as CSV; nothing where there are none."""
+    if not rows:
+        return
+    table = io.StringIO()
+    writer = csv.writer(table, lineterminator="\n")
+    writer.writerow(rows[0]._fields)
+    writer.writerows([field if not isinstance(field, float) else f"{field:.6g}" for field in row] for row in rows)
+    files.write(path, table.getvalue())
 
 
 def as_json(value: Any, indent: int | None = None) -> str:

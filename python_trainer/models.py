@@ -2,8 +2,7 @@
 
 import contextlib
 import json
-import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,18 +20,16 @@ from transformers import (
 
 from . import distributed, files, zero_state
 from .config import OptimizerConfig, RunConfig, SamplingConfig, UserError
-from .data import Task
+from .data import Policy, Task
 from .deepspeed_engine import (
-    Policy,
     Trainable,
     all_finite,
     checkpoint_activations,
     frozen,
-    gathered_params,
-    merged_weights,
     weights_here,
 )
-from .ppo_config import PPOConfig
+from .distributed import gathered_params, merged_weights
+from .ppo_config import CompareConfig, PPOConfig
 from .pretrained import (
     Origin,
     add_adapters,
@@ -45,9 +42,14 @@ from .pretrained import (
     save_whole,
     undamaged,
 )
-from .tokens import reads_ids_of, vocabulary_of
-
-SEQUENCES = ("prompts with their responses", "max_prompt_length or response_length")  # and what shortens them
+from .tokens import (
+    SEQUENCES,
+    reads_ids_of,
+    refuse_missing_embeddings,
+    refuse_short_context,
+    vocabulary,
+    vocabulary_of,
+)
 
 
 class ScalarModel(torch.nn.Module):
@@ -231,6 +233,21 @@ def load_scalar(path: str | Path, key: str, config: RunConfig) -> ScalarModel:
     return ScalarModel(model)
 
 
+def load_reward_model(
+    config: PPOConfig | CompareConfig, tokenizer: PreTrainedTokenizerBase
+) -> tuple[ScalarModel, PreTrainedTokenizerBase]:
+    """That of the settings, and the tokenizer that it reads by."""
+    path = reward_model_path(config)
+    return load_scalar(path, "reward_model_path", config), tokenizer_beside(path, tokenizer)
+
+
+def reward_model_path(config: PPOConfig | CompareConfig) -> Path:
+    path = stage_model(config, "reward", config.reward_model_path)
+    if path is None:
+        raise UserError("no reward model: give reward_model_path or reward_function, or run the reward command first")
+    return path
+
+
 def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
     return checked(load_tokenizer_files(path))
 
@@ -250,39 +267,6 @@ def checked(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
-
-
-def context_of(model: PreTrainedModel) -> int:
-    """The most tokens a model can read."""
-    config = model.config.get_text_config()
-    lengths = (getattr(config, name, None) for name in ("max_position_embeddings", "max_seq_len", "n_positions"))
-    return next((length for length in lengths if length), sys.maxsize)
-
-
-def refuse_short_context(model: PreTrainedModel, tokens: int, what: str, setting: str) -> None:
-    context = context_of(model)
-    if tokens > context:
-        raise UserError(f"{what} have up to {tokens} tokens, and {_name(model)} reads {context}: lower {setting}")
-
-
-def refuse_missing_embeddings(model: PreTrainedModel, ids: Iterable[int], what: str) -> None:
-    """A token without an embedding would be read from beyond the table."""
-    rows, largest = len(model.get_input_embeddings().weight), max(ids)
-    if largest >= rows:
-        raise UserError(
-            f"{what} have the id {largest}, and {_name(model)} has embeddings of {rows} tokens, fewer than its "
-            "tokenizer: call its resize_token_embeddings(len(tokenizer)) and save it, or take what was added to the "
-            "tokenizer out again"
-        )
-
-
-def vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int:
-    """How many ids a policy may draw: those that are tokens, of a model that may have more or fewer."""
-    return min(vocabulary_of(tokenizer), len(model.get_input_embeddings().weight))
-
-
-def _name(model: PreTrainedModel) -> str:
-    return getattr(model, "name_or_path", "") or f"the {model.config.model_type} of model_config"
 
 
 def adapted(model: Any, config: OptimizerConfig, rank: int | None, *, kept: bool = True) -> Any:

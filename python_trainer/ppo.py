@@ -17,22 +17,21 @@ from . import checkpoint, distributed, zero_state
 from .algorithms import KlControl, load_algorithm
 from .atomic import atomic_dir
 from .config import UserError
-from .data import Experience, Rollout, fingerprint, load_task, shuffled_positions
-from .deepspeed_engine import Policy, Trainable, init_distributed, step_together
+from .data import Experience, Policy, Rollout, fingerprint, load_task, shuffled_positions
+from .deepspeed_engine import Trainable, init_distributed, step_together
 from .deepspeed_engine import fingerprint as weights_fingerprint
 from .evaluate import Best, Evaluation, choose_generator, completion_rows, evaluate, evaluation_prompts
 from .logging import Averages, Log, plot
 from .models import (
     MovingAverage,
     build_models,
-    context_of,
-    refuse_missing_embeddings,
+    load_reward_model,
+    reward_model_path,
     save_model,
     starting_point,
-    vocabulary,
 )
 from .ppo_config import PPOConfig
-from .rewards import ScoreShaping, load_reward_fn, means_of_parts, refuse_non_finite_scores, reward_model_path
+from .rewards import ScoreShaping, load_reward_fn, means_of_parts, refuse_non_finite_scores
 from .rollout import (
     RewardFn,
     by_rows,
@@ -49,8 +48,8 @@ from .rollout import (
     summary,
 )
 from .settings import save
-from .sft import Pretraining
-from .tokens import encode_prompts
+from .texts import Pretraining
+from .tokens import context_of, encode_prompts, refuse_missing_embeddings, vocabulary
 
 Scored = tuple[torch.Tensor, torch.Tensor]  # log-probabilities and entropies [B, T], with their graph
 
@@ -81,8 +80,9 @@ class Trainer:
         )
         every_prompt = [*self.train_prompts, *self.heldout_prompts]
         refuse_missing_embeddings(policy, (token for prompt in every_prompt for token in prompt.ids), "prompts")
+        drawn = vocabulary(policy, self.tokenizer)
         self.reward_fn: RewardFn = load_reward_fn(
-            config, self.task, self.tokenizer, every_prompt, vocabulary(policy, self.tokenizer)
+            config, self.task, self.tokenizer, every_prompt, drawn, load_reward_model
         )
         needs_critic = self.algorithm.needs_critic
         like_the_reward_model = needs_critic and config.value_model_init == "reward" and config.value_model_path is None

@@ -1,11 +1,43 @@
 """What can be set of the reinforcement-learning stage, and of a study of several runs of it."""
 
 from dataclasses import dataclass
-from typing import Literal, get_args
+from pathlib import Path
+from typing import Literal, TypeVar, get_args
 
 from transformers.hf_argparser import HfArg
 
 from .config import OptimizerConfig, SamplingConfig, SettingError
+
+N = TypeVar("N", int, float)
+PER_TOKEN = ("ppo", "grpo", "dr_grpo", "reinforce++", "reinforce++_baseline")
+WHITENED = ("ppo", "reinforce++", "reinforce++_baseline")
+RATIO = (*PER_TOKEN, "rloo")  # algorithms of the clipped ratio of a token or of a response
+# Settings that not every algorithm reads, and those that do. For all others they are refused unless they have their
+# default value, or, of the critic's own training, named: files and presets for several algorithms hold them.
+USED_BY = {
+    "gamma": WHITENED,
+    "lam": ("ppo",),
+    "whiten_rewards": ("ppo",),
+    "whiten_advantages": WHITENED,
+    "loss_aggregation": PER_TOKEN,
+    "cliprange": (*RATIO, "p3o"),
+    "cliprange_high": RATIO,
+    "dual_clip": RATIO,
+    "kl_estimator": RATIO,
+    "mask_truncated_completions": RATIO,
+    "mask_zero_variance_groups": RATIO,
+    "weight_clip": ("p3o",),
+    "p3o_variant": ("p3o",),
+    "dpo_labels": ("online_dpo",),
+    "critic_warmup_steps": ("ppo",),
+    "critic_lora_r": ("ppo",),
+    "value_model_path": ("ppo",),
+    "value_model_init": ("ppo",),
+    "critic_learning_rate": ("ppo",),
+    "vf_coef": ("ppo",),
+    "cliprange_value": ("ppo",),
+}
+NAMED = ("value_model_init", "critic_learning_rate", "vf_coef", "cliprange_value")
 
 
 @dataclass
@@ -129,27 +161,115 @@ class PPOConfig(SamplingConfig, OptimizerConfig):
             )
 
 
+def without_use(algorithm: str) -> list[str]:
+    """The settings that an algorithm does not read."""
+    return [name for name, users in USED_BY.items() if algorithm not in users]
+
+
 @dataclass
 class FrontierConfig(PPOConfig):
-    """Training runs: each of algorithms at each of kl_coefs; their settings are those of train."""
+    """Training runs: each of algorithms at each of kl_coefs with each of seeds, all of them on as many responses.
+
+    Settings are those of train. With learning_rates or mini_batches each algorithm first gets its own: those that reach
+    the best J = reward - kl_coef · KL with `seed` at the middle one of kl_coefs.
+    """
 
     algorithms: str = HfArg(
         default="ppo,p3o,rloo,online_dpo", help="What to compare, separated by commas; online_dpo has soft labels here."
     )
     kl_coefs: str = HfArg(default="0.05,0.1,0.2", help="Values of kl_coef, separated by commas.")
+    seeds: str | None = HfArg(
+        default=None,
+        help="Seeds of the runs, separated by commas. Default: seed; the two after it where something is chosen.",
+    )
+    learning_rates: str | None = HfArg(
+        default=None, help="Learning rates, separated by commas, of which each algorithm gets its best one."
+    )
+    mini_batches: str | None = HfArg(
+        default=None, help="Values of num_mini_batches, separated by commas, of which each algorithm gets its best one."
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.runs()
+        if self.chooses and self.seed in self.run_seeds():
+            raise SettingError(
+                f"seeds {self.seeds}: with seed {self.seed} learning_rates and mini_batches are chosen, and what is "
+                "compared needs others"
+            )
+        self.candidates()
 
-    def runs(self) -> list[tuple[str, float]]:
+    @property
+    def chooses(self) -> bool:
+        """Whether algorithms get settings of their own."""
+        return self.learning_rates is not None or self.mini_batches is not None
+
+    def candidates(self) -> list[tuple[float, int]]:
+        """Learning rates with numbers of minibatches: what an algorithm chooses from."""
+        rates = _numbers("learning_rates", self.learning_rates, float) or [self.learning_rate]
+        batches = _numbers("mini_batches", self.mini_batches, int) or [self.num_mini_batches]
+        return [(rate, number) for rate in rates for number in batches]
+
+    def run_seeds(self) -> list[int]:
+        given = _numbers("seeds", self.seeds, int)
+        return given or ([self.seed + 1, self.seed + 2] if self.chooses else [self.seed])
+
+    def names(self) -> list[str]:
+        """Of the algorithms."""
         known = get_args(PPOConfig.__dataclass_fields__["algorithm"].type)
         names = [name.strip() for name in self.algorithms.split(",")]
         for name in names:
             if name not in known:
                 raise SettingError(f"algorithms: {name!r} is none of {', '.join(known)}")
-        try:
-            coefs = [float(coef) for coef in self.kl_coefs.split(",")]
-        except ValueError as error:
-            raise SettingError(f"kl_coefs must be numbers separated by commas, not {self.kl_coefs!r}") from error
-        return [(name, coef) for name in names for coef in coefs]
+        return list(dict.fromkeys(names))
+
+    def coefs(self) -> list[float]:
+        return _numbers("kl_coefs", self.kl_coefs, float)
+
+    def runs(self) -> list[tuple[str, float, int]]:
+        """Algorithm, kl_coef and seed of each."""
+        return [(name, coef, seed) for name in self.names() for coef in self.coefs() for seed in self.run_seeds()]
+
+
+@dataclass
+class CompareConfig(SamplingConfig):
+    """Policies against each other on the same held-out prompts. What is not given is as it was in the runs."""
+
+    runs: str | None = HfArg(
+        default=None,
+        help="What to compare, separated by commas, or in front of all options with blanks: output_dirs of train "
+        "commands, or folders of models, each as NAME=FOLDER if the folder's own name does not tell.",
+    )
+    judge: str | None = HfArg(
+        default=None,
+        help="A function that decides beside the reward and the task's gold score: `file.py:name`, written as one for "
+        "reward_function.",
+    )
+    reward_model_path: str | None = HfArg(default=None, help="Reward model. Default: that of the runs.")
+
+    def entries(self) -> dict[str, Path]:
+        """Names and folders."""
+        given = [part.strip() for part in (self.runs or "").split(",") if part.strip()]
+        found: dict[str, Path] = {}
+        for part in given:
+            name, equals, folder = part.partition("=")
+            if not equals or Path(part).exists():
+                folder, name = part, _own_name(Path(part))
+            times = sum(known.partition(" (")[0] == name for known in found)
+            found[f"{name} ({times + 1})" if times else name] = Path(folder)
+        return found
+
+
+def _own_name(place: Path) -> str:
+    """The folder's, but for those that are called alike in every run."""
+    parts = [part for part in place.absolute().parts if part not in ("train", "model")]
+    return parts[-1]
+
+
+def _numbers(name: str, text: str | None, kind: type[N]) -> list[N]:
+    """Those of a list with commas, each once."""
+    try:
+        return list(dict.fromkeys(kind(part) for part in text.split(","))) if text is not None else []
+    except ValueError as error:
+        what = "whole numbers" if kind is int else "numbers"
+        raise SettingError(f"{name} must be {what} separated by commas, not {text!r}") from error

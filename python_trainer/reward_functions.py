@@ -75,14 +75,13 @@ class FunctionReward:
         return torch.where(missing, 0.0, torch.stack(rows) * weights[:, None]).sum(dim=0)
 
     def _arguments(self, rollout: Rollout) -> dict[str, list[Any]]:
-        answers = [ids[mask].tolist() for ids, mask in zip(rollout.responses, rollout.mask, strict=True)]
-        completions: list[Content] = [self.tokenizer.decode(ids, skip_special_tokens=True) for ids in answers]
+        completions: list[Content] = list(rollout.texts(self.tokenizer))
         for row, prompt in enumerate(rollout.prompts):
             if not isinstance(prompt.content, str):
                 completions[row] = [{"role": "assistant", "content": completions[row]}]
         prompts = [prompt.content for prompt in rollout.prompts]
         columns = {name: [prompt.columns[name] for prompt in rollout.prompts] for name in rollout.prompts[0].columns}
-        return columns | {"prompts": prompts, "completions": completions, "completion_ids": answers}
+        return columns | {"prompts": prompts, "completions": completions, "completion_ids": rollout.answers()}
 
     def _call_all(self, given: Mapping[str, list[Any]]) -> list[Scores]:
         """What each function gave; the async ones wait together."""

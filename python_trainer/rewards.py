@@ -1,7 +1,6 @@
 """Scores: who gives them, and what happens to one before anything is learned from it."""
 
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -13,25 +12,32 @@ from . import distributed
 from .config import SamplingConfig, SharedError, UserError
 from .data import Content, Prompt, Rollout, Task, pad_right, readable
 from .deepspeed_engine import frozen
-from .models import (
-    SEQUENCES,
-    context_of,
-    load_scalar,
-    refuse_missing_embeddings,
-    refuse_short_context,
-    stage_model,
-    tokenizer_beside,
-)
-from .ppo_config import PPOConfig
+from .ppo_config import CompareConfig, PPOConfig
 from .reward_functions import FunctionReward
 from .rollout import RewardFn, by_rows, score_responses
-from .tokens import prompt_ids, reads_ids_of, whole_ids
+from .tokens import (
+    SEQUENCES,
+    context_of,
+    prompt_ids,
+    reads_ids_of,
+    refuse_missing_embeddings,
+    refuse_short_context,
+    whole_ids,
+)
+
+# A model of one number per token, and its tokenizer: models.load_reward_model.
+LoadModel = Callable[[Any, PreTrainedTokenizerBase], tuple[Any, PreTrainedTokenizerBase]]
 
 
 def load_reward_fn(
-    config: SamplingConfig, task: Task, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt], drawn: int
+    config: SamplingConfig,
+    task: Task,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Prompt],
+    drawn: int,
+    load_model: LoadModel,
 ) -> RewardFn:
-    """Python functions, the task's own verifier, or a reward model: whichever comes first.
+    """Python functions, the task's own verifier, or a reward model, which is loaded then: whichever comes first.
 
     It will be asked about responses to these prompts, made of ids below `drawn`.
     """
@@ -41,8 +47,8 @@ def load_reward_fn(
         return FunctionReward(*config.reward_functions(), tokenizer, columns)
     if task.verifiable:
         return task.score
-    assert isinstance(config, PPOConfig)
-    return ModelReward(reward_model_path(config), config, tokenizer, prompts, drawn)
+    assert isinstance(config, PPOConfig | CompareConfig)
+    return ModelReward(*load_model(config, tokenizer), config, tokenizer, prompts, drawn)
 
 
 def _refuse_unused_model(config: SamplingConfig) -> None:
@@ -54,13 +60,6 @@ def _refuse_unused_model(config: SamplingConfig) -> None:
         )
 
 
-def reward_model_path(config: PPOConfig) -> Path:
-    path = stage_model(config, "reward", config.reward_model_path)
-    if path is None:
-        raise UserError("no reward model: give reward_model_path or reward_function, or run the reward command first")
-    return path
-
-
 class ModelReward:
     """A reward model's number at the end of prompt and response.
 
@@ -69,10 +68,15 @@ class ModelReward:
     """
 
     def __init__(
-        self, path: Path, config: PPOConfig, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt], drawn: int
+        self,
+        model: Any,
+        own: PreTrainedTokenizerBase,
+        config: SamplingConfig,
+        tokenizer: PreTrainedTokenizerBase,
+        prompts: Sequence[Prompt],
+        drawn: int,
     ) -> None:
-        model = load_scalar(path, "reward_model_path", config)
-        self.policy_tokenizer, self.tokenizer = tokenizer, tokenizer_beside(path, tokenizer)
+        self.policy_tokenizer, self.tokenizer = tokenizer, own
         chat = any(not isinstance(prompt.content, str) for prompt in prompts)
         probes = [readable(prompt.content) for prompt in prompts[:64]]
         self.reads_ids = not chat and reads_ids_of(self.tokenizer, tokenizer, probes)
@@ -94,8 +98,7 @@ class ModelReward:
     def _scores(self, rollout: Rollout) -> torch.Tensor:
         if self.reads_ids:
             return score_responses(self.model, rollout)
-        answers = [ids[mask].tolist() for ids, mask in zip(rollout.responses, rollout.mask, strict=True)]
-        texts = [self.policy_tokenizer.decode(ids, skip_special_tokens=True) for ids in answers]
+        texts = rollout.texts(self.policy_tokenizer)
         pairs = [
             (prompt.content, text if isinstance(prompt.content, str) else [{"role": "assistant", "content": text}])
             for prompt, text in zip(rollout.prompts, texts, strict=True)

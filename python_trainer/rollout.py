@@ -25,8 +25,8 @@ from ppo_kernels import kl_rewards, moments, token_logprobs
 
 from . import distributed
 from .config import SharedError
-from .data import Experience, Generate, Prompt, Rollout, left_pad, only_drawn
-from .deepspeed_engine import Policy, weights_of
+from .data import Experience, Generate, Policy, Prompt, Rollout, left_pad, only_drawn
+from .distributed import weights_of
 from .ppo_config import PPOConfig
 
 RewardFn = Callable[[Rollout], torch.Tensor]  # [B] the score of each response

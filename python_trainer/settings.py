@@ -18,11 +18,14 @@ import yaml
 from transformers import HfArgumentParser
 
 from . import files
-from .config import RENAMED, EvalConfig, RewardConfig, RunConfig, SftConfig, UserError, resolve
+from .config import RENAMED, EvalConfig, RewardConfig, RunConfig, SftConfig, UserError, by_new_names, resolve
 from .deepspeed_file import deepspeed_file
-from .ppo_config import FrontierConfig, PPOConfig
+from .ppo_config import CompareConfig, FrontierConfig, PPOConfig
 
-LISTS = {"reward_function", "reward_weights", "lora_target_modules", "algorithms", "kl_coefs"}  # or with commas
+LISTS = {  # or with commas
+    *("reward_function", "reward_weights", "lora_target_modules"),
+    *("algorithms", "kl_coefs", "seeds", "learning_rates", "mini_batches", "runs"),
+}
 LARGEST_FILE = 100_000  # values in a file of settings
 OF_OTHER_TRAINERS = {  # words that people bring, and what is here in their place
     "top_p": "responses are drawn from the whole distribution, so that sampling and scoring agree; leave it out",
@@ -66,6 +69,7 @@ COMMANDS: dict[str, type[RunConfig]] = {
     "train": PPOConfig,
     "eval": EvalConfig,
     "frontier": FrontierConfig,
+    "compare": CompareConfig,
 }
 
 
@@ -79,13 +83,18 @@ class _Parser(HfArgumentParser):
 C = TypeVar("C", bound=RunConfig)
 NOT_OF_A_RUN = {"output_dir", "overwrite_output_dir", "disable_tqdm"}
 OF_THE_REFERENCE = {"seed", "model_config", "temperature"}
+ALIKE = (  # in runs that are compared, unless they are given: what is asked, how it is answered, who scores it
+    *("task", "data_path", "eval_data_path", "column_mapping", "apply_chat_template"),
+    *("max_prompt_length", "overlong_prompts", "response_length", "temperature", "stop_strings"),
+    *("reward_function", "reward_weights", "reward_model_path", "score_shift", "sft_model_path"),
+)
 
 
 def load(command: str, path: str | None, overrides: Sequence[str], kind: type[C]) -> C:
     """The configuration of `command`: defaults, then its preset, then the file, then the command line.
 
-    `eval` is about a run: the settings it was trained with stand above those the file has for all commands, and the
-    ones that make its reference what it is cannot be changed.
+    `eval` and `compare` are about runs: the settings they were trained with stand above those the file has for all
+    commands, and the ones that make their reference what it is cannot be changed.
     """
     common, own = _read(path, command)
     if command == "frontier":  # its runs are those of train
@@ -100,15 +109,51 @@ def load(command: str, path: str | None, overrides: Sequence[str], kind: type[C]
     if config.preset is not None:
         from_file = load_preset(config.preset).get("train" if command == "frontier" else command, {}) | from_file
         config = _parse(command, kind, from_file | own, overrides)
-    trained = Path(config.output_dir) / "train" / "config.yaml"
-    if command != "eval" or not trained.is_file():
+    if isinstance(config, CompareConfig):
+        of_run = _of_compared_runs(config, {*own, *(a[2:].split("=")[0] for a in overrides)})
+    elif command == "eval":
+        of_run = _recorded(Path(config.output_dir))
+    else:
         return config
-    of_run = {key: value for key, value in _read(str(trained), "")[0].items() if key in known - NOT_OF_A_RUN}
+    of_run = {key: value for key, value in of_run.items() if key in known - NOT_OF_A_RUN}
     config = _parse(command, kind, from_file | of_run | own, overrides)
     for key in OF_THE_REFERENCE & of_run.keys():
         if getattr(config, key) != of_run[key]:
-            raise UserError(f"{key} {getattr(config, key)} is not that of the run, {of_run[key]} (see {trained})")
+            raise UserError(f"{key} {getattr(config, key)} is not that of the run, {of_run[key]} (see its config.yaml)")
     return config
+
+
+def _recorded(run: Path) -> dict[str, Any]:
+    """The settings that a policy was trained with; none where `run` is no folder of a train command."""
+    file = run / "train" / "config.yaml"
+    return _read(str(file), "")[0] if file.is_file() else {}
+
+
+def _of_compared_runs(config: CompareConfig, given: set[str]) -> dict[str, Any]:
+    """The settings of the first of the runs, with the models that lie there; the others must be like it."""
+    found = []
+    for name, place in config.entries().items():
+        if settings := _recorded(place):
+            settings = by_new_names(settings)
+            for stage, key in (("sft", "sft_model_path"), ("reward", "reward_model_path")):
+                own = place / stage / "model"
+                if settings.get(key) is None and own.exists():
+                    settings[key] = str(own)
+            found.append((name, settings))
+    if not found:
+        return {}
+    (first_name, first), *others = found
+    # Where the policies began with random weights, the reference is what the seed made.
+    made = ("seed", "model_config") if first.get("sft_model_path") is None else ()
+    for name, settings in others:
+        for key in (*ALIKE, *made):
+            if settings.get(key) != first.get(key) and key not in given:
+                raise UserError(
+                    f"cannot compare {name} with {first_name}: they were trained with {key} {settings.get(key)} and "
+                    f"{first.get(key)}; set {key} to what both are to be compared with, or compare them apart"
+                )
+    kept = {*ALIKE, *made, "attn_implementation", "ops_impl", "bf16", "fp16", "deepspeed", "eval_prompts"}
+    return {key: value for key, value in first.items() if key in kept and key not in given}
 
 
 def save(config: RunConfig, folder: Path) -> None:

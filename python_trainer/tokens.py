@@ -4,16 +4,19 @@ A tokenizer may put a start token before a text and an end token behind it. The 
 it, unless the text brings it along; the end goes from a prompt, which continues, and stands once behind a whole text.
 """
 
-from collections.abc import Collection, Sequence
+import sys
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
 import jinja2
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from . import distributed
 from .config import SamplingConfig, UserError
 from .data import Content, Example, Message, Prompt, readable
+
+SEQUENCES = ("prompts with their responses", "max_prompt_length or response_length")  # and what shortens them
 
 
 class Tokens(NamedTuple):
@@ -162,6 +165,39 @@ def is_text(value: str) -> bool:
 def vocabulary_of(tokenizer: PreTrainedTokenizerBase) -> int:
     """How many ids there are, counted to the last that means something."""
     return max(tokenizer.get_vocab().values()) + 1
+
+
+def context_of(model: PreTrainedModel) -> int:
+    """The most tokens a model can read."""
+    config = model.config.get_text_config()
+    lengths = (getattr(config, name, None) for name in ("max_position_embeddings", "max_seq_len", "n_positions"))
+    return next((length for length in lengths if length), sys.maxsize)
+
+
+def refuse_short_context(model: PreTrainedModel, tokens: int, what: str, setting: str) -> None:
+    context = context_of(model)
+    if tokens > context:
+        raise UserError(f"{what} have up to {tokens} tokens, and {_name(model)} reads {context}: lower {setting}")
+
+
+def refuse_missing_embeddings(model: PreTrainedModel, ids: Iterable[int], what: str) -> None:
+    """A token without an embedding would be read from beyond the table."""
+    rows, largest = len(model.get_input_embeddings().weight), max(ids)
+    if largest >= rows:
+        raise UserError(
+            f"{what} have the id {largest}, and {_name(model)} has embeddings of {rows} tokens, fewer than its "
+            "tokenizer: call its resize_token_embeddings(len(tokenizer)) and save it, or take what was added to the "
+            "tokenizer out again"
+        )
+
+
+def vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int:
+    """How many ids a policy may draw: those that are tokens, of a model that may have more or fewer."""
+    return min(vocabulary_of(tokenizer), len(model.get_input_embeddings().weight))
+
+
+def _name(model: PreTrainedModel) -> str:
+    return getattr(model, "name_or_path", "") or f"the {model.config.model_type} of model_config"
 
 
 def _ids(texts: Sequence[str], chat: Sequence[bool], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:

@@ -22,8 +22,8 @@ from vllm.v1.worker.gpu.sample.logits_processor import LogitsProcessor as Logits
 
 from . import distributed
 from .config import UserError
-from .data import Generate, only_drawn
-from .deepspeed_engine import Policy, weights_of
+from .data import Generate, Policy, only_drawn
+from .distributed import weights_of
 
 # vLLM has two model runners with one interface each for logits processors; without Triton there is the first alone.
 RUNNER = os.environ.setdefault("VLLM_USE_V2_MODEL_RUNNER", str(int(HAS_TRITON)))

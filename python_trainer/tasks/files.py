@@ -5,10 +5,10 @@ there are no copies on the two sides of the split.
 """
 
 import csv
+import hashlib
 import io
 import json
 import math
-import random
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -254,19 +254,20 @@ def read_file(path: Path) -> list[Row]:
 
 
 def split(rows: list[T], key: Callable[[T], str], share: float, place: Path) -> tuple[list[T], list[T]]:
-    """A share of what differs is held out, drawn by a fixed seed: the same at all stages, in any order of the file."""
-    keys = list(dict.fromkeys(key(row) for row in rows))
-    if len(keys) < 2:
-        alike = f", which are all the same, {keys[0][:60]!r}" if len(rows) > 1 else ""
+    """About `share` of what differs is held out, by the hash of each row's key: the same in all files, in any order.
+
+    Rows that are added move no other. Of a few rows one at least is held out, and one is not.
+    """
+    places = {name: int.from_bytes(hashlib.sha256(name.encode()).digest()[:8]) / 2**64 for name in map(key, rows)}
+    if len(places) < 2:
+        alike = f", which are all the same, {next(iter(places))[:60]!r}" if len(rows) > 1 else ""
         raise UserError(
             f"{place} holds {len(rows)} rows{alike}; two different ones are needed, as one is held out: add some, or "
             "name a file for evaluation in eval_data_path"
         )
-    random.Random(0).shuffle(keys)  # files are often sorted  # noqa: S311
-    order = {name: number for number, name in enumerate(keys)}
-    cut = max(1, round(len(keys) * share))
-    ordered = sorted(rows, key=lambda row: order[key(row)])
-    return [row for row in ordered if order[key(row)] >= cut], [row for row in ordered if order[key(row)] < cut]
+    bound = min(max(share, min(places.values())), sorted(places.values())[-2])
+    ordered = sorted(rows, key=lambda row: places[key(row)])  # files are often sorted
+    return [row for row in ordered if places[key(row)] > bound], [row for row in ordered if places[key(row)] <= bound]
 
 
 def _read_json(path: Path, text: str) -> list[Row]:
@@ -379,6 +380,9 @@ def _number(place: str, number: int, value: Any) -> float:
 
 
 def _key(content: Content) -> str:
+    """What makes a prompt the same one; a question is, as plain text and as a user's only message."""
+    if not isinstance(content, str) and content == [{"role": "user", "content": content[-1].get("content")}]:
+        content = content[0]["content"]
     return content if isinstance(content, str) else json.dumps(content, sort_keys=True, default=str)
 
 

@@ -120,8 +120,10 @@ def test_a_renamed_setting_is_the_same(finished, tiny, tmp_path):
     (source / checkpoint.STATE).write_text(state.replace("weight_clip", "cliprange_ratio"))
     commit(source)
     assert tiny(**FOUR, resume_from_checkpoint="latest").done == 4
-    with pytest.raises(UserError, match=r"weight_clip \(was 10.0, is 20.0\)"):
-        tiny(**FOUR, resume_from_checkpoint="latest", weight_clip=20.0)
+    (source / checkpoint.STATE).write_text(state.replace('"weight_clip": 10.0', '"cliprange_ratio": 20.0'))
+    commit(source)
+    with pytest.raises(UserError, match=r"weight_clip \(was 20.0, is 10.0\)"):
+        tiny(**FOUR, resume_from_checkpoint="latest")
     settings = finished / "train" / "config.yaml"
     settings.write_text(settings.read_text().replace("weight_clip", "cliprange_ratio"))
     assert frontier.is_done(finished, PPOConfig(**TINY | FOUR))

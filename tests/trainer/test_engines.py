@@ -3,7 +3,7 @@
 import pytest
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
-from python_trainer.deepspeed_engine import gathered_params, merged_weights
+from python_trainer.distributed import gathered_params, merged_weights
 from python_trainer.rollout import _unpartitioned
 from tests.lib.trainer import TINY_MODEL
 

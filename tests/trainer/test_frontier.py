@@ -1,13 +1,18 @@
 """The KL-reward frontier: its optimum, and mistakes in its settings."""
 
+import csv
 import functools
+import json
+from pathlib import Path
 
 import pytest
 
 from python_trainer.config import UserError
+from python_trainer.frontier import Point, fitted, frontier
 from python_trainer.ppo_config import FrontierConfig
 from python_trainer.rollout import score_tokens
 from python_trainer.settings import load
+from tests.lib.trainer import TINY
 
 ENUMERATES = True
 
@@ -26,3 +31,51 @@ def test_mistakes_are_named():
     with pytest.raises(UserError, match="kl_coefs must be numbers"):
         load("frontier", "exact_cpu.yaml", ["--kl_coefs=small"], FrontierConfig)
     assert load("frontier", "exact_cpu.yaml", [], FrontierConfig).batch_size == 128  # as in train
+
+
+def test_the_line_is_that_of_least_squares():
+    points = [Point("ppo", 0.1, step, kl, 0.5 + 2 * kl, None) for step, kl in enumerate((0.0, 1.0, 4.0))]
+    line = fitted("ppo", [*points, Point("rloo", 0.1, 0, 1.0, 9.0, None)])
+    assert (line.intercept, line.slope, line.r2) == pytest.approx((0.5, 2.0, 1.0))
+    assert line.r2_of_root < 1
+    assert fitted("ppo", points[:1]) is None
+
+
+def made_up(runs: list, config) -> None:
+    """A run that learns best at the rate 0.003 with PPO, where others pay more KL for their reward than it is worth."""
+    runs.append(config)
+    reward = config.learning_rate + 0.0001 * config.num_mini_batches + 0.01 * config.seed
+    kl = 0.5 if config.algorithm == "ppo" else 500 * config.learning_rate
+    folder = Path(config.output_dir) / "train"
+    folder.mkdir()
+    rows = [{"step": 0, "exact/kl": 0.0, "exact/reward": 0.0}, {"step": 3, "exact/kl": kl, "exact/reward": reward}]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def test_each_algorithm_gets_what_it_learned_best_with_on_another_seed(tmp_path):
+    study = {
+        "algorithms": "ppo,rloo",
+        "kl_coefs": "0.1,0.2,0.4",
+        "learning_rates": "0.001,0.003",
+        "mini_batches": "1,2",
+    }
+    runs: list = []
+    frontier(FrontierConfig(**TINY | study | {"output_dir": str(tmp_path)}), functools.partial(made_up, runs))
+    trials, drawn = runs[:8], runs[8:]
+    assert {(run.seed, run.kl_coef) for run in trials} == {(0, 0.2)}
+    assert {run.seed for run in drawn} == {1, 2}
+    assert len(drawn) == 2 * 3 * 2
+    assert {(run.algorithm, run.learning_rate, run.num_mini_batches) for run in drawn} == {
+        ("ppo", 0.003, 2),
+        ("rloo", 0.001, 2),
+    }
+    assert {run.total_steps * run.batch_size for run in runs} == {48}  # responses
+    with (tmp_path / "frontier" / "choices.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [row["responses"] for row in rows] == ["48"] * 8
+    assert [row["learning_rate"] for row in rows if row["chosen"] == "True"] == ["0.003", "0.001"]
+
+
+def test_what_is_compared_is_not_what_was_chosen_on():
+    with pytest.raises(ValueError, match="with seed 1 learning_rates and mini_batches are chosen"):
+        FrontierConfig(**TINY | {"seed": 1, "seeds": "1,2", "learning_rates": "0.1"})

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from python_trainer.config import UserError
-from python_trainer.deepspeed_engine import Policy, gathered_params, merged_weights
+from python_trainer.data import Policy
+from python_trainer.distributed import gathered_params, merged_weights
 from python_trainer.models import save_model
 from python_trainer.rollout import HfGenerator, _unpartitioned
 from tests.verify.trainer.test_vllm import VLLM, vllm, wide

@@ -8,7 +8,7 @@ import torch
 import yaml
 
 from python_trainer import distributed
-from python_trainer.__main__ import compare
+from python_trainer.compare import beside_reference
 from python_trainer.config import CONFIGS, EvalConfig, UserError
 from python_trainer.data import load_task
 from python_trainer.ppo_config import PPOConfig
@@ -22,7 +22,7 @@ def test_evaluation_repeats_the_figures_of_the_run(tiny, tmp_path):
     """The reference comes from the run's settings, wherever they were set."""
     before, after = tiny(seed=1).train()
     config = load("eval", None, [f"--output_dir={tmp_path / 'run'}"], EvalConfig)
-    for result, expected in zip(compare(config), (before, after), strict=True):
+    for result, expected in zip(beside_reference(config), (before, after), strict=True):
         assert result.metrics == pytest.approx(expected.metrics, abs=1e-6)
     kept = json.loads((tmp_path / "run" / "eval" / "metrics.json").read_text())
     assert kept["policy"]["exact/kl"] == pytest.approx(after.metrics["exact/kl"], abs=1e-6)

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from python_trainer import __main__ as commands
 from python_trainer import checkpoint, deepspeed_engine, files, frontier, logging
+from python_trainer.compare import beside_reference
 from python_trainer.config import EvalConfig, UserError
 from python_trainer.logging import Log
 from python_trainer.ppo_config import FrontierConfig, PPOConfig
@@ -72,7 +72,7 @@ def test_results_are_not_written_through_what_stands_there(tmp_path, kind, name)
     elif name == "metrics.json":
         files.write(tmp_path / name, "{}")
     else:
-        frontier._write(tmp_path / "frontier.csv", [frontier.Point("ppo", 0.1, 1, 0.5, 0.5, None)])
+        logging.write_table(tmp_path / "frontier.csv", [frontier.Point("ppo", 0.1, 1, 0.5, 0.5, None)])
         frontier.draw(tmp_path / "frontier.csv", tmp_path / "frontier.png")
     assert victim.read_text() == "precious"
     assert files.is_plain(tmp_path / name)
@@ -108,7 +108,7 @@ def test_an_evaluation_behind_a_link_is_refused_before_anything_loads(tmp_path, 
     (tmp_path / "train" / "model").mkdir(parents=True)
     (tmp_path / "eval").symlink_to(tmp_path / "outside")
     with pytest.raises(UserError, match="eval is a link"):
-        commands.compare(EvalConfig(output_dir=str(tmp_path)))
+        beside_reference(EvalConfig(output_dir=str(tmp_path)))
     assert not list((tmp_path / "outside").iterdir())
 
 

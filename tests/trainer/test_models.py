@@ -4,7 +4,8 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from python_trainer.deepspeed_engine import Policy, Trainable, frozen
+from python_trainer.data import Policy
+from python_trainer.deepspeed_engine import Trainable, frozen
 from python_trainer.ppo_config import PPOConfig
 from tests.lib.trainer import TINY
 

@@ -12,7 +12,7 @@ from python_trainer.deepspeed_engine import step_together
 from python_trainer.ppo_config import PPOConfig
 from python_trainer.rewards import ScoreShaping
 from python_trainer.settings import PRESETS, load, load_preset
-from python_trainer.sft import text_logprobs
+from python_trainer.texts import text_logprobs
 from tests.lib.trainer import TINY
 
 from .test_step import weights

@@ -316,7 +316,7 @@ def test_a_model_beside_a_function_is_not_ignored(tiny, make, tmp_path):
     with pytest.raises(UserError, match="reward_model_path and reward_function are both given"):
         from python_trainer.rewards import load_reward_fn
 
-        load_reward_fn(PPOConfig(**TINY | settings, reward_model_path="x"), None, None, (), 0)
+        load_reward_fn(PPOConfig(**TINY | settings, reward_model_path="x"), None, None, (), 0, None)
 
 
 def test_a_group_is_scored_in_one_call(tiny):

@@ -7,7 +7,7 @@ import signal
 import pytest
 
 from python_trainer import sft as stages
-from python_trainer.__main__ import compare
+from python_trainer.compare import beside_reference
 from python_trainer.config import EvalConfig, RewardConfig, SftConfig, UserError
 from python_trainer.ppo import Trainer
 from python_trainer.ppo_config import PPOConfig
@@ -35,7 +35,7 @@ def test_pipeline_on_small_data(ratings, tmp_path):
     assert before.metrics["eval/kl"] == 0
     assert after.metrics["eval/kl"] > 0
     assert -1 <= after.metrics["eval/gold"] <= 1
-    reference, policy = compare(EvalConfig(**common, **sampling))
+    reference, policy = beside_reference(EvalConfig(**common, **sampling))
     assert reference.metrics["eval/gold"] == before.metrics["eval/gold"]
     assert policy.metrics["eval/gold"] == pytest.approx(after.metrics["eval/gold"], abs=1e-6)
     assert policy.completions == after.completions

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from python_trainer import checkpoint, deepspeed_engine, zero_state
+from python_trainer import checkpoint, deepspeed_engine, distributed, zero_state
 from python_trainer.config import UserError
 from python_trainer.ppo import Trainer
 from python_trainer.ppo_config import PPOConfig
@@ -134,13 +134,15 @@ def test_what_is_read_is_what_was_held(ran, layout, tiny, tmp_path, monkeypatch,
     source = ran(before, bf16) / "train" / "checkpoints" / "step-000002"
     monkeypatch.setattr(checkpoint, "_refuse_changes", lambda *_: None)
     trainer = tiny(**RUN | {"seed": 7, "bf16": bf16, "deepspeed": layout(after)})  # nothing is right by chance
+    memory = json.loads((source / checkpoint.STATE).read_text())["memory"]
+    trainer.same = {name: memory[name] for name in trainer.same}  # another seed has another reference, too
     trainer.load_checkpoint(source)
     trainer.save_checkpoint(tmp_path / "again")
     same(source, tmp_path / "again" / "step-000002")
     held = put_together(source)
     for name, model in trainer.trained.items():
         assert all(values.equal(held[f"{name}/{key}"]) for key, values in of_deepspeed(model).items())
-        with deepspeed_engine.gathered_params(model.module.parameters()):
+        with distributed.gathered_params(model.module.parameters()):
             for key, parameter in model.module.named_parameters():
                 assert parameter.flatten().equal(held[f"{name}/weight/{key}"].to(parameter.dtype)), key
 
@@ -192,11 +194,14 @@ def test_frozen_weights_below_adapters(layout, tiny, tmp_path, monkeypatch):
     pytest.importorskip("peft", reason="LoRA needs peft")
     monkeypatch.setattr(checkpoint, "_refuse_changes", lambda *_: None)
     settings = RUN | {"lora_r": 2, "critic_lora_r": 2}
+    kept: dict[str, str] = {}
     for number, name in enumerate(("0", "3", "2", "0")):
         trainer = tiny(**settings | {"seed": number, "deepspeed": layout(name)})
         if number:
+            trainer.same = kept  # another seed has another reference, too
             trainer.load_checkpoint(tmp_path / str(number - 1) / "step-000001")
         else:
+            kept = trainer.same
             trainer.train_step()
         trainer.save_checkpoint(tmp_path / str(number))
         same(tmp_path / "0" / "step-000001", tmp_path / str(number) / "step-000001")
