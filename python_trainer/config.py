@@ -13,8 +13,6 @@ import torch
 from transformers import CONFIG_MAPPING
 from transformers.hf_argparser import HfArg
 
-from . import files
-
 CONFIGS = Path(__file__).parent / "configs"
 REPORTS = ("tensorboard", "wandb")
 RENAMED = {"cliprange_ratio": "weight_clip"}  # settings, by the names that earlier versions wrote down
@@ -24,8 +22,6 @@ ADDED: dict[str, Any] = {
     "mask_truncated_completions": False,
     "mask_zero_variance_groups": False,
 }  # settings that they did not know, as they were
-
-
 PATHS = ("output_dir", "deepspeed", "resume_from_checkpoint")  # and what ends in _path
 
 Test = Callable[[float], bool]
@@ -150,9 +146,8 @@ class RunConfig:
                 raise SettingError(f"{name} holds a character that no text and no file's name has: {value[:60]!a}")
             if isinstance(value, int) and abs(value) >= 1 << 53:
                 raise SettingError(f"{name} must be below 2**53, not a number of {len(str(abs(value)))} digits")
-            is_path = isinstance(value, str) and (name in PATHS or name.endswith("_path"))
-            if is_path and (why := files.unreachable(value)):
-                raise SettingError(f"{name} leads nowhere: {why}: {value[:60]!r}")
+            if isinstance(value, str) and (name in PATHS or name.endswith("_path")):
+                _refuse_unreachable(name, value)
         for name, (test, allowed) in RANGES.items():
             value = getattr(self, name, None)
             if value is not None and not test(value):
@@ -382,6 +377,16 @@ def resolve(path: str) -> Path:
             return Path(candidate)
     shipped = ", ".join(sorted(p.name for p in CONFIGS.iterdir()))
     raise UserError(f"no such file: {path[:200]} (shipped configurations: {shipped})")
+
+
+def _refuse_unreachable(name: str, path: str) -> None:
+    """Raise where nothing can be: a name too long, a circle of links, a closed folder."""
+    try:
+        os.stat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        pass
+    except OSError as error:
+        raise SettingError(f"{name} leads nowhere: {error.strerror}: {path[:60]!r}") from None
 
 
 def _is_text(value: str) -> bool:

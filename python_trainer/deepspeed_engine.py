@@ -130,7 +130,7 @@ class Trainable:
         return float(optimizer.loss_scale_config.cur_scale) if isinstance(optimizer, FP16_UnfusedOptimizer) else 1.0
 
     def _watch(self, gradient: torch.Tensor) -> None:
-        self.healthy &= is_finite(gradient)
+        self.healthy &= distributed.is_finite(gradient)
 
     def _clip(self) -> None:
         self._norm = torch.nn.utils.clip_grad_norm_(self.module.parameters(), self.engine.gradient_clipping())
@@ -185,18 +185,11 @@ def fingerprint(module: torch.nn.Module) -> str:
     return str(sums[True] + sum(distributed.gather_objects(sums[False])))
 
 
-def is_finite(tensor: torch.Tensor) -> torch.Tensor:
-    """Whether all of it is, in one pass over memory: NaN spreads to the extremes, and infinity is one."""
-    if not tensor.numel():
-        return torch.ones((), dtype=torch.bool, device=tensor.device)
-    return torch.stack(tensor.detach().aminmax()).isfinite().all()
-
-
 def all_finite(tensors: Iterable[torch.Tensor]) -> bool:
     """On every rank, asking the device once."""
     finite = torch.ones((), device=distributed.device())
     for tensor in tensors:
-        finite *= is_finite(tensor).to(finite)
+        finite *= distributed.is_finite(tensor).to(finite)
     if distributed.world_size() > 1:
         dist.all_reduce(finite, dist.ReduceOp.MIN)
     return bool(finite)

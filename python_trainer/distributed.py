@@ -194,3 +194,10 @@ def quiet() -> Iterator[None]:
     except BaseException:
         sys.stderr.write(held.getvalue())
         raise
+
+
+def is_finite(tensor: torch.Tensor) -> torch.Tensor:
+    """Whether all of it is, in one pass over memory: NaN spreads to the extremes, and infinity is one."""
+    if not tensor.numel():
+        return torch.ones((), dtype=torch.bool, device=tensor.device)
+    return torch.stack(tensor.detach().aminmax()).isfinite().all()

@@ -90,17 +90,6 @@ def is_plain(path: Path) -> bool:
     return path.is_file() and not path.is_symlink()
 
 
-def unreachable(path: str) -> str | None:
-    """Why nothing can be there, where that is so: a name too long, a circle of links, a closed folder."""
-    try:
-        os.stat(path)
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    except OSError as error:
-        return error.strerror
-    return None
-
-
 def would_wait(path: Path) -> bool:
     """Whether who opens it could wait forever: a pipe or a device, also behind a link."""
     try:

@@ -24,7 +24,7 @@ from transformers.utils.peft_utils import find_adapter_config_file
 from . import files
 from .atomic import MANIFEST, refuse_unlisted
 from .config import OptimizerConfig, RunConfig, UserError
-from .deepspeed_engine import is_finite
+from .distributed import is_finite
 
 READ_BY_TRANSFORMERS = re.compile(
     r".*\.(json|safetensors|bin|jinja|model)|(vocab|merges)\.txt|additional_chat_templates"

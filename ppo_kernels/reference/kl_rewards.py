@@ -41,7 +41,7 @@ def kl_estimate(
     # What lies beyond the clamp is a constant. An infinite estimate is not left to clamp: its gradient, 0, would meet
     # an infinite slope.
     k = _estimate(x.detach(), estimator)
-    within = (k.abs() <= kl_clamp) | (kl_clamp == math.inf)
+    within = torch.logical_or(k.abs() <= kl_clamp, torch.as_tensor(kl_clamp == math.inf))
     return torch.where(within, _estimate(torch.where(within, x, 0.0), estimator), clamp(k, kl_clamp))
 
 
