@@ -45,12 +45,8 @@ for _names, _test, _allowed in (
     ("warmup_steps eval_steps save_steps critic_warmup_steps log_completions_steps", lambda x: x >= 0, "at least 0"),
     ("seed", lambda x: 0 <= x < 1 << 32, "at least 0 and below 2**32"),
     (
-        "weight_decay max_grad_norm cliprange cliprange_value vf_coef",
-        lambda x: 0 <= x < math.inf,
-        "at least 0 and finite",
-    ),
-    (
-        "kl_coef cliprange_high ptx_coef center_rewards_coefficient",
+        "weight_decay max_grad_norm cliprange cliprange_value vf_coef kl_coef cliprange_high ptx_coef"
+        " center_rewards_coefficient",
         lambda x: 0 <= x < math.inf,
         "at least 0 and finite",
     ),

@@ -139,7 +139,8 @@ class Trainer:
             model.refuse_non_finite_weights(name)
         self.done, self.whole = self.done + 1, True
         kl_coef = self.kl.coef
-        figures = summary(experience, learned, self.algorithm.group_size, kl_coef, self.config.ops_impl)
+        group_size, score_clip = self.algorithm.group_size, self.config.score_clip
+        figures = summary(experience, learned, group_size, kl_coef, score_clip, self.config.ops_impl)
         figures |= means_of_parts(self.reward_fn)
         self.kl.update(figures["objective/kl"], self.config.batch_size)
         return (

@@ -308,7 +308,7 @@ def alike(scores: torch.Tensor, group_size: int) -> torch.Tensor:
 
 
 def summary(
-    experience: Experience, learned: Experience, group_size: int, kl_coef: float, impl: str
+    experience: Experience, learned: Experience, group_size: int, kl_coef: float, score_clip: float | None, impl: str
 ) -> dict[str, float]:
     """What a rollout was like, over the global batch; and what of it is learned from."""
     mask, scores = experience.mask, experience.raw_scores.double()
@@ -336,6 +336,8 @@ def summary(
         "val/eos_rate": ended.mean(),
         "val/masked_responses": (~learned.mask.any(dim=1)).sum(),
     }
+    if score_clip is not None:
+        figures["objective/score_clipfrac"] = (experience.scores.abs() >= score_clip).double().mean()
     if group_size > 1:
         figures["val/frac_reward_zero_std"] = alike(experience.raw_scores, group_size).double().mean()
     if experience.returns.any():  # there is a critic

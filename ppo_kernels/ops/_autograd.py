@@ -77,11 +77,9 @@ def once(op: str, grad: Tensor, *origins: Tensor | None) -> Tensor:
 
     It is recorded with create_graph=True, and under torch.func always: only who differentiates it is refused.
     """
-    return (
-        _Once.apply(op, grad, *origins)
-        if torch.is_grad_enabled() and not torch.compiler.is_dynamo_compiling()
-        else grad
-    )
+    if not torch.is_grad_enabled() or torch.compiler.is_dynamo_compiling():
+        return grad
+    return _Once.apply(op, grad, *origins)
 
 
 class _FirstOrderOnly(torch.autograd.Function):

@@ -173,16 +173,8 @@ class _TransformedLogprobs(torch.autograd.Function):
         grads = (grad_logprobs, grad_entropy if ctx.entropy is True else None)
         with torch.no_grad():
             grad = _gradient(ctx.impl, logits, labels, temperature_rows, grads, rest, ctx.numbers)
-        return (
-            None,
-            once("token_logprobs", grad, logits, grad_logprobs, grad_entropy),
-            None,
-            None,
-            None,
-            None,
-            None,
-            None,
-        )
+        none = (None,) * 6
+        return None, once("token_logprobs", grad, logits, *grads), *none
 
 
 @overload

@@ -6,11 +6,11 @@ from datetime import datetime
 
 import pytest
 
-from python_trainer.config import RewardConfig, RunConfig, SftConfig, UserError
+from python_trainer.config import RewardConfig, RunConfig, UserError
 from python_trainer.data import Example, Pair, Prompt, load_task
 from python_trainer.logging import as_json, read
 from python_trainer.ppo_config import PPOConfig
-from python_trainer.sft import reward, sft
+from python_trainer.sft import reward
 from python_trainer.tasks.files import Files
 from tests.lib.text_models import saved, tokenizer_of, write_rows
 from tests.lib.trainer import TINY
@@ -381,28 +381,3 @@ def test_the_question_of_a_pair_reaches_the_reward_model(tmp_path):
     assert len(rows) == 25  # steps of an epoch each
     assert [row["step"] for row in rows if "eval/accuracy" in row] == [5, 10, 15, 20, 25]
     assert (tmp_path / "run" / "reward" / "curves.png").is_file()
-
-
-def test_epochs_and_curves_of_sft(tmp_path, capsys):
-    model = saved(tmp_path / "model", tokenizer_of(chat=True))
-    chats = [{"messages": [say("user", f"q{n}"), say("assistant", "yes")]} for n in range(20)]
-    (tmp_path / "texts").mkdir()
-    write_rows(tmp_path / "texts" / "train.jsonl", chats[:18])
-    write_rows(tmp_path / "texts" / "test.jsonl", chats[18:])
-    common = {"data_path": str(tmp_path), "model_path": model, "batch_size": 6, "max_length": 64, "disable_tqdm": True}
-    config = SftConfig(
-        **common,
-        output_dir=str(tmp_path / "run"),
-        num_train_epochs=2.5,
-        learning_rate=1e-2,
-        eval_steps=3,
-        logging_steps=2,
-    )
-    perplexity = sft(config)["eval/perplexity"]
-    rows = read(tmp_path / "run" / "sft" / "metrics.jsonl")
-    assert [row["step"] for row in rows if "eval/perplexity" in row] == [3, 6, 8]  # 2.5 * 18 / 6 steps
-    assert rows[-1]["eval/perplexity"] == perplexity < rows[2]["eval/perplexity"]
-    lines = [line.split()[1] for line in capsys.readouterr().out.splitlines() if line.startswith("step")]
-    assert lines == ["2", "3", "4", "6", "8"]
-    with pytest.raises(ValueError, match="num_train_epochs must be positive"):
-        SftConfig(**common, num_train_epochs=0)

@@ -7,10 +7,14 @@ import sys
 import types
 
 import pytest
+import torch
 
 from python_trainer import config as settings_of
-from python_trainer.config import UserError
+from python_trainer.config import SftConfig, UserError
+from python_trainer.logging import read
 from python_trainer.ppo_config import PPOConfig
+from python_trainer.sft import sft
+from tests.lib.text_models import saved, tokenizer_of, write_rows
 from tests.lib.trainer import ROOT, TINY, metric_rows
 
 PACKAGE = ROOT / "python_trainer"
@@ -24,6 +28,15 @@ def test_the_glossary_explains_what_is_recorded(tiny, tmp_path):
     sources = "".join(path.read_text() for path in PACKAGE.rglob("*.py"))
     named = set(re.findall(r'"((?:objective|policy|val|loss|eval|exact|time)/[a-z_0-9]+)"', sources))
     assert {name for name in recorded | named if not name.endswith("_se")} == GLOSSARY
+
+
+@pytest.mark.parametrize(("bound", "share"), [(0.25, 0.75), (5.0, 0.0), (None, None)])
+def test_clipped_scores_are_counted(tiny, tmp_path, bound, share):
+    trainer = tiny(total_steps=1, batch_size=4)
+    trainer.config.score_clip = bound
+    trainer.reward_fn = lambda rollout: torch.tensor([0.0, 0.5, -1.0, 2.0])
+    trainer.train()
+    assert metric_rows(tmp_path / "run")[-1].get("objective/score_clipfrac") == share
 
 
 def test_every_setting_that_the_glossary_names_exists():
@@ -85,3 +98,29 @@ def test_a_missing_package_is_named(tiny, monkeypatch):
     with pytest.raises(ValueError, match="report_to tensorboard: the package is not installed"):
         tiny(report_to="tensorboard")
     assert settings_of.report_packages("all") == []
+
+
+def test_epochs_and_curves_of_sft(tmp_path, capsys):
+    model = saved(tmp_path / "model", tokenizer_of(chat=True))
+    answer = {"role": "assistant", "content": "yes"}
+    chats = [{"messages": [{"role": "user", "content": f"q{n}"}, answer]} for n in range(20)]
+    (tmp_path / "texts").mkdir()
+    write_rows(tmp_path / "texts" / "train.jsonl", chats[:18])
+    write_rows(tmp_path / "texts" / "test.jsonl", chats[18:])
+    common = {"data_path": str(tmp_path), "model_path": model, "batch_size": 6, "max_length": 64, "disable_tqdm": True}
+    config = SftConfig(
+        **common,
+        output_dir=str(tmp_path / "run"),
+        num_train_epochs=2.5,
+        learning_rate=1e-2,
+        eval_steps=3,
+        logging_steps=2,
+    )
+    perplexity = sft(config)["eval/perplexity"]
+    rows = read(tmp_path / "run" / "sft" / "metrics.jsonl")
+    assert [row["step"] for row in rows if "eval/perplexity" in row] == [3, 6, 8]  # 2.5 * 18 / 6 steps
+    assert rows[-1]["eval/perplexity"] == perplexity < rows[2]["eval/perplexity"]
+    lines = [line.split()[1] for line in capsys.readouterr().out.splitlines() if line.startswith("step")]
+    assert lines == ["2", "3", "4", "6", "8"]
+    with pytest.raises(ValueError, match="num_train_epochs must be positive"):
+        SftConfig(**common, num_train_epochs=0)
