@@ -232,13 +232,13 @@ ROWS = {
         refused=TWICE,
         modes=("dynamo",),
     ),
-    "twice_broken": Row(
-        lambda f, x, mode: compiled(broken(lambda y: twice(f, y)), mode)(x), refused=TWICE, modes=("dynamo",)
-    ),
     "grad_broken": Row(inside(lambda f, y: func.grad(broken(f))(y)), modes=("dynamo",)),
     # Not behind AOTAutograd: its graphs give a second derivative of 0, or refuse, whatever is in them (exp() too).
     "twice": Row(lambda f, x, mode: twice(compiled(f, mode), x), refused=TWICE, modes=("eager", "dynamo", "whole")),
     "grad_of_a_leaf": Row(of_an_input_that_requires_grad, refused=TWICE),
+    "twice_broken": Row(
+        lambda f, x, mode: compiled(broken(lambda y: twice(f, y)), mode)(x), refused=TWICE, modes=("dynamo",)
+    ),
     "dual_in_eager_code": Row(lambda f, x, mode: tangent(f, x), slope, modes=EAGER),
     "dual_made_in_a_graph": Row(inside(lambda f, y: tangent(f, y)), refused=FORWARD, modes=COMPILED),
     "dual_of_grad": Row(lambda f, x, mode: tangent(func.grad(f), x), refused=TWICE, modes=EAGER),
