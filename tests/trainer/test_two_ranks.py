@@ -44,7 +44,7 @@ def test_a_step_of_two_ranks_is_that_of_one(tiny, tmp_path):
     script = tmp_path / "step.py"
     script.write_text(STEP % (TINY | settings | {"output_dir": str(tmp_path / "two_run")}))
     launcher = Path(sys.executable).parent / "torchrun"
-    done = python(str(launcher), "--nproc_per_node=2", "--master_port=29651", str(script), str(tmp_path / "two"))
+    done = python(str(launcher), "--nproc_per_node=2", "--standalone", str(script), str(tmp_path / "two"))
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.count("refused") == 2, done.stdout
     one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "two"))
