@@ -17,18 +17,16 @@ constexpr const char* kSchemas = R"(
 // or packed [N] with cu_seqlens [B+1]. Masks are bytes. Clamps that are off are infinite.
 
 // logits [..., V]; labels and logprobs [...] or, with several labels per row, [..., K]; mask, temperature_rows (float64)
-// and every other output [...]; entropy is empty unless asked for. A temperature is taken for the nearest one
-// at which the gradient's factors are numbers of the dtype that is computed in; what is not above 0 makes NaN. Logits
-// that are overwritten overlap neither themselves nor another argument. log_sum
-// is -1 for a row that was not read, row_max is NaN for a row without a distribution.
+// and grad_entropy [...]; softmax_stats [2, ...] are the maximum of a row, NaN without a distribution, and the logarithm
+// of the sum of exponentials over it, -1 for a row that was not read; [3, ...] with the entropy. A temperature is taken
+// for the nearest one at which the gradient's factors are numbers of the dtype that is computed in; what is not above 0
+// makes NaN. Logits that are overwritten overlap neither themselves nor another argument.
 token_logprobs(Tensor logits, Tensor labels, Tensor? mask, Tensor? temperature_rows, float temperature,
-    int ignore_index, bool entropy) -> (Tensor logprobs, Tensor entropy, Tensor row_max, Tensor log_sum)
+    int ignore_index, bool entropy) -> (Tensor logprobs, Tensor softmax_stats)
 token_logprobs_backward(Tensor logits, Tensor labels, Tensor? temperature_rows, Tensor? grad_logprobs,
-    Tensor? grad_entropy, Tensor logprobs, Tensor entropy, Tensor row_max, Tensor log_sum, float temperature,
-    int ignore_index) -> Tensor
+    Tensor? grad_entropy, Tensor logprobs, Tensor softmax_stats, float temperature, int ignore_index) -> Tensor
 token_logprobs_backward_(Tensor(a!) logits, Tensor labels, Tensor? temperature_rows, Tensor? grad_logprobs,
-    Tensor? grad_entropy, Tensor logprobs, Tensor entropy, Tensor row_max, Tensor log_sum, float temperature,
-    int ignore_index) -> ()
+    Tensor? grad_entropy, Tensor logprobs, Tensor softmax_stats, float temperature, int ignore_index) -> ()
 
 // scores, score_index, kl [B]. kl_coef_tensor, float64 0-d, takes the place of kl_coef where it is given.
 kl_rewards(Tensor logprobs, Tensor ref_logprobs, Tensor scores, Tensor? mask, Tensor? score_index,

@@ -16,6 +16,18 @@ inline int64_t labels_per_row(const Tensor& labels, const Tensor& logits) {
   return many;
 }
 
+// The maximum and the logarithm of the sum of each row, and its entropy where it is asked for.
+inline std::vector<int64_t> stats_shape(Sizes rows, bool entropy) {
+  std::vector<int64_t> shape{entropy ? 3 : 2};
+  shape.insert(shape.end(), rows.begin(), rows.end());
+  return shape;
+}
+
+// Of given ones, which may have an entropy that is not needed.
+inline std::vector<int64_t> stats_shape(const Tensor& given, Sizes rows, bool entropy) {
+  return stats_shape(rows, entropy || (given.dim() > 0 && given.size(0) == 3));
+}
+
 // kInto(gradient, logits, ...) writes the gradient, kEmptyLike(logits) is memory for it.
 template <class Into, Into* kInto, auto kEmptyLike>
 struct TokenLogprobsBackward;

@@ -38,6 +38,10 @@ PREFERENCE = {
 }
 NAMES = ("auto", "cuda", "triton", "cpu", "torch")
 
+_AUTOGRAD_CPU = torch._C.DispatchKey.AutogradCPU
+_exclude = torch._C._dispatch_tls_set_dispatch_key_excluded
+_is_excluded = torch._C._dispatch_tls_is_dispatch_key_excluded
+
 _ops: dict[str, Op] = {}
 _torch_calls: Counter[str] = Counter()
 _torch_calls_lock = threading.Lock()
@@ -120,8 +124,14 @@ class Op:
 
     def run(self, impl: str, *args: Any) -> Any:
         """Call the registered op eagerly, from where it is differentiated by other means or not at all."""
-        with torch._C._AutoDispatchBelowAutograd():
-            return self.eager[impl](*args)
+        if impl != "cpu" or self.name.endswith("_") or _is_excluded(_AUTOGRAD_CPU):
+            with torch._C._AutoDispatchBelowAutograd():
+                return self.eager[impl](*args)
+        _exclude(_AUTOGRAD_CPU, True)  # by hand: an object that does it costs a microsecond
+        try:
+            return self.eager["cpu"](*args)
+        finally:
+            _exclude(_AUTOGRAD_CPU, False)
 
     def traceable(self, impl: str, args: tuple) -> tuple[Callable, tuple]:
         """The op for a graph, and its arguments there: the floats as one float64 tensor on the CPU.

@@ -215,9 +215,9 @@ SoftmaxRow forward_row(const In* x, const RowLabels& labels, double c, bool entr
   return row;
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> token_logprobs(const Tensor& logits, const Tensor& labels,
-                                                          const OptTensor& mask, const OptTensor& temperature_rows,
-                                                          double temperature, int64_t ignore_index, bool entropy) {
+std::tuple<Tensor, Tensor> token_logprobs(const Tensor& logits, const Tensor& labels, const OptTensor& mask,
+                                          const OptTensor& temperature_rows, double temperature, int64_t ignore_index,
+                                          bool entropy) {
   PPO_COUNT("token_logprobs");
   check_logits(logits);
   const RowOffsets offsets(logits);
@@ -230,13 +230,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> token_logprobs(const Tensor& logits, 
     const RowVector<int64_t> label("labels", labels, labels.sizes());
     const RowVector<double> tau("temperature_rows", temperature_rows, shape);
     const RowVector<uint8_t> valid("mask", mask, shape);
-    const auto row_value = [&] { return empty(shape, dtype_of<T>(), logits); };
-    Tensor logp_out = empty(labels.sizes(), dtype_of<T>(), logits), max_out = row_value(), sum_out = row_value();
-    Tensor entropy_out = entropy ? row_value() : empty({0}, dtype_of<T>(), logits);
+    Tensor logp_out = empty(labels.sizes(), dtype_of<T>(), logits);
+    Tensor stats_out = empty(stats_shape(shape, entropy), dtype_of<T>(), logits);
     auto* logp = data_of<T>(logp_out);
-    auto* row_max = data_of<T>(max_out);
-    auto* log_sum = data_of<T>(sum_out);
-    auto* h = data_of<T>(entropy_out);
+    auto* row_max = data_of<T>(stats_out);
+    auto* log_sum = row_max + rows;
+    auto* h = log_sum + rows;
     const auto* data = data_of<const In>(logits);
     for_each(rows, row_grain(vocab), [&](int64_t i) {
       SoftmaxRow row = row_not_read();
@@ -251,7 +250,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> token_logprobs(const Tensor& logits, 
       log_sum[i] = static_cast<T>(row.log_sum);
       if (entropy) h[i] = static_cast<T>(row.entropy);
     });
-    return std::make_tuple(logp_out, entropy_out, max_out, sum_out);
+    return std::make_tuple(logp_out, stats_out);
   });
 }
 
@@ -311,8 +310,7 @@ void backward_row(const In* in, const RowLabels& labels, const GradientInputs<T>
 
 void backward_into(const Tensor& out, const Tensor& logits, const Tensor& labels, const OptTensor& temperature_rows,
                    const OptTensor& grad_logprobs, const OptTensor& grad_entropy, const Tensor& logprobs,
-                   const Tensor& entropy, const Tensor& row_max, const Tensor& log_sum, double temperature,
-                   int64_t ignore_index) {
+                   const Tensor& softmax_stats, double temperature, int64_t ignore_index) {
   check_logits(logits);
   const RowOffsets offsets(logits), out_offsets(out);
   const int64_t vocab = logits.size(logits.dim() - 1), rows = logits.numel() / vocab;
@@ -324,18 +322,17 @@ void backward_into(const Tensor& out, const Tensor& logits, const Tensor& labels
     const RowVector<int64_t> label("labels", labels, of_labels);
     const RowVector<double> tau("temperature_rows", temperature_rows, shape);
     const RowVector<T> g_logp("grad_logprobs", grad_logprobs, of_labels), logp("logprobs", logprobs, of_labels);
-    const RowVector<T> g_h("grad_entropy", grad_entropy, shape), max("row_max", row_max, shape),
-        sum("log_sum", log_sum, shape);
-    const RowVector<T> h("entropy", grad_entropy.has_value() ? OptTensor(entropy) : std::nullopt, shape);
+    const RowVector<T> g_h("grad_entropy", grad_entropy, shape),
+        stats("softmax_stats", softmax_stats, stats_shape(softmax_stats, shape, grad_entropy.has_value()));
     const auto* data = data_of<const In>(logits);
     auto* gradient = data_of<In>(out);
     for_each(rows, row_grain(vocab), [&](int64_t i) {
       const GradientInputs<T> given{g_logp ? g_logp.data() + i * many : nullptr,
                                     logp.data() + i * many,
                                     g_h ? static_cast<double>(g_h[i]) : 0.0,
-                                    h ? static_cast<double>(h[i]) : 0.0,
-                                    static_cast<double>(max[i]),
-                                    static_cast<double>(sum[i]),
+                                    g_h ? static_cast<double>(stats[2 * rows + i]) : 0.0,
+                                    static_cast<double>(stats[i]),
+                                    static_cast<double>(stats[rows + i]),
                                     usable_temperature<T>(tau ? tau[i] : temperature)};
       backward_row(data + offsets(i), RowLabels{label.data() + i * many, many, vocab, ignore_index}, given,
                    gradient + out_offsets(i));

@@ -43,9 +43,9 @@ LogitRows logit_rows(const Tensor& logits) {
   return rows;
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> token_logprobs(const Tensor& logits, const Tensor& labels,
-                                                          const OptTensor& mask, const OptTensor& temperature_rows,
-                                                          double temperature, int64_t ignore_index, bool entropy) {
+std::tuple<Tensor, Tensor> token_logprobs(const Tensor& logits, const Tensor& labels, const OptTensor& mask,
+                                          const OptTensor& temperature_rows, double temperature, int64_t ignore_index,
+                                          bool entropy) {
   PPO_COUNT("token_logprobs");
   check_logits(logits);
   const Launcher launch(logits);
@@ -55,9 +55,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> token_logprobs(const Tensor& logits, 
   const RowVector<int64_t> label("labels", labels, labels.sizes());
   const RowVector<uint8_t> valid("mask", mask, shape);
   const RowVector<double> tau("temperature_rows", temperature_rows, shape);
-  const auto row_value = [&] { return empty(shape, ScalarType::Float, logits); };
-  const Tensor logp = empty(labels.sizes(), ScalarType::Float, logits), row_max = row_value(), log_sum = row_value();
-  const Tensor h = entropy ? row_value() : empty({0}, ScalarType::Float, logits);
+  const Tensor logp = empty(labels.sizes(), ScalarType::Float, logits);
+  const Tensor stats = empty(stats_shape(shape, entropy), ScalarType::Float, logits);
   dispatch_logits(logits, [&](auto zero) {
     using T = decltype(zero);
     const int64_t chunks = (vocab + kChunkLogits<T> - 1) / kChunkLogits<T>;
@@ -74,20 +73,19 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> token_logprobs(const Tensor& logits, 
                               tau.data(),
                               temperature,
                               ignore_index};
-    const LogprobOutputs out{data_of<float>(logp),         entropy ? data_of<float>(h) : nullptr,
-                             data_of<float>(row_max),      data_of<float>(log_sum),
+    const LogprobOutputs out{data_of<float>(logp),         entropy ? data_of<float>(stats) + 2 * rows : nullptr,
+                             data_of<float>(stats),        data_of<float>(stats) + rows,
                              data_of<ChunkPart>(parts),    tickets ? data_of<unsigned>(*tickets) : nullptr,
                              static_cast<unsigned>(blocks)};
     launch(entropy ? token_logprobs_kernel<T, true> : token_logprobs_kernel<T, false>, rows * blocks, kLogitThreads, in,
            out);
   });
-  return std::make_tuple(logp, h, row_max, log_sum);
+  return std::make_tuple(logp, stats);
 }
 
 void backward_into(const Tensor& out, const Tensor& logits, const Tensor& labels, const OptTensor& temperature_rows,
                    const OptTensor& grad_logprobs, const OptTensor& grad_entropy, const Tensor& logprobs,
-                   const Tensor& entropy, const Tensor& row_max, const Tensor& log_sum, double temperature,
-                   int64_t ignore_index) {
+                   const Tensor& softmax_stats, double temperature, int64_t ignore_index) {
   check_logits(logits);
   const Launcher launch(logits);
   const int64_t vocab = logits.size(logits.dim() - 1), rows = logits.numel() / vocab;
@@ -97,8 +95,7 @@ void backward_into(const Tensor& out, const Tensor& logits, const Tensor& labels
   const RowVector<double> tau("temperature_rows", temperature_rows, shape);
   const RowVector<float> g_logp("grad_logprobs", grad_logprobs, of_labels), logp("logprobs", logprobs, of_labels),
       g_h("grad_entropy", grad_entropy, shape),
-      h("entropy", grad_entropy.has_value() ? OptTensor(entropy) : std::nullopt, shape), max("row_max", row_max, shape),
-      sum("log_sum", log_sum, shape);
+      stats("softmax_stats", softmax_stats, stats_shape(softmax_stats, shape, grad_entropy.has_value()));
   dispatch_logits(logits, [&](auto zero) {
     using T = decltype(zero);
     // One tile more than the vocabulary fills may be needed, since a row's first vector can begin before it.
@@ -115,9 +112,9 @@ void backward_into(const Tensor& out, const Tensor& logits, const Tensor& labels
                                g_logp.data(),
                                g_h.data(),
                                logp.data(),
-                               h.data(),
-                               max.data(),
-                               sum.data(),
+                               g_h ? stats.data() + 2 * rows : nullptr,
+                               stats.data(),
+                               stats.data() + rows,
                                static_cast<unsigned>(tiles)};
     launch(token_logprobs_backward_kernel<T>, rows * tiles, kGradientThreads, in);
     if (many == 1 || !grad_logprobs.has_value()) return;

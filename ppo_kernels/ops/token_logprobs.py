@@ -35,7 +35,7 @@ def _fake(logits, labels, mask, temperature_rows, temperature, ignore_index, ent
         return logits.new_empty(shape, dtype=compute_dtype(logits))
 
     rows = logits.shape[:-1]
-    return empty(labels.shape), empty(rows if entropy else 0), empty(rows), empty(rows)
+    return empty(labels.shape), empty((3 if entropy else 2, *rows))
 
 
 def _triton_kernels():
@@ -62,6 +62,11 @@ _BACKWARD_INPLACE = register(
 )
 
 
+def _entropy_of(stats, entropy):
+    """A copy, for the caller may write to it; something empty if it was not asked for, of which no graph is made."""
+    return stats[2].clone() if entropy is not False else stats.new_empty(0)
+
+
 def _contiguous(grads):
     return [None if g is None else g.contiguous() for g in grads]
 
@@ -78,11 +83,12 @@ class _TracedLogprobs(torch.autograd.Function):
     def forward(ctx, impl, logits, labels, mask, temperature_rows, temperature, ignore_index, entropy, _inplace):
         ctx.set_materialize_grads(False)
         ctx.impl, ctx.numbers, ctx.entropy = impl, (temperature, ignore_index), entropy
-        logprobs, h, *sums = _TOKEN_LOGPROBS.kernel(impl)(
+        logprobs, stats = _TOKEN_LOGPROBS.kernel(impl)(
             logits, labels, mask, temperature_rows, temperature, ignore_index, entropy is not False
         )
         # Copies: the caller may write to the results before the backward.
-        ctx.save_for_backward(logits, labels, temperature_rows, logprobs.clone(), h.clone(), *sums)
+        ctx.save_for_backward(logits, labels, temperature_rows, logprobs.clone(), stats)
+        h = _entropy_of(stats, entropy)
         if entropy is not True:
             ctx.mark_non_differentiable(h)
         return logprobs, h
@@ -104,18 +110,18 @@ class _EagerLogprobs(torch.autograd.Function):
     def forward(ctx, impl, logits, rest):
         ctx.set_materialize_grads(False)
         labels, mask, temperature_rows, temperature, ignore_index, entropy, inplace = rest
-        logprobs, h, *sums = _TOKEN_LOGPROBS.run(
+        logprobs, stats = _TOKEN_LOGPROBS.run(
             impl, logits, labels, mask, temperature_rows, temperature, ignore_index, entropy is not False
         )
         if ctx.needs_input_grad[1]:
             ctx.impl, ctx.numbers, ctx.entropy, ctx.inplace = impl, (temperature, ignore_index), entropy, inplace
             ctx.chunk = Chunk(logits) if inplace and saved_as_they_are() else None
-            # Copies: the caller may write to the results before the backward. It reads no entropy without a gradient.
-            kept = h if entropy is False else h.clone() if entropy is True else h.new_empty(0)
             saved = None if ctx.chunk is not None else logits
-            ctx.save_for_backward(saved, keepable(labels), keepable(temperature_rows), logprobs.clone(), kept, *sums)
+            # Copies: the caller may write to the results before the backward.
+            ctx.save_for_backward(saved, keepable(labels), keepable(temperature_rows), logprobs.clone(), stats)
         if entropy is False:
             return logprobs
+        h = _entropy_of(stats, entropy)
         if entropy is not True:
             ctx.mark_non_differentiable(h)
         return logprobs, h
@@ -155,10 +161,10 @@ class _TransformedLogprobs(torch.autograd.Function):
     @staticmethod
     @not_a_graph
     def forward(impl, logits, labels, mask, temperature_rows, temperature, ignore_index, entropy):
-        logprobs, h, row_max, log_sum = _TOKEN_LOGPROBS.kernel(impl)(
+        logprobs, stats = _TOKEN_LOGPROBS.kernel(impl)(
             logits, labels, mask, temperature_rows, temperature, ignore_index, entropy is not False
         )
-        return logprobs, h, logprobs.clone(), h.clone(), row_max, log_sum
+        return logprobs, _entropy_of(stats, entropy), logprobs.clone(), stats
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -329,10 +335,10 @@ def _eager(impl, logits, labels, mask, temperature_rows, temperature, ignore_ind
     if recorded(logits):
         rest = (labels, mask, temperature_rows, temperature, ignore_index, entropy, inplace)
         return _EagerLogprobs.apply(impl, logits, rest)  # as one, because torch looks at each input
-    logprobs, h, _, _ = _TOKEN_LOGPROBS.run(
+    logprobs, stats = _TOKEN_LOGPROBS.run(
         impl, logits, labels, mask, temperature_rows, temperature, ignore_index, entropy is not False
     )
-    return logprobs if entropy is False else (logprobs, h)
+    return logprobs if entropy is False else (logprobs, stats[2])  # nothing else will read them
 
 
 def _check_labels(logits: Tensor, labels: Tensor) -> None:

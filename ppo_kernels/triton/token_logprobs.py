@@ -11,7 +11,14 @@ from ppo_kernels._registered import require
 from ppo_kernels._types import compute_dtype
 from ppo_kernels.triton import INTERPRETED, _labels
 from ppo_kernels.triton._labels import NOT_READ, leading, log2_per_logit, row_start
-from ppo_kernels.triton._launch import as_vector, launch, mask_bytes, require_unit_stride
+from ppo_kernels.triton._launch import (
+    as_vector,
+    launch,
+    mask_bytes,
+    require_dtype,
+    require_shape,
+    require_unit_stride,
+)
 from ppo_kernels.triton._math import INF, LN2, LOG2E, exp, expm1, log1p
 
 _VECTOR_BYTES = 16
@@ -296,7 +303,7 @@ def token_logprobs(
     temperature: float,
     ignore_index: int,
     entropy: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor]:
     _check_logits(logits)
     vocab, dtype = logits.size(-1), compute_dtype(logits)
     rows = logits.numel() // vocab
@@ -306,24 +313,24 @@ def token_logprobs(
         layout = (0, vocab, rows)
     many = _labels.per_row(labels, logits)
     logprobs = logits.new_empty(labels.shape, dtype=dtype)
-    row_max, log_sum, of_anchor = (logits.new_empty(logits.shape[:-1], dtype=dtype) for _ in range(3))
-    h = logits.new_empty(logits.shape[:-1] if entropy else 0, dtype=dtype)
+    stats = logits.new_empty((3 if entropy else 2, *logits.shape[:-1]), dtype=dtype)
+    row_max, log_sum, *h = stats
     warps, shape = _shape(vocab, logits.dtype)
     label = as_vector("labels", labels, labels.shape, torch.int64)
     valid = as_vector("mask", mask_bytes(mask, row_max), row_max.shape, torch.uint8)
     tau = as_vector("temperature_rows", temperature_rows, logits.shape[:-1], torch.float64)
-    more = (h if entropy else None, row_max, log_sum)
+    more = (h[0] if h else None, row_max, log_sum)
     read_for, results = label, (logprobs, *more)
     if many > 1:
         read_for = _labels.anchors(logits, label, valid, layout, many, ignore_index)
-        results = (of_anchor, *more)
+        results = (torch.empty_like(row_max), *more)  # of the anchors
     sizes = (*layout, vocab, ignore_index, temperature)
     shape |= {"ENTROPY": entropy, "ALIGNED": not any(_phase(logits, *layout[:2]))}
     launch(_forward, rows, logits, read_for, valid, tau, *results, *sizes, num_warps=warps, fp_fusion=True, **shape)
     if many > 1:
         outputs = (logprobs, *more)
         _labels.write_logprobs(logits, label, tau, outputs, layout, many, ignore_index, temperature)
-    return logprobs, h, row_max, log_sum
+    return logprobs, stats
 
 
 def token_logprobs_backward(logits: Tensor, *rest) -> Tensor:
@@ -342,9 +349,7 @@ def _write_gradient(
     grad_logprobs: Tensor | None,
     grad_entropy: Tensor | None,
     logprobs: Tensor,
-    entropy: Tensor,
-    row_max: Tensor,
-    log_sum: Tensor,
+    softmax_stats: Tensor,
     temperature: float,
     ignore_index: int,
 ) -> Tensor:
@@ -370,9 +375,12 @@ def _write_gradient(
     tau = as_vector("temperature_rows", temperature_rows, logits.shape[:-1], torch.float64)
     g = as_vector("grad_logprobs", grad_logprobs, labels.shape, dtype)
     logp = as_vector("logprobs", logprobs, labels.shape, dtype)
-    row_values = {"grad_entropy": grad_entropy, "entropy": None if grad_entropy is None else entropy}
-    row_values |= {"row_max": row_max, "log_sum": log_sum}
-    g_h, h, peak, logz = (as_vector(name, x, logits.shape[:-1], dtype) for name, x in row_values.items())
+    g_h = as_vector("grad_entropy", grad_entropy, logits.shape[:-1], dtype)
+    each = 3 if g_h is not None or (softmax_stats.dim() > 0 and softmax_stats.size(0) == 3) else 2
+    require_shape("softmax_stats", softmax_stats, (each, *logits.shape[:-1]))
+    require_dtype("softmax_stats", softmax_stats, dtype)
+    peak, logz, *more = softmax_stats.contiguous().view(each, rows)
+    h = None if g_h is None else more[0]
     row_data = (label, tau, g, g_h, logp, h, peak, logz)
     if many > 1:  # of rows without a label
         g_row = None if g is None else _labels.sums(g, label, logz, vocab, many, ignore_index)
