@@ -326,13 +326,11 @@ TokenInput<T> token_input(const char* name, const OptTensor& x, const Tensor& to
   const T* data = data_of<const T>(*x);
   if (may_be_per_row && x->dim() == 2 && x->size(1) == 1 && (rows.packed() || tokens.size(1) != 1)) {
     check_shape(name, *x, {rows.count, 1});
-    return {data, x->stride(0), TokenKind::kPerRow};
+    return {data, x->stride(0), true};
   }
   check_shape(name, *x, tokens.sizes());
   check_unit_stride(name, *x);
-  if (rows.packed()) return {data, 0, TokenKind::kFlat};
-  const bool flat = x->stride(0) == x->size(1) || x->size(0) <= 1;
-  return {data, x->stride(0), flat ? TokenKind::kFlat : TokenKind::kStrided};
+  return {data, rows.packed() || x->size(0) <= 1 ? 0 : x->stride(0) - x->size(1), false};
 }
 
 // Calls f with the estimator as a compile-time constant.

@@ -70,8 +70,8 @@ inline Tensor new_tokens(const Tensor& like, const Rows& rows) {
 template <class T>
 const T* block_of(const TokenInput<T>& x, const Rows& rows, int64_t row, int64_t begin, int64_t n, T absent,
                   T* scratch) {
-  if (x.kind != TokenKind::kAbsent && x.kind != TokenKind::kPerRow) return x.row(rows, row) + begin;
-  std::fill(scratch, scratch + n, x.data != nullptr ? x.data[row * x.row_stride] : absent);
+  if (x.data != nullptr && !x.per_row) return x.row(rows, row) + begin;
+  std::fill(scratch, scratch + n, x.data != nullptr ? x.at(begin, row) : absent);
   return scratch;
 }
 

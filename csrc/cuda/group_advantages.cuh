@@ -33,11 +33,6 @@ struct GroupInputs {
   }
 };
 
-__device__ inline double warp_sum(double x) {
-  const double all[1] = {x};
-  return warp_sums(all);
-}
-
 // Calls f(place) for the lane's part of the group that begins at `begin`; returns after all lanes have seen its end.
 template <class F>
 __device__ void for_group(const GroupInputs& in, int64_t begin, const F& f) {

@@ -48,27 +48,43 @@ class Launcher {
   cudaStream_t stream_ = nullptr;
 };
 
+// The outputs of a loss and what its two launches share.
 struct LossTensors {
-  Tensor loss, stats, grad, inv_normalizer, partials, ticket;
+  Tensor loss, stats, grad, inv_normalizer, partials;
   RowVector<double> normalizer;
 
-  LossTensors(const Launcher& launch, const Tensor& like, int64_t blocks, int64_t partials_per_block, int64_t n_stats,
-              const OptTensor& given_normalizer, bool wants_grad)
+  LossTensors(const Tensor& like, int64_t blocks, int64_t columns, int64_t n_stats, const OptTensor& given_normalizer,
+              bool wants_grad)
       : loss(empty({}, ScalarType::Float, like)),
         stats(empty({n_stats}, ScalarType::Float, like)),
         grad(wants_grad ? new_like(like) : empty({0}, ScalarType::Float, like)),
         inv_normalizer(empty({}, ScalarType::Float, like)),
-        partials(empty({partials_per_block * blocks}, ScalarType::Double, like)),
-        ticket(launch.tickets(1, like)),
+        partials(empty({columns * blocks}, ScalarType::Double, like)),
         normalizer("normalizer", given_normalizer, {}) {}
 
   LossOutputs outputs() const {
     return {data_of<float>(loss),           data_of<float>(stats), grad.numel() > 0 ? data_of<float>(grad) : nullptr,
-            data_of<float>(inv_normalizer), normalizer.data(),     data_of<double>(partials),
-            data_of<unsigned>(ticket)};
+            data_of<float>(inv_normalizer), normalizer.data(),     data_of<double>(partials)};
   }
-  LossResult result() const { return {loss, stats, grad, inv_normalizer}; }
+  // Launches the kernel that writes the partials, and the one that folds them.
+  template <class Loss, class Inputs>
+  LossResult run(const Launcher& launch, void (*kernel)(Inputs, LossOutputs), int64_t blocks, const Inputs& in) const {
+    launch(kernel, blocks, kLossThreads, in, outputs());
+    launch(loss_fold_kernel<Loss>, 1, kFoldThreads, outputs(), blocks);
+    return {loss, stats, grad, inv_normalizer};
+  }
 };
+
+// Whether the tokens of every input are in flat vectors that begin on their boundaries.
+template <class... Inputs>
+bool flat_and_aligned(const TokenRows& rows, const Inputs&... inputs) {
+  return !rows.packed() && ((inputs.flat() && aligned_tokens(inputs.data)) && ...);
+}
+
+template <class... Inputs>
+bool any_needs_row(const Inputs&... inputs) {
+  return (!inputs.flat() || ...);
+}
 
 inline int64_t loss_blocks(int64_t tokens) { return std::max<int64_t>(1, (tokens + kLossTokens - 1) / kLossTokens); }
 

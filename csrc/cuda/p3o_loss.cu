@@ -15,7 +15,7 @@ LossResult p3o_loss(const Tensor& logprobs, const Tensor& old_logprobs, const Te
   check_code("variant", variant, P3OVariant::kCount);
   PPO_CHECK(group_size >= 1 && rows % group_size == 0, "group_size must divide the ", rows, " rows, got ", group_size);
   const int64_t blocks = std::max<int64_t>(1, rows / group_size);  // one even for no group: it writes the zeros
-  const LossTensors out(launch, logprobs, blocks, kP3OPartials, P3OStat::kCount, normalizer, grad);
+  const LossTensors out(logprobs, blocks, P3OLoss::Partials::kCount, P3OStat::kCount, normalizer, grad);
   const RowWork work =
       grad ? RowWork(launch, logprobs, cu_seqlens, {out.grad}) : RowWork(launch, logprobs, cu_seqlens, {});
   const auto scratch = [&](int64_t bytes) { return empty({rows * bytes / 8}, ScalarType::Double, logprobs); };
@@ -40,8 +40,7 @@ LossResult p3o_loss(const Tensor& logprobs, const Tensor& old_logprobs, const Te
                      data_of<P3OParts>(parts),
                      data_of<Response>(responses),
                      data_of<float>(slopes)};
-  launch(p3o_loss_kernel, blocks, kRowThreads, in, out.outputs());
-  return out.result();
+  return out.run<P3OLoss>(launch, p3o_loss_kernel, blocks, in);
 }
 
 }  // namespace

@@ -10,7 +10,14 @@ namespace ppo {
 
 static_assert(kRowThreads == kLossThreads);
 constexpr int kP3OSumsPadded = 16;
-constexpr int kP3OPartials = P3OSum::kCount + 1;  // and the largest ratio
+
+struct P3OLoss {
+  using Partials = Columns<P3OSum::kCount, 0, 0, true>;
+  static constexpr int kTotal = P3OSum::kPairLoss;
+
+  __device__ static double count(const double* totals) { return 0.5 * totals[P3OSum::kPairs]; }
+  __device__ static void stats(const double* totals, float* out) { p3o_stats(totals, totals[Partials::kMax], out); }
+};
 
 // Of one row: what each tile number modulo kTiles adds up to, whichever warp took it.
 struct P3OParts {
@@ -106,19 +113,6 @@ __device__ inline void spread_row(const P3OInputs& in, int64_t b, int slot, floa
   });
 }
 
-// The last block's work: the partials of all blocks become the loss and its statistics.
-__device__ inline void finish_p3o_loss(const LossOutputs& out, unsigned blocks) {
-  double totals[kP3OSumsPadded] = {};
-#pragma unroll
-  for (int i = 0; i < P3OSum::kCount; ++i) totals[i] = fold_sum(partials_of(out, i, blocks), blocks);
-  const double largest = fold_max(partials_of(out, P3OSum::kCount, blocks), blocks, 0.0);
-  const double ratio_max = block_max_or_nan(static_cast<float>(largest));
-  const double* sums = block_sums<kP3OSumsPadded, kLossThreads>(totals);
-  if (threadIdx.x != 0) return;
-  finish_loss(out, sums[P3OSum::kPairLoss], 0.5 * sums[P3OSum::kPairs]);
-  p3o_stats(sums, ratio_max, out.stats);
-}
-
 static __global__ void __launch_bounds__(kRowThreads) p3o_loss_kernel(P3OInputs in, LossOutputs out) {
   __shared__ float stages[kStage];
   float* stage = team_stage<kWarp>(stages);
@@ -141,12 +135,15 @@ static __global__ void __launch_bounds__(kRowThreads) p3o_loss_kernel(P3OInputs 
   if (out.grad != nullptr) {
     for (int64_t k = 0; k < size; ++k) spread_row(in, first + k, tile_slot(k), stage, out.grad);
   }
-  const double largest = block_max_or_nan(static_cast<float>(ratio_max));
-  const double* block = block_sums<kP3OSumsPadded, kRowThreads>(sums);
-  const auto partial = [&](int i) { return partials_of(out, i, gridDim.x) + blockIdx.x; };
-  if (threadIdx.x < P3OSum::kCount) *partial(threadIdx.x) = block[threadIdx.x];
-  if (threadIdx.x == 0) *partial(P3OSum::kCount) = largest;
-  if (is_last_block(out.ticket, gridDim.x)) finish_p3o_loss(out, gridDim.x);
+  __shared__ double of_warps[kTiles][P3OLoss::Partials::kCount];
+  constexpr int kLanes = kWarp / kP3OSumsPadded;  // that hold the same sum
+  const int number = threadIdx.x % kWarp / kLanes;
+  auto& mine = of_warps[threadIdx.x / kWarp];
+  const double sum = warp_sums(sums);
+  if (number < P3OSum::kCount) mine[number] = sum;
+  mine[P3OLoss::Partials::kMax] = warp_max_or_nan(ratio_max);
+  __syncthreads();
+  if (threadIdx.x < kWarp) join_warps<P3OLoss::Partials>(of_warps, out.partials);
 }
 
 }  // namespace ppo

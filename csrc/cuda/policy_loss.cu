@@ -25,7 +25,7 @@ LossResult policy_loss(const Tensor& logprobs, const Tensor& old_logprobs, const
                   input("advantages", advantages, true),
                   input("weights", weights, true),
                   input("ref_logprobs", ref_logprobs),
-                  per_row(row_weights.data()),
+                  {row_weights.data(), 1, row_weights.data() != nullptr},
                   token_input<uint8_t>("mask", mask, logprobs, rows),
                   {static_cast<float>(1.0 - cliprange_low), static_cast<float>(1.0 + cliprange_high),
                    static_cast<float>(dual_clip), static_cast<float>(log_ratio_clamp)},
@@ -34,17 +34,20 @@ LossResult policy_loss(const Tensor& logprobs, const Tensor& old_logprobs, const
                   static_cast<float>(kl_log_clamp),
                   static_cast<float>(kl_clamp),
                   false};
-  in.needs_row =
-      any_needs_row(in.logprobs, in.old_logprobs, in.advantages, in.weights, in.ref_logprobs, in.row_weight, in.mask);
+  const auto of_all = [&](const auto& f) {
+    return f(in.logprobs, in.old_logprobs, in.advantages, in.weights, in.ref_logprobs, in.row_weight, in.mask);
+  };
+  in.needs_row = of_all([](const auto&... all) { return any_needs_row(all...); });
+  const bool flat = of_all([&](const auto&... all) { return flat_and_aligned(rows, all...); });
   const int64_t blocks = loss_blocks(logprobs.numel());
-  const LossTensors out(launch, logprobs, blocks, PolicyPartial::kCount, PolicyStat::kCount, normalizer, grad);
-  const auto run = [&](auto* kernel) { launch(kernel, blocks, kLossThreads, in, out.outputs()); };
-  if (ref_logprobs.has_value()) {
-    dispatch_estimator(kl_estimator, [&](auto estimator) { run(policy_loss_kernel<true, estimator()>); });
-  } else {
-    run(policy_loss_kernel<false, KlEstimator::kK1>);
-  }
-  return out.result();
+  const LossTensors out(logprobs, blocks, PolicyLoss::Partials::kCount, PolicyStat::kCount, normalizer, grad);
+  const auto run = [&](auto has_ref, auto estimator) {
+    auto* kernel = flat ? policy_loss_kernel<true, has_ref(), estimator()> : policy_loss_kernel<false, has_ref(), estimator()>;
+    return out.run<PolicyLoss>(launch, kernel, blocks, in);
+  };
+  constexpr std::integral_constant<KlEstimator, KlEstimator::kK1> any{};
+  if (!ref_logprobs.has_value()) return run(std::false_type{}, any);
+  return dispatch_estimator(kl_estimator, [&](auto estimator) { return run(std::true_type{}, estimator); });
 }
 
 }  // namespace

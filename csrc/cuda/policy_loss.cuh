@@ -1,4 +1,5 @@
-// The clipped policy loss on the device: loss, statistics and gradient from one launch.
+// The clipped policy loss on the device: the gradient and partial sums from one launch, the loss and
+// its statistics from a second one.
 #pragma once
 
 #include "cuda/loss.cuh"
@@ -16,116 +17,101 @@ struct PolicyInputs {
   bool needs_row;
 };
 
-// A block's sums are those of PolicySum and two more, padded to a power of two for block_sums().
-struct PolicyBlockSum {
-  enum { kTokens = PolicySum::kCount, kExcess, kCount, kPadded = 16 };
-};
-// Its partials: those of PolicySum, then the moments and the maximum of ratio - 1.
-struct PolicyPartial {
-  enum { kTokens = PolicySum::kCount, kExcessMean, kExcessM2, kRatioMax, kCount };
+// The sums of PolicySum, of which the last four are counts, as is the number of tokens; the moments of ratio - 1 and the
+// largest ratio.
+struct PolicyLoss {
+  using Partials = Columns<PolicySum::kClippedHigh, PolicySum::kCount - PolicySum::kClippedHigh + 1, 1, true>;
+  static constexpr int kTotal = PolicySum::kLoss;
+
+  __device__ static double count(const double* totals) { return totals[Partials::kTokens]; }
+  __device__ static void stats(const double* totals, float* out) {
+    policy_stats<true>(totals, Partials::moments(totals, 0), totals[Partials::kMax], out);
+  }
 };
 
-// A vector of tokens: its sums, gradients, and the excesses of its valid tokens over a ratio of 1.
-template <bool kHasRef, KlEstimator kEstimator>
-__device__ void policy_tokens(const PolicyInputs& in, const TokenVector& tokens, float kl_coef,
-                              float (&sums)[PolicyBlockSum::kCount], float (&excess)[kTokens], bool (&valid)[kTokens],
-                              float (&grad)[kTokens]) {
+using PolicyCounts = WarpCounts<PolicyLoss::Partials::kCounts>;
+
+// A vector of tokens: what is loaded of it.
+struct PolicyTokens {
   float logp[kTokens], old[kTokens], advantage[kTokens], weight[kTokens], row_weight[kTokens], ref[kTokens];
-  uint8_t mask[kTokens];
-  load_tokens(in.logprobs, tokens, 0.0f, logp);
-  load_tokens(in.old_logprobs, tokens, 0.0f, old);
-  load_tokens(in.advantages, tokens, 0.0f, advantage);
-  load_tokens(in.mask, tokens, uint8_t{1}, mask);
-  load_tokens(in.weights, tokens, 1.0f, weight);
-  load_tokens(in.row_weight, tokens, 1.0f, row_weight);
-  if constexpr (kHasRef) load_tokens(in.ref_logprobs, tokens, 0.0f, ref);
+  uint32_t mask;
+
+  template <bool kWhole, bool kFlat, bool kHasRef>
+  __device__ void load(const PolicyInputs& in, int g) {
+    const TokenVector tokens(in.rows, first_token(g), !kFlat && in.needs_row);
+    mask = load_mask<kWhole>(in.mask, tokens);
+    load_tokens<kWhole>(in.logprobs, tokens, 0.0f, logp);
+    load_tokens<kWhole>(in.old_logprobs, tokens, 0.0f, old);
+    load_tokens<kWhole>(in.advantages, tokens, 0.0f, advantage);
+    load_tokens<kWhole>(in.weights, tokens, 1.0f, weight);
+    if constexpr (kHasRef) load_tokens<kWhole>(in.ref_logprobs, tokens, 0.0f, ref);
+    load_tokens<kWhole>(kFlat ? TokenInput<float>{} : in.row_weight, tokens, 1.0f, row_weight);
+  }
+};
+
+// Adds what a vector adds to the sums; its gradients take the place of logp, the excesses over a ratio of 1 of old.
+template <bool kHasRef, KlEstimator kEstimator>
+__device__ void policy_tokens(const PolicyInputs& in, PolicyTokens& t, float kl_coef, float (&sums)[PolicySum::kCount],
+                              PolicyCounts& counts, float& max) {
 #pragma unroll
   for (int k = 0; k < kTokens; ++k) {
-    valid[k] = tokens.claimed[k] && mask[k] != 0;
-    grad[k] = excess[k] = 0.0f;
-    if (!valid[k]) continue;
-    const PolicyTerm<float> term = policy_term(logp[k], old[k], advantage[k], weight[k], in.options);
+    const float logp = t.logp[k], old = t.old[k];
+    t.logp[k] = t.old[k] = 0.0f;
+    if (!is_valid(t.mask, k)) continue;
+    const PolicyTerm<float> term = policy_term(logp, old, t.advantage[k], t.weight[k], in.options);
     float loss = term.loss, slope = term.grad;
     if constexpr (kHasRef) {
-      const KlTerm<float> kl = kl_term<kEstimator>(logp[k], ref[k], in.kl_log_clamp, in.kl_clamp);
+      const KlTerm<float> kl = kl_term<kEstimator>(logp, t.ref[k], in.kl_log_clamp, in.kl_clamp);
       sums[PolicySum::kRefKl] += kl.value;
       loss += scaled_or_off(kl_coef, kl.value);
       slope += scaled_or_off(kl_coef, kl.grad);
     }
-    sums[PolicySum::kLoss] += loss * row_weight[k];
-    grad[k] = slope * row_weight[k];
-    excess[k] = term.ratio_minus_1;
+    t.logp[k] = slope * t.row_weight[k];
+    t.old[k] = term.ratio_minus_1;
+    max = max_or_nan(max, term.ratio_minus_1);
+    sums[PolicySum::kLoss] += loss * t.row_weight[k];
     sums[PolicySum::kLogRatio] += term.log_ratio;
     sums[PolicySum::kSquaredLogRatio] += term.log_ratio * term.log_ratio;
     sums[PolicySum::kK3] += term.k3;
-    sums[PolicySum::kClippedHigh] += term.clipped_high;
-    sums[PolicySum::kClippedLow] += term.clipped_low;
-    sums[PolicySum::kDualClipped] += term.dual_clipped;
-    sums[PolicySum::kClamped] += term.clamped;
-    sums[PolicyBlockSum::kTokens] += 1.0f;
-    sums[PolicyBlockSum::kExcess] += term.ratio_minus_1;
+    sums[PolicyLoss::Partials::kSums] += term.ratio_minus_1;
+    const float flags[] = {term.clipped_high, term.clipped_low, term.dual_clipped, term.clamped, 1.0f};
+#pragma unroll
+    for (int i = 0; i < PolicyLoss::Partials::kCounts; ++i) counts.add(i, flags[i] != 0.0f);
   }
 }
 
-// The last block's work: the partials of all blocks become the loss and its statistics.
-__device__ inline void finish_policy_loss(const LossOutputs& out, unsigned blocks) {
-  const auto part = [&](int i) { return partials_of(out, i, blocks); };
-  double totals[PolicyBlockSum::kPadded] = {};
+// kFlat: every input has its tokens in flat, aligned vectors, and none is one for each row.
+template <bool kFlat, bool kHasRef, KlEstimator kEstimator>
+__global__ void __launch_bounds__(kLossThreads, kFlat ? 4 : 2) policy_loss_kernel(PolicyInputs in, LossOutputs out) {
+  PolicyTokens tokens[kLossVectors];
+  load_block<kFlat>(in.rows, [&](auto whole) {
 #pragma unroll
-  for (int i = 0; i < PolicySum::kCount; ++i) totals[i] = fold_sum(part(i), blocks);
-  const float ratio_max = block_max_or_nan(static_cast<float>(fold_max(part(PolicyPartial::kRatioMax), blocks, 0.0)));
-  const Moments excess = fold_moments(part(PolicyPartial::kTokens), part(PolicyPartial::kExcessMean),
-                                      part(PolicyPartial::kExcessM2), blocks);
-  const double* sums = block_sums<PolicyBlockSum::kPadded, kLossThreads>(totals);
-  if (threadIdx.x != 0) return;
-  finish_loss(out, sums[PolicySum::kLoss], excess.count);
-  policy_stats<true>(sums, excess, ratio_max, out.stats);
-}
-
-template <bool kHasRef, KlEstimator kEstimator>
-__global__ void __launch_bounds__(kLossThreads, 2) policy_loss_kernel(PolicyInputs in, LossOutputs out) {
+    for (int g = 0; g < kLossVectors; ++g) tokens[g].template load<whole(), kFlat, kHasRef>(in, g);
+  });
   const float kl_coef = in.kl_coef_tensor != nullptr ? static_cast<float>(*in.kl_coef_tensor) : in.kl_coef;
-  float excess[kLossVectors][kTokens], sums[PolicyBlockSum::kCount] = {};
-  bool valid[kLossVectors][kTokens];
-  float ratio_max = -1.0f;
+  float sums[PolicySum::kCount] = {}, max = -1.0f;
+  PolicyCounts counts;
 #pragma unroll
   for (int g = 0; g < kLossVectors; ++g) {
-    const TokenVector tokens(in.rows, first_token(g), in.needs_row);
-    float grad[kTokens];
-    policy_tokens<kHasRef, kEstimator>(in, tokens, kl_coef, sums, excess[g], valid[g], grad);
-    if (out.grad != nullptr) store_tokens(out.grad, tokens, in.rows.total, grad);
-#pragma unroll
-    for (int k = 0; k < kTokens; ++k) {
-      if (valid[g][k]) ratio_max = max_or_nan(ratio_max, excess[g][k]);
-    }
+    policy_tokens<kHasRef, kEstimator>(in, tokens[g], kl_coef, sums, counts, max);
+    if (out.grad != nullptr) store_tokens(out.grad, first_token(g), in.rows.total, tokens[g].logp);
   }
-  double wide[PolicyBlockSum::kPadded] = {};
+  double wide[8] = {};
 #pragma unroll
-  for (int i = 0; i < PolicyBlockSum::kCount; ++i) wide[i] = sums[i];
-  ratio_max = block_max_or_nan(ratio_max) + 1.0f;
-  const double* block = block_sums<PolicyBlockSum::kPadded, kLossThreads>(wide);
-  const double mine = threadIdx.x <= PolicyBlockSum::kTokens ? block[threadIdx.x] : 0.0,
-               count = block[PolicyBlockSum::kTokens];
-  const double mean = mean_of(block[PolicyBlockSum::kExcess], count);
-  double squares[1] = {};
+  for (int i = 0; i <= PolicyLoss::Partials::kSums; ++i) wide[i] = sums[i];
+  write_partials<PolicyLoss::Partials, kLossThreads>(
+      wide, counts, warp_max_or_nan(max) + 1.0f, out.partials, [&](int, double mean) {
+        double squares = 0.0;
 #pragma unroll
-  for (int g = 0; g < kLossVectors; ++g) {
+        for (int g = 0; g < kLossVectors; ++g) {
 #pragma unroll
-    for (int k = 0; k < kTokens; ++k) {
-      const double deviation = valid[g][k] ? excess[g][k] - mean : 0.0;
-      squares[0] += deviation * deviation;
-    }
-  }
-  const double m2 = block_sums<1, kLossThreads>(squares)[0];
-  const unsigned blocks = gridDim.x;
-  const auto partial = [&](int i) { return out.partials + blockIdx.x + i * static_cast<int64_t>(blocks); };
-  if (threadIdx.x <= PolicyBlockSum::kTokens) *partial(threadIdx.x) = mine;
-  if (threadIdx.x == 0) {
-    *partial(PolicyPartial::kExcessMean) = mean;
-    *partial(PolicyPartial::kExcessM2) = m2;
-    *partial(PolicyPartial::kRatioMax) = ratio_max;
-  }
-  if (is_last_block(out.ticket, blocks)) finish_policy_loss(out, blocks);
+          for (int k = 0; k < kTokens; ++k) {
+            const double deviation = is_valid(tokens[g].mask, k) ? tokens[g].old[k] - mean : 0.0;
+            squares += deviation * deviation;
+          }
+        }
+        return squares;
+      });
 }
 
 }  // namespace ppo

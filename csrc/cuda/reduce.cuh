@@ -4,6 +4,7 @@
 #include <cuda_runtime.h>
 
 #include "cuda/relaxed.cuh"
+#include "math/loss.h"
 #include "math/moments.h"
 
 namespace ppo {
@@ -33,52 +34,34 @@ __device__ double warp_sums(const double (&v)[K]) {
   }
 }
 
-// K sums over a block of kThreads threads; every thread may read all of them. Starts and ends with a barrier's worth of
-// safety: it may be called again at once.
-template <int K, int kThreads>
-__device__ const double* block_sums(double (&v)[K]) {
-  constexpr int kWarps = kThreads / kWarp;
-  __shared__ double parts[kWarps][K];
-  __shared__ double sums[K];
-  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
-  const double mine = warp_sums(v);
-  __syncthreads();  // the sums of the call before have been read
-  if (lane % (kWarp / K) == 0) parts[warp][lane / (kWarp / K)] = mine;
-  __syncthreads();
-  if (threadIdx.x < K) {
-    double sum = 0.0;
-    for (int w = 0; w < kWarps; ++w) sum += parts[w][threadIdx.x];
-    sums[threadIdx.x] = sum;
-  }
-  __syncthreads();
-  return sums;
+__device__ inline double warp_sum(double x) {
+  const double all[1] = {x};
+  return warp_sums(all);
 }
 
-// The moments of a block, in thread 0.
-template <int kThreads>
-__device__ Moments block_moments(Moments m) {
-  constexpr int kWarps = kThreads / kWarp;
-  __shared__ double parts[kWarps][3];
-  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
+// The largest value of a warp, NaN if one is NaN, in every lane.
+template <class T>
+__device__ T warp_max_or_nan(T x) {
 #pragma unroll
-  for (int lanes = 1; lanes < kWarp; lanes *= 2) {
-    Moments other{__shfl_xor_sync(kAllLanes, m.count, lanes), __shfl_xor_sync(kAllLanes, m.mean, lanes),
-                  __shfl_xor_sync(kAllLanes, m.m2, lanes)};
-    if ((lane & lanes) != 0) {  // merge is not symmetric to the last bit: the lower lane comes first
-      const Moments lower = other;
-      other = m;
-      m = lower;
-    }
-    m.merge(other);
-  }
-  __syncthreads();
-  if (lane == 0) parts[warp][0] = m.count, parts[warp][1] = m.mean, parts[warp][2] = m.m2;
-  __syncthreads();
-  if (threadIdx.x == 0) {
-    for (int w = 1; w < kWarps; ++w) m.merge({parts[w][0], parts[w][1], parts[w][2]});
-  }
-  return m;
+  for (int lanes = kWarp / 2; lanes >= 1; lanes /= 2) x = max_or_nan(x, __shfl_xor_sync(kAllLanes, x, lanes));
+  return x;
 }
+
+// Counts of what the lanes of a warp have, of each at most 1023 in all: three share a word.
+template <int kCounts>
+struct WarpCounts {
+  static constexpr int kPerWord = 3, kBits = 10, kWords = (kCounts + kPerWord - 1) / kPerWord;
+  unsigned words[kWords] = {};
+
+  __device__ void add(int i, bool yes) { words[i / kPerWord] += yes ? 1u << i % kPerWord * kBits : 0u; }
+  __device__ void sum() {
+#pragma unroll
+    for (int w = 0; w < kWords; ++w) words[w] = __reduce_add_sync(kAllLanes, words[w]);
+  }
+  __device__ unsigned operator[](int i) const {
+    return words[i / kPerWord] >> i % kPerWord * kBits & ((1u << kBits) - 1);
+  }
+};
 
 // Whether any thread of the block says so.
 template <int kThreads>

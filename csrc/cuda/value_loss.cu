@@ -15,15 +15,15 @@ LossResult value_loss(const Tensor& values, const Tensor& old_values, const Tens
                  token_input<float>("values", values, values, rows),
                  token_input<float>("old_values", old_values, values, rows),
                  token_input<float>("returns", returns, values, rows),
-                 per_row(row_weights.data()),
+                 {row_weights.data(), 1, row_weights.data() != nullptr},
                  token_input<uint8_t>("mask", mask, values, rows),
                  static_cast<float>(cliprange_value),
                  false};
   in.needs_row = any_needs_row(in.values, in.old_values, in.returns, in.row_weight, in.mask);
+  const bool flat = flat_and_aligned(rows, in.values, in.old_values, in.returns, in.row_weight, in.mask);
   const int64_t blocks = loss_blocks(values.numel());
-  const LossTensors out(launch, values, blocks, ValuePartial::kCount, ValueStat::kCount, normalizer, grad);
-  launch(value_loss_kernel, blocks, kLossThreads, in, out.outputs());
-  return out.result();
+  const LossTensors out(values, blocks, ValueLoss::Partials::kCount, ValueStat::kCount, normalizer, grad);
+  return out.run<ValueLoss>(launch, flat ? value_loss_kernel<true> : value_loss_kernel<false>, blocks, in);
 }
 
 }  // namespace

@@ -5,12 +5,12 @@ namespace ppo {
 namespace {
 
 WhitenInputs whiten_inputs(const Tensor& x, const OptTensor& mask) {
-  const auto flat = [](auto* data) -> TokenInput<std::remove_const_t<std::remove_pointer_t<decltype(data)>>> {
-    return {data, 0, data != nullptr ? TokenKind::kFlat : TokenKind::kAbsent};
-  };
-  return {{nullptr, 1, x.numel(), x.numel(), 0.0},
-          flat(contiguous_data<float>("x", x, x)),
-          flat(contiguous_data<uint8_t>("mask", mask, x))};
+  WhitenInputs in{{nullptr, 1, x.numel(), x.numel(), 0.0},
+                  {contiguous_data<float>("x", x, x)},
+                  {contiguous_data<uint8_t>("mask", mask, x)},
+                  false};
+  in.aligned = flat_and_aligned(in.rows, in.x, in.mask);
+  return in;
 }
 
 int64_t whiten_blocks(const Tensor& x) { return std::clamp<int64_t>(whiten_chunks(x.numel()), 1, kWhitenBlocks); }
@@ -20,11 +20,11 @@ std::tuple<Tensor, Tensor, Tensor> moments(const Tensor& x, const OptTensor& mas
   const Launcher launch(x);
   const int64_t blocks = whiten_blocks(x);
   const Tensor count = empty({}, ScalarType::Double, x), mean = empty({}, ScalarType::Double, x),
-               m2 = empty({}, ScalarType::Double, x), partials = empty({3 * blocks}, ScalarType::Double, x);
-  const Tensor ticket = launch.tickets(1, x);
-  launch(moments_kernel, blocks, kWhitenThreads, whiten_inputs(x, mask),
-         MomentOutputs{data_of<double>(partials), data_of<double>(count), data_of<double>(mean), data_of<double>(m2),
-                       data_of<unsigned>(ticket)});
+               m2 = empty({}, ScalarType::Double, x), partials = empty({WhitenPartials::kCount * blocks}, ScalarType::Double, x);
+  auto* parts = data_of<double>(partials);
+  launch(moments_kernel, blocks, kWhitenThreads, whiten_inputs(x, mask), parts);
+  launch(moments_fold_kernel, 1, kFoldThreads, parts, blocks, data_of<double>(count), data_of<double>(mean),
+         data_of<double>(m2));
   return std::make_tuple(count, mean, m2);
 }
 
@@ -36,16 +36,16 @@ Tensor whiten(const Tensor& x, const OptTensor& mask, const OptTensor& count, co
   const WhitenInputs in = whiten_inputs(x, mask);
   const int64_t blocks = whiten_blocks(x);
   const Tensor y = empty(x.sizes(), ScalarType::Float, x);
-  const Tensor partials = empty({count.has_value() ? 0 : 3 * blocks}, ScalarType::Double, x);
+  const Tensor partials = empty({count.has_value() ? 0 : WhitenPartials::kCount * blocks}, ScalarType::Double, x);
   check_together(count, mean, m2);
   const RowVector<double> given[] = {{"count", count, {}}, {"mean", mean, {}}, {"m2", m2, {}}};
   MomentSources from{};
   if (count.has_value()) {
-    from = {given[0].data(), given[1].data(), given[2].data(), 1};
+    from = {given[0].data(), given[1].data(), given[2].data(), nullptr, 0};
   } else {
     auto* parts = data_of<double>(partials);
-    launch(moments_kernel, blocks, kWhitenThreads, in, MomentOutputs{parts, nullptr, nullptr, nullptr, nullptr});
-    from = {parts, parts + blocks, parts + 2 * blocks, static_cast<unsigned>(blocks)};
+    launch(moments_kernel, blocks, kWhitenThreads, in, parts);
+    from = {nullptr, nullptr, nullptr, parts, blocks};
   }
   launch(whiten_kernel, blocks, kWhitenThreads, in, from, WhitenOptions{shift_mean, unbiased, eps}, data_of<float>(y));
   return y;

@@ -1,7 +1,8 @@
 // Moments and whitening on the device.
 //
-// Each block takes chunks of the tensor by two passes over registers and merges their moments; the blocks' moments are
-// folded in order, by the last block (moments) or by every block of the launch that applies them (whiten).
+// Each block takes chunks of the tensor by two passes over registers and writes the moments it has found as a column of
+// partials. Those are folded by a launch of their own (moments), or by every block of the launch that applies them,
+// while its tokens are on their way (whiten).
 #pragma once
 
 #include "cuda/loss.cuh"
@@ -14,83 +15,87 @@ constexpr int kWhitenVectors = 4;
 constexpr int64_t kWhitenChunk = int64_t{kWhitenThreads} * kWhitenVectors * kTokens;
 constexpr int64_t kWhitenBlocks = 1024;  // at most: every block that applies the moments reads those of all blocks
 
+using WhitenPartials = Columns<0, 1, 1, false>;
+
 struct WhitenInputs {
   TokenRows rows;  // all of the tensor as one
   TokenInput<float> x;
   TokenInput<uint8_t> mask;
+  bool aligned;
 };
 
-// Either the moments themselves, or those of `blocks` blocks: counts, then means, then sums of squares.
+// Either the moments themselves, or the partials of `blocks` blocks.
 struct MomentSources {
-  const double *count, *mean, *m2;
-  unsigned blocks;
+  const double *count, *mean, *m2, *partials;
+  int64_t blocks;
 };
 
-struct MomentOutputs {
-  double *partials, *count, *mean, *m2;
-  unsigned* ticket;  // null: the partials are all that is wanted
-};
+inline __host__ __device__ int64_t whiten_chunks(int64_t total) { return (total + kWhitenChunk - 1) / kWhitenChunk; }
 
 // A chunk in a block's registers.
 struct WhitenChunk {
   float x[kWhitenVectors][kTokens];
-  bool valid[kWhitenVectors][kTokens];
+  uint32_t mask[kWhitenVectors];
 
-  __device__ static TokenVector tokens_of(const WhitenInputs& in, int64_t chunk, int g) {
-    return {in.rows, chunk * kWhitenChunk + (int64_t{g} * kWhitenThreads + threadIdx.x) * kTokens, false};
+  __device__ static int64_t first(int64_t chunk, int g) {
+    return chunk * kWhitenChunk + (int64_t{g} * kWhitenThreads + threadIdx.x) * kTokens;
   }
-  __device__ WhitenChunk(const WhitenInputs& in, int64_t chunk) {
+  template <bool kWhole>
+  __device__ void load(const WhitenInputs& in, int64_t chunk) {
 #pragma unroll
     for (int g = 0; g < kWhitenVectors; ++g) {
-      const TokenVector tokens = tokens_of(in, chunk, g);
-      uint8_t mask[kTokens];
-      load_tokens(in.x, tokens, 0.0f, x[g]);
-      load_tokens(in.mask, tokens, uint8_t{1}, mask);
+      const TokenVector tokens(in.rows, first(chunk, g), false);
+      mask[g] = load_mask<kWhole>(in.mask, tokens);
+      load_tokens<kWhole>(in.x, tokens, 0.0f, x[g]);
+    }
+  }
+  __device__ WhitenChunk(const WhitenInputs& in, int64_t chunk) {
+    if (in.aligned && (chunk + 1) * kWhitenChunk <= in.rows.total) {
+      load<true>(in, chunk);
+    } else {
+      load<false>(in, chunk);
+    }
+  }
+  // Calls f(x) for every valid token of the thread.
+  template <class F>
+  __device__ void for_valid(const F& f) const {
 #pragma unroll
-      for (int k = 0; k < kTokens; ++k) valid[g][k] = tokens.claimed[k] && mask[k] != 0;
+    for (int g = 0; g < kWhitenVectors; ++g) {
+#pragma unroll
+      for (int k = 0; k < kTokens; ++k) {
+        if (is_valid(mask[g], k)) f(static_cast<double>(x[g][k]));
+      }
     }
   }
 };
 
-__device__ inline Moments chunk_moments(const WhitenChunk& chunk) {
-  double sums[2] = {}, squares[1] = {};
-#pragma unroll
-  for (int g = 0; g < kWhitenVectors; ++g) {
-#pragma unroll
-    for (int k = 0; k < kTokens; ++k) {
-      sums[0] += chunk.valid[g][k] ? 1.0 : 0.0;
-      sums[1] += chunk.valid[g][k] ? static_cast<double>(chunk.x[g][k]) : 0.0;
-    }
-  }
-  const double* block = block_sums<2, kWhitenThreads>(sums);
-  const double count = block[0], mean = mean_of(block[1], count);
-#pragma unroll
-  for (int g = 0; g < kWhitenVectors; ++g) {
-#pragma unroll
-    for (int k = 0; k < kTokens; ++k) {
-      const double d = chunk.valid[g][k] ? static_cast<double>(chunk.x[g][k]) - mean : 0.0;
-      squares[0] += d * d;
-    }
-  }
-  return {count, mean, block_sums<1, kWhitenThreads>(squares)[0]};
+// The moments of the chunk's tokens that a warp has, in every lane.
+__device__ inline Moments warp_moments(const WhitenChunk& chunk) {
+  double sum = 0.0, squares = 0.0;
+  unsigned count = 0;
+  chunk.for_valid([&](double x) { sum += x, ++count; });
+  const double all = __reduce_add_sync(kAllLanes, count), mean = mean_of(warp_sum(sum), all);
+  chunk.for_valid([&](double x) { squares += (x - mean) * (x - mean); });
+  return {all, mean, warp_sum(squares)};
 }
 
-inline __host__ __device__ int64_t whiten_chunks(int64_t total) { return (total + kWhitenChunk - 1) / kWhitenChunk; }
-
-static __global__ void __launch_bounds__(kWhitenThreads) moments_kernel(WhitenInputs in, MomentOutputs out) {
+static __global__ void __launch_bounds__(kWhitenThreads, 3) moments_kernel(WhitenInputs in, double* partials) {
+  __shared__ double parts[kWhitenThreads / kWarp][WhitenPartials::kCount];
   Moments mine;
   for (int64_t chunk = blockIdx.x; chunk < whiten_chunks(in.rows.total); chunk += gridDim.x) {
-    mine.merge(chunk_moments(WhitenChunk(in, chunk)));
+    mine.merge(warp_moments(WhitenChunk(in, chunk)));
   }
-  const unsigned blocks = gridDim.x;
-  if (threadIdx.x == 0) {
-    out.partials[blockIdx.x] = mine.count;
-    out.partials[blocks + blockIdx.x] = mine.mean;
-    out.partials[2 * blocks + blockIdx.x] = mine.m2;
-  }
-  if (out.ticket == nullptr || !is_last_block(out.ticket, blocks)) return;
-  const Moments all = fold_moments(out.partials, out.partials + blocks, out.partials + 2 * blocks, blocks);
-  if (threadIdx.x == 0) *out.count = all.count, *out.mean = all.mean, *out.m2 = all.m2;
+  const double all[] = {mine.count, mine.count * mine.mean, mine.mean, mine.m2};
+#pragma unroll
+  for (int i = 0; i < WhitenPartials::kCount; ++i) parts[threadIdx.x / kWarp][i] = all[i];
+  __syncthreads();
+  if (threadIdx.x < kWarp) join_warps<WhitenPartials>(parts, partials);
+}
+
+static __global__ void __launch_bounds__(kFoldThreads)
+    moments_fold_kernel(const double* partials, int64_t blocks, double* count, double* mean, double* m2) {
+  const Moments all = WhitenPartials::moments(fold_columns<WhitenPartials, kFoldThreads>(partials, blocks), 0);
+  if (threadIdx.x == 0) *count = all.count, *mean = all.mean, *m2 = all.m2;
 }
 
 struct WhitenOptions {
@@ -112,13 +117,18 @@ __device__ inline WhitenMap whiten_map(const Moments& m, const WhitenOptions& o)
           o.shift_mean ? 0.0f : mean};
 }
 
-static __global__ void __launch_bounds__(kWhitenThreads)
+static __global__ void __launch_bounds__(kWhitenThreads, 4)
     whiten_kernel(WhitenInputs in, MomentSources from, WhitenOptions options, float* y) {
   __shared__ WhitenMap map;
   for (int64_t i = blockIdx.x; i < whiten_chunks(in.rows.total); i += gridDim.x) {
     const WhitenChunk chunk(in, i);
     if (i == blockIdx.x) {  // while the first chunk is on its way
-      const Moments all = fold_moments(from.count, from.mean, from.m2, from.blocks);
+      Moments all;
+      if (from.blocks == 0) {
+        all = {*from.count, *from.mean, *from.m2};
+      } else {
+        all = WhitenPartials::moments(fold_columns<WhitenPartials, kWhitenThreads>(from.partials, from.blocks), 0);
+      }
       if (threadIdx.x == 0) map = whiten_map(all, options);
       __syncthreads();
     }
@@ -126,8 +136,8 @@ static __global__ void __launch_bounds__(kWhitenThreads)
     for (int g = 0; g < kWhitenVectors; ++g) {
       float out[kTokens];
 #pragma unroll
-      for (int k = 0; k < kTokens; ++k) out[k] = chunk.valid[g][k] ? map(chunk.x[g][k]) : 0.0f;
-      store_tokens(y, WhitenChunk::tokens_of(in, i, g), in.rows.total, out);
+      for (int k = 0; k < kTokens; ++k) out[k] = is_valid(chunk.mask[g], k) ? map(chunk.x[g][k]) : 0.0f;
+      store_tokens(y, WhitenChunk::first(i, g), in.rows.total, out);
     }
   }
 }

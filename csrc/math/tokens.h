@@ -47,31 +47,19 @@ struct TokenRows {
   }
 };
 
-// Where a token tensor's values are: in the order of the flat tokens, in rows with a stride, or one for each row.
-enum class TokenKind { kAbsent, kFlat, kStrided, kPerRow };
-
+// The values of a token tensor: one for each token, or one for each row; none without data.
 template <class T>
 struct TokenInput {
   const T* data = nullptr;
-  int64_t row_stride = 0;
-  TokenKind kind = TokenKind::kAbsent;
+  int64_t row_step = 0;  // what a row adds to an offset beside its tokens: 0 if the tokens lie in their flat order
+  bool per_row = false;
 
-  PPO_INLINE bool needs_row() const { return kind == TokenKind::kStrided || kind == TokenKind::kPerRow; }
+  PPO_INLINE bool flat() const { return row_step == 0 && !per_row; }
+  PPO_INLINE const T& at(int64_t token, int64_t row) const { return data[(per_row ? 0 : token) + row * row_step]; }
   // The first token of row b, null for an absent input; not for one value per row.
   PPO_INLINE const T* row(const TokenRows& rows, int64_t b) const {
-    return data == nullptr ? nullptr : data + (rows.packed() ? rows.start(b) : b * row_stride);
+    return data == nullptr ? nullptr : data + rows.start(b) + b * row_step;
   }
 };
-
-template <class... Inputs>
-bool any_needs_row(const Inputs&... inputs) {
-  return (inputs.needs_row() || ...);
-}
-
-// One value for each row, null for none.
-template <class T>
-TokenInput<T> per_row(const T* data) {
-  return {data, 1, data == nullptr ? TokenKind::kAbsent : TokenKind::kPerRow};
-}
 
 }  // namespace ppo

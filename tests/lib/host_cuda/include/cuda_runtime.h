@@ -132,6 +132,11 @@ inline int __reduce_max_sync(unsigned mask, int value) {
   return value;
 }
 
+inline unsigned __reduce_add_sync(unsigned mask, unsigned value) {
+  for (int lanes = 1; lanes < 32; lanes *= 2) value += __shfl_xor_sync(mask, value, lanes);
+  return value;
+}
+
 inline int __popc(unsigned bits) { return __builtin_popcount(bits); }
 inline unsigned atomicAdd(unsigned* address, unsigned value) { return host_cuda::atomic_add(address, value); }
 inline void __threadfence() { host_cuda::fence(); }
