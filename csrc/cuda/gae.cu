@@ -29,8 +29,8 @@ std::tuple<Tensor, Tensor> gae(const Tensor& rewards, const Tensor& values, cons
       data_of<float>(advantages),
       data_of<float>(returns)};
   const bool linked = work.kind == RowWork::kSegments;
-  const Tensor maps = empty({linked ? 2 * work.segments : 0}, ScalarType::Double, rewards);
-  const GaeLinks links{work.tickets, work.flags, data_of<AffineMap>(maps)};
+  const Tensor scratch = empty({linked ? work.segments * int64_t{sizeof(GaeLink) / 8} : 0}, ScalarType::Double, rewards);
+  auto* links = data_of<GaeLink>(scratch);
   switch (work.kind) {
     case RowWork::kShortTeams:
       launch(gae_teams_kernel<kShortTeam>, work.blocks, kRowThreads, in);
@@ -39,10 +39,11 @@ std::tuple<Tensor, Tensor> gae(const Tensor& rewards, const Tensor& values, cons
       launch(gae_teams_kernel<kWarp>, work.blocks, kRowThreads, in);
       break;
     case RowWork::kOneSegment:
-      launch(gae_segments_kernel<false>, work.blocks, kRowThreads, in, links);
+      launch(gae_segments_kernel<GaePass::kAlone>, work.blocks, kRowThreads, in, links);
       break;
     case RowWork::kSegments:
-      launch(gae_segments_kernel<true>, work.blocks, kRowThreads, in, links);
+      launch(gae_segments_kernel<GaePass::kMaps>, work.blocks, kRowThreads, in, links);
+      launch(gae_segments_kernel<GaePass::kTokens>, work.blocks, kRowThreads, in, links);
       break;
   }
   return std::make_tuple(advantages, returns);

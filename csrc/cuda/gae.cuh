@@ -22,10 +22,10 @@ struct GaeInputs {
   float *advantages, *returns;
 };
 
-// How the blocks of a row's segments pass on what they know.
-struct GaeLinks {
-  unsigned *tickets, *flags;  // per row, per segment
-  AffineMap* maps;            // per segment
+// What the segments of long rows tell each other, from one launch to the next.
+struct GaeLink {
+  AffineMap map;
+  bool reached;  // a valid token follows the segment
 };
 
 // What a block or warp knows of its row.
@@ -63,9 +63,9 @@ struct GaeTile {
   unsigned valid, live = 0;
 
   __device__ GaeTile(const GaeRow& row, int64_t tile, float* stage) : begin(tile * kTile) {
-    valid = valid_run(row.mask, at(), row.span.length);
     load_tile<kLanes>(row.rewards, begin, row.span.length, row.aligned, rewards);
     load_tile<kLanes>(row.values, begin, row.span.length, row.aligned, values);
+    valid = valid_run(row.mask, at(), row.span.length);  // waits for the mask when all has been asked for
     if (row.aligned) return;
     to_runs<kLanes>(stage, rewards);
     to_runs<kLanes>(stage, values);
@@ -150,7 +150,7 @@ __device__ TeamMaps scan_team(AffineMap m) {
 
 // A team per row, walking it from its end.
 template <int kLanes>
-__global__ void __launch_bounds__(kRowThreads) gae_teams_kernel(GaeInputs in) {
+__global__ void __launch_bounds__(kRowThreads, kLanes == kWarp ? 3 : 4) gae_teams_kernel(GaeInputs in) {
   __shared__ float stages[kStage];
   float* stage = team_stage<kLanes>(stages);
   const GaeRow row(in, team_row<kLanes>());
@@ -170,72 +170,51 @@ __global__ void __launch_bounds__(kRowThreads) gae_teams_kernel(GaeInputs in) {
   }
 }
 
-// What lies ahead of the segment that is number `order` from the row's end: the maps of those after it, in order.
-__device__ inline double fold_later(const GaeLinks& links, int64_t first, unsigned order, double ahead) {
-  __shared__ double scales[kRowThreads], shifts[kRowThreads], folded;
-  for (unsigned base = 0; base < order; base += kRowThreads) {
-    const unsigned n = order - base < kRowThreads ? order - base : kRowThreads;
-    if (threadIdx.x < n) {
-      const int64_t segment = first + base + threadIdx.x;
-      await(links.flags + segment);
-      scales[threadIdx.x] = __ldcg(&links.maps[segment].scale);
-      shifts[threadIdx.x] = __ldcg(&links.maps[segment].shift);
-    }
-    __syncthreads();
-    if (threadIdx.x == 0) {
-      for (unsigned i = 0; i < n; ++i) ahead = AffineMap{scales[i], shifts[i]}(ahead);
-      folded = ahead;
-    }
-    __syncthreads();
-    ahead = folded;
-  }
-  return ahead;
-}
+// A segment's place among the launches: its row has no other one, or it leaves its map for those before it, or it takes
+// the maps of those after it.
+enum class GaePass { kAlone, kMaps, kTokens };
 
-// A block per segment. In which order the segments of a row have begun is known from tickets: the first block to come
-// takes the row's last segment, and so on towards the start. So a block waits only for blocks that have begun, and
-// these publish their maps before they wait for anything: no order of execution can lock them up.
-template <bool kMany>
-__global__ void __launch_bounds__(kRowThreads, 1) gae_segments_kernel(GaeInputs in, GaeLinks links) {
+// A block per segment. A row of many is read twice, the second time mostly from the cache: no block waits for another.
+template <GaePass kPass>
+__global__ void __launch_bounds__(kRowThreads, 4) gae_segments_kernel(GaeInputs in, GaeLink* links) {
   __shared__ float stages[kStage];
   __shared__ double scales[kTiles], shifts[kTiles];
   __shared__ bool any[kTiles];
-  __shared__ unsigned taken;
-  const RowSegment segment(in.rows, blockIdx.x);
-  if (segment.row < 0) return;
-  unsigned order = 0;
-  if (kMany && segment.count > 1) {
-    if (threadIdx.x == 0) taken = atomicAdd(links.tickets + segment.row, 1u);
-    __syncthreads();
-    order = taken;
-  }
+  // The second launch begins with what the first one has read last.
+  const int64_t number = kPass == GaePass::kTokens ? gridDim.x - 1 - blockIdx.x : blockIdx.x;
+  const RowSegment segment(in.rows, number);
+  if (segment.row < 0 || (kPass == GaePass::kMaps && segment.count == 1)) return;
   const int warp = threadIdx.x / kWarp;
-  const int64_t index = segment.count - 1 - order;
+  const int64_t index = number - segment.first;
   float* stage = team_stage<kWarp>(stages);
   const GaeRow row(in, segment.row);
   GaeTile<kWarp> tile(row, index * kTiles + warp, stage);
 
   bool reached = false;
   if (row.looks_back) {
+    if (kPass == GaePass::kTokens && segment.count > 1) reached = links[number].reached;
     const bool any_of_warp = __ballot_sync(kAllLanes, tile.valid != 0) != 0;
     if (threadIdx.x % kWarp == 0) any[warp] = any_of_warp;
     __syncthreads();
+    if (kPass == GaePass::kMaps) reached = any_valid(row.mask, (index + 1) * kSegment, row.span.length);
+    if (kPass == GaePass::kMaps && threadIdx.x == 0) links[number].reached = reached;
     for (int w = warp + 1; w < kTiles; ++w) reached |= any[w];
-    if (order > 0 && any_valid(row.mask, (index + 1) * kSegment, row.span.length)) reached = true;
   }
   tile.settle(row, reached);
   const TeamMaps maps = scan_team<kWarp>(tile.map(row));
   if (threadIdx.x % kWarp == 0) scales[warp] = maps.all.scale, shifts[warp] = maps.all.shift;
   __syncthreads();
+  if (kPass == GaePass::kMaps) {
+    if (threadIdx.x != 0) return;
+    AffineMap all = AffineMap::identity();
+    for (int w = kTiles - 1; w >= 0; --w) all = AffineMap{scales[w], shifts[w]}.after(all);
+    links[number].map = all;
+    return;
+  }
   double ahead = row.bootstrap(in);
-  if (kMany && segment.count > 1) {
-    if (threadIdx.x == 0) {
-      AffineMap all = AffineMap::identity();
-      for (int w = kTiles - 1; w >= 0; --w) all = AffineMap{scales[w], shifts[w]}.after(all);
-      links.maps[segment.first + order] = all;
-      publish(links.flags + segment.first + order);
-    }
-    ahead = fold_later(links, segment.first, order, ahead);
+  if (kPass == GaePass::kTokens) {
+#pragma unroll 8
+    for (int64_t i = segment.count - 1; i > index; --i) ahead = links[segment.first + i].map(ahead);
   }
   for (int w = kTiles - 1; w > warp; --w) ahead = AffineMap{scales[w], shifts[w]}(ahead);
   tile.finish(in, row, maps.later(ahead), stage);

@@ -5,16 +5,17 @@ namespace ppo {
 namespace {
 
 template <KlEstimator kEstimator>
-void launch_kl(const Launcher& launch, const RowWork& work, const KlRewardsInputs& in, const KlLinks& links) {
+void launch_kl(const Launcher& launch, const RowWork& work, const KlRewardsInputs& in, KlPart* parts) {
   switch (work.kind) {
     case RowWork::kShortTeams:
       return launch(kl_teams_kernel<kEstimator, kShortTeam>, work.blocks, kRowThreads, in);
     case RowWork::kWarps:
       return launch(kl_teams_kernel<kEstimator, kWarp>, work.blocks, kRowThreads, in);
     case RowWork::kOneSegment:
-      return launch(kl_segments_kernel<kEstimator, false>, work.blocks, kRowThreads, in, links);
+      return launch(kl_segments_kernel<kEstimator>, work.blocks, kRowThreads, in, parts);
     case RowWork::kSegments:
-      return launch(kl_segments_kernel<kEstimator, true>, work.blocks, kRowThreads, in, links);
+      launch(kl_segments_kernel<kEstimator>, work.blocks, kRowThreads, in, parts);
+      return launch(kl_rows_kernel, (work.rows.count + kRowThreads - 1) / kRowThreads, kRowThreads, in, parts);
   }
 }
 
@@ -47,8 +48,7 @@ std::tuple<Tensor, Tensor> kl_rewards(const Tensor& logprobs, const Tensor& ref_
                            data_of<float>(kl)};
   const bool linked = work.kind == RowWork::kSegments;
   const Tensor parts = empty({linked ? 2 * work.segments : 0}, ScalarType::Double, logprobs);
-  const KlLinks links{work.tickets, data_of<KlPart>(parts)};
-  dispatch_estimator(kl_estimator, [&](auto estimator) { launch_kl<estimator()>(launch, work, in, links); });
+  dispatch_estimator(kl_estimator, [&](auto estimator) { launch_kl<estimator()>(launch, work, in, data_of<KlPart>(parts)); });
   return std::make_tuple(rewards, kl);
 }
 

@@ -24,11 +24,6 @@ struct KlPart {
   int64_t last;
 };
 
-struct KlLinks {
-  unsigned* tickets;  // per row
-  KlPart* parts;      // per segment
-};
-
 struct KlRow {
   RowSpan span;
   const float *logprobs, *ref;
@@ -73,9 +68,9 @@ struct KlTile {
 
   __device__ KlTile(const KlRewardsInputs& in, const KlRow& row, int64_t tile, float* stage) : begin(tile * kTile) {
     float ref[kRun];
-    const unsigned valid = valid_run(row.mask, at(), row.span.length);
     load_tile<kLanes>(row.logprobs, begin, row.span.length, row.aligned, rewards);
     load_tile<kLanes>(row.ref, begin, row.span.length, row.aligned, ref);
+    const unsigned valid = valid_run(row.mask, at(), row.span.length);  // waits when all has been asked for
     if (!row.aligned) {
       to_runs<kLanes>(stage, rewards);
       to_runs<kLanes>(stage, ref);
@@ -116,12 +111,12 @@ __device__ inline void finish_row(const KlRewardsInputs& in, const KlRow& row, c
   const int64_t at = row.scored(in, all.last);
   if (at < 0) return;
   float* reward = in.rewards + row.span.start + at;
-  *reward = __ldcg(reward) + row.score(in);
+  *reward += row.score(in);
 }
 
 // A team per row, walking it from its end.
 template <KlEstimator kEstimator, int kLanes>
-__global__ void __launch_bounds__(kRowThreads) kl_teams_kernel(KlRewardsInputs in) {
+__global__ void __launch_bounds__(kRowThreads, kLanes == kWarp ? 3 : 4) kl_teams_kernel(KlRewardsInputs in) {
   __shared__ float stages[kStage];
   float* stage = team_stage<kLanes>(stages);
   const int64_t b = team_row<kLanes>();
@@ -151,30 +146,25 @@ __global__ void __launch_bounds__(kRowThreads) kl_teams_kernel(KlRewardsInputs i
   if (writes) finish_row(in, row, all);
 }
 
-// The parts of a row's segments, folded from its end in thread 0.
-__device__ inline KlPart fold_parts(const KlPart* parts, unsigned count) {
-  __shared__ double sums[kRowThreads];
-  __shared__ int64_t lasts[kRowThreads];
+// Ends rows of many segments, from their parts: a thread for each.
+static __global__ void __launch_bounds__(kRowThreads) kl_rows_kernel(KlRewardsInputs in, const KlPart* parts) {
+  const int64_t b = team_row<1>();
+  if (b >= in.rows.count) return;
+  const KlRow row(in, b);
+  const int64_t count = (row.span.length + kSegment - 1) / kSegment;
+  const KlPart* first = parts + RowSegment::first_of(in.rows, b);
   KlPart all{0.0, -1};
-  for (unsigned base = 0; base < count; base += kRowThreads) {
-    const unsigned i = base + threadIdx.x;  // from the row's end
-    __syncthreads();
-    if (i < count) {
-      sums[threadIdx.x] = __ldcg(&parts[count - 1 - i].sum);
-      lasts[threadIdx.x] = __ldcg(&parts[count - 1 - i].last);
-    }
-    __syncthreads();
-    for (unsigned j = 0; threadIdx.x == 0 && j < kRowThreads && base + j < count; ++j) {
-      all.sum += sums[j];
-      all.last = lasts[j] > all.last ? lasts[j] : all.last;
-    }
+#pragma unroll 8
+  for (int64_t i = count - 1; i >= 0; --i) {
+    all.sum += first[i].sum;
+    all.last = first[i].last > all.last ? first[i].last : all.last;
   }
-  return all;
+  if (count != 1) finish_row(in, row, all);  // else its block has done so
 }
 
-// A block per segment. The last block of a row of several ends it.
-template <KlEstimator kEstimator, bool kMany>
-__global__ void __launch_bounds__(kRowThreads) kl_segments_kernel(KlRewardsInputs in, KlLinks links) {
+// A block per segment.
+template <KlEstimator kEstimator>
+__global__ void __launch_bounds__(kRowThreads, 4) kl_segments_kernel(KlRewardsInputs in, KlPart* parts) {
   __shared__ float stages[kStage];
   __shared__ double sums[kTiles];
   __shared__ int64_t lasts[kTiles];
@@ -192,20 +182,18 @@ __global__ void __launch_bounds__(kRowThreads) kl_segments_kernel(KlRewardsInput
     part.sum += sums[w];
     part.last = lasts[w] > part.last ? lasts[w] : part.last;
   }
-  const bool alone = !kMany || segment.count == 1;
+  const bool alone = segment.count == 1;
   if (alone) {
     const int64_t at = row.scored(in, part.last);
     if (at >= 0) tile.add(at, row.score(in));
   }
   tile.store(in, row, stage);
+  if (threadIdx.x != 0) return;
   if (alone) {
-    if (threadIdx.x == 0) in.kl[row.span.row] = static_cast<float>(part.sum);
-    return;
+    in.kl[row.span.row] = static_cast<float>(part.sum);
+  } else {
+    parts[blockIdx.x] = part;
   }
-  if (threadIdx.x == 0) links.parts[blockIdx.x] = part;
-  if (!is_last_block(links.tickets + segment.row, segment.count)) return;
-  const KlPart all = fold_parts(links.parts + segment.first, segment.count);
-  if (threadIdx.x == 0) finish_row(in, row, all);
 }
 
 }  // namespace ppo

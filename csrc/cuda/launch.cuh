@@ -32,17 +32,6 @@ class Launcher {
     STD_CUDA_CHECK(cudaLaunchKernelEx(&config, kernel, std::forward<Arguments>(args)...));
   }
 
-  // Zeroed counters by which the blocks of one launch find out which of them is the last.
-  Tensor tickets(int64_t count, const Tensor& like) const {
-    Tensor t = empty({count}, ScalarType::Int, like);
-    clear(t.data_ptr(), count * sizeof(unsigned));
-    return t;
-  }
-
-  void clear(void* memory, size_t bytes) const {
-    if (bytes > 0) STD_CUDA_CHECK(cudaMemsetAsync(memory, 0, bytes, stream_));  // an empty tensor has no memory
-  }
-
  private:
   torch::stable::accelerator::DeviceGuard guard_;
   cudaStream_t stream_ = nullptr;

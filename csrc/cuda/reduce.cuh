@@ -3,7 +3,6 @@
 
 #include <cuda_runtime.h>
 
-#include "cuda/relaxed.cuh"
 #include "math/loss.h"
 #include "math/moments.h"
 
@@ -76,33 +75,6 @@ __device__ bool block_any(bool mine) {
 #pragma unroll
   for (int w = 0; w < kWarps; ++w) any |= parts[w];
   return any;
-}
-
-// What a thread wrote before publish() is seen, through __ldcg, by a thread whose await() of the same flag returned.
-// To await a flag is safe only if the block that publishes it has already begun and publishes before it waits itself.
-__device__ inline void publish(unsigned* flag) {
-  __threadfence();
-  store_relaxed(flag, 1u);
-}
-
-__device__ inline void await(const unsigned* flag) {
-  while (load_relaxed(flag) == 0u) {
-  }
-  __threadfence();
-}
-
-// Whether this block is the last of `blocks` to come here; then it sees what all of them wrote before. The fences are
-// those of the thread that takes the ticket: the barriers order the other threads with it.
-__device__ inline bool is_last_block(unsigned* ticket, unsigned blocks) {
-  __shared__ bool last;
-  __syncthreads();
-  if (threadIdx.x == 0) {
-    __threadfence();
-    last = atomicAdd(ticket, 1u) == blocks - 1;
-    __threadfence();
-  }
-  __syncthreads();
-  return last;
 }
 
 }  // namespace ppo

@@ -52,13 +52,15 @@ struct RowSegment {
   int64_t first = 0;
   unsigned count = 0;
 
-  __device__ static int64_t first_of(const TokenRows& rows, int64_t b) { return rows.start(b) / kSegment + b; }
+  __device__ static int64_t first_of(const TokenRows& rows, int64_t b) {
+    return rows.packed() ? rows.start(b) / kSegment + b : b * ((rows.length + kSegment - 1) / kSegment);
+  }
 
   __device__ RowSegment(const TokenRows& rows, int64_t number) {
     if (!rows.packed()) {
       count = static_cast<unsigned>((rows.length + kSegment - 1) / kSegment);
       row = number / count;
-      first = row * count;
+      first = first_of(rows, row);
       return;
     }
     // The last row with first <= number, by 32 probes at a time.
@@ -186,8 +188,6 @@ __device__ void store_tile(float* row, int64_t begin, int64_t length, bool align
 
 struct PackedOutputs {
   int64_t* bounds;  // [B + 1]: cu_seqlens forced into order and into [0, N]
-  unsigned* counters;
-  int64_t n_counters;
   float *first, *second;  // tensors whose tokens that no row claims become 0; null for none
 };
 
@@ -197,7 +197,6 @@ static __global__ void __launch_bounds__(kRowThreads) prepare_packed_kernel(Toke
   __shared__ int64_t warps[kTiles];
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
   const auto larger = [](int64_t a, int64_t b) { return a > b ? a : b; };
-  for (int64_t i = threadIdx.x; i < out.n_counters; i += kRowThreads) out.counters[i] = 0;
   int64_t reached = 0;
   for (int64_t base = 0; base <= raw.count; base += kRowThreads * kEach) {
     const int64_t b = base + threadIdx.x * kEach;

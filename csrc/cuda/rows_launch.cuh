@@ -20,7 +20,7 @@ class RowWork {
   // `outputs`: token tensors of which a packed launch clears the tokens that no row claims.
   RowWork(const Launcher& launch, const Tensor& tokens, const OptTensor& cu_seqlens,
           std::initializer_list<Tensor> outputs)
-      : rows(token_rows(tokens, cu_seqlens)), bounds_(tokens), counters_(tokens) {
+      : rows(token_rows(tokens, cu_seqlens)), bounds_(tokens) {
     const bool packed = rows.packed();
     // A packed batch's longest row is on the device; its mean length is here.
     const int64_t typical = packed ? rows.total / std::max<int64_t>(rows.count, 1) : rows.length;
@@ -34,34 +34,24 @@ class RowWork {
       kind = packed || per_row > 1 ? kSegments : kOneSegment;
       blocks = segments;
     }
-    const int64_t n_counters = kind == kSegments ? rows.count + segments : 0;
-    if (packed) {
-      prepare_packed(launch, n_counters, outputs);
-    } else if (n_counters > 0) {
-      counters_ = launch.tickets(n_counters, tokens);
-    }
-    if (n_counters > 0) tickets = data_of<unsigned>(counters_), flags = tickets + rows.count;
+    if (packed) prepare_packed(launch, outputs);
   }
 
   TokenRows rows;
   Blocks kind;
   int64_t blocks = 0, segments = 0;
-  unsigned* tickets = nullptr;  // one per row, 0; like flags only where rows have many segments
-  unsigned* flags = nullptr;    // one per segment, 0
 
  private:
-  void prepare_packed(const Launcher& launch, int64_t n_counters, std::initializer_list<Tensor> outputs) {
+  void prepare_packed(const Launcher& launch, std::initializer_list<Tensor> outputs) {
     const Tensor like = bounds_;
     bounds_ = empty({rows.count + 1}, ScalarType::Long, like);
-    counters_ = empty({n_counters}, ScalarType::Int, like);
     const auto floats = [&](size_t i) { return i < outputs.size() ? data_of<float>(outputs.begin()[i]) : nullptr; };
     auto* bounds = data_of<int64_t>(bounds_);
-    launch(prepare_packed_kernel, 1, kRowThreads, rows,
-           PackedOutputs{bounds, data_of<unsigned>(counters_), n_counters, floats(0), floats(1)});
+    launch(prepare_packed_kernel, 1, kRowThreads, rows, PackedOutputs{bounds, floats(0), floats(1)});
     rows.cu = bounds;
   }
 
-  Tensor bounds_, counters_;
+  Tensor bounds_;
 };
 
 }  // namespace ppo

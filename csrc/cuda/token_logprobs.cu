@@ -63,8 +63,6 @@ std::tuple<Tensor, Tensor> token_logprobs(const Tensor& logits, const Tensor& la
     const int64_t wanted = (kFillingBlocks + rows - 1) / std::max<int64_t>(rows, 1);
     const int64_t blocks = std::clamp<int64_t>(wanted, 1, (chunks + kLogitWarps - 1) / kLogitWarps);
     const Tensor parts = empty({rows * chunks * 4}, ScalarType::Float, logits);
-    OptTensor tickets;  // only where several blocks share a row
-    if (blocks > 1 && rows > 0) tickets = launch.tickets(rows, logits);
     const LogprobInputs<T> in{data_of<const T>(logits),
                               logit_rows(logits),
                               label.data(),
@@ -75,10 +73,10 @@ std::tuple<Tensor, Tensor> token_logprobs(const Tensor& logits, const Tensor& la
                               ignore_index};
     const LogprobOutputs out{data_of<float>(logp),         entropy ? data_of<float>(stats) + 2 * rows : nullptr,
                              data_of<float>(stats),        data_of<float>(stats) + rows,
-                             data_of<ChunkPart>(parts),    tickets ? data_of<unsigned>(*tickets) : nullptr,
-                             static_cast<unsigned>(blocks)};
+                             data_of<ChunkPart>(parts),    static_cast<unsigned>(blocks)};
     launch(entropy ? token_logprobs_kernel<T, true> : token_logprobs_kernel<T, false>, rows * blocks, kLogitThreads, in,
            out);
+    if (blocks > 1) launch(merge_logprobs_kernel<T>, rows, kWarp, in, out);
   });
   return std::make_tuple(logp, stats);
 }

@@ -213,13 +213,12 @@ __device__ ChunkPart scan_chunk(const Chunk<T>& chunk, float c) {
 __device__ inline SoftmaxPart merge_chunks(const ChunkPart* parts, int64_t chunks, double c) {
   const int lane = threadIdx.x % kWarp;
   double max = -std::numeric_limits<double>::infinity();
-  for (int64_t i = lane; i < chunks; i += kWarp) max = fmax(max, static_cast<double>(__ldcg(&parts[i].max)));
+  for (int64_t i = lane; i < chunks; i += kWarp) max = fmax(max, static_cast<double>(parts[i].max));
 #pragma unroll
   for (int lanes = 1; lanes < kWarp; lanes *= 2) max = fmax(max, __shfl_xor_sync(kAllLanes, max, lanes));
   SoftmaxPart all{max, 0.0, 0.0};
   for (int64_t i = lane; i < chunks; i += kWarp) {
-    const SoftmaxPart part =
-        with_max({__ldcg(&parts[i].max), __ldcg(&parts[i].sum), __ldcg(&parts[i].weighted)}, max, c);
+    const SoftmaxPart part = with_max({parts[i].max, parts[i].sum, parts[i].weighted}, max, c);
     all.sum += part.sum;
     all.weighted += part.weighted;
   }
@@ -247,25 +246,58 @@ struct LogprobInputs {
 
 struct LogprobOutputs {
   float *logprobs, *entropy, *row_max, *log_sum;
-  ChunkPart* parts;   // [rows][chunks]
-  unsigned* tickets;  // [rows], null if a row is one block's
-  unsigned blocks_per_row;
+  ChunkPart* parts;         // [rows][chunks]
+  unsigned blocks_per_row;  // several leave it to another launch to merge the row's chunks
+};
 
-  // By one warp.
-  template <class T>
-  __device__ void write(int64_t i, const SoftmaxRow& row, const RowLabels& labels, const T* x, double c) const {
+// What a warp knows of the row that it ends.
+template <class T>
+struct LogprobRow {
+  const LogprobInputs<T>& in;
+  int64_t i, chunks;
+  const T* row;
+  RowLabels labels;
+  Anchor anchor;
+  double c;
+
+  __device__ LogprobRow(const LogprobInputs<T>& inputs, int64_t number)
+      : in(inputs),
+        i(number),
+        chunks((in.rows.vocab + kChunkLogits<T> - 1) / kChunkLogits<T>),
+        row(in.logits + in.rows.offset(i)),
+        labels(in.row_labels(i)) {
+    if (in.mask == nullptr || in.mask[i] != 0) anchor = anchor_of(labels, row);
+    c = kLog2E / usable_temperature<float>(in.temperature_rows != nullptr ? in.temperature_rows[i] : in.temperature);
+  }
+  __device__ bool is_read() const { return anchor.label >= 0; }
+
+  // Merges the chunks of a row that is read and writes its results; by one warp.
+  __device__ void finish(const LogprobOutputs& out) const {
+    SoftmaxRow result = anchor.counts ? row_of(std::numeric_limits<double>::quiet_NaN()) : row_not_read();
+    if (is_read()) {
+      const SoftmaxPart others = merge_chunks(out.parts + i * chunks, chunks, c);
+      if (threadIdx.x % kWarp == 0) {
+        result = finish_row(others, static_cast<double>(to_compute(row[anchor.label])), c);
+        if (anchor.outside) result.entropy = std::numeric_limits<double>::quiet_NaN();
+      }
+      if (in.many > 1) {
+        result.max = __shfl_sync(kAllLanes, result.max, 0);
+        result.log_sum = __shfl_sync(kAllLanes, result.log_sum, 0);
+      }
+    }
     const int lane = threadIdx.x % kWarp;
     if (lane == 0) {
-      row_max[i] = static_cast<float>(row.max);
-      log_sum[i] = static_cast<float>(row.log_sum);
-      if (entropy != nullptr) entropy[i] = static_cast<float>(row.entropy);
+      out.row_max[i] = static_cast<float>(result.max);
+      out.log_sum[i] = static_cast<float>(result.log_sum);
+      if (out.entropy != nullptr) out.entropy[i] = static_cast<float>(result.entropy);
     }
     for (int64_t k = lane; k < labels.count; k += kWarp) {
       double logp = 0.0;
-      if (labels.counts(k) && row.log_sum != kNotRead) {
-        logp = labels.inside(k) ? row.logp(to_compute(x[labels.data[k]]), c) : std::numeric_limits<double>::quiet_NaN();
+      if (labels.counts(k) && result.log_sum != kNotRead) {
+        logp = labels.inside(k) ? result.logp(to_compute(row[labels.data[k]]), c)
+                                : std::numeric_limits<double>::quiet_NaN();
       }
-      logprobs[i * labels.count + k] = static_cast<float>(logp);
+      out.logprobs[i * labels.count + k] = static_cast<float>(logp);
     }
   }
 };
@@ -274,43 +306,24 @@ template <class T, bool kEntropy>
 __global__ void __launch_bounds__(kLogitThreads, kLogitBlocks)
     token_logprobs_kernel(LogprobInputs<T> in, LogprobOutputs out) {
   const unsigned part = blockIdx.x % out.blocks_per_row;
-  const int64_t i = blockIdx.x / out.blocks_per_row, vocab = in.rows.vocab;
-  const T* row = in.logits + in.rows.offset(i);
-  const RowLabels labels = in.row_labels(i);
-  Anchor anchor;
-  if (in.mask == nullptr || in.mask[i] != 0) anchor = anchor_of(labels, row);
-  const double c =
-      kLog2E / usable_temperature<float>(in.temperature_rows != nullptr ? in.temperature_rows[i] : in.temperature);
-  SoftmaxRow result = anchor.counts ? row_of(std::numeric_limits<double>::quiet_NaN()) : row_not_read();
-  if (anchor.label < 0) {
-    if (part != 0 || threadIdx.x >= kWarp) return;
-  } else {
-    const int64_t chunks = (vocab + kChunkLogits<T> - 1) / kChunkLogits<T>;
-    ChunkPart* parts = out.parts + i * chunks;
+  const LogprobRow<T> row(in, blockIdx.x / out.blocks_per_row);
+  if (row.is_read()) {
     const int64_t step = int64_t{out.blocks_per_row} * kLogitWarps;
 #pragma unroll 1
-    for (int64_t j = int64_t{part} * kLogitWarps + threadIdx.x / kWarp; j < chunks; j += step) {
-      const Chunk<T> chunk(row, j * kChunkLogits<T>, vocab, anchor.label);
-      const ChunkPart of_chunk = scan_chunk<T, kEntropy>(chunk, static_cast<float>(c));
-      if (threadIdx.x % kWarp == 0) parts[j] = of_chunk;
+    for (int64_t j = int64_t{part} * kLogitWarps + threadIdx.x / kWarp; j < row.chunks; j += step) {
+      const Chunk<T> chunk(row.row, j * kChunkLogits<T>, in.rows.vocab, row.anchor.label);
+      const ChunkPart of_chunk = scan_chunk<T, kEntropy>(chunk, static_cast<float>(row.c));
+      if (threadIdx.x % kWarp == 0) out.parts[row.i * row.chunks + j] = of_chunk;
     }
-    if (out.tickets == nullptr) {
-      __syncthreads();
-    } else if (!is_last_block(out.tickets + i, out.blocks_per_row)) {
-      return;
-    }
-    if (threadIdx.x >= kWarp) return;
-    const SoftmaxPart others = merge_chunks(parts, chunks, c);
-    if (threadIdx.x == 0) {
-      result = finish_row(others, static_cast<double>(to_compute(row[anchor.label])), c);
-      if (anchor.outside) result.entropy = std::numeric_limits<double>::quiet_NaN();
-    }
-    if (in.many > 1) {
-      result.max = __shfl_sync(kAllLanes, result.max, 0);
-      result.log_sum = __shfl_sync(kAllLanes, result.log_sum, 0);
-    }
+    __syncthreads();
   }
-  out.write(i, result, labels, row, c);
+  if (out.blocks_per_row == 1 && threadIdx.x < kWarp) row.finish(out);
+}
+
+// Ends rows that several blocks have read: a block of one warp for each.
+template <class T>
+__global__ void __launch_bounds__(kWarp) merge_logprobs_kernel(LogprobInputs<T> in, LogprobOutputs out) {
+  LogprobRow<T>(in, blockIdx.x).finish(out);
 }
 
 }  // namespace ppo

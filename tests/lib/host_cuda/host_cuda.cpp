@@ -1,15 +1,11 @@
 // The runtime behind include/cuda_runtime.h. A CUDA thread is a fiber; the fibers of a block share one OS thread, and
 // up to HOST_CUDA_BLOCKS blocks run at the same time.
 //
-// For ThreadSanitizer every fiber is a thread of its own, ordered with others by what CUDA orders alone: barriers, and
-// fences around atomics (as in C++: a relaxed write after a fence, read before a fence). This file is not instrumented.
+// For ThreadSanitizer every fiber is a thread of its own, ordered with others by what CUDA orders alone: barriers and
+// the end of a launch. This file is not instrumented.
 #include <cuda_runtime.h>
 #ifdef HOST_CUDA_TSAN
 #include <sanitizer/tsan_interface.h>
-
-extern "C" int __tsan_atomic32_fetch_add(volatile int* at, int value, int order);  // gcc 12 has no header for these
-extern "C" int __tsan_atomic32_load(const volatile int* at, int order);
-extern "C" void __tsan_atomic32_store(volatile int* at, int value, int order);
 #endif
 
 #include <atomic>
@@ -36,15 +32,6 @@ void* own_fiber() { return __tsan_get_current_fiber(); }
 void* new_fiber() { return __tsan_create_fiber(0); }
 void end_fiber(void* fiber) { __tsan_destroy_fiber(fiber); }
 void show_switch(void* fiber) { __tsan_switch_to_fiber(fiber, __tsan_switch_to_fiber_no_sync); }
-unsigned relaxed_add(unsigned* at, unsigned value) {
-  return __tsan_atomic32_fetch_add(reinterpret_cast<int*>(at), static_cast<int>(value), __ATOMIC_RELAXED);
-}
-unsigned relaxed_load(const unsigned* at) {
-  return __tsan_atomic32_load(reinterpret_cast<const int*>(at), __ATOMIC_RELAXED);
-}
-void relaxed_store(unsigned* at, unsigned value) {
-  __tsan_atomic32_store(reinterpret_cast<int*>(at), static_cast<int>(value), __ATOMIC_RELAXED);
-}
 #else
 constexpr size_t kStack = 256 * 1024;
 void acquire(void*) {}
@@ -53,9 +40,6 @@ void* own_fiber() { return nullptr; }
 void* new_fiber() { return nullptr; }
 void end_fiber(void*) {}
 void show_switch(void*) {}
-unsigned relaxed_add(unsigned* at, unsigned value) { return std::atomic_ref(*at).fetch_add(value); }
-unsigned relaxed_load(const unsigned* at) { return std::atomic_ref(const_cast<unsigned&>(*at)).load(); }
-void relaxed_store(unsigned* at, unsigned value) { std::atomic_ref(*at).store(value); }
 #endif
 
 extern "C" void host_cuda_switch(void** save, void* load);
@@ -93,7 +77,6 @@ struct Fiber {
   Thread thread;
   void *stack_pointer, *shown;
   bool finished = false;
-  char seen, fenced;  // what its reads of atomics brought; what it did before its last fence
 };
 
 class Block {
@@ -129,11 +112,8 @@ class Block {
         if (fiber.finished) --live;
       }
       if (progress_ != before) continue;
-      if (blocks_running <= 1) {
-        std::fprintf(stderr, "host_cuda: deadlock: the threads of a block wait for what never comes\n");
-        std::abort();
-      }
-      std::this_thread::yield();
+      std::fprintf(stderr, "host_cuda: deadlock: the threads of a block wait for what never comes\n");
+      std::abort();
     }
     acquire(&ended_);
     for (Fiber& fiber : fibers_) end_fiber(fiber.shown);
@@ -157,20 +137,6 @@ class Block {
     }
     while (b.generation == generation) yield();
     if (orders_memory) acquire(&b.passed[generation % 2]);
-  }
-
-  Fiber& self() { return *at_; }
-
-  // What happened before one point happens before another, and nothing of the caller's own does. A new fiber knows what
-  // its maker does: the scheduler, which knows of the launch alone.
-  void pass_on(void* from, void* to) {
-    show_switch(scheduler_shown_);
-    void* messenger = new_fiber();
-    show_switch(messenger);
-    acquire(from);
-    release(to);
-    show_switch(at_->shown);
-    end_fiber(messenger);
   }
 
   uint64_t& slot(unsigned lane) { return slots_[at_->thread.index / 32 * 32 + lane]; }
@@ -229,38 +195,6 @@ uint64_t exchange(unsigned mask, uint64_t value, unsigned source) {
   wait_warp(mask, false);
   value = Block::running->slot(source);
   wait_warp(mask, false);
-  return value;
-}
-
-void fence() {
-  std::atomic_thread_fence(std::memory_order_seq_cst);
-  Fiber& self = Block::running->self();
-  acquire(&self.seen);
-  release(&self.fenced);
-}
-
-unsigned atomic_add(unsigned* address, unsigned value) {
-  Block& block = *Block::running;
-  block.pass_on(&block.self().fenced, address);
-  const unsigned old = relaxed_add(address, value);
-  block.pass_on(address, &block.self().seen);
-  return old;
-}
-
-void store(unsigned* address, unsigned value) {
-  Block& block = *Block::running;
-  block.pass_on(&block.self().fenced, address);
-  relaxed_store(address, value);
-}
-
-unsigned load(const unsigned* address) {
-  Block& block = *Block::running;
-  const unsigned value = relaxed_load(address);
-  if (value == 0) {
-    block.yield();  // what it waits for has yet to come
-  } else {
-    block.pass_on(const_cast<unsigned*>(address), &block.self().seen);
-  }
   return value;
 }
 

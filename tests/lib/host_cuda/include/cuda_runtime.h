@@ -50,13 +50,8 @@ void run(unsigned blocks, unsigned threads, const std::function<void()>& kernel)
 
 void sync_block();
 void sync_warp(unsigned mask);
-void fence();
 // `value` of the lane `source`. It orders no memory, as in CUDA.
 uint64_t exchange(unsigned mask, uint64_t value, unsigned source);
-// Relaxed accesses of a word that other blocks write; load() of a 0 lets other threads run.
-unsigned atomic_add(unsigned* address, unsigned value);
-unsigned load(const unsigned* address);
-void store(unsigned* address, unsigned value);
 
 template <class T>
 T shuffle(unsigned mask, T value, unsigned source) {
@@ -138,8 +133,6 @@ inline unsigned __reduce_add_sync(unsigned mask, unsigned value) {
 }
 
 inline int __popc(unsigned bits) { return __builtin_popcount(bits); }
-inline unsigned atomicAdd(unsigned* address, unsigned value) { return host_cuda::atomic_add(address, value); }
-inline void __threadfence() { host_cuda::fence(); }
 
 template <class T>
 T __ldcs(const T* address) {
@@ -147,10 +140,6 @@ T __ldcs(const T* address) {
 }
 template <class T>
 T __ldg(const T* address) {
-  return *address;
-}
-template <class T>
-T __ldcg(const T* address) {
   return *address;
 }
 template <class T>
@@ -173,9 +162,5 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
   return cudaSuccess;
 }
 
-inline cudaError_t cudaMemsetAsync(void* address, int value, size_t bytes, cudaStream_t) {
-  std::memset(address, value, bytes);
-  return cudaSuccess;
-}
 inline cudaError_t cudaGetLastError() { return cudaSuccess; }
 inline const char* cudaGetErrorString(cudaError_t) { return ""; }
