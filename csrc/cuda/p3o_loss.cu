@@ -18,8 +18,7 @@ LossResult p3o_loss(const Tensor& logprobs, const Tensor& old_logprobs, const Te
   const LossTensors out(logprobs, blocks, P3OLoss::Partials::kCount, P3OStat::kCount, normalizer, grad);
   const RowWork work =
       grad ? RowWork(launch, logprobs, cu_seqlens, {out.grad}) : RowWork(launch, logprobs, cu_seqlens, {});
-  const auto scratch = [&](int64_t bytes) { return empty({rows * bytes / 8}, ScalarType::Double, logprobs); };
-  const Tensor parts = scratch(sizeof(P3OParts)), responses = scratch(sizeof(Response)),
+  const Tensor responses = empty({rows * int64_t{sizeof(Response) / 8}}, ScalarType::Double, logprobs),
                slopes = empty({rows}, ScalarType::Float, logprobs);
   const auto input = [&](const char* name, const Tensor& x) {
     return token_input<float>(name, x, logprobs, work.rows);
@@ -37,10 +36,12 @@ LossResult p3o_loss(const Tensor& logprobs, const Tensor& old_logprobs, const Te
                      group_size,
                      vector_aligned(logprobs) && vector_aligned(old_logprobs) && vector_aligned(ref_logprobs) &&
                          vector_aligned(out.grad),
-                     data_of<P3OParts>(parts),
                      data_of<Response>(responses),
                      data_of<float>(slopes)};
-  return out.run<P3OLoss>(launch, p3o_loss_kernel, blocks, in);
+  launch(p3o_rows_kernel, rows, kRowThreads, in);
+  const LossResult result = out.run<P3OLoss>(launch, p3o_pairs_kernel, blocks, in);
+  if (grad) launch(p3o_gradient_kernel, rows, kRowThreads, in, data_of<float>(out.grad));
+  return result;
 }
 
 }  // namespace

@@ -62,16 +62,19 @@ __device__ GradientRow gradient_row(const GradientInputs<T>& in, int64_t i, cons
           false};
 }
 
+// Whether the row may have a gradient, for what a thread can read at once; a row without is not worth its traffic.
+template <class T>
+__device__ bool may_have_gradient(const GradientInputs<T>& in, int64_t i) {
+  const bool of_labels = in.grad_logprobs != nullptr && (in.many > 1 || in.grad_logprobs[i] != 0.0f);
+  return in.log_sum[i] != kNotRead && (of_labels || (in.grad_entropy != nullptr && in.grad_entropy[i] != 0.0f));
+}
+
 // One block is one tile of a row: the same vectors of 16-byte stores as the row has in memory, and its ends.
 template <class T>
-__global__ void __launch_bounds__(kGradientThreads) token_logprobs_backward_kernel(GradientInputs<T> in) {
+__global__ void __launch_bounds__(kGradientThreads, 4) token_logprobs_backward_kernel(GradientInputs<T> in) {
   __shared__ GradientRow shared;
   const int64_t i = blockIdx.x / in.tiles_per_row, vocab = in.rows.vocab;
   const RowLabels labels = in.row_labels(i);
-  if (threadIdx.x < kWarp) {
-    const LabelGradients all = gradients_of(labels, in.row_gradients(i));
-    if (threadIdx.x == 0) shared = gradient_row(in, i, all);
-  }
   const T* row = in.logits + in.rows.offset(i);
   T* out = in.gradient + in.gradient_rows.offset(i);
   const int64_t label = in.many == 1 ? in.labels[i] : -1;
@@ -80,26 +83,34 @@ __global__ void __launch_bounds__(kGradientThreads) token_logprobs_backward_kern
   const int64_t begin = int64_t{blockIdx.x % in.tiles_per_row} * kGradientLogits<T> - head;
   const int64_t first = begin + static_cast<int>(threadIdx.x) * kPerVector<T>;
   constexpr int kStep = kGradientThreads * kPerVector<T>;
-  __syncthreads();
-  const GradientRow g = shared;
   Vector v[kGradientVectors] = {};
-  if (!g.zero) {
+  if (may_have_gradient(in, i)) {  // asked for before the row's factors are known
 #pragma unroll
     for (int j = 0; j < kGradientVectors; ++j) {
       const int64_t column = first + j * kStep;
       v[j] = together && has_vector<T>(column, vocab) ? load_streaming(row + column)
                                                       : gather_vector(row, column, vocab, T{});
     }
+  }
+  if (threadIdx.x < kWarp) {
+    const LabelGradients all = gradients_of(labels, in.row_gradients(i));
+    if (threadIdx.x == 0) shared = gradient_row(in, i, all);
+  }
+  __syncthreads();
+  const GradientRow g = shared;
 #pragma unroll
-    for (int j = 0; j < kGradientVectors; ++j) {
+  for (int j = 0; j < kGradientVectors; ++j) {
+    if (g.zero) {
+      v[j] = {};
+      continue;
+    }
 #pragma unroll
-      for (int w = 0; w < kWords; ++w) {
-        float z[kPerWord<T>];
-        word_to_floats<T>(v[j].word[w], z);
+    for (int w = 0; w < kWords; ++w) {
+      float z[kPerWord<T>];
+      word_to_floats<T>(v[j].word[w], z);
 #pragma unroll
-        for (int k = 0; k < kPerWord<T>; ++k) z[k] = logit_gradient(z[k], g.max, g.c, g.a, g.b, g.k);
-        v[j].word[w] = floats_to_word<T>(z);
-      }
+      for (int k = 0; k < kPerWord<T>; ++k) z[k] = logit_gradient(z[k], g.max, g.c, g.a, g.b, g.k);
+      v[j].word[w] = floats_to_word<T>(z);
     }
   }
 #pragma unroll
