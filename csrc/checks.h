@@ -333,19 +333,4 @@ TokenInput<T> token_input(const char* name, const OptTensor& x, const Tensor& to
   return {data, rows.packed() || x->size(0) <= 1 ? 0 : x->stride(0) - x->size(1), false};
 }
 
-// Calls f with the estimator as a compile-time constant.
-template <class F>
-auto dispatch_estimator(int64_t estimator, F&& f) {
-  switch (static_cast<KlEstimator>(estimator)) {
-    case KlEstimator::kK1:
-      return f(std::integral_constant<KlEstimator, KlEstimator::kK1>{});
-    case KlEstimator::kAbs:
-      return f(std::integral_constant<KlEstimator, KlEstimator::kAbs>{});
-    case KlEstimator::kK2:
-      return f(std::integral_constant<KlEstimator, KlEstimator::kK2>{});
-    default:
-      return f(std::integral_constant<KlEstimator, KlEstimator::kK3>{});
-  }
-}
-
 }  // namespace ppo

@@ -79,6 +79,23 @@ def test_parts_of_several_blocks(require_impl, monkeypatch, count):
     check_moments(impl, x, mask)
 
 
+@pytest.mark.several_blocks(count=9001)
+@pytest.mark.parametrize("count", [9001, 2_500_001])
+def test_a_mean_that_drifts(impl, count):
+    """A block's mean is not its neighbours': of 2.5 million elements a fold takes several rounds."""
+    if impl == "triton" and count > 20000:
+        count = 20001
+    x = torch.randn(count) * 0.1 + torch.arange(count) * (5 / count)
+    mask = torch.rand(count) < 0.6
+    wide = x[mask].double()
+    got = moments(x, mask, impl=impl)
+    assert got[0].item() == len(wide)
+    torch.testing.assert_close(got[1], wide.mean(), rtol=1e-12, atol=0)
+    torch.testing.assert_close(got[2], (wide - wide.mean()).square().sum(), rtol=1e-11, atol=0)
+    want = (wide - wide.mean()) / wide.std()
+    torch.testing.assert_close(whiten(x, mask, eps=0.0, impl=impl)[mask].double(), want, rtol=1e-5, atol=1e-5)
+
+
 def test_counts_stay_exact_beyond_float32(impl, monkeypatch):
     if impl == "triton":  # all in one part, and few steps for the interpreter
         for name, value in (("BLOCK", 2**20), ("PARTS", 1)):

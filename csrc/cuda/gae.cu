@@ -29,7 +29,8 @@ std::tuple<Tensor, Tensor> gae(const Tensor& rewards, const Tensor& values, cons
       data_of<float>(advantages),
       data_of<float>(returns)};
   const bool linked = work.kind == RowWork::kSegments;
-  const Tensor scratch = empty({linked ? work.segments * int64_t{sizeof(GaeLink) / 8} : 0}, ScalarType::Double, rewards);
+  const Tensor scratch =
+      empty({linked ? work.segments * int64_t{sizeof(GaeLink) / 8} : 0}, ScalarType::Double, rewards);
   auto* links = data_of<GaeLink>(scratch);
   switch (work.kind) {
     case RowWork::kShortTeams:

@@ -170,12 +170,14 @@ __global__ void __launch_bounds__(kRowThreads, kLanes == kWarp ? 3 : 4) gae_team
   }
 }
 
-// A segment's place among the launches: its row has no other one, or it leaves its map for those before it, or it takes
+// What a launch does for a segment: its row has no other one, or it leaves its map for those before it, or it takes
 // the maps of those after it.
-enum class GaePass { kAlone, kMaps, kTokens };
+struct GaePass {
+  enum : int { kAlone, kMaps, kTokens };
+};
 
 // A block per segment. A row of many is read twice, the second time mostly from the cache: no block waits for another.
-template <GaePass kPass>
+template <int kPass>
 __global__ void __launch_bounds__(kRowThreads, 4) gae_segments_kernel(GaeInputs in, GaeLink* links) {
   __shared__ float stages[kStage];
   __shared__ double scales[kTiles], shifts[kTiles];

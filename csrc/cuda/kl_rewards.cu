@@ -4,21 +4,6 @@
 namespace ppo {
 namespace {
 
-template <KlEstimator kEstimator>
-void launch_kl(const Launcher& launch, const RowWork& work, const KlRewardsInputs& in, KlPart* parts) {
-  switch (work.kind) {
-    case RowWork::kShortTeams:
-      return launch(kl_teams_kernel<kEstimator, kShortTeam>, work.blocks, kRowThreads, in);
-    case RowWork::kWarps:
-      return launch(kl_teams_kernel<kEstimator, kWarp>, work.blocks, kRowThreads, in);
-    case RowWork::kOneSegment:
-      return launch(kl_segments_kernel<kEstimator>, work.blocks, kRowThreads, in, parts);
-    case RowWork::kSegments:
-      launch(kl_segments_kernel<kEstimator>, work.blocks, kRowThreads, in, parts);
-      return launch(kl_rows_kernel, (work.rows.count + kRowThreads - 1) / kRowThreads, kRowThreads, in, parts);
-  }
-}
-
 std::tuple<Tensor, Tensor> kl_rewards(const Tensor& logprobs, const Tensor& ref_logprobs, const Tensor& scores,
                                       const OptTensor& mask, const OptTensor& score_index, const OptTensor& cu_seqlens,
                                       const OptTensor& kl_coef_tensor, double kl_coef, int64_t kl_estimator,
@@ -39,6 +24,7 @@ std::tuple<Tensor, Tensor> kl_rewards(const Tensor& logprobs, const Tensor& ref_
                            score.data(),
                            index.data(),
                            coef.data(),
+                           kl_estimator,
                            static_cast<float>(kl_coef),
                            static_cast<float>(score_clip),
                            static_cast<float>(kl_log_clamp),
@@ -47,8 +33,17 @@ std::tuple<Tensor, Tensor> kl_rewards(const Tensor& logprobs, const Tensor& ref_
                            data_of<float>(rewards),
                            data_of<float>(kl)};
   const bool linked = work.kind == RowWork::kSegments;
-  const Tensor parts = empty({linked ? 2 * work.segments : 0}, ScalarType::Double, logprobs);
-  dispatch_estimator(kl_estimator, [&](auto estimator) { launch_kl<estimator()>(launch, work, in, data_of<KlPart>(parts)); });
+  const Tensor scratch = empty({linked ? 2 * work.segments : 0}, ScalarType::Double, logprobs);
+  auto* parts = data_of<KlPart>(scratch);
+  if (work.kind == RowWork::kShortTeams) {
+    launch(kl_teams_kernel<kShortTeam>, work.blocks, kRowThreads, in);
+  } else if (work.kind == RowWork::kWarps) {
+    launch(kl_teams_kernel<kWarp>, work.blocks, kRowThreads, in);
+  } else {
+    launch(kl_segments_kernel, work.blocks, kRowThreads, in, parts);
+    const int64_t blocks = linked ? (work.rows.count + kRowThreads - 1) / kRowThreads : 0;
+    launch(kl_rows_kernel, blocks, kRowThreads, in, parts);
+  }
   return std::make_tuple(rewards, kl);
 }
 

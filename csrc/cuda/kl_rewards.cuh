@@ -13,6 +13,7 @@ struct KlRewardsInputs {
   const float* scores;
   const int64_t* score_index;  // null: the last valid token
   const double* kl_coef;       // null: coef
+  int64_t estimator;
   float coef, score_clip, log_clamp, value_clamp;
   bool aligned;
   float *rewards, *kl;
@@ -60,7 +61,7 @@ __device__ KlPart team_part(KlPart part) {
 }
 
 // A run of 8 tokens per lane.
-template <KlEstimator kEstimator, int kLanes>
+template <int kLanes>
 struct KlTile {
   float rewards[kRun];
   int64_t begin;
@@ -77,15 +78,17 @@ struct KlTile {
     }
     float sum = 0.0f;
     part.last = -1;
+    dispatch_estimator(in.estimator, [&](auto estimator) {
 #pragma unroll
-    for (int k = 0; k < kRun; ++k) {
-      const bool is_valid = (valid >> k & 1u) != 0;
-      const float logprob = is_valid ? rewards[k] : 0.0f, ref_logprob = is_valid ? ref[k] : 0.0f;
-      const float estimate = kl_term<kEstimator>(logprob, ref_logprob, in.log_clamp, in.value_clamp).value;
-      sum += estimate;
-      rewards[k] = is_valid ? 0.0f + scaled_or_off(row.scale, estimate) : 0.0f;  // never -0
-      if (is_valid) part.last = at() + k;
-    }
+      for (int k = 0; k < kRun; ++k) {
+        const bool is_valid = (valid >> k & 1u) != 0;
+        const float logprob = is_valid ? rewards[k] : 0.0f, ref_logprob = is_valid ? ref[k] : 0.0f;
+        const float estimate = kl_term<estimator()>(logprob, ref_logprob, in.log_clamp, in.value_clamp).value;
+        sum += estimate;
+        rewards[k] = is_valid ? 0.0f + scaled_or_off(row.scale, estimate) : 0.0f;  // never -0
+        if (is_valid) part.last = at() + k;
+      }
+    });
     part.sum = static_cast<double>(sum);
     part = team_part<kLanes>(part);
   }
@@ -115,7 +118,7 @@ __device__ inline void finish_row(const KlRewardsInputs& in, const KlRow& row, c
 }
 
 // A team per row, walking it from its end.
-template <KlEstimator kEstimator, int kLanes>
+template <int kLanes>
 __global__ void __launch_bounds__(kRowThreads, kLanes == kWarp ? 3 : 4) kl_teams_kernel(KlRewardsInputs in) {
   __shared__ float stages[kStage];
   float* stage = team_stage<kLanes>(stages);
@@ -126,7 +129,7 @@ __global__ void __launch_bounds__(kRowThreads, kLanes == kWarp ? 3 : 4) kl_teams
   KlPart all{0.0, -1};
   double segment = 0.0;
   for (int64_t i = tiles - 1; i >= 0; --i) {
-    KlTile<kEstimator, kLanes> tile(in, row, i, stage);
+    KlTile<kLanes> tile(in, row, i, stage);
     segment += tile.part.sum;
     all.last = all.last < 0 ? tile.part.last : all.last;
     if (tiles == 1) {
@@ -163,8 +166,7 @@ static __global__ void __launch_bounds__(kRowThreads) kl_rows_kernel(KlRewardsIn
 }
 
 // A block per segment.
-template <KlEstimator kEstimator>
-__global__ void __launch_bounds__(kRowThreads, 4) kl_segments_kernel(KlRewardsInputs in, KlPart* parts) {
+static __global__ void __launch_bounds__(kRowThreads, 4) kl_segments_kernel(KlRewardsInputs in, KlPart* parts) {
   __shared__ float stages[kStage];
   __shared__ double sums[kTiles];
   __shared__ int64_t lasts[kTiles];
@@ -174,7 +176,7 @@ __global__ void __launch_bounds__(kRowThreads, 4) kl_segments_kernel(KlRewardsIn
   const int64_t index = blockIdx.x - segment.first;
   float* stage = team_stage<kWarp>(stages);
   const KlRow row(in, segment.row);
-  KlTile<kEstimator, kWarp> tile(in, row, index * kTiles + warp, stage);
+  KlTile<kWarp> tile(in, row, index * kTiles + warp, stage);
   if (threadIdx.x % kWarp == 0) sums[warp] = tile.part.sum, lasts[warp] = tile.part.last;
   __syncthreads();
   KlPart part{0.0, -1};

@@ -13,7 +13,7 @@ constexpr int kLossThreads = 256;
 constexpr int kLossWarps = kLossThreads / kWarp;
 constexpr int kLossVectors = 2;  // vectors of tokens that a thread keeps in registers
 constexpr int64_t kLossTokens = int64_t{kLossThreads} * kLossVectors * kTokens;  // per block, whatever the batch
-constexpr int kFoldThreads = 512;                                               // of the second launch
+constexpr int kFoldThreads = 512;                                                // of the second launch
 
 struct LossOutputs {
   float *loss, *stats, *grad, *inv_normalizer;  // grad is null unless asked for
@@ -121,7 +121,8 @@ __device__ const double* fold_columns(const double* partials, int64_t blocks) {
     const double* column = partials + c * blocks;
     double mine = 0.0;
 #pragma unroll 8
-    for (int64_t b = lane; b < blocks; b += kWarp) mine = c < C::kMeans ? mine + column[b] : max_or_nan(mine, column[b]);
+    for (int64_t b = lane; b < blocks; b += kWarp)
+      mine = c < C::kMeans ? mine + column[b] : max_or_nan(mine, column[b]);
     mine = c < C::kMeans ? warp_sum(mine) : warp_max_or_nan(mine);
     if (lane == 0) totals[c] = mine;
   }

@@ -1,5 +1,5 @@
-// The pairwise policy loss on the device: a block per row sums it, a block per group meets its rows in pairs, and a block
-// per row writes the gradient, which is one number for the row.
+// The pairwise policy loss on the device: a block per row sums it, a block per group meets its rows in pairs, and a
+// block per row writes the gradient, which is one number for the row.
 #pragma once
 
 #include "cuda/loss.cuh"

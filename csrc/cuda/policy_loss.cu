@@ -42,7 +42,8 @@ LossResult policy_loss(const Tensor& logprobs, const Tensor& old_logprobs, const
   const int64_t blocks = loss_blocks(logprobs.numel());
   const LossTensors out(logprobs, blocks, PolicyLoss::Partials::kCount, PolicyStat::kCount, normalizer, grad);
   const auto run = [&](auto has_ref, auto estimator) {
-    auto* kernel = flat ? policy_loss_kernel<true, has_ref(), estimator()> : policy_loss_kernel<false, has_ref(), estimator()>;
+    auto* kernel =
+        flat ? policy_loss_kernel<true, has_ref(), estimator()> : policy_loss_kernel<false, has_ref(), estimator()>;
     return out.run<PolicyLoss>(launch, kernel, blocks, in);
   };
   constexpr std::integral_constant<KlEstimator, KlEstimator::kK1> any{};

@@ -17,8 +17,8 @@ struct PolicyInputs {
   bool needs_row;
 };
 
-// The sums of PolicySum, of which the last four are counts, as is the number of tokens; the moments of ratio - 1 and the
-// largest ratio.
+// The sums of PolicySum, of which the last four are counts, as is the number of tokens; the moments of ratio - 1 and
+// the largest ratio.
 struct PolicyLoss {
   using Partials = Columns<PolicySum::kClippedHigh, PolicySum::kCount - PolicySum::kClippedHigh + 1, 1, true>;
   static constexpr int kTotal = PolicySum::kLoss;

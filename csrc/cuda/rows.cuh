@@ -187,7 +187,7 @@ __device__ void store_tile(float* row, int64_t begin, int64_t length, bool align
 }
 
 struct PackedOutputs {
-  int64_t* bounds;  // [B + 1]: cu_seqlens forced into order and into [0, N]
+  int64_t* bounds;        // [B + 1]: cu_seqlens forced into order and into [0, N]
   float *first, *second;  // tensors whose tokens that no row claims become 0; null for none
 };
 

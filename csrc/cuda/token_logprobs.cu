@@ -71,9 +71,9 @@ std::tuple<Tensor, Tensor> token_logprobs(const Tensor& logits, const Tensor& la
                               tau.data(),
                               temperature,
                               ignore_index};
-    const LogprobOutputs out{data_of<float>(logp),         entropy ? data_of<float>(stats) + 2 * rows : nullptr,
-                             data_of<float>(stats),        data_of<float>(stats) + rows,
-                             data_of<ChunkPart>(parts),    static_cast<unsigned>(blocks)};
+    const LogprobOutputs out{data_of<float>(logp),      entropy ? data_of<float>(stats) + 2 * rows : nullptr,
+                             data_of<float>(stats),     data_of<float>(stats) + rows,
+                             data_of<ChunkPart>(parts), static_cast<unsigned>(blocks)};
     launch(entropy ? token_logprobs_kernel<T, true> : token_logprobs_kernel<T, false>, rows * blocks, kLogitThreads, in,
            out);
     if (blocks > 1) launch(merge_logprobs_kernel<T>, rows, kWarp, in, out);

@@ -20,7 +20,8 @@ std::tuple<Tensor, Tensor, Tensor> moments(const Tensor& x, const OptTensor& mas
   const Launcher launch(x);
   const int64_t blocks = whiten_blocks(x);
   const Tensor count = empty({}, ScalarType::Double, x), mean = empty({}, ScalarType::Double, x),
-               m2 = empty({}, ScalarType::Double, x), partials = empty({WhitenPartials::kCount * blocks}, ScalarType::Double, x);
+               m2 = empty({}, ScalarType::Double, x),
+               partials = empty({WhitenPartials::kCount * blocks}, ScalarType::Double, x);
   auto* parts = data_of<double>(partials);
   launch(moments_kernel, blocks, kWhitenThreads, whiten_inputs(x, mask), parts);
   launch(moments_fold_kernel, 1, kFoldThreads, parts, blocks, data_of<double>(count), data_of<double>(mean),

@@ -1,6 +1,8 @@
 // Per-token estimators of KL(pi || ref) and their gradients (Schulman, "Approximating KL Divergence", 2020).
 #pragma once
 
+#include <type_traits>
+
 #include "exp.h"
 
 namespace ppo {
@@ -48,6 +50,21 @@ PPO_INLINE KlTerm<T> kl_term(T logp, T ref, T log_clamp, T value_clamp) {
     k = expm1_minus(x, exp_x), slope = x > T(-0.5) && x < T(0.5) ? -(k + x) : T(1) - exp_x;  // 1 at -inf
   }
   return {clamp(k, value_clamp), clamp_gradient(raw, log_clamp, clamp_gradient(k, value_clamp, slope))};
+}
+
+// Calls f with the estimator as a compile-time constant.
+template <class F>
+PPO_INLINE auto dispatch_estimator(int64_t estimator, F&& f) {
+  switch (static_cast<KlEstimator>(estimator)) {
+    case KlEstimator::kK1:
+      return f(std::integral_constant<KlEstimator, KlEstimator::kK1>{});
+    case KlEstimator::kAbs:
+      return f(std::integral_constant<KlEstimator, KlEstimator::kAbs>{});
+    case KlEstimator::kK2:
+      return f(std::integral_constant<KlEstimator, KlEstimator::kK2>{});
+    default:
+      return f(std::integral_constant<KlEstimator, KlEstimator::kK3>{});
+  }
 }
 
 }  // namespace ppo
