@@ -25,7 +25,7 @@ LossResult policy_loss(const Tensor& logprobs, const Tensor& old_logprobs, const
                   input("advantages", advantages, true),
                   input("weights", weights, true),
                   input("ref_logprobs", ref_logprobs),
-                  {row_weights.data(), 1, row_weights.data() != nullptr},
+                  per_row(row_weights.data()),
                   token_input<uint8_t>("mask", mask, logprobs, rows),
                   {static_cast<float>(1.0 - cliprange_low), static_cast<float>(1.0 + cliprange_high),
                    static_cast<float>(dual_clip), static_cast<float>(log_ratio_clamp)},

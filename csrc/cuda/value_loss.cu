@@ -15,7 +15,7 @@ LossResult value_loss(const Tensor& values, const Tensor& old_values, const Tens
                  token_input<float>("values", values, values, rows),
                  token_input<float>("old_values", old_values, values, rows),
                  token_input<float>("returns", returns, values, rows),
-                 {row_weights.data(), 1, row_weights.data() != nullptr},
+                 per_row(row_weights.data()),
                  token_input<uint8_t>("mask", mask, values, rows),
                  static_cast<float>(cliprange_value),
                  false};

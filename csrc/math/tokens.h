@@ -62,4 +62,10 @@ struct TokenInput {
   }
 };
 
+// One value for each row, or none.
+template <class T>
+TokenInput<T> per_row(const T* data) {
+  return data == nullptr ? TokenInput<T>{} : TokenInput<T>{data, 1, true};
+}
+
 }  // namespace ppo
