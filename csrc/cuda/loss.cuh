@@ -93,18 +93,20 @@ __device__ void write_partials(const double (&sums)[kPadded], WarpCounts<C::kCou
   const int lane = threadIdx.x % kWarp, number = lane / kLanes;
   auto& mine = parts[threadIdx.x / kWarp];
   const double sum = warp_sums(sums);
-  if (number < C::kSums) mine[number] = sum;
-  if (number >= C::kSums && number < C::kSums + C::kMoments) mine[C::kCounts + number] = sum;
+  if (lane % kLanes == 0 && number < C::kSums + C::kMoments)
+    mine[number < C::kSums ? number : C::kCounts + number] = sum;
   counts.sum();
 #pragma unroll
-  for (int i = 0; i < C::kCounts; ++i) mine[C::kSums + i] = counts[i];
+  for (int i = 0; i < C::kCounts; ++i) {
+    if (lane == 0) mine[C::kSums + i] = counts[i];
+  }
 #pragma unroll
   for (int i = 0; i < C::kMoments; ++i) {
     const double mean = mean_of(__shfl_sync(kAllLanes, sum, (C::kSums + i) * kLanes), counts[C::kCounts - 1]);
-    mine[C::kMeans + i] = mean;
-    mine[C::kSquares + i] = warp_sum(squares(i, mean));
+    const double own = warp_sum(squares(i, mean));
+    if (lane == 0) mine[C::kMeans + i] = mean, mine[C::kSquares + i] = own;
   }
-  if constexpr (C::kHasMax) mine[C::kMax] = max;
+  if (C::kHasMax && lane == 0) mine[C::kCount - 1] = max;
   __syncthreads();
   if (threadIdx.x < kWarp) join_warps<C>(parts, partials);
 }

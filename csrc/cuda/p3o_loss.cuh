@@ -94,11 +94,11 @@ static __global__ void __launch_bounds__(kRowThreads) p3o_pairs_kernel(P3OInputs
     if (group[k].has_tokens) ratio_max = max_or_nan(ratio_max, group[k].ratio);
   }
   constexpr int kLanes = kWarp / kP3OSumsPadded;  // that hold the same sum
-  const int number = threadIdx.x % kWarp / kLanes;
+  const int lane = threadIdx.x % kWarp;
   auto& mine = of_warps[threadIdx.x / kWarp];
-  const double sum = warp_sums(sums);
-  if (number < P3OSum::kCount) mine[number] = sum;
-  mine[P3OLoss::Partials::kMax] = warp_max_or_nan(ratio_max);
+  const double sum = warp_sums(sums), largest = warp_max_or_nan(ratio_max);
+  if (lane % kLanes == 0 && lane / kLanes < P3OSum::kCount) mine[lane / kLanes] = sum;
+  if (lane == 0) mine[P3OLoss::Partials::kMax] = largest;
   __syncthreads();
   if (threadIdx.x < kWarp) join_warps<P3OLoss::Partials>(of_warps, out.partials);
 }

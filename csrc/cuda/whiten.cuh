@@ -87,7 +87,9 @@ static __global__ void __launch_bounds__(kWhitenThreads, 3) moments_kernel(White
   }
   const double all[] = {mine.count, mine.count * mine.mean, mine.mean, mine.m2};
 #pragma unroll
-  for (int i = 0; i < WhitenPartials::kCount; ++i) parts[threadIdx.x / kWarp][i] = all[i];
+  for (int i = 0; i < WhitenPartials::kCount; ++i) {
+    if (threadIdx.x % kWarp == 0) parts[threadIdx.x / kWarp][i] = all[i];
+  }
   __syncthreads();
   if (threadIdx.x < kWarp) join_warps<WhitenPartials>(parts, partials);
 }
