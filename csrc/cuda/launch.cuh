@@ -32,6 +32,10 @@ class Launcher {
     STD_CUDA_CHECK(cudaLaunchKernelEx(&config, kernel, std::forward<Arguments>(args)...));
   }
 
+  void clear(void* memory, size_t bytes) const {
+    if (bytes > 0) STD_CUDA_CHECK(cudaMemsetAsync(memory, 0, bytes, stream_));  // an empty tensor has no memory
+  }
+
  private:
   torch::stable::accelerator::DeviceGuard guard_;
   cudaStream_t stream_ = nullptr;

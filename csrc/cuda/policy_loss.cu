@@ -30,6 +30,7 @@ LossResult policy_loss(const Tensor& logprobs, const Tensor& old_logprobs, const
                   {static_cast<float>(1.0 - cliprange_low), static_cast<float>(1.0 + cliprange_high),
                    static_cast<float>(dual_clip), static_cast<float>(log_ratio_clamp)},
                   coef.data(),
+                  kl_estimator,
                   static_cast<float>(kl_coef),
                   static_cast<float>(kl_log_clamp),
                   static_cast<float>(kl_clamp),
@@ -41,14 +42,9 @@ LossResult policy_loss(const Tensor& logprobs, const Tensor& old_logprobs, const
   const bool flat = of_all([&](const auto&... all) { return flat_and_aligned(rows, all...); });
   const int64_t blocks = loss_blocks(logprobs.numel());
   const LossTensors out(logprobs, blocks, PolicyLoss::Partials::kCount, PolicyStat::kCount, normalizer, grad);
-  const auto run = [&](auto has_ref, auto estimator) {
-    auto* kernel =
-        flat ? policy_loss_kernel<true, has_ref(), estimator()> : policy_loss_kernel<false, has_ref(), estimator()>;
-    return out.run<PolicyLoss>(launch, kernel, blocks, in);
-  };
-  constexpr std::integral_constant<KlEstimator, KlEstimator::kK1> any{};
-  if (!ref_logprobs.has_value()) return run(std::false_type{}, any);
-  return dispatch_estimator(kl_estimator, [&](auto estimator) { return run(std::true_type{}, estimator); });
+  auto* with_ref = flat ? policy_loss_kernel<true, true> : policy_loss_kernel<false, true>;
+  auto* without = flat ? policy_loss_kernel<true, false> : policy_loss_kernel<false, false>;
+  return out.run<PolicyLoss>(launch, ref_logprobs.has_value() ? with_ref : without, blocks, in);
 }
 
 }  // namespace

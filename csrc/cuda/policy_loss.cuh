@@ -13,6 +13,7 @@ struct PolicyInputs {
   TokenInput<uint8_t> mask;
   PolicyOptions<float> options;
   const double* kl_coef_tensor;  // takes the place of kl_coef where it is given
+  int64_t kl_estimator;
   float kl_coef, kl_log_clamp, kl_clamp;
   bool needs_row;
 };
@@ -50,7 +51,7 @@ struct PolicyTokens {
 };
 
 // Adds what a vector adds to the sums; its gradients take the place of logp, the excesses over a ratio of 1 of old.
-template <bool kHasRef, KlEstimator kEstimator>
+template <bool kHasRef>
 __device__ void policy_tokens(const PolicyInputs& in, PolicyTokens& t, float kl_coef, float (&sums)[PolicySum::kCount],
                               PolicyCounts& counts, float& max) {
 #pragma unroll
@@ -61,7 +62,9 @@ __device__ void policy_tokens(const PolicyInputs& in, PolicyTokens& t, float kl_
     const PolicyTerm<float> term = policy_term(logp, old, t.advantage[k], t.weight[k], in.options);
     float loss = term.loss, slope = term.grad;
     if constexpr (kHasRef) {
-      const KlTerm<float> kl = kl_term<kEstimator>(logp, t.ref[k], in.kl_log_clamp, in.kl_clamp);
+      const KlTerm<float> kl = dispatch_estimator(in.kl_estimator, [&](auto estimator) {
+        return kl_term<estimator()>(logp, t.ref[k], in.kl_log_clamp, in.kl_clamp);
+      });
       sums[PolicySum::kRefKl] += kl.value;
       loss += scaled_or_off(kl_coef, kl.value);
       slope += scaled_or_off(kl_coef, kl.grad);
@@ -81,7 +84,7 @@ __device__ void policy_tokens(const PolicyInputs& in, PolicyTokens& t, float kl_
 }
 
 // kFlat: every input has its tokens in flat, aligned vectors, and none is one for each row.
-template <bool kFlat, bool kHasRef, KlEstimator kEstimator>
+template <bool kFlat, bool kHasRef>
 __global__ void __launch_bounds__(kLossThreads, kFlat ? 4 : 2) policy_loss_kernel(PolicyInputs in, LossOutputs out) {
   PolicyTokens tokens[kLossVectors];
   load_block<kFlat>(in.rows, [&](auto whole) {
@@ -93,7 +96,7 @@ __global__ void __launch_bounds__(kLossThreads, kFlat ? 4 : 2) policy_loss_kerne
   PolicyCounts counts;
 #pragma unroll
   for (int g = 0; g < kLossVectors; ++g) {
-    policy_tokens<kHasRef, kEstimator>(in, tokens[g], kl_coef, sums, counts, max);
+    policy_tokens<kHasRef>(in, tokens[g], kl_coef, sums, counts, max);
     if (out.grad != nullptr) store_tokens(out.grad, first_token(g), in.rows.total, tokens[g].logp);
   }
   double wide[8] = {};
