@@ -13,13 +13,10 @@ from safetensors.torch import load_file
 from python_trainer.config import SftConfig
 from python_trainer.sft import sft
 from python_trainer.tasks.exact import Exact
-from tests.lib.trainer import ROOT, TINY, as_options, command, metric_rows
+from tests.lib.trainer import ROOT, TINY, as_options, command, free_port, metric_rows
 
 BIN = Path(sys.executable).parent
-LAUNCHERS = {
-    "torchrun": (str(BIN / "torchrun"), "--nproc_per_node=2", "--master_port=29641", "-m"),
-    "deepspeed": (str(BIN / "deepspeed"), "--num_gpus=2", "--master_port=29642", "--module"),
-}
+TORCHRUN = (str(BIN / "torchrun"), "--nproc_per_node=2", "--standalone")  # at a port that is free
 
 ONE_RANK_FAILS = """
 import os
@@ -88,6 +85,13 @@ os._exit(0)
 """
 
 
+def launched(by: str) -> tuple[str, ...]:
+    """What stands before the name of a module that two ranks are to run."""
+    if by == "torchrun":
+        return *TORCHRUN, "-m"
+    return str(BIN / "deepspeed"), "--num_gpus=2", f"--master_port={free_port()}", "--module"
+
+
 @pytest.mark.parametrize(
     ("launcher", "stage", "algorithm"), [("torchrun", 0, "p3o"), ("deepspeed", 2, "ppo"), ("torchrun", 3, "ppo")]
 )
@@ -96,7 +100,7 @@ def test_two_processes_make_the_step_of_one(tiny, tmp_path, launcher, stage, alg
     settings = TINY | {"deepspeed": f"ds_zero{stage}.json", "algorithm": algorithm}
     tiny(**settings).train()
     two = tmp_path / "two"
-    result = command("train", *as_options(settings | {"output_dir": two}), launcher=LAUNCHERS[launcher])
+    result = command("train", *as_options(settings | {"output_dir": two}), launcher=launched(launcher))
     assert result.returncode == 0, result.stderr[-2000:]
     here, there = (load_file(run / "train" / "model" / "model.safetensors") for run in (tmp_path / "run", two))
     assert here.keys() == there.keys()
@@ -120,7 +124,7 @@ def test_what_one_rank_finds_stops_all(tmp_path, monkeypatch):
     imitation |= {"max_steps": 1, "per_device_train_batch_size": 1, "output_dir": str(tmp_path / "run")}
     script.write_text(ONE_RANK_FAILS % (settings, settings, imitation))
     result = subprocess.run(
-        [str(BIN / "torchrun"), "--nproc_per_node=2", "--master_port=29643", str(script)],
+        [*TORCHRUN, str(script)],
         env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
