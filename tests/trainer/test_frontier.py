@@ -7,12 +7,13 @@ from pathlib import Path
 
 import pytest
 
+from python_trainer.compare import Figures, Win
 from python_trainer.config import UserError
-from python_trainer.frontier import Point, fitted, frontier
+from python_trainer.frontier import Choice, Line, Point, draw, fitted, frontier
 from python_trainer.ppo_config import FrontierConfig
 from python_trainer.rollout import score_tokens
 from python_trainer.settings import load
-from tests.lib.trainer import TINY
+from tests.lib.trainer import ROOT, TINY
 
 ENUMERATES = True
 
@@ -74,6 +75,20 @@ def test_each_algorithm_gets_what_it_learned_best_with_on_another_seed(tmp_path)
         rows = list(csv.DictReader(file))
     assert [row["responses"] for row in rows] == ["48"] * 8
     assert [row["learning_rate"] for row in rows if row["chosen"] == "True"] == ["0.003", "0.001"]
+
+
+TABLES = {"choices": Choice, "lines": Line, "policies": Figures, "wins": Win}
+
+
+@pytest.mark.parametrize("table", sorted((ROOT / "bench" / "results").glob("[cf]*_*.csv")), ids=lambda path: path.stem)
+def test_the_tables_that_are_shown_have_todays_columns(tmp_path, table):
+    kind = TABLES.get(table.stem.rpartition("_")[2], Point)
+    with table.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert tuple(rows[0]) == kind._fields
+    if kind is Point:
+        draw(table, tmp_path / "frontier.png")
+        assert (tmp_path / "frontier.png").stat().st_size > 10_000
 
 
 def test_what_is_compared_is_not_what_was_chosen_on():
