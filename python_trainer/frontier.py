@@ -73,8 +73,8 @@ def frontier(config: FrontierConfig, train: Callable[[PPOConfig], object]) -> Pa
         make_folder(place)  # each rank looks: all refuse a link
     _run_missing(config, trials, tried, train)
     choices = [choice for name in config.names() for choice in _choices(config, name, tried)] if options else []
-    for line in at_edges(choices) if distributed.is_main() else ():
-        print(f"frontier: {line}", flush=True)
+    for edge in at_edges(choices) if distributed.is_main() else ():
+        print(f"frontier: {edge}", flush=True)
     own = {choice.algorithm: choice for choice in choices if choice.chosen}
     wanted = {run: _with(settings, own.get(run[0])) for run, settings in untuned.items()}
     _run_missing(config, wanted, places, train)
