@@ -308,7 +308,7 @@ def _injected(model: PreTrainedModel, adapter: Any, path: str | Path) -> Any:
             kinds = (found.missing_keys, "missing"), (found.unexpected_keys, "without a place")
             wrong = [f"{_first_of(sorted(names))} {what}" for names, what in kinds if names]
         except RuntimeError as error:  # weights of other shapes, which stand in the lines after the first
-            wrong = [line.strip() for line in str(error).splitlines()][:2][-1:]
+            wrong = [line.strip() for line in str(error).splitlines()][:2][-1:] or [type(error).__name__]
     adapter.base_model_name_or_path = base
     if wrong:
         todo = "name the base that it was trained on, with its tokens, or merge it there and give the whole model"
