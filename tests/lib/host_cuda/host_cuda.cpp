@@ -4,6 +4,7 @@
 // For ThreadSanitizer every fiber is a thread of its own, ordered with others by what CUDA orders alone: barriers, and
 // fences around atomics (as in C++: a relaxed write after a fence, read before a fence). This file is not instrumented.
 #include <cuda_runtime.h>
+#include <dlfcn.h>
 #ifdef HOST_CUDA_TSAN
 #include <sanitizer/tsan_interface.h>
 
@@ -17,6 +18,7 @@ extern "C" void __tsan_atomic32_store(volatile int* at, int value, int order);
 #include <cstdlib>
 #include <memory>
 #include <mutex>
+#include <string>
 #include <thread>
 #include <vector>
 
@@ -221,6 +223,11 @@ unsigned block_at(unsigned i, unsigned blocks) {
 
 }  // namespace
 
+// What becomes of launches, by the numbers that tests/lib/host_cuda/launches.py gives.
+enum Recording { kRun, kRecordAndRun, kRecord, kSkip };
+int recording = kRun;
+std::string recorded;
+
 void sync_block() { Block::running->wait(0, block_size, true); }
 void sync_warp(unsigned mask) { wait_warp(mask, true); }
 
@@ -232,11 +239,18 @@ uint64_t exchange(unsigned mask, uint64_t value, unsigned source) {
   return value;
 }
 
+// A planted fault of all kernels at once, in HOST_CUDA_FAULT: fences that show nobody what was written before
+// ("release"), or that do not look at what others wrote ("acquire"). ThreadSanitizer has to report it.
+bool faulty(const char* which) {
+  static const char* const planted = std::getenv("HOST_CUDA_FAULT");
+  return planted != nullptr && std::string(planted) == which;
+}
+
 void fence() {
   std::atomic_thread_fence(std::memory_order_seq_cst);
   Fiber& self = Block::running->self();
-  acquire(&self.seen);
-  release(&self.fenced);
+  if (!faulty("acquire")) acquire(&self.seen);
+  if (!faulty("release")) release(&self.fenced);
 }
 
 unsigned atomic_add(unsigned* address, unsigned value) {
@@ -292,4 +306,24 @@ void run(unsigned blocks, unsigned threads_per_block, const std::function<void()
   ++launches;
 }
 
+bool note(const void* kernel, unsigned blocks, unsigned threads) {
+  if (recording == kRun) return true;
+  if (recording == kSkip) return false;
+  Dl_info found{};
+  if (kernel != nullptr) dladdr(kernel, &found);
+  const auto offset = reinterpret_cast<uintptr_t>(kernel) - reinterpret_cast<uintptr_t>(found.dli_fbase);
+  recorded += std::to_string(offset) + " " + std::to_string(blocks) + " " + std::to_string(threads) + "\n";
+  return recording == kRecordAndRun;
+}
+
 }  // namespace host_cuda
+
+extern "C" __attribute__((visibility("default"))) void host_cuda_record(int how) { host_cuda::recording = how; }
+
+// "OFFSET BLOCKS THREADS" of each launch since the last question, the kernel's offset in the library; 0 is a memset.
+extern "C" __attribute__((visibility("default"))) const char* host_cuda_recorded() {
+  static std::string text;
+  text = std::move(host_cuda::recorded);
+  host_cuda::recorded.clear();
+  return text.c_str();
+}
