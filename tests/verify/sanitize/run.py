@@ -3,6 +3,7 @@
 "address" looks for accesses outside of memory and, in the same binary, for undefined behaviour; "thread" for races:
 both in the C++ ops. "cuda_address" and "cuda_thread" do so in the CUDA kernels, compiled for the host.
 Afterwards the mutants of this folder are made one by one, and each must be reported: a silent sanitizer proves nothing.
+Of each op whose blocks hand one another their parts, "cuda_thread" makes the fences void too, which must be reported.
 """
 
 from __future__ import annotations
@@ -16,13 +17,14 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
-from tests.lib import checkout, op_tests
+from tests.lib import cases, checkout, op_tests
 
 HERE = Path(__file__).resolve().parent
 
 FILES = tuple(op_tests.files())
 CONTRACTS = ("tests/test_contracts.py", "tests/test_contracts_dispatcher.py")
 FUZZ = "tests/test_fuzz.py"
+MEETINGS = "tests/verify/test_meetings.py"
 QUIET = ("-p", "no:cacheprovider", "-p", "no:warnings")
 SECONDS = 900  # for the tests of one run
 REPORT = re.compile(r"AddressSanitizer|runtime error|ThreadSanitizer")
@@ -53,8 +55,12 @@ KINDS = {
     ),
     "thread": Kind(*THREAD, FILES + CONTRACTS, f"{OTHERS} and not torch and not triton"),
     "cuda_address": Kind(*ADDRESS, (*FILES, FUZZ), f"{OTHERS} and cuda and not wrong_arguments", cuda=True),
-    "cuda_thread": Kind(*THREAD, (*FILES, "--several-blocks"), "cuda", cuda=True),
+    "cuda_thread": Kind(*THREAD, (*FILES, MEETINGS, "--several-blocks"), "cuda", cuda=True),
 }
+#: In a launch of whiten no block needs another: its moments are those of a launch before.
+FENCED = any("__threadfence" in path.read_text() for path in (checkout.ROOT / "csrc" / "cuda").glob("*.cuh"))
+HANDED_OVER = [op for op in dict.fromkeys(m.case.op for m in cases.meetings("host")) if FENCED and op != "whiten"]
+FAULTS = ("release", "acquire")  # HOST_CUDA_FAULT in tests/lib/host_cuda/host_cuda.cpp
 
 
 def gcc_file(name: str) -> str:
@@ -130,6 +136,18 @@ def reported(patch: Path, copy: Path, env: dict[str, str]) -> bool:
     return found
 
 
+def void_fences_reported(op: str, fault: str, copy: Path, env: dict[str, str]) -> bool:
+    """Whether the op's blocks that meet are found to race where no fence orders them."""
+    name = next(str(m) for m in cases.meetings("host") if m.case.op == op)
+    test = f"{MEETINGS}::test_blocks_that_meet_give_the_values_of_the_reference[cuda-{name}]"
+    code, output = run_tests(copy, env | {"HOST_CUDA_FAULT": fault}, [test], "cuda")
+    found = code != 0 and "ThreadSanitizer: data race" in output
+    print(f"fences of {op} without their {fault}: {'reported' if found else 'NOT reported'}", flush=True)
+    if not found:
+        print(excerpt(output))
+    return found
+
+
 def check(name: str) -> bool:
     begin = time.monotonic()
     copy, env = prepare(name)
@@ -140,6 +158,9 @@ def check(name: str) -> bool:
     print(f"{name}: {output.strip().splitlines()[-1] if clean else excerpt(output)}", flush=True)
     patches = [path for path in sorted(HERE.glob("*.patch")) if f"\nSanitizer: {name}\n" in path.read_text()]
     proven = [reported(path, copy, env) for path in patches] if clean else []
+    if clean and name == "cuda_thread":
+        build(kind, copy)
+        proven += [void_fences_reported(op, fault, copy, env) for op in HANDED_OVER for fault in FAULTS]
     good = clean and bool(proven) and all(proven)
     print(f"{name}: {'no report' if good else 'FAILED'} ({time.monotonic() - begin:.0f} s)", flush=True)
     return good
