@@ -38,7 +38,7 @@ def dry_run(out, *done, **environment):
     env = {**os.environ, "PYTHON": sys.executable, "TRITON_INTERPRET": "0", "TORCHDYNAMO_DISABLE": "1"}
     env |= {"GPU_RUN_STATE": str(out), "PPO_KERNELS_COMMIT": "abc123"} | environment
     return subprocess.run(
-        [str(SCRIPT), "--dry-run", str(out)], cwd=ROOT, env=env, capture_output=True, text=True, timeout=1200
+        [str(SCRIPT), "--dry-run", str(out)], cwd=ROOT, env=env, capture_output=True, text=True, timeout=3600
     )
 
 

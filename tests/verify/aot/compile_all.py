@@ -143,11 +143,13 @@ def loops(ptx):
     return found
 
 
-def path_of(signature, attrs):
-    """ "packed" where the rows have bounds, "odd" where the first tensor begins anywhere, else "aligned"."""
+def path_of(signature, attrs, constexprs):
+    """ "packed" where rows have bounds, "aligned" where the first tensor begins at a 16-byte boundary, else "odd"."""
     bounds = (kind for name, kind in signature.items() if re.search("starts|bounds|rows", name))
     if any("*i64" in str(kind) for kind in bounds):
         return "packed"
+    if "ALIGNED" in constexprs:
+        return "aligned" if constexprs["ALIGNED"] == "True" else "odd"
     first = next((i for i, kind in enumerate(signature.values()) if str(kind).startswith("*")), 0)
     return "aligned" if "tt.divisibility" in str(attrs.get((first,), "")) else "odd"
 
@@ -180,7 +182,11 @@ def build(key, arch):
         return report | {"problems": [f"does not compile: {error}"]}
     spills = [int(n) for n in re.findall(r"(\d+) bytes spill (?:stores|loads)", log.getvalue())]
     report |= {"registers": int(re.search(r"Used (\d+) registers", log.getvalue()).group(1)), "spills": sum(spills)}
-    report |= {"shared": built.metadata.shared, "loops": loops(built.asm["ptx"]), "path": path_of(signature, attrs)}
+    report |= {
+        "shared": built.metadata.shared,
+        "loops": loops(built.asm["ptx"]),
+        "path": path_of(signature, attrs, report["constexprs"]),
+    }
     report["code"] = code_of(built.asm["cubin"], report["kernel"] == "token_logprobs._forward")
     report["problems"] += [f"32-bit offset: {line}" for line in narrow_offsets(built.asm["ttir"])]
     if sum(spills) or not spills:
