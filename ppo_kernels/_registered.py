@@ -11,11 +11,26 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
+from torch._C._dynamo import eval_frame
 from torch.autograd import forward_ad
+
+from ppo_kernels._types import Function
 
 
 class Refusal(RuntimeError):
     """What a call got, what is allowed and what to do; the op's name is put before it."""
+
+
+def not_a_graph(function: Function) -> Function:
+    """A function that Dynamo leaves alone, and all that it calls.
+
+    Where torch.compile has broken its graph inside a transform, Dynamo makes graphs of the eager code's single frames,
+    those of an op that runs in Python among them. They know nothing of the transform: in some the refusal of a second
+    derivative is lost, on others PyTorch fails.
+    """
+    skip = eval_frame._FrameAction.SKIP
+    eval_frame.set_code_exec_strategy(function.__code__, eval_frame._FrameExecStrategy(skip, skip))
+    return function
 
 
 def require(condition: bool, message: str) -> None:
@@ -36,6 +51,7 @@ def checked(schema: str, call: Callable, *, on_cpu: str = "") -> Callable:
     op = schema.partition("(")[0]
     names = [argument.split()[-1] for argument in arguments(schema)]
 
+    @not_a_graph
     def check_and_call(*args: object) -> object:
         try:
             _require_one_device(names, args, on_cpu)
@@ -82,6 +98,7 @@ def guard(library: torch.library.Library, schema: str) -> None:
     redispatch = getattr(getattr(torch.ops, library.ns), name).default._handle.redispatch_boxed
     after = torch._C._after_autograd_keyset
 
+    @not_a_graph
     def call(keyset: torch._C.DispatchKeySet, *args: object) -> object:
         if forward_ad._current_level >= 0 and any(isinstance(x, Tensor) and _is_dual(x) for x in args):
             raise RuntimeError(forward_mode_message(name))

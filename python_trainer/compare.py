@@ -18,7 +18,7 @@ from . import distributed, files
 from .config import EvalConfig, SamplingConfig, UserError
 from .data import Policy, Prompt, load_task
 from .deepspeed_engine import frozen, init_distributed
-from .evaluate import Evaluation, choose_generator, evaluate, evaluation_prompts, mean_and_error, respond
+from .evaluate import Evaluation, Evaluator, choose_generator, evaluation_prompts, mean_and_error
 from .logging import as_json, write_table
 from .models import load_policy, load_reward_model, load_tokenizer, stage_model, stop_strings, undamaged
 from .ppo_config import CompareConfig
@@ -90,9 +90,8 @@ def beside_reference(config: EvalConfig) -> tuple[Evaluation, Evaluation]:
     reward_fn = None
     if wanted:
         reward_fn = load_reward_fn(config, task, tokenizer, prompts, vocabulary_of(tokenizer), load_reward_model)
-    before, after = (
-        evaluate(p, reference, prompts, task, tokenizer, generator, reward_fn, config) for p in (reference, policy)
-    )
+    evaluator = Evaluator(prompts, reference, task, tokenizer, generator, reward_fn, config)
+    before, after = evaluator.evaluate(reference), evaluator.evaluate(policy)
     if distributed.is_main():
         save(config, folder)
         figures = {"reference": before.metrics, "policy": after.metrics}
@@ -163,12 +162,13 @@ def _drawn(config: CompareConfig, places: Mapping[str, Path]) -> tuple[Sequence[
     longest = max(len(prompt.ids) for prompt in prompts) + config.response_length
     reward_fn = load_reward_fn(config, task, tokenizer, prompts, vocabulary_of(tokenizer), load_reward_model)
     judge = None if config.judge is None else FunctionReward([config.judge], [1.0], tokenizer, prompts[0].columns)
+    evaluator = Evaluator(prompts, reference, task, tokenizer, generator, reward_fn, config)
     found = {}
     for name, path in places.items():
         model = load_policy(path, config, tokenizer)
         refuse_short_context(model, longest, *SEQUENCES)
         policy = _policy(model, config, tokenizer)
-        local = respond(policy, reference, prompts, task, tokenizer, generator, reward_fn, config)
+        local = evaluator.respond(policy)
         columns = {REWARD if key == "score" else key: values for key, values in local.columns.items()}
         if config.judge is not None and judge is not None:
             columns[config.judge] = judge(local.rollout)

@@ -120,9 +120,10 @@ class Rollout:
         """The ids of each response, its end token among them."""
         return [ids[mask].tolist() for ids, mask in zip(self.responses, self.mask, strict=True)]
 
-    def texts(self, tokenizer: PreTrainedTokenizerBase) -> list[str]:
-        """Each response as a person reads it."""
-        return [tokenizer.decode(ids, skip_special_tokens=True) for ids in self.answers()]
+    def texts(self, tokenizer: PreTrainedTokenizerBase, *, with_prompts: bool = False) -> list[str]:
+        """Each response as a person reads it, or each prompt with its response."""
+        ids, mask = (self.sequences, self.attention_mask) if with_prompts else (self.responses, self.mask)
+        return [tokenizer.decode(row[kept], skip_special_tokens=True) for row, kept in zip(ids, mask, strict=True)]
 
     @property
     def position_ids(self) -> torch.Tensor:

@@ -134,59 +134,53 @@ class Responses:
     columns: dict[str, torch.Tensor]  # a number for each response of this rank
 
 
-def respond(
-    policy: Policy,
-    reference: Policy,
-    prompts: Sequence[Prompt],
-    task: Task,
-    tokenizer: PreTrainedTokenizerBase,
-    generator: Generator,
-    reward_fn: RewardFn | None,
-    config: SamplingConfig,
-) -> Responses:
-    """With the same noise at every call: two policies differ by themselves alone."""
-    prompts = evaluation_prompts(prompts, config)
-    rows = config.local_rollout_forward_batch_size
-    rollout, logp = sample(
-        policy,
-        prompts,
-        tokenizer,
-        generator,
-        response_length=config.response_length,
-        score=functools.partial(by_rows, functools.partial(score_tokens, policy), rows=rows),
-        seed=distributed.seed_of(config.seed, len(prompts)),
-    )
-    ref = by_rows(lambda part: score_tokens(reference, part), rollout, rows)
-    columns = {"kl": (logp - ref).sum(dim=1), "response_length": rollout.mask.sum(dim=1).float()}
-    if reward_fn is not None:
-        columns["score"] = reward_fn(rollout)
-    whole = [ids[mask] for ids, mask in zip(rollout.sequences, rollout.attention_mask, strict=True)]
-    gold = task.gold([tokenizer.decode(ids, skip_special_tokens=True) for ids in whole])
-    if gold is not None:
-        columns["gold"] = torch.tensor(gold, device=logp.device)
-    return Responses(rollout, rollout.texts(tokenizer), gold, columns)
+@dataclass(frozen=True)
+class Evaluator:
+    """What policies are asked, what they are compared with, and who scores them."""
 
+    prompts: Sequence[Prompt]
+    reference: Policy
+    task: Task
+    tokenizer: PreTrainedTokenizerBase
+    generator: Generator
+    reward_fn: RewardFn | None
+    config: SamplingConfig
 
-def evaluate(
-    policy: Policy,
-    reference: Policy,
-    prompts: Sequence[Prompt],
-    task: Task,
-    tokenizer: PreTrainedTokenizerBase,
-    generator: Generator,
-    reward_fn: RewardFn | None,
-    config: SamplingConfig,
-) -> Evaluation:
-    """Means over one response per prompt, each with its standard error."""
-    found = respond(policy, reference, prompts, task, tokenizer, generator, reward_fn, config)
-    metrics = {}
-    for name, values in found.columns.items():
-        metrics[f"eval/{name}"], metrics[f"eval/{name}_se"] = mean_and_error(distributed.gather_rows(values.float()))
-    scored, by_reference = (functools.partial(score_tokens, each) for each in (policy, reference))
-    metrics |= task.exact(scored, by_reference, config.kl_coef)
-    asked = [readable(prompt.content) for prompt in found.rollout.prompts]
-    scores: list[float | None] = list(found.gold) if found.gold is not None else [None] * len(found.texts)
-    return Evaluation(metrics, asked, list(zip(found.texts, scores, strict=True)))
+    def respond(self, policy: Policy) -> Responses:
+        """With the same noise at every call: two policies differ by themselves alone."""
+        prompts, config = evaluation_prompts(self.prompts, self.config), self.config
+        rows = config.local_rollout_forward_batch_size
+        rollout, logprobs = sample(
+            policy,
+            prompts,
+            self.tokenizer,
+            self.generator,
+            response_length=config.response_length,
+            score=functools.partial(by_rows, functools.partial(score_tokens, policy), rows=rows),
+            seed=distributed.seed_of(config.seed, len(prompts)),
+        )
+        ref_logprobs = by_rows(functools.partial(score_tokens, self.reference), rollout, rows)
+        kl, length = (logprobs - ref_logprobs).sum(dim=1), rollout.mask.sum(dim=1).float()
+        columns = {"kl": kl, "response_length": length}
+        if self.reward_fn is not None:
+            columns["score"] = self.reward_fn(rollout)
+        gold = self.task.gold(rollout.texts(self.tokenizer, with_prompts=True))
+        if gold is not None:
+            columns["gold"] = torch.tensor(gold, device=kl.device)
+        return Responses(rollout, rollout.texts(self.tokenizer), gold, columns)
+
+    def evaluate(self, policy: Policy) -> Evaluation:
+        """Means over one response per prompt, each with its standard error."""
+        found = self.respond(policy)
+        metrics = {}
+        for name, values in found.columns.items():
+            mean, error = mean_and_error(distributed.gather_rows(values.float()))
+            metrics[f"eval/{name}"], metrics[f"eval/{name}_se"] = mean, error
+        scored, by_reference = (functools.partial(score_tokens, each) for each in (policy, self.reference))
+        metrics |= self.task.exact(scored, by_reference, self.config.kl_coef)
+        asked = [readable(prompt.content) for prompt in found.rollout.prompts]
+        scores: list[float | None] = list(found.gold) if found.gold is not None else [None] * len(found.texts)
+        return Evaluation(metrics, asked, list(zip(found.texts, scores, strict=True)))
 
 
 def mean_and_error(values: torch.Tensor) -> tuple[float, float]:

@@ -73,6 +73,8 @@ def frontier(config: FrontierConfig, train: Callable[[PPOConfig], object]) -> Pa
         make_folder(place)  # each rank looks: all refuse a link
     _run_missing(config, trials, tried, train)
     choices = [choice for name in config.names() for choice in _choices(config, name, tried)] if options else []
+    for edge in at_edges(choices) if distributed.is_main() else ():
+        print(f"frontier: {edge}", flush=True)
     own = {choice.algorithm: choice for choice in choices if choice.chosen}
     wanted = {run: _with(settings, own.get(run[0])) for run, settings in untuned.items()}
     _run_missing(config, wanted, places, train)
@@ -128,6 +130,21 @@ def _choices(config: FrontierConfig, algorithm: str, tried: Mapping[tuple[str, f
         raise UserError(f"no run of {algorithm} with one of learning_rates has a finite result: lower them")
     best = max(finite, key=lambda choice: choice.objective)
     return [choice._replace(chosen=choice is best) for choice in found]
+
+
+def at_edges(choices: Sequence[Choice]) -> list[str]:
+    """Which of the best values are the largest or smallest that were tried; nothing is below one minibatch."""
+    found = []
+    for best in (choice for choice in choices if choice.chosen):
+        for name in ("learning_rate", "num_mini_batches"):
+            tried = {getattr(choice, name) for choice in choices if choice.algorithm == best.algorithm}
+            value = getattr(best, name)
+            if len(tried) > 1 and value in (min(tried), max(tried)) and (name, value) != ("num_mini_batches", 1):
+                edge = "largest" if value == max(tried) else "smallest"
+                found.append(
+                    f"{best.algorithm} chose {name} {value:g}, the {edge} of those tried: a better may lie beyond"
+                )
+    return found
 
 
 def _with(settings: PPOConfig, choice: Choice | None) -> PPOConfig:

@@ -91,15 +91,13 @@ class Log:
         self._reports: list[Report] = []
         self._file: IO[str] | None = None
         self._said: IO[str] | None = None
-        said = self.path.with_name("completions.jsonl")
         hidden = True if config.disable_tqdm or not distributed.is_main() else None  # None: shown on a terminal only
         self._bar = tqdm(total=total, initial=start, desc=title, disable=hidden, leave=False)
         with distributed.raise_on_all_ranks(UserError):
             if distributed.is_main():
-                for path in (self.path, said):
-                    files.make_way(path)
-                    _keep_until(path, start)
-                self._file, self._said = files.append(self.path), files.append(said)
+                self._file = _continued(self.path, start)
+                if getattr(config, "log_completions_steps", 0):  # sft and reward have none
+                    self._said = _continued(self.path.with_name("completions.jsonl"), start)
                 self._reports = open_reports(config, folder, start)
 
     def record(self, step: int, metrics: Mapping[str, float]) -> None:
@@ -149,6 +147,13 @@ class Log:
         for file in (self._file, self._said):
             if file is not None:
                 file.close()
+
+
+def _continued(path: Path, start: int) -> IO[str]:
+    """A record that goes on behind the step a run starts from."""
+    files.make_way(path)
+    _keep_until(path, start)
+    return files.append(path)
 
 
 def _keep_until(path: Path, step: int) -> None:

@@ -58,7 +58,10 @@ class ScalarModel(torch.nn.Module):
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__()
         if not hasattr(model, "score"):
-            raise UserError(f"{type(model).__name__} has no `score` head and cannot serve as reward or value model")
+            raise UserError(
+                f"{type(model).__name__} has no `score` head and cannot serve as reward or value model: give a "
+                "decoder for sequence classification, or call this one in a reward_function"
+            )
         self.model = model
 
     def forward(self, **inputs: Any) -> torch.Tensor:

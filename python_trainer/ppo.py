@@ -20,7 +20,7 @@ from .config import UserError
 from .data import Experience, Policy, Rollout, fingerprint, load_task, shuffled_positions
 from .deepspeed_engine import Trainable, init_distributed, step_together
 from .deepspeed_engine import fingerprint as weights_fingerprint
-from .evaluate import Best, Evaluation, choose_generator, completion_rows, evaluate, evaluation_prompts
+from .evaluate import Best, Evaluation, Evaluator, choose_generator, completion_rows, evaluation_prompts
 from .logging import Averages, Log, plot
 from .models import (
     MovingAverage,
@@ -349,16 +349,15 @@ class Trainer:
         return self.done
 
     def evaluate(self, policy: Policy) -> Evaluation:
-        return evaluate(
-            policy,
-            self.reference,
+        return Evaluator(
             self.heldout_prompts,
+            self.reference,
             self.task,
             self.tokenizer,
             self.generator,
             self.reward_fn,
             self.config,
-        )
+        ).evaluate(policy)
 
     def save_checkpoint(self, folder: Path) -> None:
         """Among those in `folder`."""

@@ -32,14 +32,8 @@ READ_BY_TRANSFORMERS = re.compile(
 GENERATION_CONFIG = "generation_config.json"
 UNSEEN = 1e-3  # of the largest logit: what a token may change where it is not to be seen, and padding anywhere
 NOT_CONTINUED = (  # of LoRA: what changes more than the plain pairs of matrices that a run trains
-    "use_dora",
-    "lora_bias",
-    "modules_to_save",
-    "trainable_token_indices",
-    "target_parameters",
-    "layer_replication",
-    "ensure_weight_tying",
-    "alora_invocation_tokens",
+    *("use_dora", "lora_bias", "modules_to_save", "trainable_token_indices", "target_parameters"),
+    *("layer_replication", "ensure_weight_tying", "alora_invocation_tokens"),
 )
 
 
@@ -309,12 +303,16 @@ def _injected(model: PreTrainedModel, adapter: Any, path: str | Path) -> Any:
     base = adapter.base_model_name_or_path
     with _silent(), _readable(path):
         wrapper = peft.get_peft_model(model, adapter)
-        found = wrapper.load_adapter(str(path), "default", is_trainable=True)
+        try:
+            found = wrapper.load_adapter(str(path), "default", is_trainable=True)
+            kinds = (found.missing_keys, "missing"), (found.unexpected_keys, "without a place")
+            wrong = [f"{_first_of(sorted(names))} {what}" for names, what in kinds if names]
+        except RuntimeError as error:  # weights of other shapes, which stand in the lines after the first
+            wrong = [line.strip() for line in str(error).splitlines()][:2][-1:] or [type(error).__name__]
     adapter.base_model_name_or_path = base
-    if found.missing_keys or found.unexpected_keys:
-        wrong = [f"{_first_of(sorted(found.missing_keys))} missing"] if found.missing_keys else []
-        wrong += [f"{_first_of(sorted(found.unexpected_keys))} without a place"] if found.unexpected_keys else []
-        raise UserError(f"the adapter {path} does not fit its base {base} ({'; '.join(wrong)})")
+    if wrong:
+        todo = "name the base that it was trained on, with its tokens, or merge it there and give the whole model"
+        raise UserError(f"the adapter {path} does not fit its base {base} ({'; '.join(wrong)}): {todo}")
     _untie(model)
     return wrapper
 

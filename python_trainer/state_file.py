@@ -26,7 +26,11 @@ def _is_of_a_model(saved: dict[str, Any]) -> bool:
     return (
         isinstance(saved["shapes"], dict)
         and all(_is_count(value) for value in counts)
-        and all(_is_number(value) for name, value in saved["loss_scale"].items() if name in zero_state.LOSS_SCALE)
+        and all(
+            _is_number(value)
+            for name, value in saved["loss_scale"].items()
+            if name in zero_state.LOSS_SCALE and value is not None
+        )
     )
 
 

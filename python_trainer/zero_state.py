@@ -135,7 +135,7 @@ def describe(model: Any) -> dict[str, Any]:
         "updates": {name: count for part in distributed.gather_objects(updates) for name, count in part.items()},
         "schedule": engine.lr_scheduler.state_dict(),
         "counters": {name: getattr(engine, name) for name in COUNTERS},
-        "loss_scale": {name: getattr(scaler, name) for name in LOSS_SCALE if hasattr(scaler, name)},
+        "loss_scale": {name: getattr(scaler, name) for name in LOSS_SCALE if getattr(scaler, name, None) is not None},
         "skipped": model.skipped,
     }
 
@@ -154,7 +154,7 @@ def restore(model: Any, folder: Path, names: Sequence[str], owner: str, saved: d
     for name in COUNTERS:
         setattr(engine, name, saved["counters"][name])
     for name in LOSS_SCALE:
-        if name in saved["loss_scale"] and hasattr(scaler, name):
+        if saved["loss_scale"].get(name) is not None and hasattr(scaler, name):  # None: never so far
             setattr(scaler, name, saved["loss_scale"][name])
     model.skipped = saved["skipped"]
 

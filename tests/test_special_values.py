@@ -14,6 +14,7 @@ from tests.lib.devices import IMPLEMENTATIONS
 from tests.lib.helpers import ESTIMATORS
 
 NAN, INF = math.nan, math.inf
+FEW = (1.0, NAN, INF, -INF)
 
 
 @pytest.fixture(params=IMPLEMENTATIONS)
@@ -126,3 +127,41 @@ def test_one_infinity_makes_an_infinite_mean(impl, at):
     count, mean, m2 = pk.moments(x, impl=impl)
     assert (float(count), float(mean)) == (2000, INF)
     assert m2.isnan()
+
+
+def check_values(impl, op, *tensors, **options):
+    """The results are those of the reference in float64."""
+
+    def results(impl, *tensors):
+        found = op(*tensors, impl=impl, **options)
+        return [x.float() for x in (found if isinstance(found, tuple) else (found,))]
+
+    want = results("torch", *(x.double() if x.is_floating_point() else x for x in tensors))
+    torch.testing.assert_close(results(impl, *tensors), want, equal_nan=True, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("masked_steps", ["skip", "zero", "keep"])
+def test_advantages_and_returns(impl, masked_steps):
+    steps = torch.cat(every(3, FEW)).mT
+    zero, hole = torch.zeros_like(steps), torch.tensor([True, False, True]).expand_as(steps)
+    for rewards, values in ((steps, zero), (zero, steps)):
+        for mask in (torch.ones_like(hole), hole):
+            check_values(impl, pk.gae, rewards, values, mask, gamma=0.9, lam=0.5, masked_steps=masked_steps)
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_rewards(impl, estimator):
+    logp, ref, score = (x.mT for x in every(3, FEW))
+    for options in ({"kl_coef": 0.0}, {"kl_coef": 0.5}, {"kl_coef": 0.5, "kl_log_clamp": None, "kl_clamp": None}):
+        check_values(impl, pk.kl_rewards, logp, ref, score[:, 0], kl_estimator=estimator, **options)
+
+
+def test_advantages_of_a_group(impl):
+    scores = torch.cat(every(3, FEW)).mT.reshape(-1)
+    for mode in ("rloo", "grpo", "dr_grpo"):
+        check_values(impl, pk.group_advantages, scores, group_size=3, mode=mode)
+
+
+def test_whitened_values(impl):
+    for combination in itertools.combinations_with_replacement(FEW, 3):
+        check_values(impl, pk.whiten, torch.tensor([combination]), torch.tensor([[True, True, False]]))

@@ -13,10 +13,10 @@ from torch import Tensor
 from torch._C._functorch import get_interpreter_stack
 from torch.autograd import forward_ad
 
-from ppo_kernels._registered import forward_mode_message
+from ppo_kernels._registered import forward_mode_message, not_a_graph
 from ppo_kernels._types import constant_of_a_graph
 from ppo_kernels.backends import Op
-from ppo_kernels.ops._public import any_tangent, differentiates_forward, not_a_graph
+from ppo_kernels.ops._public import any_tangent, differentiates_forward
 
 Transform = torch._C._functorch.TransformType
 

@@ -4,19 +4,16 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable
-from typing import Any, TypeVar, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 from torch._C import _functorch as functorch
-from torch._C._dynamo import eval_frame
 from torch._functorch.pyfunctorch import temporarily_pop_interpreter_stack
 from torch.autograd import forward_ad
 
-from ppo_kernels._registered import forward_mode_message
-from ppo_kernels._types import constant_of_a_graph
-
-Function = TypeVar("Function", bound=Callable)
+from ppo_kernels._registered import forward_mode_message, not_a_graph
+from ppo_kernels._types import Function, constant_of_a_graph
 
 
 def public(function: Function, *, op: str = "", differentiable: bool = False) -> Function:
@@ -100,17 +97,6 @@ def _is_replica(x: object) -> bool:
 
 def _local(x: Any) -> Any:
     return x.to_local() if _is_replica(x) else x
-
-
-def not_a_graph(function: Function) -> Function:
-    """A function that Dynamo leaves alone, and all that it calls.
-
-    Where torch.compile has broken its graph inside a transform, Dynamo makes graphs of the eager code's single frames.
-    Those know nothing of the transform: in some the refusal of a second derivative is lost, on others PyTorch fails.
-    """
-    skip = eval_frame._FrameAction.SKIP
-    eval_frame.set_code_exec_strategy(function.__code__, eval_frame._FrameExecStrategy(skip, skip))
-    return function
 
 
 def _tensors(given: Iterable[object]) -> list[Tensor]:

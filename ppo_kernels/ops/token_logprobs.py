@@ -9,6 +9,7 @@ from typing import Literal, overload
 import torch
 from torch import Tensor
 
+from ppo_kernels._registered import not_a_graph
 from ppo_kernels._types import compute_dtype, element
 from ppo_kernels.backends import register
 from ppo_kernels.ops._autograd import first_order_only, has_tangent, once, recorded, traced_input, transformed
@@ -26,7 +27,7 @@ from ppo_kernels.ops._inputs import (
     unit_last_stride,
 )
 from ppo_kernels.ops._overwrite import Chunk, check_overwritable, saved_as_they_are
-from ppo_kernels.ops._public import not_a_graph, public, refuse_tangents
+from ppo_kernels.ops._public import public, refuse_tangents
 from ppo_kernels.reference import token_logprobs as reference
 
 
@@ -34,8 +35,7 @@ def _fake(logits, labels, mask, temperature_rows, temperature, ignore_index, ent
     def empty(shape):
         return logits.new_empty(shape, dtype=compute_dtype(logits))
 
-    rows = logits.shape[:-1]
-    return empty(labels.shape), empty((3 if entropy else 2, *rows))
+    return empty(labels.shape), empty((3 if entropy else 2, *logits.shape[:-1]))
 
 
 def _triton_kernels():

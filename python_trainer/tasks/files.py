@@ -16,7 +16,7 @@ from typing import Any, NoReturn, TypeVar
 
 from .. import files
 from ..config import RunConfig, SamplingConfig, UserError
-from ..data import Content, Example, Message, Pair, Prompt, Task
+from ..data import Content, Example, Pair, Prompt, Task
 from ..reward_functions import refuse_columns
 from ..tokens import is_text, tell
 
@@ -95,12 +95,14 @@ class Files(Task):
             found.append(Prompt(self._as_messages(content), columns))
         if self.for_function:
             refuse_columns(place, found)
+        else:
+            _tell_unread(place, rows, {"prompt"})
         open_turns = sum(not isinstance(p.content, str) and p.content[-1]["role"] == "assistant" for p in found)
         tell(open_turns, len(found), "prompts end with an assistant's message, which responses continue")
         return found
 
     def _examples(self, place: str, rows: list[Row]) -> list[Example]:
-        found = []
+        found, names = [], []
         for number, row in enumerate(rows, 1):
             name = next((name for name in ("messages", "completion", "text") if name in row), "text")
             if "prompt" in row and name != "completion" and not _begins_with(row[name], row["prompt"]):
@@ -112,6 +114,8 @@ class Files(Task):
                 )
             prompt = self._content(place, number, row, "prompt") if "prompt" in row else ""
             found.append((prompt, [self._content(place, number, row, name)]))
+            names.append(name)
+        _tell_unread(place, rows, {"prompt", *names})
         return [Example(text, prompt) for prompt, (text,) in self._answers(found)]
 
     def _pairs(self, place: str, rows: list[Row]) -> list[Pair]:
@@ -121,6 +125,7 @@ class Files(Task):
             answers = [self._content(place, number, row, name, empty=bool(prompt)) for name in ("chosen", "rejected")]
             found.append((prompt, answers))
             margins.append(_number(place, number, row.get("margin", 0.0)))
+        _tell_unread(place, rows, {"prompt", "chosen", "rejected", "margin"})
         return [
             Pair(chosen, rejected, margin, prompt)
             for (prompt, (chosen, rejected)), margin in zip(self._answers(found), margins, strict=True)
@@ -190,7 +195,8 @@ class Files(Task):
                 _refuse(place, number, f"a message of {name} needs `role` and `content`, and has {', '.join(message)}")
             if not is_text(str(message["content"])):
                 _refuse(place, number, f"a message of {name} holds half a character, which no text has")
-        return [_without_none(message) for message in value]
+        # Arrow gives every message all fields that one of them has.
+        return [{name: field for name, field in message.items() if field is not None} for message in value]
 
 
 def make(config: RunConfig) -> Task:
@@ -309,19 +315,14 @@ def _read_csv(path: Path, text: str) -> list[Row]:
 
 
 def _read_parquet(path: Path) -> list[Row]:
-    pyarrow = _pyarrow()
-    try:
-        return pyarrow.parquet.read_table(path).to_pylist()
-    except (OSError, pyarrow.ArrowException) as error:
-        raise UserError(f"cannot read {path}: {str(error).splitlines()[0]}") from error
-
-
-def _pyarrow() -> Any:
     try:
         import pyarrow.parquet
     except ImportError as error:
         raise UserError(f"Parquet needs pyarrow: pip install datasets ({error})") from error
-    return pyarrow
+    try:
+        return pyarrow.parquet.read_table(path).to_pylist()
+    except (OSError, pyarrow.ArrowException) as error:
+        raise UserError(f"cannot read {path}: {str(error).splitlines()[0]}") from error
 
 
 def _read_saved(place: Path) -> tuple[list[Row], list[Row] | None]:
@@ -350,6 +351,13 @@ def _shards(folder: Path, split_name: str) -> list[Path]:
     folders = (folder, folder / "data")
     found = [path for each in folders if each.is_dir() for path in each.iterdir() if path.suffix in FORMATS]
     return sorted(path for path in found if path.stem == split_name or path.stem.startswith(f"{split_name}-"))
+
+
+def _tell_unread(place: str, rows: list[Row], read: set[str]) -> None:
+    """One line of the columns that nobody looks at: they may hold half of a question."""
+    there = dict.fromkeys(name for row in rows for name in row)
+    others = [name for name in there if name not in read]
+    tell(len(others), len(there), f"columns of {place} are not read: {', '.join(others)}")
 
 
 def _begins_with(messages: Any, prompt: Any) -> bool:
@@ -384,11 +392,6 @@ def _key(content: Content) -> str:
     if not isinstance(content, str) and content == [{"role": "user", "content": content[-1].get("content")}]:
         content = content[0]["content"]
     return content if isinstance(content, str) else json.dumps(content, sort_keys=True, default=str)
-
-
-def _without_none(message: Message) -> Message:
-    """Arrow gives every message all fields that one of them has."""
-    return {name: value for name, value in message.items() if value is not None}
 
 
 def _refuse(place: str, number: int, what: str) -> NoReturn:

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -124,6 +125,13 @@ def python(*command: str, **environment: str):
         text=True,
         timeout=300,
     )
+
+
+def free_port() -> int:
+    """At which ranks can find each other."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
 
 
 def metric_rows(run: Path) -> list[dict]:

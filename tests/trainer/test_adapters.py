@@ -126,11 +126,19 @@ def test_an_adapter_that_is_not_whole_is_refused(tiny, base, adapter, tmp_path):
     for change, message in (
         ({name: weight for name, weight in weights.items() if name != first}, "lora_A.default.weight missing"),
         (weights | {f"{first}.more": weights[first].clone()}, "more.*without a place"),
-        ({name: weight[:, :-1].contiguous() for name, weight in weights.items()}, "cannot load a model from"),
+        ({name: weight[:, :-1].contiguous() for name, weight in weights.items()}, "does not fit.*size mismatch for"),
     ):
         save_file(change, folder / "adapter_model.safetensors")
         with pytest.raises(UserError, match=message):
             tiny(sft_model_path=str(folder))
+
+
+def test_an_adapter_with_tokens_of_its_own_is_refused(tiny, base, adapter):
+    """peft saves the embeddings of a model that was given more of them."""
+    model = AutoModelForCausalLM.from_pretrained(base)
+    model.resize_token_embeddings(9)
+    with pytest.raises(UserError, match="does not fit its base .*wte.*shape.*name the base that it was trained on"):
+        tiny(sft_model_path=str(adapter(model)))
 
 
 def test_an_adapter_without_its_base_is_refused(tiny, base, adapter, tmp_path):

@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import re
 import shutil
 
 import pytest
@@ -194,3 +195,23 @@ def test_command_says_it_in_one_line(tmp_path):
     assert result.stderr.splitlines()[-1] == "error: unknown setting 'kl_coeff'; did you mean 'kl_coef'?"
     assert "Traceback" not in result.stderr
     assert list(tmp_path.iterdir()) == []
+
+
+def test_columns_that_nobody_reads_are_told(tmp_path, capsys):
+    """Half of a question may be in one."""
+    asked = {"prompt": "a", "input": "x", "source": "y"}
+    for kind, row, told in (
+        ("texts", asked | {"completion": "b"}, "2 of 4 columns of .*texts.jsonl are not read: input, source"),
+        (
+            "texts",
+            {"text": "a", "messages": [{"role": "assistant", "content": "b"}]},
+            "1 of 2 columns of .*texts.jsonl are not read: text",
+        ),
+        ("pairs", asked | {"chosen": "b", "rejected": "c"}, "2 of 5 columns of .*pairs.jsonl are not read: input"),
+        ("prompts", asked, "2 of 3 columns of .*prompts.jsonl are not read: input, source"),
+    ):
+        write(tmp_path, f"{kind}.jsonl", [row])
+        getattr(Files(str(tmp_path), eval_path=str(tmp_path)), kind)()
+        assert re.search(told, capsys.readouterr().out)
+    Files(str(tmp_path), eval_path=str(tmp_path), for_function=True).prompts()  # it gets them
+    assert "not read" not in capsys.readouterr().out

@@ -6,6 +6,7 @@ import json
 import pytest
 import torch
 
+from python_trainer.__main__ import main
 from python_trainer.compare import Drawn, head_to_head, win_rate
 from python_trainer.config import UserError
 from python_trainer.ppo_config import CompareConfig
@@ -43,13 +44,16 @@ def trained(tiny, tmp_path):
     return tmp_path
 
 
-def test_runs_against_each_other_and_themselves(trained):
-    runs = f"{trained}/ppo,again={trained}/ppo,{trained}/rloo"
-    options = [f"--runs={runs}", f"--output_dir={trained}", f"--judge={trained}/judge.py:letters"]
-    config = load("compare", None, options, CompareConfig)
+def test_runs_against_each_other_and_themselves(trained, capsys):
+    runs = [f"{trained}/ppo", f"again={trained}/ppo", f"{trained}/rloo"]
+    options = [f"--output_dir={trained}", f"--judge={trained}/judge.py:letters"]
+    config = load("compare", None, [f"--runs={','.join(runs)}", *options], CompareConfig)
     assert (config.task, config.response_length) == ("exact", 5)  # as the runs were
-    found = head_to_head(config)
-    rates = {(win.policy, win.against, win.by): win.win_rate for win in found.wins}
+    assert main(["compare", *runs, *options]) == 0
+    assert "wins by reward, of 4 prompts; a tie is half a win" in capsys.readouterr().out
+    with (trained / "compare" / "wins.csv").open(newline="") as file:
+        wins = list(csv.DictReader(file))
+    rates = {(win["policy"], win["against"], win["by"]): float(win["win_rate"]) for win in wins}
     assert {judge for *_, judge in rates} == {"reward", f"{trained}/judge.py:letters"}
     for (one, other, judge), rate in rates.items():
         assert rate + rates[other, one, judge] == pytest.approx(1)

@@ -164,6 +164,13 @@ def test_missing_file_is_named():
         load("train", "nowhere.yaml", [], PPOConfig)
 
 
+def test_defaults_are_those_of_a_practitioner():
+    """A run without them is one that somebody could want: answers are not cut, and a day's work is not lost."""
+    ours, texts = PPOConfig(), SftConfig()
+    assert (ours.response_length, ours.save_steps, texts.max_length, ours.ptx_max_length) == (256, 50, 1024, 1024)
+    assert (ours.log_completions_steps, texts.logging_steps) == (10, 50)
+
+
 def test_every_setting_is_explained():
     import dataclasses
 

@@ -7,12 +7,13 @@ from pathlib import Path
 
 import pytest
 
+from python_trainer.compare import Figures, Win
 from python_trainer.config import UserError
-from python_trainer.frontier import Point, fitted, frontier
+from python_trainer.frontier import Choice, Line, Point, at_edges, draw, fitted, frontier
 from python_trainer.ppo_config import FrontierConfig
 from python_trainer.rollout import score_tokens
 from python_trainer.settings import load
-from tests.lib.trainer import TINY
+from tests.lib.trainer import ROOT, TINY
 
 ENUMERATES = True
 
@@ -52,7 +53,7 @@ def made_up(runs: list, config) -> None:
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-def test_each_algorithm_gets_what_it_learned_best_with_on_another_seed(tmp_path):
+def test_each_algorithm_gets_what_it_learned_best_with_on_another_seed(tmp_path, capsys):
     study = {
         "algorithms": "ppo,rloo",
         "kl_coefs": "0.1,0.2,0.4",
@@ -74,6 +75,39 @@ def test_each_algorithm_gets_what_it_learned_best_with_on_another_seed(tmp_path)
         rows = list(csv.DictReader(file))
     assert [row["responses"] for row in rows] == ["48"] * 8
     assert [row["learning_rate"] for row in rows if row["chosen"] == "True"] == ["0.003", "0.001"]
+    told = [line for line in capsys.readouterr().out.splitlines() if line.startswith("frontier: ")]
+    assert [line.split(": ")[1].split(",")[0] for line in told] == [
+        "ppo chose learning_rate 0.003",
+        "ppo chose num_mini_batches 2",
+        "rloo chose learning_rate 0.001",
+        "rloo chose num_mini_batches 2",
+    ]
+
+
+def test_a_choice_inside_what_was_tried_lies_at_no_edge():
+    rates = (0.1, 0.2, 0.3)
+    assert at_edges([Choice("ppo", rate, 1, 0.0, 8, rate == 0.2) for rate in rates]) == []
+    assert (
+        at_edges(
+            [Choice("ppo", rate, number, 0.0, 8, (rate, number) == (0.2, 1)) for rate in rates for number in (1, 4)]
+        )
+        == []
+    )
+    assert len(at_edges([Choice("ppo", rate, 1, 0.0, 8, rate == 0.1) for rate in rates])) == 1
+
+
+TABLES = {"choices": Choice, "lines": Line, "policies": Figures, "wins": Win}
+
+
+@pytest.mark.parametrize("table", sorted((ROOT / "bench" / "results").glob("[cf]*_*.csv")), ids=lambda path: path.stem)
+def test_the_tables_that_are_shown_have_todays_columns(tmp_path, table):
+    kind = TABLES.get(table.stem.rpartition("_")[2], Point)
+    with table.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert tuple(rows[0]) == kind._fields
+    if kind is Point:
+        draw(table, tmp_path / "frontier.png")
+        assert (tmp_path / "frontier.png").stat().st_size > 10_000
 
 
 def test_what_is_compared_is_not_what_was_chosen_on():

@@ -12,6 +12,7 @@ from python_trainer.config import UserError
 from python_trainer.models import load_scalar, save_model
 from python_trainer.ppo_config import PPOConfig
 from tests.lib.trainer import TINY, TINY_MODEL
+from tests.lib.zoo import architecture
 
 BLOCK = "transformer.h.0."
 
@@ -89,6 +90,16 @@ def test_what_does_not_read_from_left_to_right_is_no_policy(tiny, kind):
     match = {"bert": "BertLMHeadModel sees the tokens", "rwkv": "RwkvForCausalLM gives other logits.*padded"}[kind]
     with pytest.raises(UserError, match=f"model_config: a {match}"):
         tiny(model_config=json.dumps(settings | {"model_type": kind, "initializer_range": 0.2}))
+
+
+def test_what_gives_no_number_per_token_is_no_critic_and_no_reward_model(tiny, tmp_path):
+    with pytest.raises(UserError, match="no model of type codegen that gives one number .*algorithm without a critic"):
+        tiny(algorithm="ppo", model_config=architecture("codegen"))
+    settings = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    encoder = AutoConfig.for_model("bert", **settings, vocab_size=7, num_labels=1)
+    AutoModelForSequenceClassification.from_config(encoder).save_pretrained(tmp_path / "encoder")
+    with pytest.raises(UserError, match="BertForSequenceClassification has no `score` head.*reward_function"):
+        load_scalar(tmp_path / "encoder", "reward_model_path", PPOConfig(**TINY))
 
 
 def test_a_quantized_model_is_refused(tiny, saved):

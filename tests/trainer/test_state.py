@@ -1,5 +1,6 @@
 """What a checkpoint holds of models and optimizers is whole, and what is not is refused."""
 
+import json
 import os
 from types import SimpleNamespace
 
@@ -7,8 +8,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from python_trainer import zero_state
+from python_trainer import checkpoint, zero_state
 from python_trainer.config import UserError
+from tests.lib.hostile import commit
 
 
 def test_deepspeed_makes_no_update_of_its_own(tiny):
@@ -17,6 +19,24 @@ def test_deepspeed_makes_no_update_of_its_own(tiny):
     assert set(zero_state.describe(trainer.trained["actor"])["updates"].values()) == {0}
     trainer.train_step()
     assert set(zero_state.describe(trainer.trained["actor"])["updates"].values()) == {1}
+
+
+@pytest.mark.parametrize("stage", [0, 3])
+def test_a_run_in_half_precision_goes_on(tiny, tmp_path, stage):
+    """Without ZeRO its optimizer is one of DeepSpeed's, of another form."""
+    settings = {"bf16": True, "deepspeed": f"ds_zero{stage}.json", "ema_decay": 0.9}
+    trainer = tiny(**settings)
+    trainer.train_step()
+    trainer.save_checkpoint(tmp_path)
+    state = json.loads((tmp_path / "step-000001" / checkpoint.STATE).read_text())
+    state["models"]["actor"]["loss_scale"]["last_overflow_iter"] = None  # as earlier versions wrote it
+    (tmp_path / "step-000001" / checkpoint.STATE).write_text(json.dumps(state))
+    commit(tmp_path / "step-000001")
+    wanted = trainer.train_step()
+    again = tiny(**settings, resume_from_checkpoint=str(tmp_path / "step-000001"))
+    found = again.train_step()
+    for name in ("objective/kl", "loss/policy_avg", "actor/grad_norm", "critic/grad_norm"):
+        assert found[name] == wanted[name], name
 
 
 def test_weights_that_checkpoints_would_not_find_are_refused_at_the_start(tiny, monkeypatch):

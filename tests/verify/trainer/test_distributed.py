@@ -11,28 +11,27 @@ import torch
 from safetensors.torch import load_file
 
 from python_trainer.config import SftConfig
+from python_trainer.data import Example
 from python_trainer.sft import sft
 from python_trainer.tasks.exact import Exact
-from tests.lib.trainer import ROOT, TINY, as_options, command, metric_rows
+from tests.lib.trainer import ROOT, TINY, as_options, command, free_port, metric_rows
 
 BIN = Path(sys.executable).parent
-LAUNCHERS = {
-    "torchrun": (str(BIN / "torchrun"), "--nproc_per_node=2", "--master_port=29641", "-m"),
-    "deepspeed": (str(BIN / "deepspeed"), "--num_gpus=2", "--master_port=29642", "--module"),
-}
+TORCHRUN = (str(BIN / "torchrun"), "--nproc_per_node=2", "--standalone")  # at a port that is free
 
 ONE_RANK_FAILS = """
 import os
 import torch
 from python_trainer import atomic, checkpoint, distributed
 from python_trainer.config import SftConfig, UserError
+from python_trainer.data import Example
 from python_trainer.ppo_config import PPOConfig
 from python_trainer.deepspeed_engine import step_together
 from python_trainer.ppo import Trainer
 from python_trainer.sft import sft
 from python_trainer.tasks.exact import Exact
 
-Exact.texts = lambda self: (["a b c d e", "a", "b b", "c d d"], ["a b"])
+Exact.texts = lambda self: %r
 
 trainer = Trainer(PPOConfig(**%r))
 plain = trainer.reward_fn
@@ -88,6 +87,13 @@ os._exit(0)
 """
 
 
+def launched(by: str) -> tuple[str, ...]:
+    """What stands before the name of a module that two ranks are to run."""
+    if by == "torchrun":
+        return *TORCHRUN, "-m"
+    return str(BIN / "deepspeed"), "--num_gpus=2", f"--master_port={free_port()}", "--module"
+
+
 @pytest.mark.parametrize(
     ("launcher", "stage", "algorithm"), [("torchrun", 0, "p3o"), ("deepspeed", 2, "ppo"), ("torchrun", 3, "ppo")]
 )
@@ -96,7 +102,7 @@ def test_two_processes_make_the_step_of_one(tiny, tmp_path, launcher, stage, alg
     settings = TINY | {"deepspeed": f"ds_zero{stage}.json", "algorithm": algorithm}
     tiny(**settings).train()
     two = tmp_path / "two"
-    result = command("train", *as_options(settings | {"output_dir": two}), launcher=LAUNCHERS[launcher])
+    result = command("train", *as_options(settings | {"output_dir": two}), launcher=launched(launcher))
     assert result.returncode == 0, result.stderr[-2000:]
     here, there = (load_file(run / "train" / "model" / "model.safetensors") for run in (tmp_path / "run", two))
     assert here.keys() == there.keys()
@@ -115,16 +121,18 @@ def test_plain_python(tmp_path):
 
 def test_what_one_rank_finds_stops_all(tmp_path, monkeypatch):
     script = tmp_path / "script.py"
-    settings = TINY | {"output_dir": str(tmp_path / "run")}
+    texts = [Example(text) for text in ("a b c d e", "a", "b b", "c d d")], [Example("a b")]
+    # Two passes: the forward pass of the only update would be that which scored the responses.
+    settings = TINY | {"output_dir": str(tmp_path / "run"), "num_ppo_epochs": 2}
     imitation = {name: TINY[name] for name in ("task", "model_config", "disable_tqdm")} | {"batch_size": 4}
     imitation |= {"max_steps": 1, "per_device_train_batch_size": 1, "output_dir": str(tmp_path / "run")}
-    script.write_text(ONE_RANK_FAILS % (settings, settings, imitation))
+    script.write_text(ONE_RANK_FAILS % (texts, settings, settings, imitation))
     result = subprocess.run(
-        [str(BIN / "torchrun"), "--nproc_per_node=2", "--master_port=29643", str(script)],
+        [*TORCHRUN, str(script)],
         env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=300,
     )
     assert result.returncode == 0, result.stderr[-2000:]
     for rank in range(2):
@@ -132,7 +140,7 @@ def test_what_one_rank_finds_stops_all(tmp_path, monkeypatch):
         assert f"rank {rank}: before the first update of step 1 the log-ratio is off" in result.stdout
         assert f"rank {rank}: skipped [1, 1], unchanged True" in result.stdout
         assert result.stdout.count(f"rank {rank}: shares True") == 2
-    monkeypatch.setattr(Exact, "texts", lambda _: (["a b c d e", "a", "b b", "c d d"], ["a b"]))
+    monkeypatch.setattr(Exact, "texts", lambda _: texts)
     sft(SftConfig(**imitation | {"output_dir": str(tmp_path / "alone")}))
     records = [(tmp_path / run / "sft" / "metrics.jsonl").read_text().splitlines()[0] for run in ("run", "alone")]
     together, alone = (json.loads(record)["loss"] for record in records)

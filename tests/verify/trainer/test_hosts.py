@@ -53,7 +53,7 @@ def test_two_hosts_make_the_step_of_one(hosts, tiny, tmp_path):
     hostfile.write_text("".join(f"{address} slots=1\n" for _, address, _ in hosts))
     options = as_options(TINY | {"deepspeed": "ds_zero2.json", "output_dir": tmp_path / "two"})
 
-    def start(number: int):
+    def start(number: int):  # in a namespace of its own, where the port is free
         name, _, interface = hosts[number]
         launcher = ("ip", "netns", "exec", name, DEEPSPEED, "--hostfile", str(hostfile), "--no_ssh")
         launcher += ("--node_rank", str(number), "--master_addr", hosts[0][1], "--master_port", "29650", "--module")

@@ -4,7 +4,7 @@ import os
 import subprocess
 import sys
 
-from python_trainer import distributed
+from python_trainer.cache import cache_folder
 
 START = """
 from python_trainer import deepspeed_engine, distributed
@@ -20,7 +20,7 @@ def start() -> subprocess.CompletedProcess:
 
 def test_a_build_guard_left_by_a_killed_process_blocks_nobody():
     assert start().returncode == 0  # compiles the op where nobody has yet
-    libraries = list((distributed.cache_folder() / "torch_extensions").rglob("*.so"))
+    libraries = list((cache_folder() / "torch_extensions").rglob("*.so"))
     assert libraries
     guards = [library.parent / "lock" for library in libraries]
     for guard in guards:

@@ -3,7 +3,6 @@
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -15,6 +14,8 @@ from python_trainer.config import UserError
 from python_trainer.ppo import Trainer
 from python_trainer.ppo_config import PPOConfig
 from tests.lib.trainer import ROOT, TINY, metric_rows
+
+from .test_distributed import TORCHRUN
 
 RUN = TINY | {"batch_size": 8, "num_mini_batches": 2, "save_steps": 1, "save_total_limit": 3, "ema_decay": 0.9}
 CPU = {"device": "cpu"}
@@ -171,9 +172,8 @@ def test_from_one_rank_to_two_and_back(ran, layout, tiny, tmp_path):
         jobs.append((settings, str(source), str(tmp_path / str(number))))
     script = tmp_path / "script.py"
     script.write_text(TWO_RANKS)
-    torchrun = str(Path(sys.executable).parent / "torchrun")
     result = subprocess.run(
-        [torchrun, "--nproc_per_node=2", "--master_port=29645", str(script), json.dumps(jobs)],
+        [*TORCHRUN, str(script), json.dumps(jobs)],
         env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,

@@ -17,7 +17,7 @@ from python_trainer.rollout import HfGenerator
 from tests.lib.trainer import ROOT, TINY, WIDE, as_options, command, drawn, wide
 
 from . import fake_vllm
-from .test_distributed import LAUNCHERS
+from .test_distributed import launched
 
 VLLM = {"generation_engine": "vllm", "vllm_gpu_memory_utilization": 0.15, "learning_rate": 3e-2, "temperature": 0.8}
 
@@ -131,7 +131,7 @@ def test_vllm_on_two_ranks(tiny, tmp_path):
     tiny(**settings | {"generation_engine": "hf"}).train()
     two = tmp_path / "two"
     options = as_options(settings | {"output_dir": two, "deepspeed": "ds_zero3.json"})
-    result = command("train", *options, launcher=LAUNCHERS["torchrun"])
+    result = command("train", *options, launcher=launched("torchrun"))
     assert result.returncode == 0, result.stderr[-2000:]
     here, there = (load_file(run / "train" / "model" / "model.safetensors") for run in (tmp_path / "run", two))
     for name in here:

@@ -1,9 +1,9 @@
 """Processes forked from one that has imported everything: importing takes longer than most of what happens here."""
 
+import contextlib
 import json
 import os
 import signal
-import socket
 import sys
 import time
 import traceback
@@ -12,7 +12,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-LIMIT = 120  # seconds; nothing here takes that long unless it hangs
+import psutil
+
+from tests.lib.trainer import free_port
+
+# Both in seconds, and neither counts what other programs take of a busy machine.
+STILL = 120  # without work: whoever waits as long waits for ever
+LIMIT = 300  # of work: nothing here needs as much unless it turns in a circle
 
 
 @dataclass
@@ -35,28 +41,33 @@ class Ranks:
         folder.mkdir(parents=True, exist_ok=True)
         self.started = time.monotonic()
         self.outputs = [folder / f"output-{rank}" for rank in range(count)]
-        port = _free_port()
+        port = free_port()
         self.ids = [_fork(function, output, _place(rank, count, port)) for rank, output in enumerate(self.outputs)]
 
-    def wait(self, limit: float = LIMIT) -> list[Ended]:
-        """How each ended; whoever is left after the limit is killed, and the call fails."""
+    def wait(self, limit: float = LIMIT, still: float = STILL, only: Sequence[int] | None = None) -> list[Ended]:
+        """How each ended, or each of `only`; whoever is left after a limit is killed, and the call fails."""
+        waited_for = list(range(len(self.ids)) if only is None else only)
         codes: dict[int, tuple[int, float]] = {}
-        while len(codes) < len(self.ids):
-            seconds = time.monotonic() - self.started
-            for rank, process in enumerate(self.ids):
-                if rank not in codes and (done := os.waitpid(process, os.WNOHANG))[0]:
-                    codes[rank] = os.waitstatus_to_exitcode(done[1]), seconds
-            if seconds > limit:
-                left = [rank for rank in range(len(self.ids)) if rank not in codes]
-                self.kill(left)
-                said = "\n".join(self.outputs[rank].read_text()[-1500:] for rank in left)
-                raise AssertionError(f"ranks {left} still there after {limit} s\n{said}")
+        worked, moved, looked = 0.0, time.monotonic(), 0.0
+        while len(codes) < len(waited_for):
+            now = time.monotonic()
+            for rank in waited_for:
+                if rank not in codes and (done := os.waitpid(self.ids[rank], os.WNOHANG))[0]:
+                    codes[rank] = os.waitstatus_to_exitcode(done[1]), now - self.started
+            if now - looked > 1:
+                left = [rank for rank in waited_for if rank not in codes]
+                looked, seconds = now, sum(_seconds_of_work(self.ids[rank]) for rank in left)
+                if abs(seconds - worked) > still / 100:  # also where one has ended
+                    worked, moved = seconds, now
+                if left and (seconds > limit or now - moved > still):
+                    self._give_up(left, seconds, now - moved)
             time.sleep(0.01)
-        return [self._ended(rank, *codes[rank]) for rank in range(len(self.ids))]
+        return [self._ended(rank, *codes[rank]) for rank in waited_for]
 
-    def wait_for(self, rank: int) -> Ended:
-        code = os.waitstatus_to_exitcode(os.waitpid(self.ids[rank], 0)[1])
-        return self._ended(rank, code, time.monotonic() - self.started)
+    def _give_up(self, left: Sequence[int], seconds: float, still: float) -> None:
+        self.kill(left)
+        said = "\n".join(self.outputs[rank].read_text()[-1500:] for rank in left)
+        raise AssertionError(f"ranks {left} still there after {seconds:.0f} s of work, {still:.0f} s without\n{said}")
 
     def kill(self, ranks: Sequence[int]) -> None:
         for rank in ranks:
@@ -73,8 +84,10 @@ class Ranks:
         )
 
 
-def run(folder: Path, function: Callable[[], Any], count: int = 1, limit: float = LIMIT) -> list[Ended]:
-    return Ranks(folder, function, count).wait(limit)
+def run(
+    folder: Path, function: Callable[[], Any], count: int = 1, limit: float = LIMIT, still: float = STILL
+) -> list[Ended]:
+    return Ranks(folder, function, count).wait(limit, still)
 
 
 def succeeded(ended: Sequence[Ended]) -> Any:
@@ -118,14 +131,23 @@ def _fork(function: Callable[[], Any], output: Path, environment: dict[str, str]
         os._exit(code)
 
 
+def _seconds_of_work(process: int) -> float:
+    """Of a processor: its own, and what it has started."""
+    try:
+        one = psutil.Process(process)
+        everyone = [one, *one.children(recursive=True)]
+    except psutil.NoSuchProcess:
+        return 0.0
+    total = 0.0
+    for each in everyone:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            times = each.cpu_times()
+            total += times.user + times.system + times.children_user + times.children_system
+    return total
+
+
 def _place(rank: int, count: int, port: int) -> dict[str, str]:
     if count == 1:
         return {}
     place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     return {name: str(value) for name, value in place.items()}
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]

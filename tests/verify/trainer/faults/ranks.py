@@ -30,7 +30,7 @@ def of_torchrun(folder: Path, output: Path) -> subprocess.Popen:
     environment = {key: value for key, value in os.environ.items() if key != "LD_PRELOAD"}
     return subprocess.Popen(
         [
-            *(sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29644"),
+            *(sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"),
             *("-m", "python_trainer", "train"),
             *as_options(SETTINGS | LONG | {"output_dir": output, "score_scaling": "none"}),
         ],
@@ -60,7 +60,7 @@ def rank_killed(folder: Path) -> str:
     output = folder / "run"
     launcher = of_torchrun(folder, output)
     try:
-        soon(lambda: under_way(output), 200)
+        soon(lambda: under_way(output))
         processes = workers(launcher.pid)
         assert sorted(processes) == [0, 1]
         started = time.monotonic()
@@ -110,7 +110,7 @@ def rank_raises(folder: Path) -> str:
 @row("one of two ranks stands still (SIGSTOP), ddp_timeout 10", "the other ends and names ddp_timeout", slow=True)
 def rank_stopped(folder: Path) -> str:
     ranks = one_fails(folder, lambda: os.kill(os.getpid(), signal.SIGSTOP), ddp_timeout=10)
-    first = ranks.wait_for(0)
+    (first,) = ranks.wait(only=[0])
     ranks.kill([1])
     refused(first, "did not answer within ddp_timeout")
     return f"ended {first.seconds:.0f} s after the start"
@@ -146,7 +146,7 @@ def killed_while_compiling(folder: Path) -> str:
 
     try:
         first = Ranks(folder / "outputs", start)
-        soon(lambda: any((folder / "cache").rglob("*.ninja")), 100)
+        soon(lambda: any((folder / "cache").rglob("*.ninja")))
         first.kill([0])
         locks = list((folder / "cache").rglob("lock"))
         assert locks, "the build has left no lock: this row shows nothing"

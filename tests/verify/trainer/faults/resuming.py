@@ -189,7 +189,8 @@ def started_over_a_run(folder: Path) -> str:
     return "refused"
 
 
-def soon(condition: Callable[[], bool], limit: float = 60) -> None:
+def soon(condition: Callable[[], bool], limit: float = 300) -> None:
+    """Wait for it; the limit is for what would never come."""
     started = time.monotonic()
     while not condition():
         assert time.monotonic() - started < limit
