@@ -22,10 +22,10 @@ import torch
 if "--accuracy" in sys.argv and not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when the package is imported
 
-from bench import measure, report, trainers
+from bench import clocks, measure, report, trainers
 from bench.accuracy import main as accuracy
 from bench.results import Results
-from bench.rows import Row, all_of
+from bench.rows import PHASES, Row, all_of, phase
 from ppo_kernels import _native
 
 
@@ -44,6 +44,9 @@ def options() -> argparse.Namespace:
     size.add_argument("--trainers", action="store_true", help="a step of our trainer beside TRL's")
     size.add_argument("--results", type=Path, metavar="FILE", help="measure nothing; take the results of this file")
     parser.add_argument("--only", default="", metavar="TEXT", help="rows whose name contains this")
+    parser.add_argument("--providers", nargs="+", choices=PHASES, default=PHASES, help="whose rows (default: all)")
+    parser.add_argument("--resume", action="store_true", help="keep what the file of --json has of this commit")
+    parser.add_argument("--clocks", type=Path, metavar="FILE", help="a log of nvidia-smi (bench/clocks.py)")
     parser.add_argument("--seconds", type=float, help="of timing per group (default: by size)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the results")
     parser.add_argument("--report", type=Path, metavar="FOLDER", help="write results.json, report.md and figures")
@@ -51,9 +54,30 @@ def options() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def run(rows: list[Row], size: str, seconds: float, file: Path | None) -> dict:
-    """The results, in the form of pytest-benchmark's JSON. The file has them as far as they came."""
-    session, data = measure.Session(rows, seconds), header()
+def kept(file: Path | None, size: str) -> dict:
+    """The results of an earlier run of this commit and size, without rows that were wrong; else none."""
+    if file is None or not file.is_file():
+        return header()
+    data = json.loads(file.read_text())
+    data["untimed"] = [row for row in data.get("untimed", []) if row["state"] == "absent"]
+    same = {row["extra_info"]["commit"] for row in data["benchmarks"]} <= {measure.commit()}
+    return data if same and data.get("run", {}).get("size") == size else header()
+
+
+def run(rows: list[Row], size: str, seconds: float, file: Path | None, before: dict | None = None) -> dict:
+    """The results, in the form of pytest-benchmark's JSON. The file has them as far as they came.
+
+    Rows that ``before`` has are left out.
+    """
+    data = before or header()
+    done = {row["fullname"] for row in data["benchmarks"]}
+    done |= {f"{row['group']} {row['provider']}" for row in data.get("untimed", [])}
+    rows = [row for row in rows if not {row.fullname, f"{row.group} {row.provider}"} & done]
+    session = measure.Session(rows, seconds)
+    session.untimed += data.get("untimed", [])
+    session.rates |= data.get("run", {}).get("GB/s", {})
+    if rows:
+        session.measure_bandwidth()
     for group in session.groups.values():
         for row in group:
             outcome = session.outcome(row)
@@ -67,7 +91,8 @@ def run(rows: list[Row], size: str, seconds: float, file: Path | None) -> dict:
             file.write_text(json.dumps(data, indent=1) + "\n")
         print(".", end="", file=sys.stderr, flush=True)
     print(file=sys.stderr)
-    session.measure_bandwidth()
+    if rows:
+        session.measure_bandwidth()
     return data | session.facts(size)
 
 
@@ -106,11 +131,17 @@ def main() -> int:
         return 2
     else:
         rows = [row for row in all_of(chosen.size) if chosen.only in row.group]
-        data = run(rows, chosen.size, measure.seconds(chosen.size, chosen.seconds), chosen.json)
+        rows = [row for row in rows if phase(row.provider) in chosen.providers]
+        before = kept(chosen.json, chosen.size) if chosen.resume else None
+        data = run(rows, chosen.size, measure.seconds(chosen.size, chosen.seconds), chosen.json, before)
+    if chosen.clocks:
+        data["clocks"] = clocks.read(chosen.clocks) if chosen.clocks.is_file() else []
+    if chosen.json and not chosen.results:
+        chosen.json.write_text(json.dumps(data, indent=1) + "\n")
     results = Results(data)
     print(report.overview(data), "\n".join(report.facts(results)), sep="\n\n")
     if chosen.report:
-        if not chosen.results:
+        if chosen.clocks or not chosen.results:
             chosen.report.mkdir(parents=True, exist_ok=True)
             (chosen.report / "results.json").write_text(json.dumps(data, indent=1) + "\n")
         print("Written:", *report.write(results, chosen.report), sep="\n  ")

@@ -18,6 +18,7 @@ os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler reports its own 
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from bench import graphs
 from bench.cases import DEVICE, flat
 from bench.peers import AbsentError
 from bench.rows import PORTABLE, Row, Setup, call_of, describe, tolerance
@@ -39,23 +40,36 @@ def seconds(size: str, asked: float | None) -> float:
 
 @dataclass
 class Timed:
-    """Calls that do the same work on different memory (one of them on a CPU), and the samples in seconds per call."""
+    """Calls that do the same work on different memory (one of them on a CPU), and the samples in seconds per work.
+
+    What a GPU returns is kept for a round, so that outputs too come from memory that has left the L2 cache.
+    """
 
     calls: list[Call]
     threads: int | None = None
+    works: int = 1  # that one call does: a graph has many
     repeats: int = 1
     samples: list[float] = field(default_factory=list)
     pause: float = 1e-3  # seconds that the device waits while the host enqueues
+    kept: dict[int, object] = field(default_factory=dict)
 
     def sample(self) -> float:
         if self.threads is not None and torch.get_num_threads() != self.threads:
             torch.set_num_threads(self.threads)
-        return (self._device_seconds() if DEVICE == "cuda" else self._host_seconds()) / self.repeats
+        return (self._device_seconds() if DEVICE == "cuda" else self._host_seconds()) / (self.repeats * self.works)
 
     def _host_seconds(self) -> float:
         start = time.perf_counter()
         for i in range(self.repeats):
             self.calls[i % len(self.calls)]()
+        return time.perf_counter() - start
+
+    def _enqueue(self) -> float:
+        """The host's seconds."""
+        start = time.perf_counter()
+        for i in range(self.repeats):
+            at = i % len(self.calls)
+            self.kept[at] = self.calls[at]()
         return time.perf_counter() - start
 
     def _device_seconds(self) -> float:
@@ -64,7 +78,7 @@ class Timed:
             begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
             torch.cuda._sleep(int(self.pause * SLEEP_CYCLES))
             begin.record()
-            host = self._host_seconds()
+            host = self._enqueue()
             end.record()
             end.synchronize()
             if host <= 0.8 * self.pause:
@@ -78,7 +92,7 @@ def in_turns(timed: dict[Hashable, Timed], seconds: float) -> None:
     threads = torch.get_num_threads()
     rounds = {}
     for key, one in timed.items():
-        cost = min(one.sample(), one.sample())
+        cost = min(one.sample(), one.sample()) * one.works
         one.repeats = math.ceil(SHORT / cost) if cost < SHORT else len(one.calls)
         share = seconds / len(timed) / (cost * one.repeats)
         least = LEAST if cost < SLOW else LEAST_SLOW
@@ -112,7 +126,9 @@ def measure(rows: list[Row], seconds: float) -> dict[Row, Outcome]:
     copies: dict[Setup, list[Setup]] = {}
     exact: dict[Setup, list[torch.Tensor]] = {}
     halves: dict[Row, list[Call]] = {}  # up to the outputs, without the gradient
+    whole: dict[Row, list[Call]] = {}
     timed: dict[Row, Timed] = {}
+    begin = time.time()
     for row in rows:
         setup, outcome = row.setup, outcomes[row]
         try:
@@ -122,7 +138,7 @@ def measure(rows: list[Row], seconds: float) -> dict[Row, Outcome]:
             halves[row] = [call(copy.inputs) for copy in copies[setup]]
             ready = [_whole(row, copy, half) for copy, half in zip(copies[setup], halves[row], strict=True)]
             _check(row, ready, exact[setup], outcome)
-            timed[row] = Timed(ready, row.threads)
+            whole[row], timed[row] = ready, _timed(row, ready, outcome)
         except AbsentError as reason:
             outcome.absent = str(reason)
         except Exception as error:  # of any library: its row is red, the others go on
@@ -134,7 +150,8 @@ def measure(rows: list[Row], seconds: float) -> dict[Row, Outcome]:
         outcomes[row].samples = one.samples
         outcomes[row].facts |= _speed(row, one)
         if DEVICE == "cuda":
-            outcomes[row].facts |= _parts(row, one, halves[row], copies[row.setup])
+            outcomes[row].facts["between"] = [round(begin, 2), round(time.time(), 2)]  # to find its clocks by
+            outcomes[row].facts |= _parts(row, len(one.samples), whole[row], halves[row], copies[row.setup])
     for many in copies.values():
         for setup in many:
             setup.release()
@@ -148,6 +165,16 @@ def _copies(setup: Setup) -> list[Setup]:
         return [setup]
     cache = torch.cuda.get_device_properties(0).L2_cache_size
     return [setup, *(Setup(setup.case, setup.shape) for _ in range(min(32, 2 * cache // setup.moved + 1)))]
+
+
+def _timed(row: Row, ready: list[Call], outcome: Outcome) -> Timed:
+    """On a GPU as a graph of all copies, where the calls can be captured."""
+    if DEVICE == "cpu":
+        return Timed(ready, row.threads)
+    graph, why = graphs.captured(ready)
+    outcome.facts |= {"by": "events", "no_graph": why} if graph is None else {"by": "graph"}
+    outcome.facts["ring_bytes"] = len(ready) * row.setup.moved
+    return Timed(ready, row.threads) if graph is None else Timed([graph], row.threads, works=len(ready))
 
 
 def _whole(row: Row, setup: Setup, call: Call) -> Call:
@@ -178,26 +205,27 @@ def _speed(row: Row, one: Timed) -> dict[str, object]:
     }
 
 
-def _parts(row: Row, one: Timed, halves: list[Call], copies: list[Setup]) -> dict[str, float]:
+def _parts(row: Row, rounds: int, whole: list[Call], halves: list[Call], copies: list[Setup]) -> dict[str, float]:
     """On a GPU also: the call as the host sees it, on one memory within the L2 cache, and a gradient's two halves."""
 
     def median(calls: list[Call], repeats: int) -> float:
         alone = Timed(calls, repeats=repeats)
-        return statistics.median(alone.sample() for _ in range(2 + len(one.samples)))
+        return statistics.median(alone.sample() for _ in range(2 + rounds))
 
     def synchronized() -> float:
         start = time.perf_counter()
-        one.calls[0]()
+        whole[0]()
         torch.cuda.synchronize()
         return time.perf_counter() - start
 
     facts = {
-        "call_seconds": statistics.median(synchronized() for _ in one.samples),
-        "l2_warm_seconds": median(one.calls[:1], len(one.calls)),
+        "call_seconds": statistics.median(synchronized() for _ in range(rounds)),
+        "l2_warm_seconds": median(whole[:1], len(whole)),
     }
     if leaf := row.setup.case.leaf:
-        graphs = [(flat(half())[0].sum(), copy.inputs[leaf]) for half, copy in zip(halves[:2], copies, strict=False)]
-        backward = [lambda y=y, x=x: torch.autograd.grad(y, x, retain_graph=True) for y, x in graphs]
+        losses = [(flat(half())[0], copy.inputs[leaf]) for half, copy in zip(halves[:2], copies, strict=False)]
+        ones = torch.ones_like(losses[0][0])
+        backward = [lambda y=y, x=x: torch.autograd.grad(y, x, ones, retain_graph=True) for y, x in losses]
         facts |= {"forward_seconds": median(halves, len(halves)), "backward_seconds": median(backward, len(backward))}
     return facts
 
@@ -278,7 +306,8 @@ class Session:
     """The groups of one run as they are measured, and the facts that their rows share."""
 
     def __init__(self, rows: list[Row], seconds: float) -> None:
-        self.seconds, self.commit, self.rates = seconds, commit(), {}
+        self.seconds, self.commit = seconds, commit()
+        self.rates: dict[str, float] = {}
         self.outcomes: dict[Row, Outcome] = {}
         self.untimed: list[dict[str, object]] = []
         self.groups: dict[str, list[Row]] = {}
@@ -287,7 +316,7 @@ class Session:
 
     def outcome(self, row: Row) -> Outcome:
         """Of the row; its group is measured when the first of its rows is asked for."""
-        if not self.rates:
+        if not self.rates:  # pytest-benchmark asks for rows alone
             self.measure_bandwidth()
         if row not in self.outcomes:
             self.outcomes = measure(self.groups[row.group], self.seconds)

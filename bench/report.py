@@ -6,6 +6,7 @@ import importlib.util
 from pathlib import Path
 from typing import Any
 
+from bench import clocks
 from bench import results as tables
 from bench.cases import Target, benchmarks
 from bench.peers import PEERS
@@ -38,6 +39,7 @@ def facts(results: Results) -> list[str]:
         f" instruction set {machine.get('isa')}; torch reads {rate.get('read')} GB/s, copies {rate.get('copy')} GB/s",
         f"Versions: ppo_kernels {versions['ppo_kernels']}, commit {versions['commit']}, torch {versions['torch']},"
         f" Python {machine.get('python_version')}",
+        *([clocks.summary(results.clocks)] if results.machine.get("gpu") else []),
         f"Run: {results.when} UTC, size {run.get('size')}, load averages at the end {run.get('load')}",
         f"Command: python -m bench --{run.get('size')} --report FOLDER",
     ]

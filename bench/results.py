@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
 
-from bench import cases
-from bench.cases import benchmarks
+from bench import cases, clocks
+from bench.cases import Case, Shape, benchmarks
 from bench.rows import OURS, PROVIDERS
 
 #: The order of rows: what comes first in a training step.
@@ -65,6 +65,7 @@ class Results:
         self.run = data.get("run", {})
         self.when = str(data.get("datetime", ""))[:16].replace("T", " ")
         self.untimed: list[Bench] = data.get("untimed", [])
+        self.clocks = [clocks.Sample(*sample) for sample in data.get("clocks", [])]
         self.groups: dict[str, dict[str, Bench]] = {}
         scaling: dict[tuple[str, str], list[Bench]] = {}
         for bench in data["benchmarks"]:
@@ -197,10 +198,14 @@ def error_table(results: Results) -> Table:
 
 def device_table(results: Results) -> Table:
     note = (
-        "Device times are medians of events around calls that the host has enqueued before, on memory beyond the L2 "
-        "cache; call is the wall-clock time of one synchronized call; % is of the rate at which torch copies memory."
+        "Device times of a whole work: by replays of a CUDA graph of as many copies as leave the L2 cache, inputs and "
+        "outputs, and (events) where a library cannot be captured, by events around calls that the host has enqueued "
+        "before. IQR is the interquartile range over the median; call is the wall-clock time of one synchronized call; "
+        "forward and backward are timed alone, by events; % is the share of the rate at which torch copies memory; the "
+        "floor is what copying the bytes that the work has to read and write would take; MHz is the least clock of the "
+        "SMs while the group was timed, ! if it was held down."
     )
-    columns = ("forward", "backward", "device", "call", "in L2", "% of copy")
+    columns = ("min", "median", "IQR", "forward", "backward", "call", "in L2", "floor", "% of copy", "target", "MHz")
     table = Table("Device times, µs", note, ["work", "provider", *columns])
     copy = results.run.get("GB/s", {}).get("copy")
     for group, rows in results.groups.items():
@@ -208,11 +213,47 @@ def device_table(results: Results) -> Table:
             info = rows[name]["extra_info"] if name in rows else {}
             if "call_seconds" not in info:
                 continue
-            times = [info.get("forward_seconds"), info.get("backward_seconds"), seconds(rows[name])]
-            times += [info["call_seconds"], info["l2_warm_seconds"]]
-            cells = ["" if t is None else f"{1e6 * t:.3g}" for t in times]
-            table.lines.append([group, name, *cells, _percent(info["GB/s"], copy)])
+            stats = rows[name]["stats"]
+            times = [info.get("forward_seconds"), info.get("backward_seconds")]
+            times += [info["call_seconds"], info["l2_warm_seconds"], _floor(info, copy)]
+            cells = [_us(stats["min"]), _us(stats["median"]), f"{spread(rows[name]):.0%}", *map(_us, times)]
+            cells += [_percent(info["GB/s"], copy), _device_target(group, rows[name], copy), _clock(results, info)]
+            provider = f"{name} (events)" if info.get("by") == "events" else name
+            table.lines.append([group, provider, *cells])
     return table
+
+
+def _us(seconds: float | None) -> str:
+    return "" if seconds is None else f"{1e6 * seconds:.3g}"
+
+
+def _floor(info: Bench, copy: float | None) -> float | None:
+    return info["bytes"] / copy / 1e9 if copy else None
+
+
+def _device_target(group: str, row: Bench, copy: float | None) -> str:
+    """What the device may take, and what came of it: of our implementations alone."""
+    found, floor = _case_of(group), _floor(row["extra_info"], copy)
+    target = found[0].device_target if found else None
+    if found is None or target is None or floor is None or row["extra_info"]["provider"] not in OURS:
+        return ""
+    verdict = target.verdict(found[1], floor, seconds(row), row["extra_info"]["call_seconds"])
+    return f"≤ {_us(target.most(found[1], floor))} {verdict}"
+
+
+def _case_of(group: str) -> tuple[Case, Shape] | None:
+    for case in benchmarks():
+        for shape in case.shapes.get("gpu", ()):
+            if case.group(shape) == group:
+                return case, shape
+    return None
+
+
+def _clock(results: Results, info: Bench) -> str:
+    samples = clocks.between(results.clocks, *info.get("between", (0.0, 0.0)))
+    if not samples:
+        return ""
+    return f"{min(sample.mhz for sample in samples)}{'!' if any(clocks.held(s.reasons) for s in samples) else ''}"
 
 
 def spread_table(results: Results) -> Table:

@@ -21,9 +21,17 @@ REFERENCE, EAGER, COMPILE, BARE = "reference", "eager", "torch.compile", "bare o
 PORTABLE = "portable loops"  # "cpu" as it is without AVX-512
 #: The order of columns.
 PROVIDERS = (*OURS, PORTABLE, BARE, REFERENCE, EAGER, COMPILE, *peers.PEERS)
+#: What a run may be cut into: our own rows first, as a machine with a GPU may be there for minutes.
+PHASES = ("ours", "others", "compile")
 #: Of shapes: small ones, those of the targets with other libraries (full) and without them (quick), those for a GPU,
 #: and tiny ones, which show that every row for a GPU runs.
 SIZES = (*MEASURED, "gpu", "tiny")
+
+
+def phase(provider: str) -> str:
+    if provider in (*OURS, PORTABLE, BARE):
+        return "ours"
+    return "compile" if provider == COMPILE else "others"
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,17 +50,27 @@ class Setup:
 
     @cached_property
     def moved(self) -> int:
-        """Bytes that the passes over memory have to read and write: a loss has two, forward and backward."""
+        """Bytes that have to be read and written at least."""
         return self.case.moved(self.inputs)
 
     def release(self) -> None:
         self.__dict__.pop("inputs", None)
+        self.__dict__.pop("incoming", None)
+
+    @cached_property
+    def incoming(self) -> dict[tuple, Tensor]:
+        """Gradients of ones by shape and dtype: made once, so that no timed call has to sum up or to fill."""
+        return {}
 
     def finish(self, outputs: object, inputs: Inputs | None = None) -> list[Tensor]:
         """The outputs as a flat list, and second the gradient of the first one where the case has a leaf."""
         found = flat(outputs)
         if self.case.leaf:
-            found.insert(1, torch.autograd.grad(found[0].sum(), (inputs or self.inputs)[self.case.leaf])[0])
+            first, kind = found[0], (found[0].shape, found[0].dtype)
+            if kind not in self.incoming:
+                self.incoming[kind] = torch.ones_like(first)
+            leaf = (inputs or self.inputs)[self.case.leaf]
+            found.insert(1, torch.autograd.grad(first, leaf, self.incoming[kind])[0])
         return found
 
     def exact(self) -> list[Tensor]:

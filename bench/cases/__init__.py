@@ -8,6 +8,7 @@ own in a tuple ``CASES`` and is found by its name: an op's, or that of a chain o
 from __future__ import annotations
 
 import importlib
+import math
 import pkgutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -62,6 +63,30 @@ class Target:
         return "MISSED"
 
 
+@dataclass(frozen=True)
+class DeviceTarget:
+    """On a GPU: at least ``share`` of the rate at which the same run copies memory (``odd`` where rows begin at no
+    16-byte boundary), or at most ``seconds`` of the device; and at most ``call_seconds`` for a whole call.
+    """
+
+    share: float = 0.0
+    odd: float = 0.0
+    seconds: Mapping[Shape, float] = field(default_factory=dict)
+    call_seconds: float = math.inf
+
+    def most(self, shape: Shape, floor: float) -> float:
+        """Seconds that the device may take where copying as many bytes takes ``floor``."""
+        if shape in self.seconds:
+            return self.seconds[shape]
+        share = self.odd if self.odd and shape[-1] % 8 else self.share
+        return floor / share if share else math.inf
+
+    def verdict(self, shape: Shape, floor: float, device: float, call: float) -> str:
+        if device > self.most(shape, floor):
+            return "MISSED"
+        return "call MISSED" if call > self.call_seconds else "met"
+
+
 #: A call costs at most half as much again as the registered op, and is never slower than eager code.
 SMALL_CALL_TARGETS = (Target("eager", 1), Target("bare op", 1 / 1.5))
 
@@ -90,7 +115,23 @@ TOKEN_AXES = (
 #: [sequences, tokens]: of a whole rollout, and of one minibatch of a loss.
 TINY, GPU = [(4, 40)], [(512, 2048), (64, 32768)]
 ROLLOUT = {"quick": [(256, 8192)], "small": [(64, 2048)], "full": [(256, 8192)], "gpu": GPU, "tiny": TINY}
+#: One launch over tokens, forward and backward, in 1.6 times what copying the bytes takes.
+ONE_LAUNCH = DeviceTarget(share=1 / 1.6)
 MINIBATCH = {"quick": [(512, 2048)], "small": [(64, 2048)], "full": [(512, 2048)], "gpu": GPU, "tiny": TINY}
+
+
+#: dtype, shape and options of a call.
+Calls = tuple[tuple[torch.dtype, Shape, Mapping], ...]
+
+
+def meetings(gpu: tuple[Shape, ...], host: tuple[Shape, ...], **choices: tuple) -> dict[str, Calls]:
+    """``Case.meetings`` at these shapes, with each value of each choice."""
+    options = [{name: value} for name, values in choices.items() for value in values] or [{}]
+    every = {"gpu": gpu, "host": host}
+    return {
+        where: tuple((torch.float32, shape, option) for shape in shapes for option in options)
+        for where, shapes in every.items()
+    }
 
 
 #: Short and long rows, of sizes that 16 divides and that it does not.
@@ -119,7 +160,10 @@ class Case:
     output_dtype: torch.dtype | None = None  # else float32, and float64 where an input is that
     differentiable_outputs: int = 1
     gradcheck: bool = True  # the gradient is that of the loss: nothing in it is constant by definition
-    reach: tuple[tuple[torch.dtype, Shape, Mapping], ...] = REACH  # dtype, shape, options: what reaches every kernel
+    reach: Calls = REACH  # what reaches every kernel
+    # What makes many blocks hand one another their parts at the same time: of all of a GPU ("gpu"), and as few as show
+    # a race where every block is simulated ("host"). None where no block needs another.
+    meetings: Mapping[str, Calls] = field(default_factory=dict)
     per_row: tuple[str, ...] = ()  # inputs that may have one number per row in place of one per token
     choices: Mapping[str, tuple] = field(default_factory=dict)  # options that choose another kernel, and their values
     bare_options: Mapping[str, object] = field(default_factory=dict)  # of the call without optional inputs
@@ -137,12 +181,13 @@ class Case:
     time_loop: bool = False  # ... which are a Python loop over time
     bare: Callable[..., object] | None = None  # the registered op without the public function around it
     portable_loops: bool = False  # the CPU op has loops for AVX-512, which a row compares with the portable ones
-    moved: Callable[[Inputs], int] | None = None  # bytes that the passes over memory read and write
+    moved: Callable[[Inputs], int] | None = None  # bytes that have to be read and written at least, gradients too
     tolerance: float = 1e-5
     eager_tolerance: float = 1e-4  # of code that computes in the dtype of the inputs
     compiled: tuple[str, ...] = (*MEASURED, "gpu", "tiny")  # the sizes at which torch.compile's time is worth a row
     targets: tuple[Target, ...] = ()  # at the sizes quick and full, on a 2-core CPU
     small_call_targets: tuple[Target, ...] = ()
+    device_target: DeviceTarget | None = None  # at the size gpu
     most_extra: Callable[..., int] | None = None  # most_extra(*shape): bytes of memory beside the inputs
 
     # For the accuracy table.

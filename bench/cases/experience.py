@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ppo_kernels
-from bench.cases import GAMMA, KL_COEF, LAM, ROLLOUT, SCORE_CLIP, Case, Target, normal
+from bench.cases import GAMMA, KL_COEF, LAM, ONE_LAUNCH, ROLLOUT, SCORE_CLIP, Case, Target, normal
 from bench.cases.gae import eager as eager_gae
 from bench.cases.kl_rewards import eager as eager_kl_rewards
 from bench.cases.kl_rewards import inputs as rollout
@@ -30,7 +30,8 @@ CASES = (
         function=chain,
         eager=eager,
         time_loop=True,
-        moved=lambda x: 10 * x["values"].nbytes + 4 * x["mask"].nbytes,
+        moved=lambda x: 5 * x["values"].nbytes + x["mask"].nbytes,
+        device_target=ONE_LAUNCH,
         tolerance=5e-6,
         eager_tolerance=1e-5,
         shapes=ROLLOUT | {"small": [(64, 1024)]},

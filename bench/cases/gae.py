@@ -13,7 +13,9 @@ from bench.cases import (
     TOKEN_AXES,
     Case,
     Data,
+    DeviceTarget,
     Target,
+    meetings,
     normal,
     packed,
     right_padded,
@@ -76,6 +78,7 @@ CONTRACT = Case(
     inputs=contract_inputs,
     options={"gamma": 0.97, "masked_steps": "zero"},
     choices={"masked_steps": ("skip", "zero", "keep")},
+    meetings=meetings(((64, 32768),), ((2, 8193),), masked_steps=("skip", "zero", "keep")),
 )
 SHAPES = ROLLOUT | {"small": [(64, 1024)]}
 CASES = (
@@ -90,6 +93,7 @@ CASES = (
         time_loop=True,
         bare=bare,
         moved=lambda x: 4 * x["values"].nbytes + x["mask"].nbytes,
+        device_target=DeviceTarget(seconds={(512, 2048): 6e-6, (64, 32768): 11e-6}, call_seconds=15e-6),
         tolerance=1e-6,
         eager_tolerance=1e-5,
         shapes=SHAPES,

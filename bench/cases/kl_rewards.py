@@ -13,6 +13,7 @@ from bench.cases import (
     TOKEN_AXES,
     Case,
     Data,
+    meetings,
     normal,
     packed,
     right_padded,
@@ -87,6 +88,7 @@ CONTRACT = Case(
     options={"kl_estimator": "k3", "kl_log_clamp": 20.0, "kl_clamp": 10.0},
     choices={"kl_estimator": ESTIMATORS, "kl_coef": (torch.tensor(0.1), 0.1)},
     bare_options={"score_clip": None, "kl_log_clamp": None, "kl_clamp": None},
+    meetings=meetings(((64, 32768),), ((2, 8193),), kl_estimator=("k1", "k3")),
 )
 CASES = (
     CONTRACT,

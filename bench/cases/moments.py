@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from bench.cases import Case, tokens
+from bench.cases import GPU, Case, meetings, tokens
 
 CASES = (
     Case(
@@ -16,5 +16,6 @@ CASES = (
         per_token=False,
         output_dtype=torch.float64,
         inputs=lambda *args: tokens(*args, "x"),
+        meetings=meetings(tuple(GPU), ((3, 9001),)),
     ),
 )

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import torch
 
-from bench.cases import GPU, MINIBATCH, Case, Data, normal, packed, right_padded, rows, tokens, uniform
+from bench.cases import GPU, MINIBATCH, Case, Data, meetings, normal, packed, right_padded, rows, tokens, uniform
 
 # [B, T] and the size of a group: every number of members that a program takes.
 GROUPS = (((4, 64), 4), ((6, 7), 3), ((2, 8192), 2), ((6, 3001), 6), ((64, 512), 16), ((64, 512), 64))
@@ -47,7 +47,7 @@ def work(group_size, shapes, **more):
         options={"group_size": group_size},
         leaf="logprobs",
         eager=lambda **x: eager(**x, group_size=group_size),
-        moved=lambda x: 6 * x["logprobs"].nbytes + 2 * x["mask"].nbytes,
+        moved=lambda x: 4 * x["logprobs"].nbytes + x["mask"].nbytes,
         eager_tolerance=1e-3,
         shapes=shapes,
         **more,
@@ -72,6 +72,7 @@ JOINT = Case(
     reach=tuple((torch.float32, shape, {"group_size": size}) for shape, size in GROUPS),
     gradcheck=False,  # q and the weights are constants of the loss
     bare_options={"log_ratio_clamp": None},
+    meetings=meetings(((512, 2048),), ((16, 1001),), group_size=(2, 8)),
 )
 CASES = (
     JOINT,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from bench import oracle
-from bench.cases import LOGITS_AXES, SMALL_CALL_TARGETS, Case, Data, Target, normal, with_holes
+from bench.cases import LOGITS_AXES, SMALL_CALL_TARGETS, Case, Data, DeviceTarget, Target, normal, with_holes
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 SIZES = {"quick": (256, 151936), "small": (64, 32000), "full": (1024, 151936)}
@@ -16,6 +16,14 @@ VOCABULARIES = (
     *((FP16, 151935), (FP32, 32001), (FP32, 128256)),
 )
 MANY = 8  # labels per row, where there are several: the top tokens of a teacher
+
+
+def split(*rows: int) -> dict:
+    """So few rows that blocks share each of them out. From four on they begin at no boundary."""
+    on_host = ((BF16, (1, 2, 40001), {}),) if len(rows) > 1 else ()
+    return {"gpu": tuple((BF16, (1, n, 151936 - n // 4), {}) for n in rows), "host": on_host}
+
+
 GPU = [(8192, 128256), (8192, 151936), (8192, 151935)]
 
 
@@ -97,6 +105,7 @@ def work(dtype, *, entropy=False, backward=False, many=False, **more):
         bare=None if entropy or backward or many else bare,
         portable_loops=True,
         moved=lambda x: x["logits"].nbytes * (3 if backward else 1),
+        device_target=DeviceTarget(share=0.85) if backward else DeviceTarget(share=0.9, odd=0.85),
         tolerance=5e-3 if backward and low else 2e-5,
         eager_tolerance=(1e-1 if entropy else 3e-2) if low else 1e-4,
         shapes=sizes | ({"gpu": GPU[:1] if backward else GPU, "tiny": [(8, 96), (8, 97)]} if low else {}),
@@ -144,10 +153,18 @@ def truth(logits, labels, **options):
 MANY_REACH = (VOCABULARIES[0], *VOCABULARIES[5:7])  # in turns as above: the kernels of one label are the same
 BACKWARD = (Target("eager", 6), Target("torch.compile", 4))
 CASES = (
-    contract(""),
+    contract("", meetings=split(*range(1, 9))),
     contract("detached", "detached"),
-    contract("labels", True, contract_inputs_of_many, MANY_REACH, differentiable_outputs=2),
-    contract("entropy", True, differentiable_outputs=2, accuracy=accuracy, accurate_eager=accurate_eager, truth=truth),
+    contract("labels", True, contract_inputs_of_many, MANY_REACH, differentiable_outputs=2, meetings=split(3)),
+    contract(
+        "entropy",
+        True,
+        differentiable_outputs=2,
+        meetings=split(1, 8),
+        accuracy=accuracy,
+        accurate_eager=accurate_eager,
+        truth=truth,
+    ),
     work(
         BF16,
         small_call=(8, 1000),

@@ -6,7 +6,9 @@ import torch
 
 from bench.cases import (
     CLIP,
+    GPU,
     MINIBATCH,
+    ONE_LAUNCH,
     SMALL_CALL_TARGETS,
     TOKEN_AXES,
     Case,
@@ -14,6 +16,7 @@ from bench.cases import (
     differentiated,
     grid,
     mean,
+    meetings,
     normal,
     packed,
     right_padded,
@@ -64,6 +67,7 @@ CONTRACT = Case(
     options={"cliprange_value": 0.3},
     leaf="values",
     bare_options={"cliprange_value": None},
+    meetings=meetings(tuple(GPU), ((2, 9001),)),
 )
 CASES = (
     CONTRACT,
@@ -76,7 +80,8 @@ CASES = (
         leaf="values",
         eager=eager,
         bare=bare,
-        moved=lambda x: 6 * x["values"].nbytes + x["mask"].nbytes,
+        moved=lambda x: 4 * x["values"].nbytes + x["mask"].nbytes,
+        device_target=ONE_LAUNCH,
         shapes=MINIBATCH,
         small_call=(8, 128),
         small_call_targets=SMALL_CALL_TARGETS,

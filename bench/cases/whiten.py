@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from bench.cases import ROLLOUT, TOKEN_AXES, Case, Data, normal, right_padded, tokens
+from bench.cases import GPU, ROLLOUT, TOKEN_AXES, Case, Data, meetings, normal, right_padded, tokens
 
 
 def eager(x, mask):
@@ -39,6 +39,7 @@ CASES = (
         rowwise=False,
         dense=True,
         inputs=lambda *args: tokens(*args, "x"),
+        meetings=meetings(tuple(GPU), ((3, 9001),)),
         bare_options={"shift_mean": False, "unbiased": False},
         in_a_group=in_a_group,
     ),

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import torch
 
-from bench.cases import CASES, flat, pack
+from bench.cases import CASES, Case, Shape, flat, pack
 
 
 class Call(NamedTuple):
@@ -51,6 +51,29 @@ def make(name: str, dtype=torch.float32, batch=4, length=None, seed=0) -> Call:
     run = case.run
     tensors = case.inputs(g, dtype, batch, length)
     return Call(case.op, tensors, lambda t, impl: outputs(run(impl, **t)), case.leaf)
+
+
+class Meeting(NamedTuple):
+    """A call in which many blocks hand one another their parts (``Case.meetings``)."""
+
+    case: Case
+    dtype: torch.dtype
+    shape: Shape
+    options: Mapping[str, object]
+
+    def __str__(self) -> str:
+        return "-".join([self.case.name, "x".join(map(str, self.shape)), *map(str, self.options.values())])
+
+    def make(self, seed: int = 0, device: str = "cpu") -> Call:
+        tensors = self.case.inputs(torch.Generator().manual_seed(seed), self.dtype, *self.shape)
+        tensors = {name: x.to(device) for name, x in tensors.items()}
+        run, options = self.case.run, self.options
+        return Call(self.case.op, tensors, lambda t, impl: outputs(run(impl, **t, **options)), self.case.leaf)
+
+
+def meetings(where: str) -> list[Meeting]:
+    """Of all contracts: "gpu" or "host"."""
+    return [Meeting(case, *call) for case in REGISTERED.values() for call in case.meetings.get(where, ())]
 
 
 def run(case: Call, impl: str, tensors=None) -> tuple[torch.Tensor, ...]:

@@ -26,6 +26,7 @@ WITH_CUDA = "tests --ignore tests/trainer --ignore tests/test_bench.py " + " ".j
         "test_inductor.py",
         "test_gpu.py",
         "test_gpu_run.py",
+        "test_host_path.py",
         "test_template.py",
     )
 )
@@ -39,7 +40,9 @@ PARTS = {
     "host_cuda": f"PPO_KERNELS_HOST_CUDA=1 pytest {WITH_CUDA} -n 2 --dist loadfile --tier whole -k cuda",
     "sanitize_cuda": "tests.verify.sanitize.run --together cuda_address cuda_thread",
     "sanitize": "tests.verify.sanitize.run address thread",
-    "gpu_run": "pytest tests/verify/test_gpu_run.py tests/verify/test_gpu.py",
+    "gpu_run": "pytest "
+    + " ".join(f"tests/verify/test_{name}.py" for name in ("gpu_run", "gpu", "meetings", "host_path")),
+    "host_path": "tests.verify.host_path",
     "accuracy": "bench --accuracy",
     "fuzz": "tests.verify.fuzz",
     "sizes": "pytest tests/verify/test_sizes.py -n 2",

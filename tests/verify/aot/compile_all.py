@@ -143,13 +143,29 @@ def loops(ptx):
     return found
 
 
-def per_element(cubin):
+def path_of(signature, attrs, constexprs):
+    """ "packed" where rows have bounds, "aligned" where the first tensor begins at a 16-byte boundary, else "odd"."""
+    bounds = (kind for name, kind in signature.items() if re.search("starts|bounds|rows", name))
+    if any("*i64" in str(kind) for kind in bounds):
+        return "packed"
+    if "ALIGNED" in constexprs:
+        return "aligned" if constexprs["ALIGNED"] == "True" else "odd"
+    first = next((i for i, kind in enumerate(signature.values()) if str(kind).startswith("*")), 0)
+    return "aligned" if "tt.divisibility" in str(attrs.get((first,), "")) else "odd"
+
+
+def code_of(cubin, looped):
+    """What the instructions say: of all of them, and of a round of the hot loop where there is one."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
         (lines,) = sass.functions(pathlib.Path(file.name)).values()
-    way = sass.hot_loop(lines)
-    return round(len(way) / sass.count(sass.EXP2, way), 2)
+    found = {"instructions": len(lines)}
+    found |= {"barriers": sass.count(sass.BARRIER, lines), "membars": sass.count(sass.MEMBAR, lines)}
+    if looped:
+        way = sass.hot_loop(lines)
+        found["instructions_per_element"] = round(len(way) / sass.count(sass.EXP2, sass.on(lines, way)), 2)
+    return found
 
 
 def build(key, arch):
@@ -166,9 +182,12 @@ def build(key, arch):
         return report | {"problems": [f"does not compile: {error}"]}
     spills = [int(n) for n in re.findall(r"(\d+) bytes spill (?:stores|loads)", log.getvalue())]
     report |= {"registers": int(re.search(r"Used (\d+) registers", log.getvalue()).group(1)), "spills": sum(spills)}
-    report |= {"shared": built.metadata.shared, "loops": loops(built.asm["ptx"])}
-    if report["kernel"] == "token_logprobs._forward":
-        report["instructions_per_element"] = per_element(built.asm["cubin"])
+    report |= {
+        "shared": built.metadata.shared,
+        "loops": loops(built.asm["ptx"]),
+        "path": path_of(signature, attrs, report["constexprs"]),
+    }
+    report["code"] = code_of(built.asm["cubin"], report["kernel"] == "token_logprobs._forward")
     report["problems"] += [f"32-bit offset: {line}" for line in narrow_offsets(built.asm["ttir"])]
     if sum(spills) or not spills:
         report["problems"].append(f"spills: {spills}")

@@ -1,37 +1,39 @@
-"""What every GPU kernel needs of the hardware, as compiled: ``resources.json``, which is in git.
+"""What every GPU kernel needs of the hardware, as compiled: ``resources.json``, and ``resources.md`` to read.
 
 ``python -m tests.verify.aot.resources`` compiles the CUDA and the Triton kernels for every architecture, without a
-GPU, prints registers, shared memory and the instructions per element of the hot ways through token_logprobs, and fails
-on a regression; ``--write`` makes what was compiled the new record.
+GPU, counts the launches of the CUDA ops, prints the table and fails on a regression; ``--write`` makes what was found
+the new record. ``cuda``, ``triton`` or ``launches`` as arguments do a part of it.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
 import shutil
 import subprocess
 import sys
-import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from tests.verify.aot import sass
+from tests.lib.host_cuda.launches import plain
+from tests.verify.aot import paths, sass, table
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[2]
 
-RECORD = HERE / "resources.json"
+COMPILED = ROOT / "build" / "aot"
+RECORD, TABLE = HERE / "resources.json", HERE / "resources.md"
 ARCHITECTURES = (80, 90, 100, 120)
 FLAGS = ("-std=c++20", "-O3", "--expt-relaxed-constexpr", "-DUSE_CUDA", "-DTORCH_TARGET_VERSION=0x020b000000000000")
 #: Of a warp's lane, per bf16 logit: more would keep the forward from the bandwidth of the memory.
 BUDGETS = {f"token_logprobs_kernel<{t}, true>": 8.0 for t in ("BFloat16", "Float16")}
 LESS_IS_BETTER = (
-    *("registers", "shared_bytes", "stack_bytes", "local_accesses"),
-    *("instructions", "instructions_per_element"),
+    *("registers", "shared_bytes", "stack_bytes", "local_accesses", "instructions", "instructions_per_element"),
+    *("odd_instructions_per_element", "barriers", "membars", "barriers_before_data"),
 )
-MORE_IS_BETTER = ("vector_loads", "vector_stores")
+MORE_IS_BETTER = ("vector_loads", "vector_stores", "blocks_per_sm")
 
 
 def nvcc() -> str | None:
@@ -40,13 +42,6 @@ def nvcc() -> str | None:
 
 def nvcc_version() -> str:
     return re.search(r"V([\d.]+)", subprocess.check_output([nvcc(), "--version"], text=True)).group(1)
-
-
-def _plain(names: list[str]) -> dict[str, str]:
-    """Names as in the sources: token_logprobs_kernel<BFloat16, true>."""
-    text = subprocess.run(["c++filt"], input="\n".join(names), capture_output=True, text=True, check=True).stdout
-    short = [re.sub(r"\(.*|^void |ppo::", "", line.replace("(ppo::KlEstimator)", "")) for line in text.splitlines()]
-    return dict(zip(names, short, strict=True))
 
 
 def _limits(log: str) -> dict[tuple[int, str], dict[str, int]]:
@@ -65,32 +60,64 @@ def _limits(log: str) -> dict[tuple[int, str], dict[str, int]]:
     return found
 
 
-def compile_cuda(source: Path, architectures=ARCHITECTURES) -> dict[str, dict[str, dict]]:
-    """kernel -> sm_XX -> its resources."""
+def _compiled(source: Path, architectures: tuple[int, ...]) -> tuple[Path, str]:
+    """The object file and what ptxas said; what was compiled before from the same text is taken as it is."""
     import torch
 
     known = subprocess.check_output([nvcc(), "--list-gpu-code"], text=True).split()
     targets = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in architectures if f"sm_{a}" in known]
     include = ["-I", str(ROOT / "csrc"), "-isystem", str(Path(torch.__file__).parent / "include")]
-    with tempfile.TemporaryDirectory() as folder:
-        target = Path(folder) / "kernels.o"
-        command = [nvcc(), "-c", str(source), "-o", str(target), *FLAGS, "-Xptxas=-v", *include, *targets]
-        done = subprocess.run(command, capture_output=True, text=True)
+    command = [nvcc(), "-c", str(source), *FLAGS, "-Xptxas=-v", *include, *targets]
+    state = hashlib.sha256(" ".join([*command, nvcc_version(), torch.__version__]).encode())
+    for path in (source, *sorted(ROOT.glob("csrc/**/*.h")), *sorted(ROOT.glob("csrc/**/*.cuh"))):
+        state.update(path.read_bytes())
+    folder = COMPILED if ROOT in source.parents else source.parent
+    target = folder / f"{source.stem}-{state.hexdigest()[:16]}.o"
+    log = target.with_suffix(".log")
+    if not log.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        part = target.with_suffix(f".{os.getpid()}.o")
+        done = subprocess.run([*command, "-o", str(part)], capture_output=True, text=True)
         assert done.returncode == 0, f"{source.name} does not compile:\n{done.stderr[-4000:]}"
-        limits, code = _limits(done.stderr), sass.functions(target)
-    names = _plain(sorted({name for _, name in limits}))
+        part.rename(target)
+        log.write_text(done.stderr)
+    return target, log.read_text()
+
+
+def compile_cuda(source: Path, architectures: tuple[int, ...] = ARCHITECTURES) -> dict[str, dict[str, dict]]:
+    """kernel -> sm_XX -> its resources."""
+    target, log = _compiled(source, architectures)
+    limits, code, threads = _limits(log), sass.functions(target), sass.threads(target)
+    mangled = sorted({name for _, name in limits})
+    names = dict(zip(mangled, plain(mangled), strict=True))
     kernels: dict[str, dict[str, dict]] = {}
     for (arch, name), lines in sorted(code.items()):
-        entry = limits[arch, name] | {"instructions": len(lines)}
-        way = lines
-        if names[name].startswith("token_logprobs"):
-            way = sass.straight(lines) if "backward" in names[name] else sass.hot_loop(lines)
-            entry["instructions_per_element"] = round(len(way) / sass.count(sass.EXP2, way), 2)
-        entry["vector_loads"] = sass.count(sass.VECTOR_LOAD, way)
-        entry["vector_stores"] = sass.count(sass.VECTOR_STORE, way)
-        entry["local_accesses"] = sass.count(r"\b(LDL|STL)\b", lines)
-        kernels.setdefault(names[name], {})[f"sm_{arch}"] = entry
+        entry = limits[arch, name] | {"threads": threads[arch, name], "instructions": len(lines)}
+        entry["blocks_per_sm"] = paths.blocks_per_sm(arch, entry["registers"], entry["shared_bytes"], entry["threads"])
+        kernels.setdefault(names[name], {})[f"sm_{arch}"] = entry | measured(lines, paths.of(names[name]))
     return kernels
+
+
+def measured(lines: list[str], path: paths.Path) -> dict[str, float]:
+    """What the instructions of a kernel say, of the whole and of the hot ways through it."""
+    found = {"local_accesses": sass.count(r"\b(LDL|STL)\b", lines)}
+    found |= {"barriers": sass.count(sass.BARRIER, lines), "membars": sass.count(sass.MEMBAR, lines)}
+    ways = {"": [], "odd_": []}
+    if path.way == paths.LOOP:
+        ways = {"": sass.hot_loop(lines), "odd_": sass.hot_loop(lines, r"\bLOP3\b")}
+    elif path.way == paths.STRAIGHT:
+        ways[""] = sass.straight(lines)
+        ways["odd_"] = sass.straight(lines, sass.SCALAR_LOAD, sass.SCALAR_STORE) if path.odd else []
+    for which, way in ways.items():
+        if way:
+            elements = path.elements or sass.count(sass.EXP2, sass.on(lines, way))
+            found[f"{which}instructions_per_element"] = round(len(way) / elements, 2)
+    text = sass.on(lines, ways[""] or range(len(lines)))
+    found |= {"vector_loads": sass.count(sass.VECTOR_LOAD, text), "vector_stores": sass.count(sass.VECTOR_STORE, text)}
+    if found["vector_loads"] and ways[""]:
+        found["first_use"] = sass.first_use(lines, ways[""])
+        found["barriers_before_data"] = sass.barriers_before_data(lines, ways[""])
+    return found
 
 
 def compile_all_cuda() -> dict:
@@ -101,20 +128,22 @@ def compile_all_cuda() -> dict:
 
 
 def summarize_triton(reports: list[dict]) -> dict:
-    """Of all variants of a kernel the most that one needs."""
+    """Of all variants of a kernel on one path the most that one needs, and the fewest programs that fit."""
     import triton
 
     kernels: dict[str, dict[str, dict]] = {}
     for report in reports:
         assert "registers" in report, report["problems"]
-        entry = kernels.setdefault(report["kernel"], {}).setdefault(f"sm_{report['arch']}", {"variants": 0})
+        of_kernel = kernels.setdefault(f"{report['kernel']} {report['path']}", {})
+        entry = of_kernel.setdefault(f"sm_{report['arch']}", {"variants": 0, "spill_bytes": 0})
         entry["variants"] += 1
-        for key, value in (("registers", report["registers"]), ("shared_bytes", report["shared"])):
-            entry[key] = max(entry.get(key, 0), value)
-        entry["spill_bytes"] = entry.get("spill_bytes", 0) + report["spills"]
-        per_element = report.get("instructions_per_element")
-        if per_element is not None:
-            entry["instructions_per_element"] = max(entry.get("instructions_per_element", 0.0), per_element)
+        entry["spill_bytes"] += report["spills"]
+        warps, arch = report["options"]["num_warps"], report["arch"]
+        blocks = paths.blocks_per_sm(arch, report["registers"], report["shared"], 32 * warps)
+        entry["blocks_per_sm"] = min(entry.get("blocks_per_sm", blocks), blocks)
+        most = {"registers": report["registers"], "shared_bytes": report["shared"], "threads": 32 * warps}
+        for key, value in (most | report["code"]).items():
+            entry[key] = max(entry.get(key, value), value)
     return {"triton": triton.__version__, "kernels": dict(sorted(kernels.items()))}
 
 
@@ -149,9 +178,20 @@ def regressions(found: dict, recorded: dict) -> list[str]:
             continue
         worse = [k for k in LESS_IS_BETTER if entry.get(k, 0) > before.get(k, 0)]
         worse += [k for k in MORE_IS_BETTER if entry.get(k, 0) < before.get(k, 0)]
+        if min(entry.get("first_use", 0), 0) < min(before.get("first_use", 0), 0):
+            worse.append("first_use")
         bad += [f"{kernel} {arch}: {k} was {before.get(k, 0)}, is {entry.get(k, 0)}" for k in worse]
     gone = old.keys() - {(kernel, arch) for kernel, arch, _ in entries(found)}
     return bad + [f"{kernel} {arch} is in the record, but not compiled any more" for kernel, arch in sorted(gone)]
+
+
+def more_launches(found: dict, recorded: dict) -> list[str]:
+    """Calls that launch more than the record says, or that the record does not know or has lost."""
+    bad = [f"launches of {call}: not both found and in the record" for call in sorted(found.keys() ^ recorded.keys())]
+    for call in sorted(found.keys() & recorded.keys()):
+        if len(found[call]) > len(recorded[call]):
+            bad.append(f"launches of {call}: {' + '.join(found[call])}; the record has {' + '.join(recorded[call])}")
+    return bad
 
 
 def entries(part: dict):
@@ -160,42 +200,37 @@ def entries(part: dict):
             yield kernel, arch, entry
 
 
-def table(part: dict) -> str:
-    lines = []
-    for kernel, archs in part["kernels"].items():
-        for arch, entry in archs.items():
-            cells = [f"{entry['registers']:4} registers", f"{entry['shared_bytes']:6} B shared"]
-            if "instructions" in entry:
-                cells.append(f"{entry['instructions']:6} instructions")
-            if "instructions_per_element" in entry:
-                cells.append(f"{entry['instructions_per_element']:6.2f} per element of the hot way")
-            lines.append(f"{kernel:58} {arch:7}" + "".join(cells))
-    return "\n".join(lines)
+def main(parts: list[str]) -> int:
+    from tests.verify.aot import launches
 
-
-def main() -> int:
     recorded = json.loads(RECORD.read_text()) if RECORD.exists() else {}
     found = dict(recorded)
-    if nvcc() is None:
+    if "cuda" in parts and nvcc() is None:
         print("NO nvcc: the CUDA kernels are NOT compiled; the record of them is as it was", file=sys.stderr)
-    else:
+    elif "cuda" in parts:
         found["cuda"] = compile_all_cuda()
-    found["triton"] = compile_all_triton()
+    if "triton" in parts:
+        found["triton"] = compile_all_triton()
+    if "launches" in parts:
+        found["launches"] = launches.all_of()
     bad = []
     for half, compiler in (("cuda", "nvcc"), ("triton", "triton")):
-        if half not in found:
-            continue
-        print(table(found[half]))
-        bad += faults(found[half])
-        if recorded.get(half, {}).get(compiler) == found[half][compiler]:
+        bad += faults(found.get(half, {"kernels": {}}))
+        if recorded.get(half, {}).get(compiler) == found.get(half, {}).get(compiler):
             bad += regressions(found[half], recorded[half])
+    bad += more_launches(found["launches"], recorded.get("launches", {}))
     if "--write" in sys.argv:
         RECORD.write_text(json.dumps(found, indent=1) + "\n")
-        print(f"wrote {RECORD}")
+    text = table.markdown(found)
+    print(text)
+    if "--write" in sys.argv:
+        TABLE.write_text(text)
+        print(f"wrote {RECORD} and {TABLE}")
         return 0
     print("\n".join(bad) or "no regression")
     return 1 if bad else 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    named = [word for word in sys.argv[1:] if not word.startswith("-")]
+    sys.exit(main(named or ["cuda", "triton", "launches"]))

@@ -11,6 +11,10 @@ from pathlib import Path
 INSTRUCTION = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(.*?)\s*;")
 TARGET = re.compile(r"\bBRA(?:\.\w+)*\s+(?:!?U?P\d+,\s*)?(?:UR\d+,\s*)?`?\(?0x([0-9a-f]+)")
 VECTOR_LOAD, VECTOR_STORE, EXP2 = r"\bLDG\S*\.128\b", r"\bSTG\S*\.128\b", r"\bMUFU\.EX2\b"
+SCALAR_LOAD, SCALAR_STORE = r"\bLDG\.E(\.EF|\.EL)? R", r"\bSTG\.E(\.EF)? desc"
+BARRIER, MEMBAR = r"\bBAR\.|\bUCGABAR_ARV\b", r"\bMEMBAR\."
+WORD_LOAD = re.compile(r"\bLDG\.E(?:\.EF|\.EL|\.NA|\.64|\.CONSTANT)* R\d+,")
+TAKES_BYTES = re.compile(r"\bPRMT|\bLOP3.*\b0x(?:ff|ffff|ff00|ff0000|ff000000|1010101),|\bSHF\.R.*\b0x(?:8|10|18),")
 
 
 def cuobjdump() -> str | None:
@@ -39,6 +43,22 @@ def functions(binary: Path) -> dict[tuple[int, str], list[str]]:
             assert int(match[1], 16) == 16 * len(lines)
             lines.append(match[2])
     return {key: _without_padding(lines) for key, lines in found.items()}
+
+
+def threads(binary: Path) -> dict[tuple[int, str], int]:
+    """(architecture, mangled name) -> the threads of a block that the kernel was compiled for."""
+    text = subprocess.run([cuobjdump(), "-elf", str(binary)], capture_output=True, text=True, check=True).stdout
+    found: dict[tuple[int, str], int] = {}
+    arch, name = 0, ""
+    lines = text.splitlines()
+    for i, line in enumerate(lines):
+        if match := re.match(r"arch = sm_(\d+)", line):
+            arch = int(match[1])
+        elif match := re.match(r"\.nv\.info\.(\S+)$", line):
+            name = match[1]
+        elif "EIATTR_MAX_THREADS" in line:
+            found[arch, name] = int(re.search(r"0x([0-9a-f]+)", " ".join(lines[i + 1 : i + 4]))[1], 16)
+    return found
 
 
 def _without_padding(lines: list[str]) -> list[str]:
@@ -99,33 +119,112 @@ def _most(pattern: str, lines: list[str], blocks: list[range]) -> int:
     return max(blocks, key=lambda block: count(pattern, lines[block.start : block.stop])).start
 
 
-def hot_loop(lines: list[str]) -> list[str]:
-    """One round of the loop that computes most exponentials: the way that loads vectors and does no rare work."""
+def hot_loop(lines: list[str], over: str = "") -> list[int]:
+    """One round of the loop that computes most exponentials: the way that loads vectors and does no rare work.
+
+    With ``over`` it also goes through the block with most of these; empty if the loop has no block of its own for them.
+    """
     blocks = _blocks(lines)
     core = _most(EXP2, lines, blocks)
     loops = [(t, i) for i, line in enumerate(lines) if (t := _target(line)) is not None and t <= core <= i]
     begin, end = min(loops, key=lambda loop: loop[1] - loop[0])
-    inside = range(begin, end + 1)
-    loads = _most(VECTOR_LOAD, lines, [block for block in blocks if block.start in inside])
-    return _through(lines, [begin, *sorted((loads, core)), end], inside)
+    inside = [block for block in blocks if begin <= block.start <= end]
+    stops = {_most(VECTOR_LOAD, lines, inside), core}
+    way = _through(lines, [begin, *sorted(stops), end], range(begin, end + 1))
+    assert stops <= set(way), "the loop does not pass its loads and its exponentials in one round"
+    if over:
+        stops.add(_most(over, lines, [block for block in inside if block.start not in stops]))
+        way = _through(lines, [begin, *sorted(stops), end], range(begin, end + 1))
+    return way if stops <= set(way) else []
 
 
-def straight(lines: list[str]) -> list[str]:
-    """From the kernel's begin to its end by its vector loads and stores, without rare work."""
-    blocks = _blocks(lines)
-    stops = [_most(EXP2, lines, blocks)]
-    for block in blocks:
+def straight(lines: list[str], loads: str = VECTOR_LOAD, stores: str = VECTOR_STORE) -> list[int]:
+    """From the kernel's begin to its end by these loads and stores and by the words of a mask, without rare work.
+
+    Alternatives to what is on the way already are left out. Empty if the kernel has no such load.
+    """
+    stops, needed = [_most(EXP2, lines, _blocks(lines))] if count(EXP2, lines) else [], []
+    for block in _blocks(lines):
         text = lines[block.start : block.stop]
-        if count(VECTOR_LOAD, text) or count(VECTOR_STORE, text):
+        if count(loads, text) or count(stores, text):
+            needed.append(block.start)
+        elif loads == VECTOR_LOAD and any(_reads_bytes(lines, at) for at in block):
             stops.append(block.start)
-    ends = [i for i, line in enumerate(lines) if re.search(r"\bEXIT\b", line) and i >= max(stops)]
-    return _through(lines, [0, *sorted(set(stops)), ends[0]], range(len(lines)))
+    if not any(count(loads, [line]) for line in lines):
+        return []
+    everywhere = range(len(lines))
+    exits = [i for i in everywhere if re.search(r"\bEXIT\b", lines[i])]
+    ways = [way for end in exits if (way := _way(lines, max(needed), end, everywhere))]
+    end = min(ways, key=len, default=[max(needed)])[-1]
+    return _through(lines, [0, *sorted({*stops, *needed} - {0, end}), end], everywhere)
 
 
-def _through(lines: list[str], stops: list[int], inside: range) -> list[str]:
+def _reads_bytes(lines: list[str], at: int) -> bool:
+    """Whether it loads 4 or 8 bytes whose first reader takes them apart: a piece of a mask."""
+    if not WORD_LOAD.search(lines[at]):
+        return False
+    filled = _written(lines[at])
+    reader = next((line for line in lines[at + 1 :] if _read(line) & filled), "")
+    return TAKES_BYTES.search(reader) is not None
+
+
+def _through(lines: list[str], stops: list[int], inside: range) -> list[int]:
+    """The shortest way by the first stop, the last one, and of those between what can be reached in this order."""
     way = [stops[0]]
-    for stop in stops[1:]:
+    for stop in stops[1:-1]:
         part = _way(lines, way[-1], stop, inside)
-        assert part is not None, f"no way from instruction {way[-1]} to {stop}"
-        way += part[1:]
+        if part is not None and _way(lines, stop, stops[-1], inside) is not None:
+            way += part[1:]
+    last = _way(lines, way[-1], stops[-1], inside)
+    assert last is not None, f"no way from instruction {way[-1]} to {stops[-1]}"
+    return way + last[1:]
+
+
+def on(lines: list[str], way: list[int]) -> list[str]:
     return [lines[i] for i in way]
+
+
+def _written(line: str) -> set[int]:
+    """The registers that a load fills."""
+    match = re.search(r"\bLDG(\S*) R(\d+),", line)
+    words = 4 if ".128" in match[1] else 2 if ".64" in match[1] else 1
+    return set(range(int(match[2]), int(match[2]) + words))
+
+
+def _read(line: str) -> set[int]:
+    """The registers that an instruction names as its operands, the first of a pair for both."""
+    line = re.sub(r"^@!?U?P\d+ ", "", line)
+    name, _, operands = line.partition(" ")
+    if not name.startswith(("ST", "RED", "ATOM", "MEMBAR", "BAR")):
+        operands = operands.partition(",")[2]
+    return {int(n) for n in re.findall(r"\bR(\d+)", operands)}
+
+
+def first_use(lines: list[str], way: list[int]) -> int | None:
+    """Instructions from the last load of the tile's data to the first that reads any of it, on the way.
+
+    Negative: something waits for data while other data of the tile has not been asked for. The tile is what is loaded
+    before the first barrier behind the first vector; its data are vectors and the words of a mask.
+    """
+    loads: list[int] = []
+    waiting: set[int] = set()
+    used = None
+    for place, at in enumerate(way):
+        if re.search(BARRIER, lines[at]) and any(re.search(VECTOR_LOAD, lines[way[i]]) for i in loads):
+            break
+        if used is None and _read(lines[at]) & waiting:
+            used = place
+        if re.search(VECTOR_LOAD, lines[at]) or _reads_bytes(lines, at):
+            loads.append(place)
+            waiting |= _written(lines[at])
+    vectors = [place for place in loads if re.search(VECTOR_LOAD, lines[way[place]])]
+    if not vectors:
+        return None
+    return (len(way) if used is None else used) - vectors[-1]
+
+
+def barriers_before_data(lines: list[str], way: list[int]) -> int:
+    """How often a block waits for its own threads before it asks for the first vector."""
+    text = on(lines, way)
+    first = next((i for i, line in enumerate(text) if re.search(VECTOR_LOAD, line)), 0)
+    return count(BARRIER, text[:first])

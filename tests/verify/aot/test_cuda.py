@@ -8,14 +8,14 @@ import re
 
 import pytest
 
-from tests.verify.aot import resources
+from tests.verify.aot import launches, paths, resources, table
 
 needs_nvcc = pytest.mark.skipif(resources.nvcc() is None, reason="NO nvcc here: the CUDA kernels are NOT compiled")
 needs_sources = pytest.mark.skipif(not (resources.ROOT / "csrc").is_dir(), reason="the sources are not here")
 pytestmark = [pytest.mark.slow, needs_sources]
 FORWARD = "token_logprobs_kernel<BFloat16, true>"
 CROWDED = """
-__global__ void __launch_bounds__(1024, 2) crowded(const float* x, float* y, int n) {
+__global__ void __launch_bounds__(1024, 2) crowded_fold_kernel(const float* x, float* y, int n) {
   float v[96];
 #pragma unroll
   for (int i = 0; i < 96; ++i) v[i] = x[threadIdx.x * 96 + i];
@@ -26,6 +26,20 @@ __global__ void __launch_bounds__(1024, 2) crowded(const float* x, float* y, int
 #pragma unroll
   for (int i = 0; i < 96; ++i) y[threadIdx.x * 96 + i] = v[i];
 }
+"""
+WAITS = """
+template <bool kWaits>
+__global__ void __launch_bounds__(256) whiten_kernel(const uint2* mask, const float4* x, float4* y, int n) {
+  const int at = blockIdx.x * 256 + threadIdx.x;
+  if (!kWaits && at >= n) return;
+  uint2 bytes = mask[at];
+  if (kWaits && !__syncthreads_or(bytes.x & 0xff)) return;
+  const float4 v = x[at], w = x[at + n];
+  const float a = (bytes.x & 0xff) != 0 ? v.x + w.x : 0, b = (bytes.y >> 24) != 0 ? v.y * w.y : 0;
+  y[at] = make_float4(a, b, v.z, w.w);
+}
+template __global__ void whiten_kernel<true>(const uint2*, const float4*, float4*, int);
+template __global__ void whiten_kernel<false>(const uint2*, const float4*, float4*, int);
 """
 
 
@@ -48,7 +62,7 @@ def test_no_kernel_spills_or_needs_more_than_recorded(recorded):
 def test_a_spill_is_reported(tmp_path):
     (tmp_path / "crowded.cu").write_text(CROWDED)
     found = {"kernels": resources.compile_cuda(tmp_path / "crowded.cu", architectures=(90,))}
-    assert any("crowded sm_90: spill_bytes" in fault for fault in resources.faults(found))
+    assert any("crowded_fold_kernel sm_90: spill_bytes" in fault for fault in resources.faults(found))
 
 
 def test_the_record_names_every_kernel_and_holds_the_budgets(recorded):
@@ -62,15 +76,71 @@ def test_the_record_names_every_kernel_and_holds_the_budgets(recorded):
 
 
 @pytest.mark.parametrize(
-    ("key", "worse"), [("registers", 1), ("instructions", 1), ("instructions_per_element", 0.1), ("vector_loads", -1)]
+    ("key", "worse"),
+    [
+        ("registers", 1),
+        ("instructions", 1),
+        ("instructions_per_element", 0.1),
+        ("odd_instructions_per_element", 0.1),
+        ("barriers", 1),
+        ("membars", 1),
+        ("barriers_before_data", 1),
+        ("vector_loads", -1),
+        ("blocks_per_sm", -1),
+    ],
 )
 def test_each_regression_is_reported(recorded, key, worse):
     found = copy.deepcopy(recorded)
-    found["kernels"][FORWARD]["sm_90"][key] += worse
+    entry = found["kernels"][FORWARD]["sm_90"]
+    entry[key] += worse
     (fault,) = resources.regressions(found, recorded)
     assert key in fault
-    found["kernels"][FORWARD]["sm_90"][key] -= 2 * worse
+    entry[key] -= 2 * worse
     assert not resources.regressions(found, recorded)
+
+
+def test_a_wait_before_the_loads_is_reported_and_a_use_that_comes_sooner_is_not(recorded):
+    found = copy.deepcopy(recorded)
+    entry = found["kernels"][FORWARD]["sm_90"]
+    assert entry["first_use"] > 1
+    entry["first_use"] = 1
+    assert not resources.regressions(found, recorded)
+    entry["first_use"] = -1
+    (fault,) = resources.regressions(found, recorded)
+    assert "first_use" in fault
+
+
+def test_launches_are_recorded_and_another_one_is_reported():
+    found, recorded = launches.all_of(), json.loads(resources.RECORD.read_text())["launches"]
+    assert not resources.more_launches(found, recorded), "if it must be: python -m tests.verify.aot.resources --write"
+    call = next(iter(found))
+    assert len(resources.more_launches(found | {call: [*found[call], "memset"]}, recorded)) == 1
+    assert len(resources.more_launches({call: found[call]}, recorded)) == len(recorded) - 1
+
+
+def test_the_table_is_that_of_the_record():
+    assert resources.TABLE.read_text() == table.markdown(json.loads(resources.RECORD.read_text()))
+
+
+@needs_nvcc
+def test_a_mask_that_is_waited_for_before_the_data_is_asked_for_is_told_from_one_that_is_not(tmp_path):
+    """The two kernels differ in the order of the loads alone."""
+    (tmp_path / "waits.cu").write_text(WAITS)
+    kernels = resources.compile_cuda(tmp_path / "waits.cu", architectures=(80, 90, 100))
+    for arch in ("sm_80", "sm_90", "sm_100"):
+        waits, asks = (kernels[f"whiten_kernel<{first}>"][arch] for first in ("true", "false"))
+        assert waits["first_use"] < 0 <= asks["first_use"], arch
+        assert (waits["barriers_before_data"], asks["barriers_before_data"]) == (1, 0)
+        assert waits["barriers"] == 1
+
+
+def test_blocks_that_fit_by_registers_shared_memory_threads_and_number():
+    assert paths.blocks_per_sm(90, 64, 9216, 256) == 4
+    assert paths.blocks_per_sm(90, 82, 13468, 256) == 2
+    assert paths.blocks_per_sm(90, 32, 0, 256) == 8
+    assert paths.blocks_per_sm(90, 32, 100 * 1024, 256) == 2
+    assert paths.blocks_per_sm(120, 32, 0, 256) == 6
+    assert paths.blocks_per_sm(90, 16, 0, 32) == 32
 
 
 def test_more_instructions_than_the_budget_are_reported(recorded):

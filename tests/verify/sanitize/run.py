@@ -23,6 +23,7 @@ HERE = Path(__file__).resolve().parent
 FILES = tuple(op_tests.files())
 CONTRACTS = ("tests/test_contracts.py", "tests/test_contracts_dispatcher.py")
 FUZZ = "tests/test_fuzz.py"
+MEETINGS = "tests/verify/test_meetings.py"
 QUIET = ("-p", "no:cacheprovider", "-p", "no:warnings")
 SECONDS = 900  # for the tests of one run
 REPORT = re.compile(r"AddressSanitizer|runtime error|ThreadSanitizer")
@@ -53,7 +54,7 @@ KINDS = {
     ),
     "thread": Kind(*THREAD, FILES + CONTRACTS, f"{OTHERS} and not torch and not triton"),
     "cuda_address": Kind(*ADDRESS, (*FILES, FUZZ), f"{OTHERS} and cuda and not wrong_arguments", cuda=True),
-    "cuda_thread": Kind(*THREAD, (*FILES, "--several-blocks"), "cuda", cuda=True),
+    "cuda_thread": Kind(*THREAD, (*FILES, MEETINGS, "--several-blocks"), "cuda", cuda=True),
 }
 
 
