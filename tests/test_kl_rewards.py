@@ -267,6 +267,15 @@ def test_wrong_cu_seqlens_and_score_index_never_read_outside(impl, bounds, index
     )
 
 
+@pytest.mark.parametrize("bounds", [[0], [5]])
+def test_packed_tokens_of_no_row(impl, bounds):
+    x = torch.randn(5000)  # more than a block's
+    rewards, kl = kl_rewards(x, x + 1, torch.ones(0), cu_seqlens=torch.tensor(bounds), impl=impl)
+    assert kl.shape == (0,)
+    assert rewards.shape == (5000,)
+    assert not rewards.any()
+
+
 @pytest.mark.parametrize("bounds", [[0, 9, 4, 12], [0, 12, 0, 12], [6, 3, 9, -1, 12], [0, 2**40, 0, 12]])
 def test_with_wrong_cu_seqlens_no_kernel_counts_a_token_twice(impl, bounds):
     x, rows = torch.randn(12), len(bounds) - 1

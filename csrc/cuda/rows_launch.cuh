@@ -25,7 +25,7 @@ class RowWork {
     // A packed batch's longest row is on the device; its mean length is here.
     const int64_t typical = packed ? rows.total / std::max<int64_t>(rows.count, 1) : rows.length;
     const int64_t per_row = std::max<int64_t>(1, (rows.length + kSegment - 1) / kSegment);
-    segments = packed ? rows.total / kSegment + rows.count : rows.count * per_row;
+    segments = rows.count == 0 ? 0 : packed ? rows.total / kSegment + rows.count : rows.count * per_row;
     const int64_t per_block = typical <= kShortTeam * kRun && !packed ? kRowThreads / kShortTeam : kTiles;
     if (typical <= kTile) {
       kind = per_block == kTiles ? kWarps : kShortTeams;
