@@ -1,6 +1,7 @@
 """Ranks: what they tell each other, and how they stop together. Of one process too."""
 
 import contextlib
+import functools
 import io
 import os
 import signal
@@ -44,25 +45,52 @@ class Stopped(Exception):
 
 @contextlib.contextmanager
 def stop_requests() -> Iterator[Callable[[], bool]]:
-    """Inside, SIGTERM asks and does not kill; the function, called on every rank, says whether any rank was asked."""
+    """Inside, SIGTERM asks and does not kill; the function, called on every rank, says whether any rank was asked.
+
+    A process that a reward function forks ends by the signal as it would without us.
+    """
     asked = False
 
-    owner = os.getpid()
-
-    def note(number: int, *_: object) -> None:
+    def note(*_: object) -> None:
         nonlocal asked
-        if os.getpid() != owner:  # a process that a reward function has started ends as it would without us
-            signal.signal(number, signal.SIG_DFL)
-            os.kill(os.getpid(), number)
         asked = True
 
     main_thread = threading.current_thread() is threading.main_thread()
     before = signal.signal(signal.SIGTERM, note) if main_thread else None
+    if main_thread:
+        _ours.append(note)
     try:
         yield lambda: bool(gather_rows(torch.tensor([int(asked)], device=device())).any())
     finally:
         if main_thread:
+            _ours.remove(note)
             signal.signal(signal.SIGTERM, before)
+
+
+_ours: list[Callable] = []  # what SIGTERM calls
+_forking = threading.local()
+
+
+def _before_fork() -> None:
+    """Python forgets in a new process what its own handlers were told until then: a pool would wait for it forever."""
+    if _ours and signal.getsignal(signal.SIGTERM) is _ours[-1]:
+        _forking.mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+
+
+def _after_fork(in_child: bool) -> None:
+    mask = _forking.__dict__.pop("mask", None)
+    if mask is None:
+        return
+    if in_child:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+
+
+os.register_at_fork(
+    before=_before_fork,
+    after_in_parent=functools.partial(_after_fork, False),
+    after_in_child=functools.partial(_after_fork, True),
+)
 
 
 def barrier() -> None:
