@@ -186,6 +186,8 @@ def test_packed_rows_of_several_blocks_equal_padded_ones(impl):
     logp, ref, scores = make(5, 4100)
     mask = (torch.rand(5, 4100) < 0.7) & (torch.arange(4100) < torch.tensor(lengths)[:, None])
     padded, kl = kl_rewards(logp, ref, scores, mask, impl=impl)
+    want, _ = kl_rewards(logp.double(), ref.double(), scores.double(), mask, impl="torch")
+    torch.testing.assert_close(padded, want.float(), rtol=1e-6, atol=1e-6)
     tokens = [pack(x, lengths) for x in (logp, ref, mask)]
     packed, packed_kl = kl_rewards(*tokens[:2], scores, tokens[2], cu_seqlens=cu(lengths), impl=impl)
     assert bit_equal(unpack(packed, lengths, 4100), padded)
