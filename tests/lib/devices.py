@@ -6,6 +6,7 @@ it, storage and strides as they are, and the results back.
 
 from __future__ import annotations
 
+import functools
 import os
 
 import hypothesis
@@ -28,6 +29,7 @@ ON_CPU = ["cpu"] if torch.cuda.is_available() else KERNELS
 _host_cuda = torch.library.Library("ppo_kernels_host_cuda", "FRAGMENT")
 
 
+@functools.cache
 def serve() -> None:
     """Make ``IMPLEMENTATIONS`` serve CPU tensors in this process."""
     if INSTALLED and INTERPRETED:
@@ -39,8 +41,9 @@ def serve() -> None:
         serve_cuda_from_host()
 
 
+@functools.cache
 def serve_cuda_from_host() -> None:
-    """Make ``impl="cuda"`` serve CPU tensors with the kernels compiled for the host."""
+    """Make ``impl="cuda"`` serve CPU tensors with the kernels compiled for the host. Ops are registered once."""
     from tests.lib import host_cuda
 
     path = host_cuda.build()

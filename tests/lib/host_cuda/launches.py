@@ -29,10 +29,7 @@ class Launch(NamedTuple):
 @functools.cache
 def library() -> ctypes.CDLL:
     """Of the CUDA ops for the host, which serve impl="cuda" from now on."""
-    if not devices.HOST_CUDA:
-        devices.serve_cuda_from_host()
-    else:
-        devices.serve()
+    devices.serve_cuda_from_host()
     found = ctypes.CDLL(str(host_cuda.build()))
     found.host_cuda_recorded.restype = ctypes.c_char_p
     return found
