@@ -12,6 +12,14 @@
 
 namespace ppo {
 
+// Kernels that the compiler fits to their blocks without a spill for sm_80 and sm_90 need more registers from sm_100
+// on.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
+constexpr int kFewerBlocks = 1;
+#else
+constexpr int kFewerBlocks = 0;
+#endif
+
 // Makes the tensor's device current for its lifetime, and knows the stream to use.
 class Launcher {
  public:

@@ -85,7 +85,8 @@ __device__ void policy_tokens(const PolicyInputs& in, PolicyTokens& t, float kl_
 
 // kFlat: every input has its tokens in flat, aligned vectors, and none is one for each row.
 template <bool kFlat, bool kHasRef>
-__global__ void __launch_bounds__(kLossThreads, kFlat ? 4 : 2) policy_loss_kernel(PolicyInputs in, LossOutputs out) {
+__global__ void __launch_bounds__(kLossThreads, kFlat ? (kHasRef ? 4 - kFewerBlocks : 4) : 2)
+    policy_loss_kernel(PolicyInputs in, LossOutputs out) {
   PolicyTokens tokens[kLossVectors];
   load_block<kFlat>(in.rows, [&](auto whole) {
 #pragma unroll

@@ -71,7 +71,8 @@ __device__ bool may_have_gradient(const GradientInputs<T>& in, int64_t i) {
 
 // One block is one tile of a row: the same vectors of 16-byte stores as the row has in memory, and its ends.
 template <class T>
-__global__ void __launch_bounds__(kGradientThreads, 4) token_logprobs_backward_kernel(GradientInputs<T> in) {
+__global__ void __launch_bounds__(kGradientThreads, 4 - kFewerBlocks)
+    token_logprobs_backward_kernel(GradientInputs<T> in) {
   __shared__ GradientRow shared;
   const int64_t i = blockIdx.x / in.tiles_per_row, vocab = in.rows.vocab;
   const RowLabels labels = in.row_labels(i);

@@ -79,7 +79,8 @@ __device__ inline Moments warp_moments(const WhitenChunk& chunk) {
   return {all, mean, warp_sum(squares)};
 }
 
-static __global__ void __launch_bounds__(kWhitenThreads, 3) moments_kernel(WhitenInputs in, double* partials) {
+static __global__ void __launch_bounds__(kWhitenThreads, 3 - kFewerBlocks)
+    moments_kernel(WhitenInputs in, double* partials) {
   __shared__ double parts[kWhitenThreads / kWarp][WhitenPartials::kCount];
   Moments mine;
   for (int64_t chunk = blockIdx.x; chunk < whiten_chunks(in.rows.total); chunk += gridDim.x) {
