@@ -13,7 +13,7 @@ nothing. The products are torch's own. What is multiplied and what is added up:
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -132,8 +132,8 @@ class Head:
         if self.operand_dtype != self.weight.dtype:
             total += columns * self.width * operand
         if gradient:
-            total += self.capped * rows * columns * of_tile
-            if self.weight.dtype != self.dtype:
+            total += self.capped * rows * kept * of_tile
+            if self.weight.dtype != self.dtype and kept == columns:
                 total += columns * self.width * wide
             if self.tile_dtype != self.operand_dtype:
                 total += rows * columns * operand
@@ -176,11 +176,12 @@ class Head:
 class Gradients:
     """Those of the hidden states' rows, of the weight and of the bias that are needed, as tiles add to them."""
 
-    def __init__(self, head: Head, rows: CountedRows, needs: tuple[bool, bool, bool]):
+    def __init__(self, head: Head, rows: CountedRows, needs: Sequence[bool], *, rounded: bool = True):
         weight, bias = head.weight, head.bias
         self.head = head
         self.hidden = weight.new_zeros((len(rows), head.width), dtype=head.dtype) if needs[0] else None
-        self.weight = weight.new_zeros(weight.shape) if needs[1] else None
+        of_weight = weight.dtype if rounded else head.dtype
+        self.weight = weight.new_zeros(weight.shape, dtype=of_weight) if needs[1] else None
         self.bias = bias.new_zeros(bias.shape, dtype=head.dtype) if needs[2] and bias is not None else None
         self._slab: Tensor | None = None
 
