@@ -58,9 +58,10 @@ def check_logits_dtype(op: str, dtype: object, hidden: Tensor, weight: Tensor, b
         )
 
 
-def memory_bytes(op: str, memory_mib: object, device: torch.device) -> int:
+def memory_bytes(op: str, memory_mib: object, device: torch.device, on_cpu: int) -> int:
+    """``on_cpu`` MiB are what a call on a CPU may take if nothing is said."""
     if memory_mib is None:
-        return (64 if device.type == "cpu" else 1024) * MIB
+        return (on_cpu if device.type == "cpu" else 1024) * MIB
     if isinstance(memory_mib, Tensor) or isinstance(memory_mib, bool) or not isinstance(memory_mib, (int, float)):
         raise TypeError(f"{op}: memory_mib must be a number or None, got {type(memory_mib).__name__}")
     if not 0 < memory_mib < math.inf:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -30,7 +31,9 @@ _OF_TOKENS, _OF_ROWS = ("weights", "ref_logprobs"), ("row_weight",)
 class _Loss:
     """``policy_loss`` with its inputs: of all tokens, and of a block of them, each a row of its own."""
 
-    def __init__(self, rows: CountedRows, old_logprobs: Tensor, advantages: Tensor, valid: Tensor | None, options: dict):
+    def __init__(
+        self, rows: CountedRows, old_logprobs: Tensor, advantages: Tensor, valid: Tensor | None, options: dict
+    ):
         self.inputs, self.options = (old_logprobs, advantages, valid), options
         cu_seqlens, at = options.get("cu_seqlens"), rows.at
         row = at[0] if cu_seqlens is None else torch.searchsorted(cu_seqlens, at[0], right=True) - 1
@@ -67,7 +70,14 @@ class _Loss:
 
 
 def _in_blocks(
-    head: Head, rows: CountedRows, labels: Tensor, numbers: tuple, memory: int, loss: _Loss, needs: tuple, impl: str
+    head: Head,
+    rows: CountedRows,
+    labels: Tensor,
+    numbers: tuple,
+    memory: int,
+    loss: _Loss,
+    needs: Sequence[bool],
+    impl: str,
 ) -> tuple[Tensor, Gradients]:
     """Log-probabilities of the rows that count, and the gradients before the normalizer: all logits of some rows, then
     in place what the loss makes of them, which asks for nothing but these rows."""
@@ -85,6 +95,8 @@ def _in_blocks(
         tau, of_rows = head.temperature(temperature, None if taus is None else taus[block])
         logp, stats = forward.run(impl, tile, y[block], None, of_rows, tau, ignore_index, False)
         found.append(logp)
+        if not any(needs):
+            continue
         grad = loss.gradient(logp, block).to(logp.dtype)
         slope = head.slope(tile)
         backward.run(impl, tile, y[block], of_rows, grad, None, logp, stats, tau, ignore_index)
@@ -96,24 +108,33 @@ def _in_blocks(
     return torch.cat([*found, labels.new_empty(0, dtype=head.dtype)]), gradients
 
 
-class _EagerLoss(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, hidden, weight, bias, labels, mask, numbers, head_options, loss_inputs, impl):
-        ctx.set_materialize_grads(False)
-        *cap_and_scale, logits_dtype, memory = head_options
-        head = Head(hidden, weight, bias, *cap_and_scale, logits_dtype)
-        rows = CountedRows(hidden, labels, mask, numbers[-1])
-        loss = _Loss(rows, *loss_inputs)
-        with torch.autocast(hidden.device.type, enabled=False):
-            found, gradients = _in_blocks(
-                head, rows, labels, numbers, memory, loss, ctx.needs_input_grad[:3], impl
-            )
+def _computed(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, mask: Tensor | None, numbers: tuple,
+    head_options: tuple, loss_inputs: tuple, impl: str, needs: Sequence[bool],
+) -> tuple[tuple[Tensor, PolicyStats, Tensor], CountedRows, tuple]:  # fmt: skip
+    """Loss, statistics and log-probabilities, the rows that count, and the gradients' totals with 1 / normalizer."""
+    *cap_and_scale, logits_dtype, memory = head_options
+    head = Head(hidden, weight, bias, *cap_and_scale, logits_dtype)
+    rows = CountedRows(hidden, labels, mask, numbers[-1])
+    loss = _Loss(rows, *loss_inputs)
+    with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
+        found, gradients = _in_blocks(head, rows, labels, numbers, memory, loss, needs, impl)
         logprobs = hidden.new_zeros(labels.shape, dtype=head.dtype)
         rows.put(logprobs, found)
         value, stats = loss.whole(logprobs)
+    totals = (gradients.hidden, gradients.weight, gradients.bias, loss.inverse_normalizer(len(rows)))
+    return (value, stats, logprobs.to(value.dtype)), rows, totals
+
+
+class _EagerLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden, weight, bias, *rest):
+        ctx.set_materialize_grads(False)
+        needs = ctx.needs_input_grad[:3]
+        (value, stats, logprobs), rows, totals = _computed(hidden, weight, bias, *rest, needs)
         ctx.at, ctx.all = rows.at, rows.all
-        totals = (gradients.hidden, gradients.weight, gradients.bias)
-        ctx.save_for_backward(hidden, weight, bias, *totals, loss.inverse_normalizer(len(rows)))
+        leaves = (x if needed else None for x, needed in zip((hidden, weight, bias), needs, strict=True))
+        ctx.save_for_backward(*leaves, *totals)
         ctx.mark_non_differentiable(logprobs, *stats)
         return value, logprobs, *stats
 
@@ -182,9 +203,10 @@ def linear_policy_loss(
             have the tokens' shape.
         old_logprobs, advantages: as in ``policy_loss``.
         mask: the tokens' shape; non-zero = valid. A token whose label is ``ignore_index`` is not valid either.
-        memory_mib: as in ``linear_token_logprobs``, beside the gradients of ``hidden`` and ``weight`` in float32, which
-            there are from the forward to the backward. All logits of one row are made whatever it is. Each block reads
-            and writes the gradient of the weight, so that larger ones are faster: 1024 to 2048 on a GPU.
+        memory_mib: what a call may take beside inputs, results and the gradients of ``hidden`` and ``weight`` in
+            float32, which there are from the forward to the backward. None is 256 on a CPU and 1024 elsewhere. Each
+            block of rows reads and writes the gradient of the weight, so that fewer and larger ones are faster. All
+            logits of one row are made whatever it is.
         policy_options: every keyword of ``policy_loss``.
         impl: "auto", "cuda", "triton", "cpu" or "torch".
         validate: also check labels, temperatures and ``cu_seqlens`` (synchronises with the device).
@@ -203,26 +225,30 @@ def linear_policy_loss(
     check_head(op, hidden, weight, labels, bias)
     check_logits_dtype(op, logits_dtype, hidden, weight, bias)
     numbers = head_numbers(op, temperature, softcap, logit_scale, ignore_index, hidden)
-    memory, mask = memory_bytes(op, memory_mib, hidden.device), to_mask(op, mask, labels)
+    memory, mask = memory_bytes(op, memory_mib, hidden.device, 256), to_mask(op, mask, labels)
     impl = _LINEAR_POLICY_LOSS.choose(impl, hidden.device.type, compute_dtype(hidden, weight, bias))
     valid = labels != ignore_index
     valid = valid if mask is None else valid & (mask != 0)
     options = policy_options | {"impl": impl, "validate": validate}
-    leaves = [x for x in (hidden, weight, bias) if x is not None]
     of_tokens = policy_options.get("importance_sampling_level", "token") == "token"
     eager = not (torch.compiler.is_compiling() or transformed() or has_tangent(hidden))
-    if not (of_tokens and eager and impl != "torch" and any(map(recorded, leaves))):
+    if impl == "torch" or not (of_tokens and eager):
         logprobs = linear_token_logprobs(
             hidden, weight, labels, bias=bias, temperature=temperature, softcap=softcap, logit_scale=logit_scale,
             mask=mask, ignore_index=ignore_index, logits_dtype=logits_dtype, memory_mib=memory_mib, impl=impl,
             validate=validate,
         )  # fmt: skip
-        return *policy_loss(logprobs, old_logprobs, advantages, valid, **options), logprobs.detach()
+        value, stats = policy_loss(logprobs, old_logprobs, advantages, valid, **options)
+        return value, stats, logprobs.detach().clone().to(value.dtype)
     with torch.no_grad():  # refuses what does not fit before anything is multiplied
         policy_loss(torch.zeros_like(old_logprobs), old_logprobs, advantages, valid, **options)
     rows, tau, cap, scale, _ = numbers
-    value, logprobs, *stats = _EagerLoss.apply(
-        unit_last_stride(hidden), unit_last_stride(weight), bias, labels.long(), mask, (rows, tau, ignore_index),
-        (cap, scale, logits_dtype, memory), (old_logprobs, advantages, valid, options), impl,
+    inputs = (unit_last_stride(hidden), unit_last_stride(weight), bias)
+    rest = (
+        labels.long(), mask, (rows, tau, ignore_index), (cap, scale, logits_dtype, memory),
+        (old_logprobs, advantages, valid, options), impl,
     )  # fmt: skip
+    if not any(x is not None and recorded(x) for x in inputs):
+        return _computed(*inputs, *rest, (False,) * 3)[0]
+    value, logprobs, *stats = _EagerLoss.apply(*inputs, *rest)
     return value, PolicyStats(*stats), logprobs

@@ -192,7 +192,7 @@ class _EagerLogprobs(torch.autograd.Function):
         logprobs, stats, kept = _FORWARD.run(impl, *inputs, *options, entropy is not False, save_logits, impl)
         ctx.impl, ctx.options = impl, options
         # Copies: the caller may write to the results before the backward.
-        ctx.save_for_backward(hidden, weight, bias, *map(keepable, constants), logprobs.clone(), stats, kept)
+        ctx.save_for_backward(*map(keepable, inputs), logprobs.clone(), stats, kept)
         if entropy is False:
             return logprobs
         h = _entropy_of(stats, entropy)
@@ -316,7 +316,7 @@ def linear_token_logprobs(
     check_logits_dtype(op, logits_dtype, hidden, weight, bias)
     if not (entropy is False or entropy is True or (isinstance(entropy, str) and entropy == "detached")):
         raise ValueError(f'{op}: entropy must be False, True or "detached", got {entropy!r}')
-    memory, mask = memory_bytes(op, memory_mib, hidden.device), to_mask(op, mask, labels)
+    memory, mask = memory_bytes(op, memory_mib, hidden.device, 64), to_mask(op, mask, labels)
     rows, *numbers = head_numbers(op, temperature, softcap, logit_scale, ignore_index, hidden)
     if validate:
         check_values(op, labels, mask, rows, ignore_index, weight.size(0))

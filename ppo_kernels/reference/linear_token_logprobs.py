@@ -34,9 +34,7 @@ def linear_token_logprobs(
     z = z * logit_scale
     if softcap is not None and not (isinstance(softcap, float) and math.isinf(softcap)):
         z = torch.where(torch.as_tensor(softcap) == math.inf, z, _capped(z, softcap))
-    return token_logprobs(
-        z, labels, temperature=temperature, mask=live, ignore_index=ignore_index, entropy=entropy
-    )
+    return token_logprobs(z, labels, temperature=temperature, mask=live, ignore_index=ignore_index, entropy=entropy)
 
 
 def _capped(z: Tensor, softcap: float | Tensor) -> Tensor:
