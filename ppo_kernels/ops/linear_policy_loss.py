@@ -83,7 +83,7 @@ def _in_blocks(
     in place what the loss makes of them, which asks for nothing but these rows."""
     temperatures, temperature, ignore_index = numbers
     gradients = Gradients(head, rows, needs, rounded=False)
-    tiling = head.tiling(rows, memory, gradient=True, all_columns=True)
+    tiling = head.tiling(rows, memory, all_columns=True)
     buffer, y, found = head.buffer(tiling.rows, head.vocab), rows.pick(labels), []
     taus = rows.pick(temperatures)
     forward, backward = backends.op("token_logprobs"), backends.op("token_logprobs_backward_")
@@ -102,6 +102,7 @@ def _in_blocks(
         backward.run(impl, tile, y[block], of_rows, grad, None, logp, stats, tau, ignore_index)
         if slope is not None:
             tile.mul_(slope)
+        del slope  # before there is another
         for columns in tiling.slabs(head.vocab):
             into = gradients.begin(columns)
             gradients.add(tile[:, columns], x, head.weight_of(columns), block, columns, into)
@@ -191,7 +192,7 @@ def linear_policy_loss(
     validate: bool = False,
     **policy_options: Any,
 ) -> tuple[Tensor, PolicyStats, Tensor]:
-    r"""``policy_loss`` of ``linear_token_logprobs``, with loss and gradient from three matrix products in place of four.
+    r"""``policy_loss`` of ``linear_token_logprobs``: loss and gradient from three matrix products in place of four.
 
     The loss of a token needs that token's log-probability alone. So for a block of rows at a time there are all logits,
     the log-probabilities, the gradient of the loss in their place, and what that adds to the gradients of ``hidden``

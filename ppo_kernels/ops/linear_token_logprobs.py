@@ -44,7 +44,7 @@ def _forward(
     head = Head(hidden, weight, bias, softcap, logit_scale, logits_dtype)
     rows = CountedRows(hidden, labels, mask, ignore_index)
     kept = hidden.new_empty((labels.numel() if save_logits else 0, head.vocab), dtype=head.tile_dtype)
-    tiling = head.tiling(rows, memory, gradient=False)
+    tiling = head.tiling(rows, memory)
     buffer, found = head.buffer(*tiling), []
     y, taus = rows.pick(labels), rows.pick(temperatures)
     for block in tiling.blocks(len(rows)):
@@ -82,7 +82,7 @@ def _backward(
     head = Head(hidden, weight, bias, softcap, logit_scale, logits_dtype)
     rows = CountedRows(hidden, labels, mask, ignore_index)
     gradients = Gradients(head, rows, (need_hidden, need_weight, need_bias))
-    tiling = head.tiling(rows, memory, gradient=True)
+    tiling = head.tiling(rows, memory)
     buffer, blocks = head.buffer(*tiling), list(tiling.blocks(len(rows)))
     y, taus, logp, stats = rows.pick(labels), rows.pick(temperatures), rows.pick(logprobs), rows.pick(stats, 1)
     g_logp, g_entropy = rows.pick(grad_logprobs), rows.pick(grad_entropy)
@@ -105,7 +105,10 @@ def _backward(
             given = [None if g is None else g[block] for g in (g_logp, g_entropy)]
             wider, of_block = buffer[: len(operand), : width + 1], stats[:, block].contiguous()
             kernel.run(impl, wider, at, of_rows, *given, logp[block], of_block, tau, -1)
-            gradients.add(tile if slope is None else tile.mul_(slope), operand, of_weight, block, columns, into)
+            if slope is not None:
+                tile.mul_(slope)
+            del slope  # before there is another
+            gradients.add(tile, operand, of_weight, block, columns, into)
         gradients.end(columns)
     return gradients.finished(hidden, rows)
 
