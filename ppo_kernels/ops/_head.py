@@ -15,7 +15,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -62,8 +62,8 @@ class CountedRows:
     def hidden(self, block: slice) -> Tensor:
         return self.source[tuple(i[block] for i in self.at)] if self.flat is None else self.flat[block]
 
-    def pick(self, x: Tensor | None, dim: int = 0) -> Tensor | None:
-        """What belongs to the rows, of a tensor with a number for each row from dimension ``dim`` on."""
+    def pick(self, x: Any, dim: int = 0) -> Any:
+        """What belongs to the rows, of a tensor with a number for each row from dimension ``dim`` on; None of None."""
         return None if x is None else x[(slice(None),) * dim + self.at]
 
     def put(self, out: Tensor, x: Tensor, dim: int = 0) -> None:

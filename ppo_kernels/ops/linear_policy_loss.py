@@ -114,8 +114,8 @@ def _computed(
     head_options: tuple, loss_inputs: tuple, impl: str, needs: Sequence[bool],
 ) -> tuple[tuple[Tensor, PolicyStats, Tensor], CountedRows, tuple]:  # fmt: skip
     """Loss, statistics and log-probabilities, the rows that count, and the gradients' totals with 1 / normalizer."""
-    *cap_and_scale, logits_dtype, memory = head_options
-    head = Head(hidden, weight, bias, *cap_and_scale, logits_dtype)
+    softcap, logit_scale, logits_dtype, memory = head_options
+    head = Head(hidden, weight, bias, softcap, logit_scale, logits_dtype)
     rows = CountedRows(hidden, labels, mask, numbers[-1])
     loss = _Loss(rows, *loss_inputs)
     with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
@@ -132,7 +132,7 @@ class _EagerLoss(torch.autograd.Function):
     def forward(ctx, hidden, weight, bias, *rest):
         ctx.set_materialize_grads(False)
         needs = ctx.needs_input_grad[:3]
-        (value, stats, logprobs), rows, totals = _computed(hidden, weight, bias, *rest, needs)
+        (value, stats, logprobs), rows, totals = _computed(hidden, weight, bias, *rest, needs=needs)
         ctx.at, ctx.all = rows.at, rows.all
         leaves = (x if needed else None for x, needed in zip((hidden, weight, bias), needs, strict=True))
         ctx.save_for_backward(*leaves, *totals)
@@ -234,7 +234,7 @@ def linear_policy_loss(
     of_tokens = policy_options.get("importance_sampling_level", "token") == "token"
     eager = not (torch.compiler.is_compiling() or transformed() or has_tangent(hidden))
     if impl == "torch" or not (of_tokens and eager):
-        logprobs = linear_token_logprobs(
+        logprobs: Any = linear_token_logprobs(
             hidden, weight, labels, bias=bias, temperature=temperature, softcap=softcap, logit_scale=logit_scale,
             mask=mask, ignore_index=ignore_index, logits_dtype=logits_dtype, memory_mib=memory_mib, impl=impl,
             validate=validate,
@@ -244,12 +244,12 @@ def linear_policy_loss(
     with torch.no_grad():  # refuses what does not fit before anything is multiplied
         policy_loss(torch.zeros_like(old_logprobs), old_logprobs, advantages, valid, **options)
     rows, tau, cap, scale, _ = numbers
-    inputs = (unit_last_stride(hidden), unit_last_stride(weight), bias)
-    rest = (
+    inputs: Any = (unit_last_stride(hidden), unit_last_stride(weight), bias)
+    rest: Any = (
         labels.long(), mask, (rows, tau, ignore_index), (cap, scale, logits_dtype, memory),
         (old_logprobs, advantages, valid, options), impl,
     )  # fmt: skip
     if not any(x is not None and recorded(x) for x in inputs):
-        return _computed(*inputs, *rest, (False,) * 3)[0]
+        return _computed(*inputs, *rest, needs=(False,) * 3)[0]
     value, logprobs, *stats = _EagerLoss.apply(*inputs, *rest)
     return value, PolicyStats(*stats), logprobs
