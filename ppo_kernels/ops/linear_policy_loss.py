@@ -110,8 +110,8 @@ def _in_blocks(
 
 
 def _computed(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, mask: Tensor | None, numbers: tuple,
-    head_options: tuple, loss_inputs: tuple, impl: str, needs: Sequence[bool],
+    needs: Sequence[bool], hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, mask: Tensor | None,
+    numbers: tuple, head_options: tuple, loss_inputs: tuple, impl: str,
 ) -> tuple[tuple[Tensor, PolicyStats, Tensor], CountedRows, tuple]:  # fmt: skip
     """Loss, statistics and log-probabilities, the rows that count, and the gradients' totals with 1 / normalizer."""
     softcap, logit_scale, logits_dtype, memory = head_options
@@ -132,7 +132,7 @@ class _EagerLoss(torch.autograd.Function):
     def forward(ctx, hidden, weight, bias, *rest):
         ctx.set_materialize_grads(False)
         needs = ctx.needs_input_grad[:3]
-        (value, stats, logprobs), rows, totals = _computed(hidden, weight, bias, *rest, needs=needs)
+        (value, stats, logprobs), rows, totals = _computed(needs, hidden, weight, bias, *rest)
         ctx.at, ctx.all = rows.at, rows.all
         leaves = (x if needed else None for x, needed in zip((hidden, weight, bias), needs, strict=True))
         ctx.save_for_backward(*leaves, *totals)
@@ -250,6 +250,6 @@ def linear_policy_loss(
         (old_logprobs, advantages, valid, options), impl,
     )  # fmt: skip
     if not any(x is not None and recorded(x) for x in inputs):
-        return _computed(*inputs, *rest, needs=(False,) * 3)[0]
+        return _computed((False,) * 3, *inputs, *rest)[0]
     value, logprobs, *stats = _EagerLoss.apply(*inputs, *rest)
     return value, PolicyStats(*stats), logprobs
