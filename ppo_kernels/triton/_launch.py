@@ -113,6 +113,23 @@ def row_stride(x: Tensor | None) -> int:
     return 0 if x is None else x.stride(0)
 
 
+def in_units(**sizes: int) -> dict[str, int]:
+    """Sizes as kernels take them: in units of 4 elements where all are multiples of it, else of 1, with that UNIT.
+
+    What is a multiple of 4 is loaded by 16 bytes, and one binary serves all sizes of a unit.
+    """
+    unit = 1 if any(size % 4 for size in sizes.values()) else 4
+    return {"UNIT": unit} | {name: size // unit for name, size in sizes.items()}
+
+
+def row_sizes(rows: Rows, **tensors: Tensor | None) -> dict[str, int]:
+    """Strides (``x_stride`` of a tensor x) and length as ``row_span`` takes them. Packed rows begin anywhere."""
+    strides = {f"{name}_stride": row_stride(x) for name, x in tensors.items()}
+    if rows.starts is not None:
+        return strides | {"length": 0, "UNIT": 1}
+    return in_units(**strides, length=rows.length)
+
+
 def new_tokens(tokens: Tensor, rows: Rows) -> Tensor:
     """A token tensor to write. Padded rows cover it; packed ones may leave tokens without a row, which are 0."""
     make = torch.empty if rows.starts is None else torch.zeros
