@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -103,7 +105,7 @@ def _scalars(x: Tensor, *shape: int) -> list[Tensor]:
     return [torch.empty(shape, dtype=torch.float64, device=x.device) for _ in range(3)]
 
 
-def _named(partial: list[Tensor]) -> dict[str, Tensor]:
+def _named(partial: list[Tensor]) -> dict[str, Any]:
     return dict(zip(("counts", "means", "m2s"), partial, strict=True))
 
 
