@@ -21,6 +21,7 @@ EXAMPLES = [
     for i, code in enumerate(re.findall(r"```python\n(.*?)```", page.read_text(), re.S))
     if not re.search(rf"\b({'|'.join(OTHERS)})\b", code)
 ]
+EXAMPLES += [pytest.param(path.read_text(), id=path.stem) for path in sorted((ROOT / "docs" / "examples").glob("*.py"))]
 
 
 @pytest.mark.parametrize("code", EXAMPLES)
