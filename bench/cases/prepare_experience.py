@@ -1,47 +1,13 @@
-"""The advantage chain: KL-shaped rewards, GAE and whitening, one after another."""
+"""prepare_experience: the contract of the chain, which experience.py times."""
 
 from __future__ import annotations
 
-import torch
-
-from bench.cases import (
-    ESTIMATORS,
-    GAMMA,
-    KL_COEF,
-    LAM,
-    ONE_LAUNCH,
-    ROLLOUT,
-    SCORE_CLIP,
-    Case,
-    Data,
-    Target,
-    normal,
-    packed,
-    rows,
-    tokens,
-)
-from bench.cases.gae import eager as eager_gae
-from bench.cases.kl_rewards import eager as eager_kl_rewards
-from bench.cases.kl_rewards import inputs as rollout
-from bench.cases.whiten import eager as eager_whiten
-
-
-def eager(values, **rollout):
-    rewards = eager_kl_rewards(**rollout, kl_estimator="k1")
-    advantages, returns = eager_gae(rewards, values, rollout["mask"])
-    return rewards, eager_whiten(advantages, rollout["mask"]), returns
+from bench.cases import ESTIMATORS, Case, packed, rows, tokens
 
 
 def contract_inputs(g, dtype, batch, length):
     x = tokens(g, dtype, batch, length, "logprobs", "ref_logprobs", "values")
     return x | rows(g, dtype, batch, "scores", "lam", "bootstrap_value")
-
-
-def accuracy(g):
-    shape = (4, 512)
-    x = {"logprobs": -torch.rand(shape, generator=g), "ref_logprobs": -torch.rand(shape, generator=g)}
-    x |= {"values": torch.randn(shape, generator=g), "scores": torch.randn(4, generator=g)}
-    yield Data(x | {"mask": torch.ones(shape, dtype=torch.bool)}, ("rewards", "whitened", "returns"))
 
 
 CONTRACT = Case(
@@ -52,22 +18,4 @@ CONTRACT = Case(
     rowwise=False,
     choices={"kl_estimator": ESTIMATORS},
 )
-CASES = (
-    CONTRACT,
-    packed(CONTRACT),
-    Case(
-        op="prepare_experience",
-        work="kl_rewards + gae + whiten",
-        inputs=lambda g, dtype, *shape: rollout(g, dtype, *shape) | {"values": normal(g, *shape)},
-        options={"kl_coef": KL_COEF, "score_clip": SCORE_CLIP, "gamma": GAMMA, "lam": LAM},
-        eager=eager,
-        time_loop=True,
-        moved=lambda x: 5 * x["values"].nbytes + x["mask"].nbytes,
-        device_target=ONE_LAUNCH,
-        tolerance=5e-6,
-        eager_tolerance=1e-5,
-        shapes=ROLLOUT | {"small": [(64, 1024)]},
-        targets=(Target("eager", 60), Target("verl", 60)),
-        accuracy=accuracy,
-    ),
-)
+CASES = (CONTRACT, packed(CONTRACT))
