@@ -30,8 +30,9 @@ def part_of(
         _, stats = backends.op("token_logprobs").run(impl, logits, at, None, rows, temperature, -1, entropy)
     target = torch.where(here, logits.gather(-1, at[:, None])[:, 0].to(stats.dtype), torch.nan)
     if not logits.is_cpu or bool(stats[0].isnan().any()):  # a row of -inf alone is NaN, a part of it is empty
-        nothing = stats.new_tensor([-torch.inf, 0.0, 0.0])[: len(stats), None]
-        stats = torch.where(logits.amax(-1) == -torch.inf, nothing, stats)
+        empty = logits.amax(-1) == -torch.inf
+        most, *rest = torch.where(empty, -torch.inf, stats[0]), *torch.where(empty, 0.0, stats[1:])
+        return torch.stack([most, rest[0], target, *rest[1:]])
     return torch.stack([stats[0], stats[1], target, *stats[2:]])
 
 
@@ -85,6 +86,9 @@ def _resolve(group: Any) -> Any:
 
 def _usable(temperature: float | Tensor, like: Tensor, dtype: torch.dtype) -> Tensor:
     """As the kernels take it: within what has an inverse in ``dtype``, NaN if not above 0."""
-    tau = torch.as_tensor(temperature, dtype=like.dtype, device=like.device)
+    if isinstance(temperature, Tensor):
+        tau = temperature.to(like.dtype)
+    else:  # a copy of a number to a GPU would wait for it
+        tau = torch.full((), temperature, dtype=like.dtype, device=like.device)
     least = torch.finfo(dtype).tiny
     return torch.where(tau > 0, tau.clamp(least * 2**13, 1 / least), torch.nan)

@@ -67,8 +67,11 @@ class _Loss:
 
     def inverse_normalizer(self, count: int) -> Tensor:
         device, value = self.old.device, self.options.get("normalizer")
-        value = count if value is None else value
-        n = torch.as_tensor(value, device=device).detach().to(wide_dtype(device)).reshape(())
+        value, wide = count if value is None else value, wide_dtype(device)
+        if isinstance(value, Tensor):
+            n = value.detach().to(device, wide).reshape(())
+        else:
+            n = torch.full((), float(value), dtype=wide, device=device)
         return torch.where(n != 0, 1.0 / n, 0.0)
 
 

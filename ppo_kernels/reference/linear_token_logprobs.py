@@ -48,7 +48,7 @@ def tile_statistics(logits: Tensor, temperature: float | Tensor) -> Tensor:
     and the entropy; NaN without a distribution.
     """
     dtype = compute_dtype(logits)
-    z, tau = logits.to(dtype), torch.as_tensor(temperature, device=logits.device).to(dtype)[..., None]
+    z, tau = logits.to(dtype), _column(temperature, dtype)
     most = z.amax(-1, keepdim=True)
     most = torch.where(most == -torch.inf, torch.nan, most)
     x = (z - most) / tau
@@ -69,9 +69,13 @@ def tile_gradient_(
         p = log_p.exp()
         return g * rest - g_h * torch.where(p > 0, p * (log_p + entropy), 0.0 * p)
 
-    tau = torch.as_tensor(temperature, device=logits.device).to(stats.dtype).expand(len(logits))[:, None]
+    tau = _column(temperature, stats.dtype)
     log_p = (logits.to(stats.dtype) - stats[0][:, None]) / tau - stats[1][:, None]
     of_all = gradient(log_p, -log_p.exp(), g[:, None], g_h[:, None], entropy[:, None])
     of_label = gradient(logprobs, -torch.expm1(logprobs), g, g_h, entropy)
     idle = ((g == 0) & (g_h == 0))[:, None]
     logits.copy_(torch.where(idle, 0.0, of_all.scatter(1, labels[:, None], of_label[:, None]) / tau))
+
+
+def _column(temperature: float | Tensor, dtype: torch.dtype) -> float | Tensor:
+    return temperature.to(dtype)[:, None] if isinstance(temperature, Tensor) else temperature
