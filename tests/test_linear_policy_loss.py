@@ -128,6 +128,18 @@ def test_packed_sequences_are_padded_ones(impl):
     torch.testing.assert_close(got[-2], want[-2], rtol=1e-5, atol=1e-5)
 
 
+def test_offsets_that_lead_elsewhere_read_nothing_outside(require_impl):
+    require_impl(OP, "cpu")
+    head, labels, given, _ = make()
+    packed = head | {"hidden": head["hidden"].view(-1, H)}
+    others = {name: x.view(-1) for name, x in given.items()}
+    for offsets in ([0, 2, 7], [3, 9, 2], [0, 99, 15], [-5, 4, 2**40]):
+        got = run(
+            "cpu", packed, labels.view(-1), others, None, row_weight=torch.ones(2), cu_seqlens=torch.tensor(offsets)
+        )
+        assert all(torch.isfinite(x).all() for x in got)
+
+
 @pytest.mark.parametrize("frozen", [(), ("hidden",), ("weight", "bias"), HEAD])
 def test_three_products_of_the_rows_that_count(require_impl, frozen):
     require_impl(OP, "cpu")

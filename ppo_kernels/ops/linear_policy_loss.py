@@ -39,7 +39,9 @@ class _Loss:
     ):
         self.inputs, self.options = (old_logprobs, advantages, valid), options
         cu_seqlens, at = options.get("cu_seqlens"), rows.at
-        row = at[0] if cu_seqlens is None else torch.searchsorted(cu_seqlens, at[0], right=True) - 1
+        row = at[0]
+        if cu_seqlens is not None:  # offsets that lead elsewhere are taken for the nearest row
+            row = torch.searchsorted(cu_seqlens.long(), at[0], right=True).clamp(1, len(cu_seqlens) - 1) - 1
 
         def of_tokens(x: Tensor) -> Tensor:
             return (x[at] if x.shape == old_logprobs.shape else x.reshape(-1)[row]).detach()
@@ -240,7 +242,10 @@ def linear_policy_loss(
     valid = labels != ignore_index
     valid = valid if mask is None else valid & (mask != 0)
     options = policy_options | {"impl": impl, "validate": validate}
+    known = (*_OF_TOKENS, *_OF_ROWS, "cu_seqlens")
+    numbers_else = (x for name, x in policy_options.items() if name not in known and isinstance(x, Tensor))
     of_tokens = policy_options.get("importance_sampling_level", "token") == "token"
+    of_tokens = of_tokens and all(x.numel() == 1 for x in numbers_else)
     eager = not (torch.compiler.is_compiling() or transformed() or has_tangent(hidden))
     if impl == "torch" or group is not None or not (of_tokens and eager):
         logprobs: Any = linear_token_logprobs(
