@@ -18,6 +18,8 @@ __all__: list[str] = [
     "gae",
     "group_advantages",
     "kl_rewards",
+    "linear_policy_loss",
+    "linear_token_logprobs",
     "moments",
     "p3o_loss",
     "policy_loss",
@@ -50,6 +52,8 @@ else:
     from ppo_kernels.ops.gae import gae
     from ppo_kernels.ops.group_advantages import group_advantages
     from ppo_kernels.ops.kl_rewards import kl_rewards
+    from ppo_kernels.ops.linear_policy_loss import linear_policy_loss
+    from ppo_kernels.ops.linear_token_logprobs import linear_token_logprobs
     from ppo_kernels.ops.p3o_loss import p3o_loss
     from ppo_kernels.ops.policy_loss import policy_loss
     from ppo_kernels.ops.token_logprobs import (
