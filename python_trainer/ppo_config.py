@@ -97,6 +97,11 @@ class PPOConfig(SamplingConfig, OptimizerConfig):
     loss_aggregation: (
         Literal["token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm"] | None
     ) = HfArg(default=None, help="How token losses add up. Default: the algorithm's own.")
+    fused_head: Literal["auto", "on", "off"] = HfArg(
+        default="auto",
+        help="Log-probabilities from hidden states, without logits. auto: where those of a micro-batch would take more "
+        "than 256 MiB, the head is a linear layer, at most scaled and capped, and ZeRO is below 3.",
+    )
     entropy_coef: float = HfArg(default=0.0, help="Weight of the entropy bonus in the loss.")
     mask_truncated_completions: bool = HfArg(
         default=False, help="Learn nothing from responses that do not end; they still count in the baselines."
