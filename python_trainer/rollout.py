@@ -335,7 +335,8 @@ def _scored(policy: Policy, rollout: Rollout, entropy: bool | str) -> Any:
     """Row t predicts response token t: the last prompt position is in, the last response position out."""
     before = torch.arange(rollout.prompt_width - 1, rollout.sequences.shape[1] - 1, device=rollout.sequences.device)
     inputs = model_inputs(rollout) | {"use_cache": False, "logits_to_keep": before}
-    options = {"temperature": policy.temperature, "mask": rollout.mask, "entropy": entropy, "impl": policy.impl}
+    options: dict[str, Any] = {"temperature": policy.temperature, "mask": rollout.mask, "entropy": entropy}
+    options["impl"] = policy.impl
     if policy.head is not None and policy.head.pays(rollout.responses.numel()):
         return policy.head.token_logprobs(policy.model, inputs, rollout.responses, policy.vocabulary, **options)
     logits = policy.model(**inputs).logits[..., : policy.vocabulary]
