@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 
 from bench.cases import CLIP, Case, Data, Target, normal, right_padded, uniform, with_holes

@@ -1,4 +1,4 @@
-"""linear_token_logprobs: log-probabilities from hidden states and the head's weight, beside the matrix products alone."""
+"""linear_token_logprobs: log-probabilities from hidden states and the head's weight, without logits [N, V]."""
 
 from __future__ import annotations
 

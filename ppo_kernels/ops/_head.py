@@ -12,9 +12,10 @@ nothing. The products are torch's own. What is multiplied and what is added up:
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,6 +24,7 @@ from ppo_kernels._types import compute_dtype
 
 _MOST_ROWS, _FEW_ROWS = 2048, 256
 _MOST_COLUMNS, _FEW_COLUMNS = 8192, 256
+_OF_A_PART = 120  # bytes for each row, when the parts of a row are merged in float64
 _PAD = 16  # columns: rows of a tile begin at the same alignment
 
 
@@ -51,10 +53,8 @@ class CountedRows:
         self.source = hidden
         self.flat: Tensor | None = None
         if self.all:
-            try:
+            with contextlib.suppress(RuntimeError):  # of rows that no one stride leads along
                 self.flat = hidden.view(-1, hidden.size(-1))
-            except RuntimeError:  # rows that no one stride leads along
-                pass
 
     def __len__(self) -> int:
         return len(self.at[0])
@@ -62,8 +62,8 @@ class CountedRows:
     def hidden(self, block: slice) -> Tensor:
         return self.source[tuple(i[block] for i in self.at)] if self.flat is None else self.flat[block]
 
-    def pick(self, x: Tensor | None, dim: int = 0) -> Tensor | None:
-        """What belongs to the rows, of a tensor with a number for each row from dimension ``dim`` on."""
+    def pick(self, x: Any, dim: int = 0) -> Any:
+        """What belongs to the rows, of a tensor with a number for each row from dimension ``dim`` on; None of None."""
         return None if x is None else x[(slice(None),) * dim + self.at]
 
     def put(self, out: Tensor, x: Tensor, dim: int = 0) -> None:
@@ -97,15 +97,16 @@ class Head:
         """For the values of tiles."""
         return number / self.factor, None if rows is None else rows / self.factor
 
-    def tiling(self, rows: CountedRows, memory: int, *, gradient: bool, all_columns: bool = False) -> Tiling:
+    def tiling(self, rows: CountedRows, memory: int, *, all_columns: bool = False) -> Tiling:
         """Tiles as large as ``memory`` bytes allow, together with all that is made beside them; the smallest there are
-        where they do not. With ``all_columns`` a row of logits is whole, and ``columns`` is the width of a product.
+        where they do not. The same for the forward and the backward, so that the logits of both round alike: p is as
+        near to 1 as its sum says. With ``all_columns`` a row of logits is whole, and ``columns`` those of a product.
         """
         n, columns = max(1, min(len(rows), _MOST_ROWS)), min(self.vocab, _MOST_COLUMNS)
         gathered = rows.flat is None
 
         def fits() -> bool:
-            return self._bytes(n, columns, gradient, gathered, self.vocab if all_columns else columns) <= memory
+            return self._bytes(n, columns, gathered, all_columns) <= memory
 
         while not fits():
             if columns > _FEW_COLUMNS and (columns > n or n <= _FEW_ROWS) and not (all_columns and columns <= 1024):
@@ -121,24 +122,25 @@ class Head:
                 break
         return Tiling(n, columns)
 
-    def _bytes(self, rows: int, columns: int, gradient: bool, gathered: bool, kept: int) -> int:
-        """What tiles of ``kept`` columns take, and what is made beside them for products of ``columns``."""
+    def _bytes(self, rows: int, columns: int, gathered: bool, all_columns: bool) -> int:
+        """What a tile takes, and what is made beside it."""
         of_tile, operand, wide = (x.itemsize for x in (self.tile_dtype, self.operand_dtype, self.dtype))
-        total = rows * (kept + 2 * _PAD) * of_tile
+        kept = self.vocab if all_columns else columns
+        total = rows * (kept + 2 * _PAD) * of_tile * (1 + self.capped)
         if gathered:
             total += rows * self.width * self.input_dtype.itemsize
         if self.operand_dtype != self.input_dtype:
             total += rows * self.width * operand
         if self.operand_dtype != self.weight.dtype:
             total += columns * self.width * operand
-        if gradient:
-            total += self.capped * rows * kept * of_tile
-            if self.weight.dtype != self.dtype and kept == columns:
+        if not all_columns:
+            total += rows * -(-self.vocab // columns) * _OF_A_PART
+            if self.weight.dtype != self.dtype:
                 total += columns * self.width * wide
-            if self.tile_dtype != self.operand_dtype:
-                total += rows * columns * operand
-            elif self.tile_dtype != self.dtype and not self.is_cuda:
-                total += (rows * columns + (rows + columns) * self.width) * wide
+        if self.tile_dtype != self.operand_dtype:
+            total += rows * columns * operand
+        elif self.tile_dtype != self.dtype and not self.is_cuda:
+            total += (rows * columns + (rows + columns) * self.width) * wide
         return total
 
     def buffer(self, rows: int, columns: int) -> Tensor:

@@ -62,7 +62,7 @@ def memory_bytes(op: str, memory_mib: object, device: torch.device, on_cpu: int)
     """``on_cpu`` MiB are what a call on a CPU may take if nothing is said."""
     if memory_mib is None:
         return (on_cpu if device.type == "cpu" else 1024) * MIB
-    if isinstance(memory_mib, Tensor) or isinstance(memory_mib, bool) or not isinstance(memory_mib, (int, float)):
+    if isinstance(memory_mib, (Tensor, bool)) or not isinstance(memory_mib, (int, float)):
         raise TypeError(f"{op}: memory_mib must be a number or None, got {type(memory_mib).__name__}")
     if not 0 < memory_mib < math.inf:
         raise ValueError(f"{op}: memory_mib must be > 0.0 and finite, got {memory_mib}")

@@ -83,7 +83,7 @@ def _in_blocks(
     in place what the loss makes of them, which asks for nothing but these rows."""
     temperatures, temperature, ignore_index = numbers
     gradients = Gradients(head, rows, needs, rounded=False)
-    tiling = head.tiling(rows, memory, gradient=True, all_columns=True)
+    tiling = head.tiling(rows, memory, all_columns=True)
     buffer, y, found = head.buffer(tiling.rows, head.vocab), rows.pick(labels), []
     taus = rows.pick(temperatures)
     forward, backward = backends.op("token_logprobs"), backends.op("token_logprobs_backward_")
@@ -102,6 +102,7 @@ def _in_blocks(
         backward.run(impl, tile, y[block], of_rows, grad, None, logp, stats, tau, ignore_index)
         if slope is not None:
             tile.mul_(slope)
+        del slope  # before there is another
         for columns in tiling.slabs(head.vocab):
             into = gradients.begin(columns)
             gradients.add(tile[:, columns], x, head.weight_of(columns), block, columns, into)
@@ -109,12 +110,12 @@ def _in_blocks(
 
 
 def _computed(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, mask: Tensor | None, numbers: tuple,
-    head_options: tuple, loss_inputs: tuple, impl: str, needs: Sequence[bool],
+    needs: Sequence[bool], hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, mask: Tensor | None,
+    numbers: tuple, head_options: tuple, loss_inputs: tuple, impl: str,
 ) -> tuple[tuple[Tensor, PolicyStats, Tensor], CountedRows, tuple]:  # fmt: skip
     """Loss, statistics and log-probabilities, the rows that count, and the gradients' totals with 1 / normalizer."""
-    *cap_and_scale, logits_dtype, memory = head_options
-    head = Head(hidden, weight, bias, *cap_and_scale, logits_dtype)
+    softcap, logit_scale, logits_dtype, memory = head_options
+    head = Head(hidden, weight, bias, softcap, logit_scale, logits_dtype)
     rows = CountedRows(hidden, labels, mask, numbers[-1])
     loss = _Loss(rows, *loss_inputs)
     with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
@@ -131,7 +132,7 @@ class _EagerLoss(torch.autograd.Function):
     def forward(ctx, hidden, weight, bias, *rest):
         ctx.set_materialize_grads(False)
         needs = ctx.needs_input_grad[:3]
-        (value, stats, logprobs), rows, totals = _computed(hidden, weight, bias, *rest, needs)
+        (value, stats, logprobs), rows, totals = _computed(needs, hidden, weight, bias, *rest)
         ctx.at, ctx.all = rows.at, rows.all
         leaves = (x if needed else None for x, needed in zip((hidden, weight, bias), needs, strict=True))
         ctx.save_for_backward(*leaves, *totals)
@@ -191,7 +192,7 @@ def linear_policy_loss(
     validate: bool = False,
     **policy_options: Any,
 ) -> tuple[Tensor, PolicyStats, Tensor]:
-    r"""``policy_loss`` of ``linear_token_logprobs``, with loss and gradient from three matrix products in place of four.
+    r"""``policy_loss`` of ``linear_token_logprobs``: loss and gradient from three matrix products in place of four.
 
     The loss of a token needs that token's log-probability alone. So for a block of rows at a time there are all logits,
     the log-probabilities, the gradient of the loss in their place, and what that adds to the gradients of ``hidden``
@@ -233,7 +234,7 @@ def linear_policy_loss(
     of_tokens = policy_options.get("importance_sampling_level", "token") == "token"
     eager = not (torch.compiler.is_compiling() or transformed() or has_tangent(hidden))
     if impl == "torch" or not (of_tokens and eager):
-        logprobs = linear_token_logprobs(
+        logprobs: Any = linear_token_logprobs(
             hidden, weight, labels, bias=bias, temperature=temperature, softcap=softcap, logit_scale=logit_scale,
             mask=mask, ignore_index=ignore_index, logits_dtype=logits_dtype, memory_mib=memory_mib, impl=impl,
             validate=validate,
@@ -243,12 +244,12 @@ def linear_policy_loss(
     with torch.no_grad():  # refuses what does not fit before anything is multiplied
         policy_loss(torch.zeros_like(old_logprobs), old_logprobs, advantages, valid, **options)
     rows, tau, cap, scale, _ = numbers
-    inputs = (unit_last_stride(hidden), unit_last_stride(weight), bias)
-    rest = (
+    inputs: Any = (unit_last_stride(hidden), unit_last_stride(weight), bias)
+    rest: Any = (
         labels.long(), mask, (rows, tau, ignore_index), (cap, scale, logits_dtype, memory),
         (old_logprobs, advantages, valid, options), impl,
     )  # fmt: skip
     if not any(x is not None and recorded(x) for x in inputs):
-        return _computed(*inputs, *rest, (False,) * 3)[0]
+        return _computed((False,) * 3, *inputs, *rest)[0]
     value, logprobs, *stats = _EagerLoss.apply(*inputs, *rest)
     return value, PolicyStats(*stats), logprobs

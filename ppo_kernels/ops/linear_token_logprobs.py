@@ -44,7 +44,7 @@ def _forward(
     head = Head(hidden, weight, bias, softcap, logit_scale, logits_dtype)
     rows = CountedRows(hidden, labels, mask, ignore_index)
     kept = hidden.new_empty((labels.numel() if save_logits else 0, head.vocab), dtype=head.tile_dtype)
-    tiling = head.tiling(rows, memory, gradient=False)
+    tiling = head.tiling(rows, memory)
     buffer, found = head.buffer(*tiling), []
     y, taus = rows.pick(labels), rows.pick(temperatures)
     for block in tiling.blocks(len(rows)):
@@ -82,7 +82,7 @@ def _backward(
     head = Head(hidden, weight, bias, softcap, logit_scale, logits_dtype)
     rows = CountedRows(hidden, labels, mask, ignore_index)
     gradients = Gradients(head, rows, (need_hidden, need_weight, need_bias))
-    tiling = head.tiling(rows, memory, gradient=True)
+    tiling = head.tiling(rows, memory)
     buffer, blocks = head.buffer(*tiling), list(tiling.blocks(len(rows)))
     y, taus, logp, stats = rows.pick(labels), rows.pick(temperatures), rows.pick(logprobs), rows.pick(stats, 1)
     g_logp, g_entropy = rows.pick(grad_logprobs), rows.pick(grad_entropy)
@@ -105,7 +105,10 @@ def _backward(
             given = [None if g is None else g[block] for g in (g_logp, g_entropy)]
             wider, of_block = buffer[: len(operand), : width + 1], stats[:, block].contiguous()
             kernel.run(impl, wider, at, of_rows, *given, logp[block], of_block, tau, -1)
-            gradients.add(tile if slope is None else tile.mul_(slope), operand, of_weight, block, columns, into)
+            if slope is not None:
+                tile.mul_(slope)
+            del slope  # before there is another
+            gradients.add(tile, operand, of_weight, block, columns, into)
         gradients.end(columns)
     return gradients.finished(hidden, rows)
 
@@ -126,23 +129,6 @@ _BACKWARD = register_composition(
     fake=_fake_backward,
     kernel=_backward,
 )
-
-
-def _entropy_of(stats, entropy):
-    """A copy, for the caller may write to it; something empty if it was not asked for."""
-    return stats[2].clone() if entropy is not False else stats.new_empty(0)
-
-
-def _gradients(call: Any, needs: tuple[bool, bool, bool], saved: tuple, options: tuple, grads: tuple, impl: str):
-    """Of hidden, weight and bias, None where nobody needs it."""
-    *inputs, logprobs, stats, logits = saved
-    grads = tuple(None if g is None else g.contiguous() for g in grads)
-    found = call(impl, *inputs, *options, logprobs, stats, logits, *grads, *needs, impl)
-    return tuple(g if needed else None for g, needed in zip(found, needs, strict=True))
-
-
-def _needs(ctx, first: int) -> tuple[bool, bool, bool]:
-    return tuple(ctx.needs_input_grad[first : first + 3])
 
 
 def _for_a_graph(options: tuple) -> tuple[Any, Any, tuple]:
@@ -323,11 +309,11 @@ def linear_token_logprobs(
     hidden, weight = unit_last_stride(hidden), unit_last_stride(weight)
     impl = _FORWARD.choose(impl, hidden.device.type, compute_dtype(hidden, weight, bias))
     if impl == "torch" or has_tangent(hidden):
-        hidden, weight, bias = (x if x is None else first_order_only(op, x) for x in (hidden, weight, bias))
-        tau, cap, scale, ignore_index = numbers
+        hidden, weight = first_order_only(op, hidden), first_order_only(op, weight)
+        bias = None if bias is None else first_order_only(op, bias)
         return _FORWARD.reference(
-            hidden, weight, labels, bias=bias, temperature=tau if rows is None else rows, softcap=cap,
-            logit_scale=scale, mask=mask, ignore_index=ignore_index, entropy=entropy,
+            hidden, weight, labels, bias=bias, temperature=numbers[0] if rows is None else rows, softcap=numbers[1],
+            logit_scale=numbers[2], mask=mask, ignore_index=ignore_index, entropy=entropy,
         )  # fmt: skip
     constants = (labels.long().contiguous(), None if mask is None else mask.contiguous(), rows)
     options, flags = (*numbers, logits_dtype, memory), (entropy, bool(save_logits), impl)
@@ -341,7 +327,7 @@ def linear_token_logprobs(
     elif any(x is not None and recorded(x) for x in (hidden, weight, bias)):
         return _EagerLogprobs.apply(hidden, weight, bias, constants, options, flags)
     else:
-        inputs = (hidden, weight, bias, *constants)
-        logprobs, stats, _ = _FORWARD.run(impl, *inputs, *options, entropy is not False, False, impl)
+        given = (hidden, weight, bias, *constants, *options)
+        logprobs, stats, _ = _FORWARD.run(impl, *given, entropy is not False, False, impl)
         h = stats[2] if entropy is not False else None
     return logprobs if entropy is False else (logprobs, h)
