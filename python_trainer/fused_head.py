@@ -68,7 +68,7 @@ class FusedHead:
 
 @contextlib.contextmanager
 def _instead(layer: torch.nn.Module, function: Callable[[torch.Tensor], torch.Tensor]) -> Iterator[None]:
-    layer.forward = function  # type: ignore[method-assign]
+    layer.forward = function
     try:
         yield
     finally:
