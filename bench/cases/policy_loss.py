@@ -59,7 +59,7 @@ def eager(logprobs, old_logprobs, advantages, mask, ref_logprobs=None):
 
 def bare(logprobs, old_logprobs, advantages, mask):
     inputs = (old_logprobs, advantages, mask, *(None,) * 6)
-    options = (CLIP, CLIP, math.inf, 20.0, 0.0, 2, 20.0, math.inf)
+    options = (CLIP, CLIP, math.inf, 20.0, 0.0, 2, 20.0, math.inf, False, 0, 0, math.inf, 1.0, 1.05)
     return differentiated(torch.ops.ppo_kernels.policy_loss.default, logprobs, *inputs, *options)
 
 
