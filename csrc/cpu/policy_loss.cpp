@@ -1,5 +1,5 @@
-// The policy loss on CPU tensors: loss, statistics and gradient from one pass, after one over the rows where the ratio is
-// the row's.
+// The policy loss on CPU tensors: loss, statistics and gradient from one pass, after one over the rows where the ratio
+// is the row's.
 #include "policy_loss.h"
 
 #include "cpu/loss.h"
@@ -53,7 +53,9 @@ struct RatioOfRow {
 
   template <Surrogate kSurrogate>
   PPO_INLINE PolicyTerm<T> term(T logp, T old, T adv, T weight, bool is_valid) const {
-    return row_policy_term<kSurrogate, kGeometric>(logp, old, {is_valid ? row.raw : T(0), row.slope}, adv, weight, options);
+    const T raw = is_valid ? row.raw : T(0);
+    const PolicyTerm<T> of_row = policy_term<kSurrogate>(logp, old, raw, adv, weight, options.row);
+    return term_in_row<kGeometric>(of_row, logp, old, adv, row.slope, options);
   }
 };
 
@@ -206,12 +208,11 @@ std::pair<double, double> kl_penalty(const PolicyBlock<T>& block, const T* ref, 
       };
       const double sum = all(std::false_type{}, values);
       all(std::true_type{}, slopes);
-      return {static_cast<double>(kl.coef) *
-                  times_ratio_block(block, values, slopes, log_ratio_clamp, scale, grads),
+      return {static_cast<double>(kl.coef) * times_ratio_block(block, values, slopes, log_ratio_clamp, scale, grads),
               sum};
     }
-    const double sum = kl_block<estimator(), true>(block.logp, ref, block.valid, block.n, kl.log_clamp, kl.value_clamp,
-                                                   scale, grads);
+    const double sum =
+        kl_block<estimator(), true>(block.logp, ref, block.valid, block.n, kl.log_clamp, kl.value_clamp, scale, grads);
     return {static_cast<double>(kl.coef) * sum, sum};
   });
 }
@@ -224,8 +225,7 @@ PolicySums policy_chunk(const PolicyInputs<T>& in, const Rows& rows, const Chunk
     PolicySums sums = policy_block<kSurrogate>(block, ratio, grads);
     double& loss = sums.sums[PolicySum::kLoss];
     if (in.ref.data != nullptr) {
-      const auto [penalty, ref_kl] =
-          kl_penalty(block, in.ref.row(rows, chunk.row) + begin, kl, log_ratio_clamp, grads);
+      const auto [penalty, ref_kl] = kl_penalty(block, in.ref.row(rows, chunk.row) + begin, kl, log_ratio_clamp, grads);
       sums.sums[PolicySum::kRefKl] = ref_kl;
       loss += penalty;
     }
@@ -310,9 +310,8 @@ LossResult policy_loss(const Tensor& logprobs, const Tensor& old_logprobs, const
                              token_input<uint8_t>("mask", mask, logprobs, rows),
                              row_weights.data(),
                              grad ? data_of<T>(gradient) : nullptr};
-    const PolicySums s = dispatch_surrogate(surrogate, [&](auto kind) {
-      return policy_sums<kind()>(in, rows, logprobs.numel(), options, levels, kl);
-    });
+    const PolicySums s = dispatch_surrogate(
+        surrogate, [&](auto kind) { return policy_sums<kind()>(in, rows, logprobs.numel(), options, levels, kl); });
     const Tensor stats = empty({PolicyStat::kCount}, dtype_of<T>(), logprobs);
     policy_stats<false>(s.sums, s.excess, s.ratio_max, data_of<T>(stats));
     return finish_loss<T>(s.sums[PolicySum::kLoss], s.excess.count, normalizer, stats, gradient);

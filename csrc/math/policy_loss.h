@@ -8,8 +8,8 @@
 
 namespace ppo {
 
-// Whose ratio: the token's; the row's, exp of the mean log-ratio of its valid tokens, with the gradient through that mean
-// (GSPO) or, as a constant, through the token alone (GSPO-token); or the row's after a clip of each token (GMPO).
+// Whose ratio: the token's; the row's, exp of the mean log-ratio of its valid tokens, with the gradient through that
+// mean (GSPO) or, as a constant, through the token alone (GSPO-token); or the row's after a clip of each token (GMPO).
 enum class RatioLevel : int64_t { kToken = 0, kSequence = 1, kSequenceToken = 2, kGeometric = 3, kCount };
 
 template <class T>
@@ -28,7 +28,7 @@ PPO_INLINE PolicyTerm<T> policy_term(T logp, T old, T raw, T adv, T weight, cons
   const T excess = log_ratio > T(-0.5) && log_ratio < T(0.5) ? k3 + log_ratio : ratio - T(1);
   const SurrogateTerm<T> term = surrogate_term<kSurrogate>({raw, ratio, excess}, logp, old, adv, weight, o);
   const T beyond = raw < -o.log_ratio_clamp ? T(1) : (raw > o.log_ratio_clamp ? T(1) : T(0));
-  return {term.loss * weight, term.grad,         log_ratio,         excess, k3,
+  return {term.loss * weight, term.grad,        log_ratio,         excess, k3,
           term.clipped_high,  term.clipped_low, term.dual_clipped, beyond};
 }
 
@@ -102,20 +102,19 @@ PPO_INLINE RowTerm<T> row_term(T logp, T old, T adv, T weight, const LevelOption
           adv < T(0) ? -weighted : T(0)};
 }
 
-// The term of a token whose ratio is its row's. The estimates of the KL divergence are the token's own.
-template <Surrogate kSurrogate, bool kGeometric, class T>
-PPO_INLINE PolicyTerm<T> row_policy_term(T logp, T old, const RowRatio<T>& row, T adv, T weight,
-                                         const LevelOptions<T>& o) {
-  PolicyTerm<T> term = policy_term<kSurrogate>(logp, old, row.raw, adv, weight, o.row);
+// The term by a row's ratio becomes that of one of its tokens: the gradient is the row's where it passes through the
+// mean, and the estimates of the KL divergence are the token's own.
+template <bool kGeometric, class T>
+PPO_INLINE PolicyTerm<T> term_in_row(PolicyTerm<T> term, T logp, T old, T adv, T slope, const LevelOptions<T>& o) {
   const T own = logp - old;
   term.log_ratio = clamp(own, o.row.log_ratio_clamp);
   term.k3 = expm1_minus(term.log_ratio, exp_fast(term.log_ratio));
   if constexpr (kGeometric) {
     const T low = o.tokens.beyond_low(own, adv);
     term.clipped_high = o.tokens.beyond_high(own, adv), term.clipped_low = adv < T(0) ? low : T(0);
-    term.grad = term.clipped_high + low == T(0) ? row.slope : T(0);
+    term.grad = term.clipped_high + low == T(0) ? slope : T(0);
   } else {
-    term.grad = o.level == RatioLevel::kSequence ? row.slope : term.grad;
+    term.grad = o.level == RatioLevel::kSequence ? slope : term.grad;
   }
   return term;
 }

@@ -66,10 +66,7 @@ PPO_INLINE SurrogateTerm<T> clip_term(const Ratio<T>& r, T adv, T weight, const 
   const T slope = -adv * ratio * (share == T(0) ? T(0) : share * weight);  // no weight, be it NaN, of what is clipped
   const T high = ratio > high_bound ? T(1) : T(0), low = ratio < low_bound ? T(1) : T(0);
   const T by_delta = adv < T(0) ? (ratio > delta ? high : T(0)) : T(0);
-  return {loss,
-          clamp_gradient(r.raw, o.log_ratio_clamp, slope),
-          adv > T(0) ? high : T(0),
-          adv < T(0) ? low : T(0),
+  return {loss, clamp_gradient(r.raw, o.log_ratio_clamp, slope), adv > T(0) ? high : T(0), adv < T(0) ? low : T(0),
           dual > T(0) ? T(1) : by_delta};
 }
 
@@ -100,16 +97,14 @@ PPO_INLINE T binary_divergence(T logp, T old, T prob, T old_prob) {
     return prob > old_prob ? prob - old_prob : old_prob - prob;
   } else {
     constexpr T kEps = T(1e-8);  // as the trainers have it
-    return old_prob * (old - logp) +
-           (T(1) - old_prob) * log_fast((T(1) - old_prob + kEps) / (T(1) - prob + kEps));
+    return old_prob * (old - logp) + (T(1) - old_prob) * log_fast((T(1) - old_prob + kEps) / (T(1) - prob + kEps));
   }
 }
 
-// A token that has moved too far in the direction of its advantage has no loss. A ratio that delta bounds is a constant,
-// like cispo's, as a bounded one has no gradient of its own.
+// A token that has moved too far in the direction of its advantage has no loss. A ratio that delta bounds is a
+// constant, like cispo's, as a bounded one has no gradient of its own.
 template <Surrogate kSurrogate, class T>
-PPO_INLINE SurrogateTerm<T> dppo_term(const Ratio<T>& r, T logp, T old, T adv, T weight,
-                                      const SurrogateOptions<T>& o) {
+PPO_INLINE SurrogateTerm<T> dppo_term(const Ratio<T>& r, T logp, T old, T adv, T weight, const SurrogateOptions<T>& o) {
   const T prob = exp_fast(logp), old_prob = exp_fast(old);
   const T moved = binary_divergence<kSurrogate>(logp, old, prob, old_prob);
   const T high = prob > old_prob ? (moved > o.high ? T(1) : T(0)) : T(0);

@@ -214,7 +214,9 @@ def _refuse_combinations(surrogate: str, level: str, dual_clip: object, delta: o
             f" importance_sampling_level='token', got {level!r}"
         )
     if level == "geometric" and surrogate != "clip":
-        raise ValueError(f"policy_loss: importance_sampling_level='geometric' takes surrogate='clip', got {surrogate!r}")
+        raise ValueError(
+            f"policy_loss: importance_sampling_level='geometric' takes surrogate='clip', got {surrogate!r}"
+        )
     if level != "token" and unbiased_kl:
         raise ValueError(
             "policy_loss: unbiased_kl multiplies the penalty by the token's ratio; set"

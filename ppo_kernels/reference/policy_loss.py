@@ -23,7 +23,8 @@ from ppo_kernels.reference.rows import (
     valid_tokens,
 )
 
-Bound = float | Tensor | None
+Number = float | Tensor
+Bound = Number | None
 #: Loss of every token, and whether it was clipped above, clipped below, lowered by the dual clip or by delta.
 Surrogate = tuple[Tensor, Tensor, Tensor, Tensor]
 
@@ -35,7 +36,7 @@ def at_most(x: Tensor, most: Bound) -> Tensor:
     return x if most is None or most == math.inf else x.clamp(max=most)
 
 
-def clip(ratio: Tensor, adv: Tensor, low: Bound, high: Bound, dual_clip: Bound, delta: Bound) -> Surrogate:
+def clip(ratio: Tensor, adv: Tensor, low: Number, high: Number, dual_clip: Bound, delta: Bound) -> Surrogate:
     clipped = ratio.clamp(min=1.0 - low).clamp(max=1.0 + high)
     loss = torch.maximum(-adv * at_most(ratio, delta), -adv * clipped)
     lowered = torch.zeros_like(adv, dtype=torch.bool)
@@ -48,22 +49,24 @@ def clip(ratio: Tensor, adv: Tensor, low: Bound, high: Bound, dual_clip: Bound, 
     return loss, (adv > 0) & (ratio > 1.0 + high), (adv < 0) & (ratio < 1.0 - low), lowered
 
 
-def cispo(ratio: Tensor, adv: Tensor, logp: Tensor, low: Bound, high: Bound) -> Surrogate:
+def cispo(ratio: Tensor, adv: Tensor, logp: Tensor, low: Number, high: Number) -> Surrogate:
     """The clipped ratio is a constant that weighs logp; it is clipped whatever the sign of the advantage."""
     clipped = ratio.detach().clamp(min=1.0 - low).clamp(max=1.0 + high)
     never = torch.zeros_like(adv, dtype=torch.bool)
     return -adv * clipped * logp, ratio > 1.0 + high, ratio < 1.0 - low, never
 
 
-def sapo(d: Tensor, adv: Tensor, tau_pos: float | Tensor, tau_neg: float | Tensor) -> Surrogate:
+def sapo(d: Tensor, adv: Tensor, tau_pos: Number, tau_neg: Number) -> Surrogate:
     """A sigmoid of the ratio ``exp(d)`` takes the place of its clip."""
     tau = torch.where(adv > 0, scalar(tau_pos, adv), scalar(tau_neg, adv))
     never = torch.zeros_like(adv, dtype=torch.bool)
-    return -adv * torch.sigmoid(tau * torch.expm1(d)) * (4.0 / tau), never, never, never
+    # Not torch.sigmoid, whose last elements of a tensor are rounded in another way than those before them.
+    gate = 1.0 / (1.0 + torch.exp(-(tau * torch.expm1(d)).clamp(min=-80.0)))
+    return -adv * gate * (4.0 / tau), never, never, never
 
 
 def dppo(
-    ratio: Tensor, adv: Tensor, logp: Tensor, old: Tensor, low: Bound, high: Bound, delta: Bound, binary_kl: bool
+    ratio: Tensor, adv: Tensor, logp: Tensor, old: Tensor, low: Number, high: Number, delta: Bound, binary_kl: bool
 ) -> Surrogate:
     """A token that has moved too far in the direction of its advantage has no loss."""
     with torch.no_grad():
@@ -86,6 +89,8 @@ def dppo(
 
 def row_log_ratio(x: Tensor, valid: Tensor, rows: Rows) -> Tensor:
     """The mean of a row's log-ratios, for each of its tokens."""
+    if rows.batch == 0:
+        return torch.where(valid, x, 0.0)  # not fresh zeros: a loss over no rows is still differentiable
     wide = torch.where(valid, x, 0.0).to(how_many(valid).dtype)
     total, count = row_sum(wide, rows), row_sum(valid.to(wide.dtype), rows)
     return torch.where(valid, spread((total / count.clamp(min=1.0)).to(x.dtype), rows), 0.0)
