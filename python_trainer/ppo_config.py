@@ -20,6 +20,8 @@ USED_BY = {
     "whiten_rewards": ("ppo",),
     "whiten_advantages": WHITENED,
     "loss_aggregation": PER_TOKEN,
+    "surrogate": PER_TOKEN,
+    "importance_sampling_level": PER_TOKEN,
     "cliprange": (*RATIO, "p3o"),
     "cliprange_high": RATIO,
     "dual_clip": RATIO,
@@ -84,6 +86,12 @@ class PPOConfig(SamplingConfig, OptimizerConfig):
     )
     whiten_rewards: bool = HfArg(default=False, help="Scale rewards to unit variance, keeping their mean.")
     whiten_advantages: bool = HfArg(default=True, help="Whiten advantages (ppo, reinforce++) over the global batch.")
+    surrogate: Literal["clip", "cispo", "sapo", "dppo_tv", "dppo_kl"] = HfArg(
+        default="clip", help="What the loss makes of the policy ratio (docs/losses.md)."
+    )
+    importance_sampling_level: Literal["token", "sequence", "sequence_token", "geometric"] = HfArg(
+        default="token", help="Whose ratio: a token's, or its response's (sequence: GSPO; geometric: GMPO)."
+    )
     cliprange: float = HfArg(default=0.2, help="Clip range of the policy ratio.")
     cliprange_high: float | None = HfArg(default=None, help="Clip range above 1 (DAPO: 0.28). Default: cliprange.")
     dual_clip: float | None = HfArg(
