@@ -54,6 +54,7 @@ FREE_TO_CHANGE = {
     "deepspeed",
     "lora_save",
     "attn_implementation",
+    "fused_head",
 }
 
 # What must be the same when a run continues, and is looked at itself; so where it lies may change.
