@@ -166,7 +166,12 @@ def verl_penalty(verl, logprobs, ref_logprobs, scores, mask, estimator):
 def verl_experience(verl, values, **rollout):
     rewards = verl_penalty(verl, **rollout, estimator="k1")
     mask = rollout["mask"].long()
-    return lambda: verl.compute_gae_advantage_return(rewards(), values, mask, GAMMA, LAM)
+
+    def call():
+        r = rewards()
+        return r, *verl.compute_gae_advantage_return(r, values, mask, GAMMA, LAM)
+
+    return call
 
 
 def verl_policy_loss(verl, logprobs, old_logprobs, advantages, mask, loss="vanilla"):

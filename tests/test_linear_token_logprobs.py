@@ -7,6 +7,7 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.checkpoint import checkpoint
 
 from bench import oracle
+from bench.cases.linear_token_logprobs import OPTIONS as OPTIONS_OF_THE_CASE
 from bench.cases.linear_token_logprobs import accurate_eager
 from bench.measure import peak_extra
 from ppo_kernels import linear_token_logprobs, token_logprobs
@@ -328,7 +329,7 @@ def test_errors_say_what_is_allowed(change, words):
 
 def test_the_eager_code_of_the_accuracy_table_is_the_reference():
     tensors, labels = make(4)
-    found = accurate_eager(**tensors, labels=labels, softcap=3.0)
-    want = linear_token_logprobs(**tensors, labels=labels, softcap=3.0, entropy=True, impl="torch")
+    found = accurate_eager(**tensors, labels=labels)
+    want = linear_token_logprobs(**tensors, labels=labels, **OPTIONS_OF_THE_CASE, entropy=True, impl="torch")
     for x, y in zip(found, want, strict=True):
         np.testing.assert_allclose(x, y, atol=1e-5)

@@ -68,7 +68,7 @@ def accuracy(g):
         yield Data(inputs(g, dtype, 2, 4, 64, 20000), ("loss", "gradient"))
 
 
-def work(dtype):
+def work(dtype, **more):
     low = dtype == BF16
 
     def most_extra(batch, columns, width, vocab):
@@ -93,6 +93,7 @@ def work(dtype):
         eager_tolerance=1e-1 if low else 1e-4,
         targets=(Target("matrix products", 1 / 1.15), Target("TRL", 3)),
         most_extra=most_extra,
+        **more,
     )
 
 
@@ -108,9 +109,7 @@ CASES = (
         per_row=("advantages", "weights"),
         choices={"kl_estimator": ("k1", "abs", "k2", "k3")},
         bare_options={"kl_coef": 0.0},
-        accuracy=accuracy,
-        accurate_eager=accurate_eager,
     ),
     work(BF16),
-    work(FP32),
+    work(FP32, accuracy=accuracy, accurate_eager=accurate_eager),
 )

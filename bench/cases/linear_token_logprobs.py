@@ -48,11 +48,14 @@ def eager(hidden, weight, labels):
     return torch.log_softmax(hidden @ weight.t(), -1).gather(-1, labels[:, None]).squeeze(-1)
 
 
-def accurate_eager(hidden, weight, labels, bias=None, softcap=None):
+OPTIONS = {"softcap": 20.0, "logit_scale": 0.9}  # of the contract
+
+
+def accurate_eager(hidden, weight, labels, bias=None):
     """All logits in float32."""
     z = torch.nn.functional.linear(hidden.float(), weight.float(), None if bias is None else bias.float())
-    if softcap is not None:
-        z = softcap * torch.tanh(z / softcap)
+    cap = OPTIONS["softcap"]
+    z = cap * torch.tanh(OPTIONS["logit_scale"] * z / cap)
     log_p = torch.log_softmax(z, -1)
     return log_p.gather(-1, labels[..., None])[..., 0], -(log_p.exp() * log_p).sum(-1)
 
@@ -109,9 +112,9 @@ def accuracy(g):
             yield Data(named, ("log p", "entropy", "gradient"))
 
 
-def truth(hidden, weight, labels, **options):
+def truth(hidden, weight, labels, **_options):
     ones = torch.ones(labels.shape)
-    return oracle.linear_token_logprobs(hidden, weight, labels, grad_logp=ones, grad_entropy=ones)
+    return oracle.linear_token_logprobs(hidden, weight, labels, grad_logp=ones, grad_entropy=ones, **OPTIONS)
 
 
 def work(dtype, *, backward=False, **more):
@@ -150,7 +153,7 @@ CASES = (
         op="linear_token_logprobs",
         contract=True,
         inputs=contract_inputs,
-        options={"softcap": 20.0, "logit_scale": 0.9, "entropy": True},
+        options=OPTIONS | {"entropy": True},
         leaf="hidden",
         differentiable_outputs=2,
         rowwise=False,
