@@ -25,7 +25,12 @@ REGISTRY = {}
 def double(x, times=2, *, mode="plain"):
     return ("theirs", x, times, mode)
 
+def wrapper(x, times=2, *, mode="plain"):
+    return double(x, times, mode=mode)
+
+wrapper.__wrapped__ = double  # as functools.wraps leaves it
 REGISTRY["double"] = double
+REGISTRY["wrapped"] = wrapper
 REGISTRY["other"] = len
 
 class Loss:
@@ -57,6 +62,7 @@ def call(x):
 
 
 UTILS_MODULE = "fake_trainer.utils"
+REGISTRIES = ("REGISTRY[double]", "REGISTRY[wrapped]", "REGISTRY[other]")
 
 
 def double(x, times=2, *, mode="plain"):
@@ -83,7 +89,14 @@ SIGNATURE = "(x, times=2, *, mode='plain')"
 def targets(**changes):
     signatures = {"double": SIGNATURE, "Loss": "(self, clip=0.2)"} | changes
     return [
-        Target(UTILS_MODULE, "double", signatures["double"], double, "doubles", ("REGISTRY[double]",)),
+        Target(
+            UTILS_MODULE,
+            "double",
+            signatures["double"],
+            double,
+            "doubles",
+            ("REGISTRY[double]", "REGISTRY[wrapped]", "REGISTRY[other]"),
+        ),
         Target(
             UTILS_MODULE,
             "Loss.forward",
@@ -133,6 +146,7 @@ def everything(utils, user):
     return (
         utils.double,
         utils.REGISTRY["double"],
+        utils.REGISTRY["wrapped"],
         user.my_double,
         inspect.getattr_static(utils.Loss, "forward"),
         inspect.getattr_static(utils.Function, "apply"),
@@ -144,6 +158,7 @@ def everything(utils, user):
 
 def assert_ours(utils, user):
     assert utils.double(1, mode="m") == ("ours", 1, 2, "m")
+    assert utils.REGISTRY["double"] is utils.REGISTRY["wrapped"] is utils.double
     assert utils.REGISTRY["double"](1) == user.call(1) == ("ours", 1, 2, "plain")
     assert utils.Loss(0.3).forward(1) == ("ours", 0.3, 1)
     assert utils.Function.apply(1, 2.0) == utils.Function().apply(1, 2.0) == ("ours", 1, 2.0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import logging
 import sys
 import threading
@@ -91,11 +92,10 @@ class Installed:
     """A target that has been replaced: what was where."""
 
     target: Target
-    original: Any  #: as its owner held it: a function, a staticmethod, or MISSING for an inherited method
-    #: What stood there, by name in the loaded modules.
-    value: Any
+    value: Any  #: the function that stood there
     replacement: Any
-    places: list[tuple[Any, str]] = field(default_factory=list)  #: owners and names, beside what a search finds
+    #: Owners and names, with what stood there; a search finds the names that other modules bind.
+    places: list[tuple[Any, str, Any]] = field(default_factory=list)
 
 
 def loaded_modules() -> Iterator[dict[str, Any]]:
@@ -183,7 +183,7 @@ class Adapter:
             self._finder.wait_for(frozenset())
             for installed in self._installed.values():
                 self._restore(installed)
-            exchange((i.replacement, i.value) for i in self._installed.values() if i.original is not MISSING)
+            exchange((i.replacement, i.value) for i in self._installed.values() if "." not in i.target.attribute)
             self._installed.clear()
             self._wanted.clear()
             self._refused.clear()
@@ -263,20 +263,21 @@ class Adapter:
             value = getattr(owner, name)
             if now is not None and value is now.replacement:
                 continue
-            original = vars(owner).get(name, MISSING)
+            original = vars(owner).get(name, MISSING)  # a staticmethod is one here, and an inherited method is missing
             replacement = wrapped(
                 f"{self.name}.{target.attribute}", value, target.replacement, self._calls[target.attribute]
             )
-            installed = Installed(target, original, value, replacement)
+            installed = Installed(target, value, replacement)
             kind = _binding(owner, name)
             setattr(owner, name, kind(replacement) if kind else replacement)
-            installed.places.append((owner, name))
+            installed.places.append((owner, name, original))
             for registry in target.registries:
                 where, key = registry.rstrip("]").split("[")
                 entries = lookup(module, where)
-                if isinstance(entries, dict) and entries.get(key) is value:
+                entry = entries.get(key) if isinstance(entries, dict) else None
+                if entry is not None and inspect.unwrap(entry) is inspect.unwrap(value):  # registries wrap theirs
                     entries[key] = replacement
-                    installed.places.append((entries, key))
+                    installed.places.append((entries, key, entry))
             self._installed[target.attribute] = installed
             if not path:
                 pairs.append((value, replacement))
@@ -285,15 +286,15 @@ class Adapter:
 
     def _restore(self, installed: Installed) -> None:
         """Where something else has been put over ours, that stays."""
-        for owner, name in installed.places:
+        for owner, name, original in installed.places:
             if isinstance(owner, dict):
                 if owner.get(name) is installed.replacement:
-                    owner[name] = installed.value
+                    owner[name] = original
             elif getattr(owner, name, None) is installed.replacement:
-                if installed.original is MISSING:
+                if original is MISSING:
                     delattr(owner, name)
                 else:
-                    setattr(owner, name, installed.original)
+                    setattr(owner, name, original)
 
 
 def _binding(owner: Any, name: str) -> type | None:
