@@ -88,7 +88,7 @@ def _targets() -> list[Target]:
     ]
 
 
-ADAPTER = Adapter("deepspeed_chat", "dschat", ("of DeepSpeedExamples 2024-2026",), _targets())
+ADAPTER = Adapter("deepspeed_chat", "dschat", ("DeepSpeedExamples 45b4b71, March 2026",), _targets())
 apply: Any = ADAPTER.apply
 revert: Any = ADAPTER.revert
 status: Any = ADAPTER.status

@@ -16,6 +16,7 @@ from tests.lib.checkout import ROOT, environment
 
 LOGS = ROOT / "build" / "verify"
 OPS = "--ignore tests/verify --ignore tests/trainer --ignore tests/test_bench.py"
+LIBRARIES = "--ignore tests/verify/trainer --ignore tests/verify/adapters"
 WITH_CUDA = "tests --ignore tests/trainer --ignore tests/test_bench.py " + " ".join(
     f"--ignore tests/verify/{name}"
     for name in (
@@ -47,7 +48,7 @@ PARTS = {
     "accuracy": "bench --accuracy",
     "fuzz": "tests.verify.fuzz",
     "sizes": "pytest tests/verify/test_sizes.py -n 2",
-    "properties": "pytest tests/verify -n 2 --dist loadfile -k properties --ignore tests/verify/trainer --ignore tests/verify/adapters",
+    "properties": f"pytest tests/verify -n 2 --dist loadfile -k properties {LIBRARIES}",
     "factorial": f"pytest tests -n 2 --dist loadfile --tier rest -k 'not triton and not cuda' {OPS}",
     "triton": f"pytest tests -n 2 --dist loadfile --tier rest -k triton {OPS}",
     "mutants": "tests.verify.mutants.run",

@@ -197,7 +197,7 @@ def trainer(name, folder, **changes):
     else:
         rows = [{"text": row["prompt"]} for row in rows]
         settings, more = {}, {}
-    args = getattr(trl, f"{name}Config")(output_dir=str(folder / name), **COMMON, **settings, **changes)
+    args = getattr(trl, f"{name}Config")(output_dir=str(folder / name), **COMMON | settings | changes)
     made = getattr(trl, f"{name}Trainer")(
         model=str(folder / "model"), args=args, train_dataset=Dataset.from_list(rows), **more
     )
@@ -208,7 +208,7 @@ RUNS = {
     "GRPO": {},
     "GRPO dapo": {"loss_type": "dapo", "temperature": 0.7, "epsilon_high": 0.3},
     "GRPO sequence": {"importance_sampling_level": "sequence", "loss_type": "grpo"},
-    "RLOO": {},
+    "RLOO": {"num_iterations": 1},  # a second update of these rollouts is clipped in every sequence
     "DPO": {},
     "SFT": {},
 }
