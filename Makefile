@@ -88,6 +88,14 @@ $(PEERS): bench/peers.txt $(INSTALLED)
 	@$(RUN) -m pip --disable-pip-version-check install --quiet --no-deps --target build/peers $(PIP_ARGS) -r bench/peers.txt \
 	  && touch $@ || echo "Not all could be fetched: their rows will be skipped"
 
+# TRL with what its trainers import, and what verl, OpenRLHF and SkyRL import, where only the part `adapters` of verify looks.
+ADAPTERS := build/adapters/.installed
+$(ADAPTERS): tests/verify/adapters/packages.txt bench/trainers.txt $(INSTALLED)
+	@rm -rf build/adapters build/trainers
+	@$(RUN) -m pip --disable-pip-version-check install --quiet --no-deps --target build/trainers $(PIP_ARGS) -r bench/trainers.txt \
+	  && $(RUN) -m pip --disable-pip-version-check install --quiet --no-deps --target build/adapters $(PIP_ARGS) \
+	  -r tests/verify/adapters/packages.txt && touch $@ || echo "Not all could be fetched: what needs it will be skipped"
+
 bench: build $(if $(filter none,$(VENV)),,$(PEERS))
 	@$(RUN) -m bench $(ARGS)
 
@@ -95,10 +103,11 @@ demo: build
 	$(RUN) -m python_trainer demo --config $(DEMO_CONFIG) $(ARGS)
 
 docs:
-	@echo "README.md: the ops and the trainer; docs/first_model.md: a first trained model; CONTRIBUTING.md: the structure, tests and rules; bench/NOTES.md: the benchmarks;"
+	@echo "README.md: the ops and the trainer; docs/first_model.md: a first trained model; docs/adapters.md: in other trainers; CONTRIBUTING.md: the structure, tests and rules; bench/NOTES.md: the benchmarks;"
 	@echo "python_trainer/METRICS.md: what a run logs. The reference of an op is its docstring: help(ppo_kernels.gae)"
 
-verify: build
+TRAINERS := $(if $(filter none,$(VENV)),,$(if $(PART),$(if $(filter adapters,$(PART)),$(PEERS) $(ADAPTERS)),$(PEERS) $(ADAPTERS)))
+verify: build $(TRAINERS)
 	@$(RUN) -m tests.verify $(PART) $(if $(ARGS),$(if $(PART),--) $(ARGS))
 
 wheel: $(INSTALLED)

@@ -376,6 +376,15 @@ def test_replacements_take_what_their_targets_take(name):
         assert difference(target.attribute, expected, own) is None, target.attribute
 
 
+@pytest.mark.parametrize("name", integrations.TRAINERS)
+def test_the_docs_name_every_target(name):
+    page = (ROOT / "docs" / "adapters.md").read_text()
+    adapter = integrations.adapter(name)
+    missing = [target.attribute for target in adapter.targets if f"`{target.attribute}`" not in page]
+    assert not missing
+    assert all(version.partition(",")[0] in page for version in adapter.tested)
+
+
 def test_signatures_as_text():
     for signature in ("()", "(a, b=1, *c, d, e=2, **f)", "(a, *, b=None)", SIGNATURE):
         assert text(of_text(signature)) == signature
