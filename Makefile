@@ -23,7 +23,7 @@ help:
 	@echo "make lint      ruff, clang-format and mypy"
 	@echo "make bench     the speed of every op beside other libraries (ARGS: --quick, --full, --gpu, --check, --accuracy, --trainers)"
 	@echo "make demo      train a small model on a CPU and plot its learning"
-	@echo "make docs      where the documentation is"
+	@echo "make docs      the documentation, into build/docs"
 	@echo "make verify    what make test leaves out, hours of it; PART=\"build aot\" for some; ARGS=--list names the parts"
 	@echo "make wheel     a wheel in dist/"
 	@echo "make clean     remove everything that was built"
@@ -102,9 +102,13 @@ bench: build $(if $(filter none,$(VENV)),,$(PEERS))
 demo: build
 	$(RUN) -m python_trainer demo --config $(DEMO_CONFIG) $(ARGS)
 
-docs:
-	@echo "README.md: the ops and the trainer; docs/first_model.md: a first trained model; docs/adapters.md: in other trainers; CONTRIBUTING.md: the structure, tests and rules; bench/NOTES.md: the benchmarks;"
-	@echo "python_trainer/METRICS.md: what a run logs. The reference of an op is its docstring: help(ppo_kernels.gae)"
+docs: build $(if $(filter none,$(VENV)),,$(STATE)/.docs)
+	$(RUN) -m sphinx --fail-on-warning --keep-going --quiet docs build/docs
+	@echo "build/docs/index.html"
+
+$(VENV)/.docs: $(INSTALLED)
+	@$(PIP) --no-build-isolation --editable ".[docs]"
+	@touch $@
 
 TRAINERS := $(if $(filter none,$(VENV)),,$(if $(PART),$(if $(filter adapters,$(PART)),$(PEERS) $(ADAPTERS)),$(PEERS) $(ADAPTERS)))
 verify: build $(TRAINERS)

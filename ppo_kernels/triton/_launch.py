@@ -7,7 +7,7 @@ device is checked where the op is registered, dtype and shape here, and kernels 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -111,6 +111,23 @@ def as_vector(name: str, x: Tensor | None, shape: Sequence[int], dtype: torch.dt
 def row_stride(x: Tensor | None) -> int:
     """Elements from one row of a token tensor to the next, or from one packed token to the next."""
     return 0 if x is None else x.stride(0)
+
+
+def in_units(**sizes: int) -> dict[str, Any]:
+    """Sizes as kernels take them: in units of 4 elements where all are multiples of it, else of 1, with that UNIT.
+
+    What is a multiple of 4 is loaded by 16 bytes, and one binary serves all sizes of a unit.
+    """
+    unit = 1 if any(size % 4 for size in sizes.values()) else 4
+    return {"UNIT": unit} | {name: size // unit for name, size in sizes.items()}
+
+
+def row_sizes(rows: Rows, **tensors: Tensor | None) -> dict[str, Any]:
+    """Strides (``x_stride`` of a tensor x) and length as ``row_span`` takes them. Packed rows begin anywhere."""
+    strides = {f"{name}_stride": row_stride(x) for name, x in tensors.items()}
+    if rows.starts is not None:
+        return strides | {"length": 0, "UNIT": 1}
+    return in_units(**strides, length=rows.length)
 
 
 def new_tokens(tokens: Tensor, rows: Rows) -> Tensor:

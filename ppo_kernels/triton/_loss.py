@@ -13,7 +13,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ppo_kernels.triton import INTERPRETED
 from ppo_kernels.triton._launch import Rows, as_vector, launch, require_dtype, require_shape
 
 #: Lines that the second launch reads at a time: with 8 warps, 16 or 32 numbers a lane.
@@ -23,10 +22,9 @@ FOLD = 512
 def chunk_for(tokens: int) -> tuple[int, int]:
     """Tokens per program, and its warps. One warp needs no barrier for its sums; more keep the number of lines small.
 
-    8 tokens a lane are two 16-byte loads of each input; 16 would take up to 255 registers. In the interpreter a
-    program costs the same whatever its size.
+    8 tokens a lane are two 16-byte loads of each input; 16 would take up to 255 registers.
     """
-    return (256, 1) if tokens <= 2**18 and not INTERPRETED else (2048, 8)
+    return (256, 1) if tokens <= 2**18 else (2048, 8)
 
 
 def columns(*names: str) -> list[tl.constexpr]:

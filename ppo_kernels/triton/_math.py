@@ -96,13 +96,14 @@ def kl_term(logp, ref, log_clamp, value_clamp, ESTIMATOR: tl.constexpr):
 
 
 @triton.jit
-def row_span(starts, length, row):
+def row_span(starts, length, row, UNIT: tl.constexpr):
     """A row as (first, length): its tokens are at ``first * stride + [0, length)`` of a tensor with that first stride.
 
+    That stride and ``length`` come in units of UNIT elements (see ``row_sizes``); the length returned is in elements.
     ``starts`` is None for padded rows of equal length.
     """
     if starts is None:
-        return row, tl.cast(length, tl.int64)
+        return row * UNIT, tl.cast(length, tl.int64) * UNIT
     else:
         first = tl.load(starts + row)
         return first, tl.load(starts + row + 1) - first

@@ -16,7 +16,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ppo_kernels.triton import INTERPRETED
 from ppo_kernels.triton._launch import (
     as_vector,
     block_for,
@@ -25,34 +24,16 @@ from ppo_kernels.triton._launch import (
     new_tokens,
     require_code,
     require_like,
-    row_stride,
+    row_sizes,
     token_rows,
 )
 from ppo_kernels.triton._math import last_valid, load_valid, row_span
-
-#: Whether the scan goes by doubling: the interpreter calls the combine function of Triton's own once per element.
-DOUBLING = INTERPRETED
 
 
 @triton.jit
 def _then(a1, b1, a2, b2):
     """The map (a1, b1) followed by (a2, b2)."""
     return a2 * a1, a2 * b1 + b2
-
-
-@triton.jit
-def _scan(a, b, LANES: tl.constexpr, DOUBLING: tl.constexpr):
-    """The maps of lanes 0 to i, applied in that order, for every lane i."""
-    if DOUBLING:
-        lane = tl.arange(0, LANES)
-        for i in tl.static_range(LANES.bit_length() - 1):
-            before = tl.maximum(lane - 2**i, 0)
-            joint_a, joint_b = _then(tl.gather(a, before, 0), tl.gather(b, before, 0), a, b)
-            joined = lane >= 2**i
-            a, b = tl.where(joined, joint_a, a), tl.where(joined, joint_b, b)
-        return a, b
-    else:
-        return tl.associative_scan((a, b), 0, _then)
 
 
 @triton.jit
@@ -65,7 +46,7 @@ def _columns(x):
 
 
 @triton.jit
-def _entering(a, b, entering, LANES: tl.constexpr, DOUBLING: tl.constexpr):
+def _entering(a, b, entering, LANES: tl.constexpr):
     """g as it enters each token of a block and, in lane 0, the next block, from the tokens' maps [lanes, 4].
 
     Lanes run against time, as the scan does. Only lane 0, which holds the latest tokens, looks at ``entering``.
@@ -77,7 +58,7 @@ def _entering(a, b, entering, LANES: tl.constexpr, DOUBLING: tl.constexpr):
     lane_a, lane_b = _then(lane_a, lane_b, a0, b0)
     lane = tl.arange(0, LANES)
     lane_b = tl.where(lane == 0, lane_a * entering + lane_b, lane_b)
-    _, after = _scan(lane_a, lane_b, LANES, DOUBLING)
+    _, after = tl.associative_scan((lane_a, lane_b), 0, _then)
     after = tl.gather(after, (lane + LANES - 1) % LANES, 0)  # of the lane before; lane 0: of the last one
     g3 = tl.where(lane == 0, entering, after)
     g2 = a3 * g3 + b3
@@ -86,16 +67,16 @@ def _entering(a, b, entering, LANES: tl.constexpr, DOUBLING: tl.constexpr):
     return tl.reshape(tl.join(tl.join(g0, g2), tl.join(g1, g3)), [LANES, 4]), after
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("rewards_stride", "values_stride", "mask_stride", "outputs_stride", "length"))
 def _gae_rows(
     rewards, values, mask, lam_rows, bootstrap_value, starts, advantages, returns,
     rewards_stride, values_stride, mask_stride, outputs_stride, length,
     gamma: tl.float64, lam: tl.float64,
-    MASKED_STEPS: tl.constexpr, LANES: tl.constexpr, DOUBLING: tl.constexpr,
+    UNIT: tl.constexpr, MASKED_STEPS: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
     BLOCK: tl.constexpr = 4 * LANES
     row = tl.program_id(0).to(tl.int64)
-    first, length = row_span(starts, length, row)
+    first, length = row_span(starts, length, row, UNIT)
     rewards += first * rewards_stride
     values += first * values_stride
     advantages += first * outputs_stride
@@ -131,7 +112,7 @@ def _gae_rows(
 
         a = tl.where(live, gamma_lam, 1.0)
         b = tl.where(live, gamma_lam * gain + gamma * value, 0.0)
-        g, entering = _entering(a, b, entering, LANES, DOUBLING)
+        g, entering = _entering(a, b, entering, LANES)
         advantage = gain + g
         tl.store(advantages + t, tl.where(valid, advantage, 0.0).to(advantages.dtype.element_ty), mask=inside)
         tl.store(returns + t, tl.where(valid, advantage + value, 0.0).to(returns.dtype.element_ty), mask=inside)
@@ -158,10 +139,11 @@ def gae(
     lanes = block_for(rows.length, most=2048, least=128) // 4 if rows.starts is None else 256
     launch(
         _gae_rows, rows.batch,
-        rewards, values, mask, as_vector("lam_rows", lam_rows, (rows.batch,), torch.float64),
-        as_vector("bootstrap_value", bootstrap_value, (rows.batch,), rewards.dtype), rows.starts, advantages, returns,
-        row_stride(rewards), row_stride(values), row_stride(mask), row_stride(advantages), rows.length,
-        gamma, lam,
-        MASKED_STEPS=masked_steps, LANES=lanes, DOUBLING=DOUBLING, num_warps=lanes // 32,
+        rewards=rewards, values=values, mask=mask, starts=rows.starts, advantages=advantages, returns=returns,
+        lam_rows=as_vector("lam_rows", lam_rows, (rows.batch,), torch.float64),
+        bootstrap_value=as_vector("bootstrap_value", bootstrap_value, (rows.batch,), rewards.dtype),
+        **row_sizes(rows, rewards=rewards, values=values, mask=mask, outputs=advantages),
+        gamma=gamma, lam=lam,
+        MASKED_STEPS=masked_steps, LANES=lanes, num_warps=lanes // 32,
     )  # fmt: skip
     return advantages, returns

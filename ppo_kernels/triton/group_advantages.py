@@ -96,10 +96,10 @@ def group_advantages(
     advantages = make(total, dtype=scores.dtype, device=scores.device)
     launch(
         _group_advantages, total,
-        as_vector("scores", scores, (total,), scores.dtype), as_vector("sorted_ids", sorted_ids, (total,), torch.int64),
-        as_vector("order", order, (total,), torch.int64), advantages,
-        total, min(group_size, total),
-        eps,
+        scores=as_vector("scores", scores, (total,), scores.dtype),
+        ids=as_vector("sorted_ids", sorted_ids, (total,), torch.int64),
+        order=as_vector("order", order, (total,), torch.int64),
+        advantages=advantages, total=total, group_size=min(group_size, total), eps=eps,
         MODE=mode, BLOCK=64, num_warps=1,
     )  # fmt: skip
     return advantages

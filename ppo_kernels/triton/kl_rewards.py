@@ -16,21 +16,21 @@ from ppo_kernels.triton._launch import (
     new_tokens,
     require_code,
     require_like,
-    row_stride,
+    row_sizes,
     token_rows,
 )
 from ppo_kernels.triton._math import clamp, kl_term, last_valid, load_valid, row_span, scaled_or_off
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("logprobs_stride", "ref_stride", "mask_stride", "rewards_stride", "length"))
 def _kl_rewards_rows(
     logprobs, ref_logprobs, scores, mask, score_index, starts, kl_coef_tensor, rewards, kl,
     logprobs_stride, ref_stride, mask_stride, rewards_stride, length,
     kl_coef, score_clip, kl_log_clamp, kl_clamp,
-    ESTIMATOR: tl.constexpr, BLOCK: tl.constexpr,
+    UNIT: tl.constexpr, ESTIMATOR: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
-    first, length = row_span(starts, length, row)
+    first, length = row_span(starts, length, row, UNIT)
     logprobs += first * logprobs_stride
     ref_logprobs += first * ref_stride
     rewards += first * rewards_stride
@@ -82,11 +82,12 @@ def kl_rewards(
     block = block_for(rows.length, most=1024, least=128) if rows.starts is None else 512
     launch(
         _kl_rewards_rows, rows.batch,
-        logprobs, ref_logprobs, as_vector("scores", scores, (rows.batch,), logprobs.dtype), mask,
-        as_vector("score_index", score_index, (rows.batch,), torch.int64), rows.starts,
-        as_vector("kl_coef_tensor", kl_coef_tensor, (), torch.float64), rewards, kl,
-        row_stride(logprobs), row_stride(ref_logprobs), row_stride(mask), row_stride(rewards), rows.length,
-        kl_coef, score_clip, kl_log_clamp, kl_clamp,
+        logprobs=logprobs, ref_logprobs=ref_logprobs, mask=mask, starts=rows.starts, rewards=rewards, kl=kl,
+        scores=as_vector("scores", scores, (rows.batch,), logprobs.dtype),
+        score_index=as_vector("score_index", score_index, (rows.batch,), torch.int64),
+        kl_coef_tensor=as_vector("kl_coef_tensor", kl_coef_tensor, (), torch.float64),
+        **row_sizes(rows, logprobs=logprobs, ref=ref_logprobs, mask=mask, rewards=rewards),
+        kl_coef=kl_coef, score_clip=score_clip, kl_log_clamp=kl_log_clamp, kl_clamp=kl_clamp,
         ESTIMATOR=kl_estimator, BLOCK=block, num_warps=block // 128,
     )  # fmt: skip
     return rewards, kl

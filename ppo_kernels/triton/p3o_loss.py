@@ -23,7 +23,7 @@ from ppo_kernels.triton._launch import (
     new_tokens,
     require_code,
     require_like,
-    row_stride,
+    row_sizes,
     token_rows,
 )
 from ppo_kernels.triton._loss import Outputs, columns, finish, fold_sums, launch_fold, new_outputs, pick
@@ -47,15 +47,15 @@ from ppo_kernels.triton._math import (
 PAIRS_BLOCK, PAIRS_WARPS = 512, 4  # not by the row's length: it decides the order in which pairs are added
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("logprobs_stride", "old_stride", "ref_stride", "mask_stride", "length"))
 def _row_sums(
     logprobs, old_logprobs, ref_logprobs, mask, starts, sums,
     logprobs_stride, old_stride, ref_stride, mask_stride, length,
-    BLOCK: tl.constexpr,
+    UNIT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Per row the sums of logp - old and of logp - ref, and the number of valid tokens."""
     row = tl.program_id(0).to(tl.int64)
-    first, length = row_span(starts, length, row)
+    first, length = row_span(starts, length, row, UNIT)
     logprobs += first * logprobs_stride
     old_logprobs += first * old_stride
     ref_logprobs += first * ref_stride
@@ -84,14 +84,14 @@ def _add(line, column: tl.constexpr, live, x):
     tl.store(line + column, tl.sum(tl.where(live, x, 0.0), 0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("mask_stride", "grad_stride", "length", "group_size"))
 def _pairs(
     sums, scores, mask, starts, kl_coef_tensor,
     parts,
     grad,
     mask_stride, grad_stride, length,
     group_size, kl_coef, low, high, log_weight_bound, log_ratio_clamp,
-    JOINT: tl.constexpr, MEMBERS: tl.constexpr, BLOCK: tl.constexpr,
+    UNIT: tl.constexpr, JOINT: tl.constexpr, MEMBERS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """The half of each pair that is this row's, its sums, and its gradient, one number for all of its tokens."""
     row = tl.program_id(0).to(tl.int64)
@@ -150,7 +150,7 @@ def _pairs(
 
     if grad is not None:
         gradient = (0.5 * tl.sum(tl.where(live, change, 0.0), 0)).to(grad.dtype.element_ty)
-        first, length = row_span(starts, length, row)
+        first, length = row_span(starts, length, row, UNIT)
         grad += first * grad_stride
         if mask is not None:
             mask += first * mask_stride
@@ -210,19 +210,20 @@ def p3o_loss(
     block = block_for(rows.length, most=1024, least=128) if rows.starts is None else 512
     launch(
         _row_sums, rows.batch,
-        logprobs, old_logprobs, ref_logprobs, mask, rows.starts, sums,
-        *(row_stride(x) for x in (logprobs, old_logprobs, ref_logprobs, mask)), rows.length,
+        logprobs=logprobs, old_logprobs=old_logprobs, ref_logprobs=ref_logprobs, mask=mask, starts=rows.starts,
+        sums=sums,
+        **row_sizes(rows, logprobs=logprobs, old=old_logprobs, ref=ref_logprobs, mask=mask),
         BLOCK=block, num_warps=block // 128,
     )  # fmt: skip
     middle = 0.0 if variant == 1 else 1.0
     launch(
         _pairs, rows.batch,
-        sums, as_vector("scores", scores, (rows.batch,), logprobs.dtype), mask, rows.starts,
-        as_vector("kl_coef_tensor", kl_coef_tensor, (), torch.float64),
-        parts,
-        gradient if grad else None,
-        row_stride(mask), row_stride(gradient), rows.length, group_size,
-        kl_coef, middle - cliprange, middle + cliprange, _log(weight_clip), log_ratio_clamp,
+        sums=sums, scores=as_vector("scores", scores, (rows.batch,), logprobs.dtype), mask=mask, starts=rows.starts,
+        kl_coef_tensor=as_vector("kl_coef_tensor", kl_coef_tensor, (), torch.float64),
+        parts=parts, grad=gradient if grad else None,
+        **row_sizes(rows, mask=mask, grad=gradient),
+        group_size=group_size, kl_coef=kl_coef, low=middle - cliprange, high=middle + cliprange,
+        log_weight_bound=_log(weight_clip), log_ratio_clamp=log_ratio_clamp,
         JOINT=variant == 1, MEMBERS=triton.next_power_of_2(group_size), BLOCK=PAIRS_BLOCK, num_warps=PAIRS_WARPS,
     )  # fmt: skip
     launch_fold(_fold, parts, normalizer, out)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ppo_kernels._registered import require
 from ppo_kernels._types import compute_dtype
-from ppo_kernels.triton import INTERPRETED, _labels
+from ppo_kernels.triton import _labels
 from ppo_kernels.triton._labels import NOT_READ, leading, log2_per_logit, row_start
 from ppo_kernels.triton._launch import (
     as_vector,
@@ -359,10 +359,9 @@ def _write_gradient(
     rows = logits.numel() // vocab
     layout = leading(logits)
     to = out
-    truncates = INTERPRETED and out.dtype == torch.bfloat16
-    if truncates or (layout is None and out is logits):
-        to = torch.empty(out.shape, dtype=dtype if INTERPRETED else out.dtype, device=out.device)
     if layout is None:
+        if out is logits:
+            to = torch.empty(out.shape, dtype=out.dtype, device=out.device)
         logits, layout = logits.contiguous(), (0, vocab, rows)
     inner = layout[2]
     to_strides = layout[:2] if to is logits else (inner * vocab if inner < rows else 0, vocab)

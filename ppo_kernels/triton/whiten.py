@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from ppo_kernels._registered import require
-from ppo_kernels.triton._launch import as_vector, block_for, launch, mask_bytes, require_computed
+from ppo_kernels.triton._launch import as_vector, block_for, in_units, launch, mask_bytes, require_computed
 from ppo_kernels.triton._math import load_valid
 
 #: Elements per step of a program, four per thread for 16-byte loads.
@@ -19,12 +21,12 @@ STEPS = 4
 PARTS = 256
 
 
-@triton.jit
-def _part_moments(x, mask, counts, means, m2s, total, blocks, BLOCK: tl.constexpr):
+@triton.jit(do_not_specialize=("total", "blocks"))
+def _part_moments(x, mask, counts, means, m2s, total, blocks, UNIT: tl.constexpr, BLOCK: tl.constexpr):
     """Count, mean and squared deviations of one part. Its second pass finds the part in the cache."""
     part = tl.program_id(0)
     begin = part.to(tl.int64) * blocks * BLOCK
-    size = tl.minimum(total - begin, tl.cast(blocks, tl.int64) * BLOCK).to(tl.int32)
+    size = tl.minimum(tl.cast(total, tl.int64) * UNIT - begin, tl.cast(blocks, tl.int64) * BLOCK).to(tl.int32)
     x += begin
     if mask is not None:
         mask += begin
@@ -60,7 +62,7 @@ def _fold(counts, means, m2s, parts, FOLD: tl.constexpr):
     return count, mean, tl.sum(m2 + n * (mu - mean) * (mu - mean), 0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("parts",))
 def _fold_moments(counts, means, m2s, parts, count, mean, m2, FOLD: tl.constexpr):
     all_count, all_mean, all_m2 = _fold(counts, means, m2s, parts, FOLD)
     tl.store(count, all_count)
@@ -68,17 +70,19 @@ def _fold_moments(counts, means, m2s, parts, count, mean, m2, FOLD: tl.constexpr
     tl.store(m2, all_m2)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("total", "parts"))
 def _apply(
     x, mask, counts, means, m2s, y,
     total, parts,
     eps: tl.float64,
-    SHIFT_MEAN: tl.constexpr, UNBIASED: tl.constexpr, FOLD: tl.constexpr, BLOCK: tl.constexpr, STEPS: tl.constexpr,
+    UNIT: tl.constexpr, SHIFT_MEAN: tl.constexpr, UNBIASED: tl.constexpr, FOLD: tl.constexpr, BLOCK: tl.constexpr,
+    STEPS: tl.constexpr,
 ):  # fmt: skip
     count, mean, m2 = _fold(counts, means, m2s, parts, FOLD)
     freedom = count - 1.0 if UNBIASED else count
     spread = m2 / tl.maximum(freedom, 1.0) + eps  # m2 is 0 if count <= 1
     scale = 1.0 / tl.sqrt(tl.where(spread == 0.0, float("inf"), spread))
+    total = tl.cast(total, tl.int64) * UNIT
     begin = tl.program_id(0).to(tl.int64) * (STEPS * BLOCK)
     for at in range(begin, tl.minimum(begin + STEPS * BLOCK, total), BLOCK):
         t = at + tl.arange(0, BLOCK)
@@ -101,12 +105,21 @@ def _scalars(x: Tensor, *shape: int) -> list[Tensor]:
     return [torch.empty(shape, dtype=torch.float64, device=x.device) for _ in range(3)]
 
 
+def _named(partial: list[Tensor]) -> dict[str, Any]:
+    return dict(zip(("counts", "means", "m2s"), partial, strict=True))
+
+
 def _partial_moments(x: Tensor, mask: Tensor | None) -> list[Tensor]:
     """Counts, means and sums of squared deviations of parts that the size alone decides."""
     blocks = max(1, triton.cdiv(triton.cdiv(x.numel(), BLOCK), PARTS))
     parts = triton.cdiv(x.numel(), blocks * BLOCK)
     partial = _scalars(x, parts)
-    launch(_part_moments, parts, x, mask, *partial, x.numel(), blocks, BLOCK=BLOCK, num_warps=BLOCK // 128)
+    launch(
+        _part_moments, parts,
+        x=x, mask=mask, **_named(partial), blocks=blocks,
+        **in_units(total=x.numel()),
+        BLOCK=BLOCK, num_warps=BLOCK // 128,
+    )  # fmt: skip
     return partial
 
 
@@ -118,7 +131,11 @@ def moments(x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     partial = _partial_moments(x, _flat(x, mask))
     parts = partial[0].numel()
     count, mean, m2 = _scalars(x)
-    launch(_fold_moments, 1, *partial, parts, count, mean, m2, FOLD=_fold_size(parts), num_warps=1)
+    launch(
+        _fold_moments, 1,
+        **_named(partial), parts=parts, count=count, mean=mean, m2=m2,
+        FOLD=_fold_size(parts), num_warps=1,
+    )  # fmt: skip
     return count, mean, m2
 
 
@@ -141,9 +158,8 @@ def whiten(
     y = torch.empty_like(x)
     launch(
         _apply, triton.cdiv(x.numel(), STEPS * BLOCK),
-        x, mask, *partial, y,
-        x.numel(), parts,
-        eps,
+        x=x, mask=mask, **_named(partial), y=y, parts=parts, eps=eps,
+        **in_units(total=x.numel()),
         SHIFT_MEAN=shift_mean, UNBIASED=unbiased, FOLD=_fold_size(parts), BLOCK=BLOCK, STEPS=STEPS,
         num_warps=BLOCK // 128,
     )  # fmt: skip

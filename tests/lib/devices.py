@@ -33,7 +33,7 @@ _host_cuda = torch.library.Library("ppo_kernels_host_cuda", "FRAGMENT")
 def serve() -> None:
     """Make ``IMPLEMENTATIONS`` serve CPU tensors in this process."""
     if INSTALLED and INTERPRETED:
-        interpreter.wrap_once()
+        interpreter.improve()
     if torch.cuda.is_available():
         serve_from_gpu("cuda")
         serve_from_gpu("triton")

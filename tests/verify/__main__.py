@@ -25,6 +25,7 @@ WITH_CUDA = "tests --ignore tests/trainer --ignore tests/test_bench.py " + " ".j
         "mutants",
         "trainer",
         "test_build.py",
+        "test_packages.py",
         "test_inductor.py",
         "test_gpu.py",
         "test_gpu_run.py",
@@ -35,6 +36,7 @@ WITH_CUDA = "tests --ignore tests/trainer --ignore tests/test_bench.py " + " ".j
 PARTS = {
     "patches": "pytest tests/verify/mutants",
     "build": "pytest tests/verify/test_build.py",
+    "packages": "pytest tests/verify/test_packages.py",
     "template": "pytest tests/verify/test_template.py",
     "inductor": "pytest tests/verify/test_inductor.py",
     "metamorphic": "pytest tests/verify/test_metamorphic.py tests/verify/test_triton_losses.py",

@@ -150,6 +150,8 @@ def path_of(signature, attrs, constexprs):
         return "packed"
     if "ALIGNED" in constexprs:
         return "aligned" if constexprs["ALIGNED"] == "True" else "odd"
+    if constexprs.get("UNIT") == "1":
+        return "odd"
     first = next((i for i, kind in enumerate(signature.values()) if str(kind).startswith("*")), 0)
     return "aligned" if "tt.divisibility" in str(attrs.get((first,), "")) else "odd"
 

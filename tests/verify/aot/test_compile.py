@@ -58,6 +58,17 @@ def test_variants_are_few(reports):
     assert max(counts.values()) <= 40, counts
 
 
+def test_a_length_compiles_nothing_anew():
+    """Triton makes a variant for each kind of integer. Lengths that fill vectors share one, and all others one."""
+    kinds = collections.defaultdict(set)
+    for report in compile_all("tests.verify.aot.lengths"):
+        assert not report["problems"], report
+        constexprs = {k: v for k, v in report["constexprs"].items() if k not in ("UNIT", "ALIGNED", "K", "U", "FLAT")}
+        kinds[report["kernel"], str(constexprs)].add(report["variant"])
+    assert len(kinds) >= 14
+    assert max(map(len, kinds.values())) <= 2, kinds
+
+
 @pytest.mark.parametrize("aligned", ["True", "False"])
 def test_logits_are_read_in_16_byte_vectors_and_nothing_crosses_lanes_before_the_end(reports, aligned):
     found = [r for r in reports if r["kernel"] == "token_logprobs._forward" and r["constexprs"]["ALIGNED"] == aligned]

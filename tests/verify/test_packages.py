@@ -1,0 +1,66 @@
+"""A wheel and a source archive, installed into fresh environments as a user would: the old and the new torch."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+OLDEST = "torch==2.11.0"
+(NEWEST,) = re.findall(r"^torch==.*$", (ROOT / "constraints.txt").read_text(), re.MULTILINE)
+ONE_OP_PER_IMPLEMENTATION = """
+import torch, ppo_kernels
+x = torch.randn(3, 17)
+ours, eager = (ppo_kernels.gae(x, x, None, impl=impl) for impl in ("cpu", "torch"))
+torch.testing.assert_close(ours, eager)
+"""
+
+
+def run(*command: object, cwd: Path, **environment: str) -> str:
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "PPO_"))}
+    words = [str(word) for word in command]
+    done = subprocess.run(
+        words, cwd=cwd, env=inherited | environment, capture_output=True, text=True, timeout=1200, check=False
+    )
+    assert done.returncode == 0, f"{words} failed:\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def packages(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a source archive, and of a wheel that was built from it."""
+    out = tmp_path_factory.mktemp("packages")
+    run(sys.executable, "-m", "build", "--no-isolation", "--outdir", out, ROOT, cwd=out)
+    return out
+
+
+def environment_with(folder: Path, torch: str) -> Path:
+    run(sys.executable, "-m", "venv", folder / "venv", cwd=folder)
+    python = folder / "venv" / "bin" / "python"
+    run(python, "-m", "pip", "install", "--quiet", torch, "numpy", cwd=folder)
+    return python
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("torch", [OLDEST, NEWEST])
+def test_a_wheel_needs_no_compiler(packages: Path, tmp_path: Path, torch: str) -> None:
+    (wheel,) = packages.glob("*.whl")
+    python = environment_with(tmp_path, torch)
+    run(python, "-m", "pip", "install", "--quiet", "--no-index", wheel, cwd=tmp_path)
+    (example,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+    for code in (example, ONE_OP_PER_IMPLEMENTATION):
+        run(python, "-c", code, cwd=tmp_path, PATH="/nonexistent")
+    run(python, "-m", "ppo_kernels.env", cwd=tmp_path, PATH="/nonexistent")
+
+
+@pytest.mark.slow
+def test_the_source_archive_installs_with_one_command(packages: Path, tmp_path: Path) -> None:
+    (archive,) = packages.glob("*.tar.gz")
+    python = environment_with(tmp_path, NEWEST)
+    run(python, "-m", "pip", "install", "--quiet", archive, cwd=tmp_path)
+    run(python, "-c", ONE_OP_PER_IMPLEMENTATION, cwd=tmp_path)
