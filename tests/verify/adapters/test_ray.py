@@ -1,4 +1,4 @@
-"""In workers of a Ray cluster of this machine: the setup hook that docs/adapters.md names, and verl's plugin without it."""
+"""In workers of a Ray cluster of this machine: the setup hook that docs/adapters.md names, and verl's plugin alone."""
 
 from __future__ import annotations
 
