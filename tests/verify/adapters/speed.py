@@ -8,14 +8,17 @@ from __future__ import annotations
 import os
 import statistics
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from importlib.metadata import version
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import torch
 
+from bench import trainers
 from bench.results import Table, times
 from ppo_kernels import integrations
 from tests.verify.adapters import lib
@@ -134,7 +137,33 @@ def trl() -> dict[str, Call]:
 
         calls[f"selective_log_softmax and its gradient, {name} [512, 32000]"] = logprobs
         calls[f"the fused head of GRPO and its gradient, {name} [1024, 256] x [256, 32000]"] = head
+    calls["GRPOTrainer.compute_loss and backward, 8 x 64 tokens, 32000 words, whole model"] = grpo_loss()
     return calls
+
+
+def grpo_loss() -> Call:
+    """GRPOTrainer's loss and backward of a rollout: GPT-2 of 4 layers and 256 channels, 8 responses of 64 tokens."""
+    import trl
+    from datasets import Dataset
+
+    with tempfile.TemporaryDirectory() as place:
+        trainers.make_inputs(Path(place), 32000)
+        reward: dict = {}
+        exec(trainers.REWARD, reward)
+        args = trl.GRPOConfig(
+            output_dir=place,
+            num_generations=4,
+            per_device_train_batch_size=8,
+            max_completion_length=64,
+            use_cpu=True,
+            bf16=False,
+            report_to="none",
+            gradient_checkpointing=False,
+        )
+        rows = Dataset.from_list([{"prompt": f"w{i} w{i + 1}"} for i in range(16)])
+        made = trl.GRPOTrainer(model=f"{place}/model", args=args, reward_funcs=reward["different"], train_dataset=rows)
+        batch = made._prepare_inputs(next(iter(made.get_train_dataloader())))
+    return lambda: made.compute_loss(made.model, batch).backward()
 
 
 def skyrl() -> dict[str, Call]:
