@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from typing import Any
 
 import torch
@@ -21,10 +23,16 @@ Pair = tuple[Tensor, Tensor]
 
 
 def logprobs_from_logits(logits: Tensor, labels: Tensor, inplace_backward: bool = True) -> Tensor:
-    """As with flash-attn there, ``inplace_backward`` writes the gradient over logits that are no leaf."""
+    """``inplace_backward`` writes the gradient over the logits where verl's own function would: by flash-attn's."""
     plain(logits)
-    inplace = bool(inplace_backward) and logits.grad_fn is not None and torch.is_grad_enabled()
+    inplace = inplace_backward and _flash_attn_serves() and logits.grad_fn is not None and torch.is_grad_enabled()
     return token_logprobs(logits, labels, inplace_backward=inplace)
+
+
+def _flash_attn_serves() -> bool:
+    module = sys.modules.get("verl.utils.torch_functional")
+    there = getattr(module, "FLAH_ATTN_CROSS_ENTROPY_LOSS_AVAILABLE", False)  # their spelling
+    return there and os.environ.get("VERL_DISABLE_FLASH_ATTN_CE", "0") != "1"
 
 
 def entropy_from_logits(logits: Tensor) -> Tensor:

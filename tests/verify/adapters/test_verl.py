@@ -58,6 +58,23 @@ def test_logprobs(shape, dtype, inplace):
     close(ours[1], theirs[1], rtol=1e-5 if dtype == torch.float32 else 8e-3, atol=5e-6)
 
 
+@pytest.mark.parametrize("flash_attn", [False, True])
+def test_the_gradient_is_written_over_the_logits_where_flash_attn_would(flash_attn, monkeypatch):
+    tensors = modules()[2]
+    monkeypatch.setattr(tensors, "FLAH_ATTN_CROSS_ENTROPY_LOSS_AVAILABLE", flash_attn)
+    adapter = integrations.adapter("verl")
+    adapter.apply()
+    try:
+        leaf, labels = draw(40, V).requires_grad_(), torch.zeros(40, dtype=torch.int64)
+        logits = leaf * 1
+        kept = logits.detach().clone()
+        tensors.logprobs_from_logits(logits, labels).sum().backward()
+        assert torch.equal(logits, kept) != flash_attn
+        close(leaf.grad, torch.nn.functional.one_hot(labels, V) - torch.softmax(kept, -1))
+    finally:
+        adapter.revert()
+
+
 @pytest.mark.parametrize("chunked", [False, True])
 def test_entropy(chunked):
     name = "entropy_from_logits_with_chunking" if chunked else "entropy_from_logits"
