@@ -294,7 +294,7 @@ def test_opcheck(require_impl):
     for kept in (False, True):
         mask = None if kept else torch.tensor([True, False, True])  # what is not kept is not written
         inputs = (hidden, weight, bias, labels, mask, torch.ones(3).double())
-        options = (1.0, 4.0, 0.5, -100, None, 2**20)
+        options = (1.0, 4.0, 0.5, -100, None, 2**20, 0, "")
         args = (*inputs, *options, True, kept, "cpu")
         assert set(torch.library.opcheck(op(OP).kernel("cpu"), args).values()) == {"SUCCESS"}
         saved = op(OP).kernel("cpu")(*args)

@@ -7,12 +7,16 @@ import math
 import torch
 from torch import Tensor
 
+from ppo_kernels._registered import forward_mode_message
 from ppo_kernels._types import compute_dtype, element
+from ppo_kernels.ops._autograd import has_tangent
 from ppo_kernels.ops._inputs import (
     bound,
     check_device,
     check_floating,
+    check_group,
     check_integer,
+    check_integer_option,
     check_number,
     check_shape,
     temperature_rows,
@@ -56,6 +60,17 @@ def check_logits_dtype(op: str, dtype: object, hidden: Tensor, weight: Tensor, b
             f"{op}: logits_dtype must be {allowed} for hidden in {hidden.dtype} and weight in {weight.dtype};"
             f" got {dtype}"
         )
+
+
+def check_shard(op: str, group: object, vocab_start: object, hidden: Tensor) -> None:
+    check_integer_option(op, "vocab_start", vocab_start, least=0)
+    if group is None:
+        if vocab_start != 0:
+            raise ValueError(f"{op}: vocab_start={vocab_start} is the place of a shard in a group; pass group= too")
+        return
+    check_group(op, "group", group)
+    if has_tangent(hidden):
+        raise RuntimeError(forward_mode_message(f"{op} with group="))
 
 
 def memory_bytes(op: str, memory_mib: object, device: torch.device, on_cpu: int) -> int:

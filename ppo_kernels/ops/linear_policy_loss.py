@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -15,11 +15,14 @@ from ppo_kernels._registered import not_a_graph
 from ppo_kernels._types import PolicyStats, compute_dtype, wide_dtype
 from ppo_kernels.ops._autograd import has_tangent, once, recorded, transformed
 from ppo_kernels.ops._head import CountedRows, Gradients, Head
-from ppo_kernels.ops._head_inputs import check_head, check_logits_dtype, head_numbers, memory_bytes
+from ppo_kernels.ops._head_inputs import check_head, check_logits_dtype, check_shard, head_numbers, memory_bytes
 from ppo_kernels.ops._inputs import to_mask, unit_last_stride
 from ppo_kernels.ops._public import public, refuse_tangents
 from ppo_kernels.ops.linear_token_logprobs import linear_token_logprobs
 from ppo_kernels.ops.policy_loss import policy_loss
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 _LINEAR_POLICY_LOSS = compose(
     "linear_policy_loss", ("token_logprobs", "token_logprobs_backward_", "policy_loss", "linear_token_logprobs")
@@ -64,8 +67,11 @@ class _Loss:
 
     def inverse_normalizer(self, count: int) -> Tensor:
         device, value = self.old.device, self.options.get("normalizer")
-        value = count if value is None else value
-        n = torch.as_tensor(value, device=device).detach().to(wide_dtype(device)).reshape(())
+        value, wide = count if value is None else value, wide_dtype(device)
+        if isinstance(value, Tensor):
+            n = value.detach().to(device, wide).reshape(())
+        else:
+            n = torch.full((), float(value), dtype=wide, device=device)
         return torch.where(n != 0, 1.0 / n, 0.0)
 
 
@@ -186,6 +192,8 @@ def linear_policy_loss(
     softcap: float | None = None,
     logit_scale: float = 1.0,
     ignore_index: int = -100,
+    group: ProcessGroup | None = None,
+    vocab_start: int = 0,
     logits_dtype: torch.dtype | None = None,
     memory_mib: float | None = None,
     impl: str = "auto",
@@ -200,8 +208,8 @@ def linear_policy_loss(
 
     Args:
         hidden: ``[B, T, H]``, or packed ``[N, H]`` with ``cu_seqlens``.
-        weight, labels, bias, temperature, softcap, logit_scale, logits_dtype: as in ``linear_token_logprobs``; labels
-            have the tokens' shape.
+        weight, labels, bias, temperature, softcap, logit_scale, group, vocab_start, logits_dtype: as in
+            ``linear_token_logprobs``; labels have the tokens' shape.
         old_logprobs, advantages: as in ``policy_loss``.
         mask: the tokens' shape; non-zero = valid. A token whose label is ``ignore_index`` is not valid either.
         memory_mib: what a call may take beside inputs, results and the gradients of ``hidden`` and ``weight`` in
@@ -215,8 +223,8 @@ def linear_policy_loss(
     Returns:
         ``(loss, stats, logprobs)``: those of ``policy_loss``, and the log-probabilities ``[B, T]``, which take no
         gradient. Four products, by ``linear_token_logprobs`` and ``policy_loss`` one after the other, are computed
-        where a token's gradient needs others of its row (a ratio of the sequence), with impl="torch", in a graph of
-        torch.compile and under torch.func; one product where no gradient is asked for.
+        where a token's gradient needs others of its row (a ratio of the sequence), with ``group``, with impl="torch",
+        in a graph of torch.compile and under torch.func; one product where no gradient is asked for.
 
     Raises:
         TypeError: a dtype that is not listed. ValueError: shapes, devices, options or ``impl`` that do not fit.
@@ -225,6 +233,7 @@ def linear_policy_loss(
     op = "linear_policy_loss"
     check_head(op, hidden, weight, labels, bias)
     check_logits_dtype(op, logits_dtype, hidden, weight, bias)
+    check_shard(op, group, vocab_start, hidden)
     numbers = head_numbers(op, temperature, softcap, logit_scale, ignore_index, hidden)
     memory, mask = memory_bytes(op, memory_mib, hidden.device, 256), to_mask(op, mask, labels)
     impl = _LINEAR_POLICY_LOSS.choose(impl, hidden.device.type, compute_dtype(hidden, weight, bias))
@@ -233,10 +242,11 @@ def linear_policy_loss(
     options = policy_options | {"impl": impl, "validate": validate}
     of_tokens = policy_options.get("importance_sampling_level", "token") == "token"
     eager = not (torch.compiler.is_compiling() or transformed() or has_tangent(hidden))
-    if impl == "torch" or not (of_tokens and eager):
+    if impl == "torch" or group is not None or not (of_tokens and eager):
         logprobs: Any = linear_token_logprobs(
             hidden, weight, labels, bias=bias, temperature=temperature, softcap=softcap, logit_scale=logit_scale,
-            mask=mask, ignore_index=ignore_index, logits_dtype=logits_dtype, memory_mib=memory_mib, impl=impl,
+            mask=mask, ignore_index=ignore_index, group=group, vocab_start=vocab_start, logits_dtype=logits_dtype,
+            memory_mib=memory_mib, impl=impl,
             validate=validate,
         )  # fmt: skip
         value, stats = policy_loss(logprobs, old_logprobs, advantages, valid, **options)

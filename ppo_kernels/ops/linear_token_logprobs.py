@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -14,15 +14,28 @@ from ppo_kernels._registered import not_a_graph
 from ppo_kernels._types import compute_dtype, element
 from ppo_kernels.ops._autograd import first_order_only, has_tangent, once, recorded, traced_input, transformed
 from ppo_kernels.ops._head import CountedRows, Gradients, Head
-from ppo_kernels.ops._head_inputs import check_head, check_logits_dtype, check_values, head_numbers, memory_bytes
+from ppo_kernels.ops._head_inputs import (
+    check_head,
+    check_logits_dtype,
+    check_shard,
+    check_values,
+    head_numbers,
+    memory_bytes,
+)
 from ppo_kernels.ops._inputs import keepable, to_mask, unit_last_stride
-from ppo_kernels.ops._parts import merge, part_of
+from ppo_kernels.ops._parts import finish, gathered, join, part_of, summed
 from ppo_kernels.ops._public import public, refuse_tangents
 from ppo_kernels.reference import linear_token_logprobs as reference
 
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
 #: Of the head: what both schemas begin with, and what they go on with.
 _INPUTS = "Tensor hidden, Tensor weight, Tensor? bias, Tensor labels, Tensor? mask, Tensor? temperature_rows"
-_OPTIONS = "float temperature, float softcap, float logit_scale, int ignore_index, ScalarType? logits_dtype, int memory"
+_OPTIONS = (
+    "float temperature, float softcap, float logit_scale, int ignore_index, ScalarType? logits_dtype, int memory,"
+)
+_OPTIONS += " int vocab_start, str group"
 
 
 def _fake(hidden, weight, bias, labels, *others):
@@ -38,7 +51,7 @@ def _fake(hidden, weight, bias, labels, *others):
 
 def _forward(
     hidden, weight, bias, labels, mask, temperatures, temperature, softcap, logit_scale, ignore_index,
-    logits_dtype, memory, entropy, save_logits, impl,
+    logits_dtype, memory, vocab_start, group, entropy, save_logits, impl,
 ):  # fmt: skip
     """The log-probabilities, what ``token_logprobs`` keeps of a row, and the tiles of the rows that count."""
     head = Head(hidden, weight, bias, softcap, logit_scale, logits_dtype)
@@ -56,14 +69,17 @@ def _forward(
             head.write(x, head.weight_of(columns), columns, tile)
             if save_logits:
                 kept[block, columns] = tile
-            parts.append(part_of(impl, tile, y[block], columns.start, tau, of_rows, entropy))
-        found.append(merge(torch.stack(parts), tau if of_rows is None else of_rows))
+            parts.append(part_of(impl, tile, y[block], vocab_start + columns.start, tau, of_rows, entropy))
+        found.append(join(torch.stack(parts), tau if of_rows is None else of_rows, head.dtype))
     logp = hidden.new_zeros(labels.shape, dtype=head.dtype)
     stats = hidden.new_zeros((3 if entropy else 2, *labels.shape), dtype=head.dtype)
     stats[1] = -1.0  # not read
     if found:
-        rows.put(logp, torch.cat([logp for logp, _ in found]))
-        rows.put(stats, torch.cat([stats for _, stats in found], 1), 1)
+        tau, of_rows = head.temperature(temperature, taus)
+        every, part = tau if of_rows is None else of_rows, torch.cat(found, 1)
+        part = join(gathered(part, group), every, head.dtype) if group else part
+        for out, x, dim in zip((logp, stats), finish(part, every, head.dtype), (0, 1), strict=True):
+            rows.put(out, x, dim)
     return logp, stats, kept
 
 
@@ -75,8 +91,8 @@ def _fake_backward(hidden, weight, bias, *others):
 
 def _backward(
     hidden, weight, bias, labels, mask, temperatures, temperature, softcap, logit_scale, ignore_index,
-    logits_dtype, memory, logprobs, stats, kept, grad_logprobs, grad_entropy, need_hidden, need_weight, need_bias,
-    impl,
+    logits_dtype, memory, vocab_start, group, logprobs, stats, kept, grad_logprobs, grad_entropy, need_hidden,
+    need_weight, need_bias, impl,
 ):  # fmt: skip
     """The gradients that are needed, the others empty. Columns are the outer loop: the weight's are rounded once."""
     head = Head(hidden, weight, bias, softcap, logit_scale, logits_dtype)
@@ -99,17 +115,22 @@ def _backward(
                 head.write(operand, of_weight, columns, tile)
             slope = head.slope(tile)
             # A label of other columns has one column more here, whose gradient nobody reads.
-            at = y[block] - columns.start
+            at = y[block] - vocab_start - columns.start
             at = torch.where((at >= 0) & (at < width), at, width)
             tau, of_rows = head.temperature(temperature, None if taus is None else taus[block])
             given = [None if g is None else g[block] for g in (g_logp, g_entropy)]
             wider, of_block = buffer[: len(operand), : width + 1], stats[:, block].contiguous()
-            kernel.run(impl, wider, at, of_rows, *given, logp[block], of_block, tau, -1)
+            if impl == "torch":
+                reference.tile_gradient_(wider, at, tau if of_rows is None else of_rows, given, logp[block], of_block)
+            else:
+                kernel.run(impl, wider, at, of_rows, *given, logp[block], of_block, tau, -1)
             if slope is not None:
                 tile.mul_(slope)
             del slope  # before there is another
             gradients.add(tile, operand, of_weight, block, columns, into)
         gradients.end(columns)
+    if group and gradients.hidden is not None:
+        summed(gradients.hidden, group)
     return gradients.finished(hidden, rows)
 
 
@@ -255,6 +276,8 @@ def linear_token_logprobs(
     mask: Tensor | None = None,
     ignore_index: int = -100,
     entropy: bool | str = False,
+    group: ProcessGroup | None = None,
+    vocab_start: int = 0,
     logits_dtype: torch.dtype | None = None,
     memory_mib: float | None = None,
     save_logits: bool = False,
@@ -278,9 +301,15 @@ def linear_token_logprobs(
         softcap: c > 0 (``final_logit_softcapping``), or None or inf (off).
         logit_scale: s > 0; 1 / ``logits_scaling`` of the models that divide.
         mask, ignore_index, entropy: as in ``token_logprobs``.
+        group, vocab_start: ``weight`` and ``bias`` are this rank's shard of the vocabulary, its rows from
+            ``vocab_start`` on, and hidden states, labels and masks are alike on all ranks of the ``torch.distributed``
+            group, each of which calls. Three float64 numbers a row are gathered, four with the entropy, and merged in
+            rank order; the gradient of the hidden states is summed over the ranks. Labels are those of the whole
+            vocabulary.
         logits_dtype: of a tile. None is float32 (float64 for float64 inputs), to which half-precision operands are
             multiplied exactly. bfloat16 or float16, if hidden and weight have it, rounds the logits to it: errors of
-            4e-3 to 3e-2 nats, for a product that may be faster.
+            4e-3 to 3e-2 nats, for products that may be faster (three times on a CPU that has them, where those of the
+            gradients are rounded to it too, a tile's at a time, before float32 adds them up).
         memory_mib: what a call may take beside inputs, results and, in the backward, the gradient of the hidden states
             in float32. None is 64 on a CPU and 1024 elsewhere. A call that needs more for one row and 256 columns
             takes that.
@@ -302,13 +331,14 @@ def linear_token_logprobs(
     check_logits_dtype(op, logits_dtype, hidden, weight, bias)
     if not (entropy is False or entropy is True or (isinstance(entropy, str) and entropy == "detached")):
         raise ValueError(f'{op}: entropy must be False, True or "detached", got {entropy!r}')
+    check_shard(op, group, vocab_start, hidden)
     memory, mask = memory_bytes(op, memory_mib, hidden.device, 64), to_mask(op, mask, labels)
     rows, *numbers = head_numbers(op, temperature, softcap, logit_scale, ignore_index, hidden)
     if validate:
-        check_values(op, labels, mask, rows, ignore_index, weight.size(0))
+        check_values(op, labels, mask, rows, ignore_index, weight.size(0) if group is None else 2**63 - 1)
     hidden, weight = unit_last_stride(hidden), unit_last_stride(weight)
     impl = _FORWARD.choose(impl, hidden.device.type, compute_dtype(hidden, weight, bias))
-    if impl == "torch" or has_tangent(hidden):
+    if group is None and (impl == "torch" or has_tangent(hidden)):
         hidden, weight = first_order_only(op, hidden), first_order_only(op, weight)
         bias = None if bias is None else first_order_only(op, bias)
         return _FORWARD.reference(
@@ -316,7 +346,8 @@ def linear_token_logprobs(
             logit_scale=numbers[2], mask=mask, ignore_index=ignore_index, entropy=entropy,
         )  # fmt: skip
     constants = (labels.long().contiguous(), None if mask is None else mask.contiguous(), rows)
-    options, flags = (*numbers, logits_dtype, memory), (entropy, bool(save_logits), impl)
+    shard = (vocab_start, "" if group is None else group.group_name)
+    options, flags = (*numbers, logits_dtype, memory, *shard), (entropy, bool(save_logits), impl)
     if torch.compiler.is_compiling():
         inputs = [x if x is None else traced_input(op, x, kernel=True) for x in (hidden, weight, bias)]
         *ops, options = _for_a_graph((*options, impl))
