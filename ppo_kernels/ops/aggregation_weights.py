@@ -98,7 +98,9 @@ def aggregation_weights(
         check_shape(op, "keep", keep, mask.shape, "mask")
         check_device(op, "keep", keep, mask.device)
     elif count == "surviving":
-        raise ValueError(f"{op}: count='surviving' needs keep, the tokens that survive; pass it or set count='original'")
+        raise ValueError(
+            f"{op}: count='surviving' needs keep, the tokens that survive; pass it or set count='original'"
+        )
     batch = mask.size(0) if cu_seqlens is None else cu_seqlens.numel() - 1
     if mode == "prompt-mean" or group_ids is not None or group_size is not None:
         _check_groups(mask, mode, group_ids, group_size, batch)
