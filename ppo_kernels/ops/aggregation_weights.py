@@ -41,8 +41,8 @@ def aggregation_weights(
 ) -> tuple[Tensor, Tensor]:
     r"""``row_weight`` and ``normalizer`` for ``policy_loss`` and ``value_loss``.
 
-    With n_b the valid tokens of row b, B+ the number of rows that have any, n_p the valid tokens of the rows of prompt p
-    and P+ the number of prompts that have any:
+    With n_b the valid tokens of row b, B+ the number of rows that have any, n_p the valid tokens of the rows of prompt
+    p and P+ the number of prompts that have any:
 
     ==========================  ================  ==============
     mode                        row_weight        normalizer
@@ -68,8 +68,8 @@ def aggregation_weights(
         group_ids, group_size: for "prompt-mean", one of them, as in ``group_advantages``: ``[B]`` integers, equal for
             the responses to one prompt, in any order; or how many neighbours answer one prompt.
         keep: like ``mask``, the tokens that a correction such as a rejection keeps; the loss gets ``mask & keep``.
-        count: what n counts where ``keep`` is given: "original", the tokens of ``mask``, so that what is rejected counts
-            as a loss of 0; or "surviving", those of ``mask & keep``, so that the others weigh more.
+        count: what n counts where ``keep`` is given: "original", the tokens of ``mask``, so that what is rejected
+            counts as a loss of 0; or "surviving", those of ``mask & keep``, so that the others weigh more.
         cu_seqlens: ``[B+1]`` int32 or int64, row starts and the end of a packed batch.
 
     Returns:
@@ -98,9 +98,7 @@ def aggregation_weights(
         check_shape(op, "keep", keep, mask.shape, "mask")
         check_device(op, "keep", keep, mask.device)
     elif count == "surviving":
-        raise ValueError(
-            f"{op}: count='surviving' needs keep, the tokens that survive; pass it or set count='original'"
-        )
+        raise ValueError(f"{op}: count='surviving' needs keep, the tokens that do; pass it or set count='original'")
     batch = mask.size(0) if cu_seqlens is None else cu_seqlens.numel() - 1
     if mode == "prompt-mean" or group_ids is not None or group_size is not None:
         _check_groups(mask, mode, group_ids, group_size, batch)
