@@ -11,7 +11,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .config import RunConfig, UserError
 from .distributed import seed_of
-from .fused_head import FusedHead
 
 Message = dict[str, Any]  # of a chat: role, content and whatever else its template knows
 Content = str | list[Message]  # plain text, or chat messages
@@ -36,7 +35,7 @@ class Policy:
         self.impl = impl
         self.stop_strings = stop_strings  # beside end_ids
         self.vocabulary = vocabulary  # the tokenizer's ids: a model may have more, which are never drawn
-        self.head: FusedHead | None = None  # scores without logits
+        self.head: Any = None  # a FusedHead scores without logits
         self.copy: PreTrainedModel | None = None  # what generates where the model itself is partitioned
 
     @property

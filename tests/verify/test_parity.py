@@ -79,6 +79,11 @@ ROWS = (
         CLIP | {"surrogate": "dppo_tv"}, more=lambda b: {"old_logprobs": b.rollout}),
     Row("SkyRL", "dppo, binary_kl", lambda b: skyrl_loss(b, "dppo_policy_loss", dppo=DPPO("binary_kl")),
         CLIP | {"surrogate": "dppo_kl"}, more=lambda b: {"old_logprobs": b.rollout}),
+    Row("SkyRL", "regular, prompt_mean",
+        lambda b: skyrl_loss(b, "ppo_policy_loss", "prompt_mean", policy_loss_type="regular"), CLIP, "prompt-mean"),
+    Row("SkyRL", "regular, seq_mean_token_sum_norm",
+        lambda b: skyrl_loss(b, "ppo_policy_loss", "seq_mean_token_sum_norm", policy_loss_type="regular"),
+        CLIP, "seq-mean-token-sum-norm"),
     Row("SkyRL", "importance_sampling", lambda b: skyrl_loss(b, "importance_sampling_loss"),
         FREE | {"log_ratio_clamp": None}),
     Row("TRL", "grpo", lambda b: trl_loss(b, "grpo"), CLIP, "seq-mean-token-mean"),
@@ -94,6 +99,9 @@ ROWS = (
         CLIP | {"kl_coef": 0.3, "kl_estimator": "k3"}, more=lambda b: {"ref_logprobs": b.ref}),
     Row("TRL", "dapo, importance_sampling_ratio", lambda b: trl_loss(b, "dapo", weights=weights_of(b)),
         CLIP, more=lambda b: {"weights": weights_of(b)}),
+    Row("TRL", "dr_grpo", lambda b: trl_loss(b, "dr_grpo"), CLIP, "seq-mean-token-sum-norm"),
+    Row("TRL", "luspo", lambda b: trl_loss(b, "luspo", "sequence"),
+        CLIP | {"importance_sampling_level": "sequence"}, "seq-mean-token-sum"),
     Row("TRL", "cispo", lambda b: trl_loss(b, "cispo", epsilon_high=1.25),
         {"surrogate": "cispo", "cliprange": (None, 0.25)}),
     Row("TRL", "sapo", lambda b: trl_loss(b, "sapo"), {"surrogate": "sapo"}, "seq-mean-token-mean"),
@@ -129,7 +137,8 @@ def test_the_loss_of_a_trainer_is_policy_loss_with_arguments(row, interior):
     batch = batch_of(interior)
     theirs = row.theirs(batch)
     want = torch.autograd.grad(theirs, batch.logprobs)[0] * batch.mask
-    row_weight, normalizer = pk.aggregation_weights(batch.mask, row.mode)
+    groups = {"group_size": 2} if row.mode == "prompt-mean" else {}
+    row_weight, normalizer = pk.aggregation_weights(batch.mask, row.mode, **groups)
     given = {"old_logprobs": batch.old, "row_weight": row_weight, "normalizer": normalizer} | row.more(batch)
     for impl in ("torch", "cpu"):
         ours, _ = pk.policy_loss(
