@@ -29,6 +29,7 @@ def wrapper(x, times=2, *, mode="plain"):
     return double(x, times, mode=mode)
 
 wrapper.__wrapped__ = double  # as functools.wraps leaves it
+double.mark = 1
 REGISTRY["double"] = double
 REGISTRY["wrapped"] = wrapper
 REGISTRY["other"] = len
@@ -176,6 +177,7 @@ def test_loaded_modules_get_ours_wherever_the_name_is_bound_and_theirs_back(adap
     assert_ours(utils, user)
     assert loss.forward(1) == ("ours", 0.2, 1), "what was made before"
     assert utils.double.__name__ == "double"
+    assert utils.double.mark == 1
     assert utils.double.__module__ == "fake_trainer.utils"
     assert pickle.loads(pickle.dumps(utils.double)) is utils.double, "a registry of Ray sends it by name"
     user.since = utils.double
@@ -352,7 +354,14 @@ def test_threads_share_the_counts_and_the_replacement(adapter):
 
 
 def test_a_compiled_graph_contains_ours(trainer):
-    (trainer / "utils.py").write_text("def entropy_from_logits(logits):\n    return logits.sum(-1)\n")
+    text = """
+import torch
+
+@torch.compile(backend="eager")
+def entropy_from_logits(logits):
+    return logits.sum(-1)
+"""
+    (trainer / "utils.py").write_text(text)
     verl = importlib.import_module("ppo_kernels.integrations.verl").ADAPTER
     real = next(target for target in verl.targets if target.attribute == "entropy_from_logits")
     target = Target(UTILS_MODULE, real.attribute, real.signature, real.replacement, "")

@@ -67,7 +67,7 @@ def wrapped(name: str, original: Callable, replacement: Callable, calls: Calls) 
     A graph that torch.compile makes contains the replacement, and its calls are not counted here.
     """
 
-    @functools.wraps(original)
+    @functools.wraps(original, updated=())
     def call(*arguments: Any, **options: Any) -> Any:
         if torch.compiler.is_compiling():
             try:
@@ -84,6 +84,9 @@ def wrapped(name: str, original: Callable, replacement: Callable, calls: Calls) 
         calls.leave(name, reason)  # outside the handler: what the original raises has no context of ours
         return original(*arguments, **options)
 
+    marks = getattr(original, "__dict__", {})
+    if "_torchdynamo_orig_callable" not in marks:  # with Dynamo's marks, a compilation of ours would be one of theirs
+        call.__dict__.update({key: value for key, value in marks.items() if key != "__wrapped__"})
     return call
 
 
