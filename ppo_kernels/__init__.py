@@ -6,6 +6,8 @@ Every function takes ``impl="auto"``: a compiled kernel where one serves the ten
 
 from __future__ import annotations
 
+import os as _os
+
 from ppo_kernels._process import refuse_another_interpreter as _refuse_another_interpreter
 
 __version__ = "0.1.0"
@@ -25,8 +27,6 @@ __all__: list[str] = [
     "p3o_loss",
     "policy_loss",
     "prepare_experience",
-    "selective_log_softmax",
-    "selective_log_softmax_and_entropy",
     "status",
     "token_logprobs",
     "value_loss",
@@ -59,12 +59,12 @@ else:
     from ppo_kernels.ops.p3o_loss import p3o_loss
     from ppo_kernels.ops.policy_loss import policy_loss
     from ppo_kernels.ops.prepare_experience import prepare_experience
-    from ppo_kernels.ops.token_logprobs import (
-        selective_log_softmax,
-        selective_log_softmax_and_entropy,
-        token_logprobs,
-    )
+    from ppo_kernels.ops.token_logprobs import token_logprobs
     from ppo_kernels.ops.value_loss import value_loss
     from ppo_kernels.ops.whiten import moments, whiten
 
     _log_choice()
+    if "PPO_KERNELS_PATCH" in _os.environ:
+        from ppo_kernels.integrations import from_environment as _patch_trainers
+
+        _patch_trainers()

@@ -14,7 +14,8 @@ from tests.lib.trainer import metric_rows
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
 PAGES = [README, ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
-OTHERS = ("trl", "verl", "openrlhf", "skyrl")  # their examples run where those are installed: make verify PART=adapters
+# Their examples run where those are installed: make verify PART=adapters.
+OTHERS = ("trl", "verl", "openrlhf", "skyrl", "deepspeed_chat")
 EXAMPLES = [
     pytest.param(code, id=f"{page.stem}-{i}")
     for page in PAGES[1:]
