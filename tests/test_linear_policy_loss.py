@@ -44,6 +44,9 @@ OPTIONS = (
     {"weights": some("weights"), "row_weight": some("row_weight"), "softcap": 4.0, "logit_scale": 0.8},
     {"ref_logprobs": some("ref_logprobs"), "kl_coef": 0.25, "kl_estimator": "k1", "temperature": some("temperature")},
     {"weights": some("weights")[:, 0], "normalizer": torch.tensor(3), "temperature": 0.7},
+    {"surrogate": "sapo", "row_weight": some("row_weight")},
+    {"surrogate": "dppo_kl", "ref_logprobs": some("ref_logprobs"), "kl_coef": 0.25, "unbiased_kl": True},
+    {"importance_sampling_level": "sequence", "softcap": 4.0},
 )
 
 
