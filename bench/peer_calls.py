@@ -62,6 +62,13 @@ def trl_entropy(trl, logits, labels):
     return lambda: tuple(x.flatten() for x in trl.selective_log_softmax_and_entropy(logits, labels))
 
 
+class _Config(SimpleNamespace):
+    """verl's actor config: attributes and ``get``."""
+
+    def get(self, name: str, default: object) -> object:
+        return getattr(self, name, default)
+
+
 def load_verl() -> SimpleNamespace:
     tensors = functions(
         "verl",
@@ -72,9 +79,10 @@ def load_verl() -> SimpleNamespace:
         "verl",
         "verl/trainer/ppo/core_algos.py",
         *("compute_gae_advantage_return", "compute_policy_loss_vanilla", "compute_value_loss", "kl_penalty"),
-        *("FixedKLController",),
+        *("compute_policy_loss_gspo", "compute_policy_loss_dppo_tv", "FixedKLController"),
         verl_F=SimpleNamespace(**tensors),
         AlgoConfig=type("AlgoConfig", (), {}),  # what the config must not be
+        ActorConfig=_Config,  # what some want it to be
     )
     penalty = functions(
         "verl",
@@ -84,13 +92,6 @@ def load_verl() -> SimpleNamespace:
         masked_mean=tensors["masked_mean"],
     )
     return SimpleNamespace(**tensors, **core, **penalty)
-
-
-class _Config(SimpleNamespace):
-    """verl's actor config: attributes and ``get``."""
-
-    def get(self, name: str, default: object) -> object:
-        return getattr(self, name, default)
 
 
 VERL_CLIP = _Config(clip_ratio=CLIP, clip_ratio_low=CLIP, clip_ratio_high=CLIP, global_batch_info={})
@@ -142,9 +143,9 @@ def verl_experience(verl, values, **rollout):
     return lambda: verl.compute_gae_advantage_return(rewards(), values, mask, GAMMA, LAM)
 
 
-def verl_policy_loss(verl, logprobs, old_logprobs, advantages, mask):
-    mask = mask.long()
-    return lambda: verl.compute_policy_loss_vanilla(old_logprobs, logprobs, advantages, mask, config=VERL_CLIP)[0]
+def verl_policy_loss(verl, logprobs, old_logprobs, advantages, mask, loss="vanilla"):
+    mask, compute = mask.long(), getattr(verl, f"compute_policy_loss_{loss}")
+    return lambda: compute(old_logprobs, logprobs, advantages, mask, "token-mean", config=VERL_CLIP)[0]
 
 
 def verl_value_loss(verl, values, old_values, returns, mask):

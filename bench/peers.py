@@ -59,6 +59,8 @@ PEERS = {
             "kl_rewards + gae + whiten": calls.verl_experience,
             "whiten": lambda verl, x, mask: lambda: verl.masked_whiten(x, mask),
             "policy_loss fwd+bwd": calls.verl_policy_loss,
+            "policy_loss GSPO-token fwd+bwd": partial(calls.verl_policy_loss, loss="gspo"),
+            "policy_loss DPPO-TV fwd+bwd": partial(calls.verl_policy_loss, loss="dppo_tv"),
             "value_loss fwd+bwd": calls.verl_value_loss,
         },
     ),

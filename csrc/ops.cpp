@@ -44,10 +44,14 @@ whiten(Tensor x, Tensor? mask, Tensor? count, Tensor? mean, Tensor? m2, bool shi
 
 // advantages, weights: token-level, or [B, 1]. row_weight [B]; normalizer float64 0-d (None: the number of valid
 // tokens). grad is d(loss * normalizer)/d(first argument), empty unless asked for; stats as in the Python tuples.
+// surrogate: 0 clip, 1 cispo, 2 sapo, 3 dppo_tv, 4 dppo_kl. level: 0 token, 1 sequence, 2 sequence_token, 3 geometric,
+// the last for clip only, the second and third for the first three; unbiased_kl is for tokens. tau_pos and tau_neg are
+// sapo's temperatures.
 policy_loss(Tensor logprobs, Tensor old_logprobs, Tensor advantages, Tensor? mask, Tensor? weights,
     Tensor? ref_logprobs, Tensor? row_weight, Tensor? normalizer, Tensor? cu_seqlens, Tensor? kl_coef_tensor,
     float cliprange_low, float cliprange_high, float dual_clip, float log_ratio_clamp, float kl_coef,
-    int kl_estimator, float kl_log_clamp, float kl_clamp, bool grad)
+    int kl_estimator, float kl_log_clamp, float kl_clamp, bool unbiased_kl, int surrogate, int level, float delta,
+    float tau_pos, float tau_neg, bool grad)
     -> (Tensor loss, Tensor stats, Tensor grad, Tensor inv_normalizer)
 value_loss(Tensor values, Tensor old_values, Tensor returns, Tensor? mask, Tensor? row_weight,
     Tensor? normalizer, Tensor? cu_seqlens, float cliprange_value, bool grad)

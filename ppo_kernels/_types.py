@@ -10,8 +10,10 @@ from torch import Tensor
 
 Function = TypeVar("Function", bound=Callable)
 
-#: The KL estimators; kernels take the position.
+#: The KL estimators, the surrogates of a ratio and whose ratio it is; kernels take the position.
 KL_ESTIMATORS = ("k1", "abs", "k2", "k3")
+SURROGATES = ("clip", "cispo", "sapo", "dppo_tv", "dppo_kl")
+RATIO_LEVELS = ("token", "sequence", "sequence_token", "geometric")
 
 
 def compute_dtype(*tensors: Tensor | None) -> torch.dtype:
@@ -54,7 +56,7 @@ def _has_float64(device: str) -> bool:
 class PolicyStats(NamedTuple):
     """Statistics of ``policy_loss``: 0-d tensors, unweighted means over valid tokens, 0 where there are none.
 
-    With ``d = clamp(logprobs - old_logprobs)`` and ``ratio = exp(d)``:
+    With ``d = clamp(logprobs - old_logprobs)`` of the token, and ``ratio`` the one that the surrogate takes:
     """
 
     approx_kl_k1: Tensor  #: mean of -d
@@ -63,11 +65,13 @@ class PolicyStats(NamedTuple):
     ratio_mean: Tensor
     ratio_var: Tensor  #: population variance
     ratio_max: Tensor
-    clipfrac_high: Tensor  #: share with A > 0 and ratio > 1 + cliprange_high
-    clipfrac_low: Tensor  #: share with A < 0 and ratio < 1 - cliprange_low
-    dual_clipfrac: Tensor  #: share whose loss the dual clip lowered
+    #: Share clipped from above: A > 0 and ratio > 1 + cliprange_high; whatever A is for cispo; for dppo, A > 0 and the
+    #: token's probability has risen too far; for the level "geometric", A > 0 and the token's d > cliprange_high.
+    clipfrac_high: Tensor
+    clipfrac_low: Tensor  #: share clipped from below: the same with A < 0 and the other bound
+    dual_clipfrac: Tensor  #: share whose loss dual_clip or delta lowered; for dppo, whose ratio delta bounded
     ref_kl: Tensor  #: mean KL estimate against ref_logprobs (0 without them)
-    clamp_frac: Tensor  #: share with |logprobs - old_logprobs| > log_ratio_clamp
+    clamp_frac: Tensor  #: share whose log-ratio, the token's or the row's, lies beyond log_ratio_clamp
     count: Tensor  # type: ignore[assignment]  #: number of valid tokens
 
 

@@ -90,6 +90,63 @@ def test_empty_and_all_masked_batches_have_finite_weights_and_zero_loss(impl, mo
     assert float(loss) == 0.0
 
 
+@pytest.mark.parametrize("ids", [[4, 4, 4, 4], [7, -2, 7, 9], [0, 1, 2, 3]])
+def test_a_prompt_is_the_mean_over_the_tokens_of_its_responses(ids):
+    mask, losses = holey_mask(4, 12), torch.randn(4, 12)
+    weight, normalizer = aggregation_weights(mask, "prompt-mean", group_ids=torch.tensor(ids))
+    prompts = {i: [b for b in range(4) if ids[b] == i and mask[b].any()] for i in ids}
+    filled = [rows for rows in prompts.values() if rows]
+    want = sum(float(losses[rows][mask[rows]].mean()) for rows in filled) / len(filled)
+    assert float((weight[:, None] * losses * mask).sum() / normalizer) == pytest.approx(want, rel=1e-5)
+
+
+def test_neighbours_are_the_groups_of_a_size():
+    mask = holey_mask(6, 12)
+    by_size = aggregation_weights(mask, "prompt-mean", group_size=2)
+    assert bit_equal(by_size, aggregation_weights(mask, "prompt-mean", group_ids=torch.arange(6) // 2))
+    lengths = [12] * 6
+    packed = aggregation_weights(pack(mask, lengths), "prompt-mean", group_size=2, cu_seqlens=cu(lengths))
+    assert bit_equal(by_size, packed)
+    alone = aggregation_weights(mask, "prompt-mean", group_size=1)
+    assert bit_equal(alone, aggregation_weights(mask, "seq-mean-token-mean"))
+
+
+@pytest.mark.parametrize("mode", [*MODES, "prompt-mean"])
+def test_what_is_rejected_counts_or_not(mode):
+    mask = holey_mask(6, 12)
+    keep = (torch.rand(6, 12) < 0.5) & (torch.arange(6) != 4)[:, None]
+    groups = {"group_size": 3} if mode == "prompt-mean" else {}
+    call = {"max_length": 12, **groups}
+    assert bit_equal(aggregation_weights(mask, mode, keep=keep, **call), aggregation_weights(mask, mode, **call))
+    surviving = aggregation_weights(mask, mode, keep=keep.float(), count="surviving", **call)
+    assert bit_equal(surviving, aggregation_weights(mask & keep, mode, **call))
+
+
+FORMS = [{}, {"importance_sampling_level": "sequence"}, {"surrogate": "cispo"}]
+
+
+@pytest.mark.parametrize("form", FORMS, ids=["clip", "sequence", "cispo"])
+@pytest.mark.parametrize("mode", [*MODES, "prompt-mean"])
+def test_no_split_into_micro_batches_changes_the_gradient(impl, mode, form):
+    """The law: weights and normalizer of the batch, rows in any order, cut anywhere, gradients accumulated."""
+    x, old, adv = torch.randn(9, 10) * 0.3, torch.randn(9, 10) * 0.3, torch.randn(9)
+    mask, ids = holey_mask(9, 10), torch.tensor([5, 5, 1, 1, 1, 8, 8, 8, 5])
+    groups = {"group_ids": ids} if mode == "prompt-mean" else {}
+    weight, normalizer = aggregation_weights(mask, mode, max_length=10, **groups)
+
+    def gradient(pieces):
+        leaf = x.clone().requires_grad_()
+        for rows in pieces:
+            given = {"row_weight": weight[rows], "normalizer": normalizer, "impl": impl} | form
+            policy_loss(leaf[rows], old[rows], adv[rows], mask[rows], **given)[0].backward()
+        return leaf.grad
+
+    whole = gradient([torch.arange(9)])
+    shuffled = torch.randperm(9)
+    for cuts in ([1] * 9, [4, 5], [2, 3, 4]):
+        torch.testing.assert_close(gradient(shuffled.split(cuts)), whole, rtol=1e-6, atol=1e-9)
+
+
 def test_counts_past_the_float32_integers_do_not_stop():
     """A float32 that counts tokens one by one stops at 2^24."""
     mask = torch.ones(4097, 4096, dtype=torch.bool)
@@ -104,6 +161,14 @@ def test_counts_past_the_float32_integers_do_not_stop():
         ((torch.ones(2, 3), "token-mean"), {"cu_seqlens": torch.tensor([0, 6])}, ValueError, ("[N]", "(2, 3)")),
         ((torch.ones(6), "token-mean"), {"cu_seqlens": torch.tensor([0.0, 6.0])}, TypeError, ("cu_seqlens", "float32")),
         (([1, 1], "token-mean"), {}, TypeError, ("mask", "Tensor", "list")),
+        ((torch.ones(2, 3), "prompt-mean"), {}, ValueError, ("group_ids", "group_size")),
+        ((torch.ones(3, 3), "prompt-mean"), {"group_size": 2}, ValueError, ("3 rows", "group_size=2", "group_ids")),
+        ((torch.ones(2, 3), "token-mean"), {"group_size": 2}, ValueError, ("prompt-mean", "token-mean")),
+        ((torch.ones(2, 3), "prompt-mean"), {"group_ids": torch.ones(2)}, TypeError, ("group_ids", "float32")),
+        ((torch.ones(2, 3), "prompt-mean"), {"group_ids": torch.ones(3).long()}, ValueError, ("group_ids", "(3,)")),
+        ((torch.ones(2, 3), "token-mean"), {"count": "all"}, ValueError, ("count", "surviving", "all")),
+        ((torch.ones(2, 3), "token-mean"), {"count": "surviving"}, ValueError, ("count", "keep")),
+        ((torch.ones(2, 3), "token-mean"), {"keep": torch.ones(3, 2)}, ValueError, ("keep", "(2, 3)", "(3, 2)")),
         ((torch.ones(2, 3), "seq-mean-token-sum-norm"), {"max_length": 0}, ValueError, ("max_length", "0")),
         ((torch.ones(6), "seq-mean-token-sum-norm"), {"cu_seqlens": torch.tensor([0, 6])}, ValueError, ("max_length",)),
     ],

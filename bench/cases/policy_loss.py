@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import torch
 
@@ -59,7 +60,7 @@ def eager(logprobs, old_logprobs, advantages, mask, ref_logprobs=None):
 
 def bare(logprobs, old_logprobs, advantages, mask):
     inputs = (old_logprobs, advantages, mask, *(None,) * 6)
-    options = (CLIP, CLIP, math.inf, 20.0, 0.0, 2, 20.0, math.inf)
+    options = (CLIP, CLIP, math.inf, 20.0, 0.0, 2, 20.0, math.inf, False, 0, 0, math.inf, 1.0, 1.05)
     return differentiated(torch.ops.ppo_kernels.policy_loss.default, logprobs, *inputs, *options)
 
 
@@ -120,9 +121,78 @@ CONTRACT = Case(
     bare_options={"kl_coef": 0.0},
     meetings=meetings(tuple(GPU), ((2, 9001),)),
 )
+#: Other forms have kernels of their own.
+SURROGATE = replace(
+    CONTRACT,
+    variant="surrogate",
+    options={"surrogate": "sapo", "kl_coef": 0.1, "kl_estimator": "k3", "unbiased_kl": True},
+    choices={"surrogate": ("cispo", "dppo_tv", "dppo_kl", "sapo")},
+    meetings={},
+)
+LEVEL = replace(
+    CONTRACT,
+    variant="level",
+    options={"importance_sampling_level": "sequence", "cliprange": (0.2, 0.3), "kl_coef": 0.1, "kl_estimator": "k3"},
+    choices={"importance_sampling_level": ("geometric", "sequence_token", "sequence")},
+)
+
+
+def gspo(logprobs, old_logprobs, advantages, mask):
+    """The mean log-ratio of a row as a constant, times the token's own over itself (GSPO-token)."""
+    d = logprobs - old_logprobs
+    of_row = (d * mask).sum(-1) / mask.sum(-1)
+    ratio = (logprobs - logprobs.detach() + of_row.detach()[:, None]).clamp(max=10.0).exp()
+    return mean(torch.max(-advantages * ratio, -advantages * ratio.clamp(1 - CLIP, 1 + CLIP)), mask)
+
+
+def sapo(logprobs, old_logprobs, advantages, mask):
+    ratio = (logprobs - old_logprobs).clamp(-20.0, 20.0).exp()
+    tau = torch.where(advantages > 0, 1.0, 1.05)
+    return mean(-advantages * torch.sigmoid(tau * (ratio - 1.0)) * 4.0 / tau, mask)
+
+
+def dppo(logprobs, old_logprobs, advantages, mask):
+    ratio = (logprobs - old_logprobs).clamp(-20.0, 20.0).exp()
+    with torch.no_grad():
+        moved = logprobs.exp() - old_logprobs.exp()
+        kept = torch.where(advantages > 0, moved <= CLIP, moved >= -CLIP)
+    return mean(-advantages * ratio.clamp(max=DELTA).detach() * logprobs * kept, mask)
+
+
+DELTA = 20.0
+TIMED = Case(
+    op="policy_loss",
+    inputs=inputs,
+    leaf="logprobs",
+    moved=lambda x: 4 * x["logprobs"].nbytes + x["mask"].nbytes,
+    device_target=ONE_LAUNCH,
+    shapes=MINIBATCH,
+    compiled=("quick", "full", "gpu"),
+)
 CASES = (
     CONTRACT,
     packed(CONTRACT),
+    SURROGATE,
+    LEVEL,
+    replace(
+        TIMED,
+        work="policy_loss GSPO-token fwd+bwd",
+        options={"cliprange": CLIP, "importance_sampling_level": "sequence_token"},
+        eager=gspo,
+        moved=lambda x: 6 * x["logprobs"].nbytes + 2 * x["mask"].nbytes,
+        device_target=None,
+        targets=(Target("verl", 5),),
+    ),
+    replace(
+        TIMED, work="policy_loss SAPO fwd+bwd", options={"surrogate": "sapo"}, eager=sapo, targets=(Target("eager", 5),)
+    ),
+    replace(
+        TIMED,
+        work="policy_loss DPPO-TV fwd+bwd",
+        options={"surrogate": "dppo_tv", "cliprange": CLIP, "delta": DELTA},
+        eager=dppo,
+        targets=(Target("verl", 5),),
+    ),
     Case(
         op="policy_loss",
         work="policy_loss fwd+bwd",

@@ -1,8 +1,9 @@
-"""The clipped policy loss, its statistics and its gradient."""
+"""The policy loss, its statistics and its gradient."""
 
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import numpy as np
 
@@ -23,18 +24,86 @@ from bench.oracle._tokens import (
 )
 
 
-def surrogate(rho, a, low, high, dual_clip) -> tuple[float, float, bool]:
-    """Clipped loss of one token, its derivative with respect to rho, and whether the dual clip lowered it."""
+class Term(NamedTuple):
+    """Loss of one token, its derivatives with respect to the ratio and, directly, to logp, and what happened."""
+
+    loss: float
+    of_ratio: float = 0.0
+    of_logp: float = 0.0
+    high: bool = False
+    low: bool = False
+    lowered: bool = False
+
+
+def clip(rho, a, low, high, dual_clip, delta) -> Term:
     inside = 1.0 - low <= rho <= 1.0 + high
-    loss, of_plain, of_clipped = maximum(-a * rho, -a * min(max(rho, 1.0 - low), 1.0 + high))
-    slope = of_plain * -a + (of_clipped * -a if inside else 0.0)
-    lowered = False
+    cap = math.inf if delta is None else delta
+    loss, of_plain, of_clipped = maximum(-a * min(rho, cap), -a * min(max(rho, 1.0 - low), 1.0 + high))
+    slope = (of_plain * -a if rho <= cap or math.isnan(rho) else 0.0) + (of_clipped * -a if inside else 0.0)
+    lowered = a < 0 and rho > cap and rho > 1.0 + high
     if dual_clip is not None and a < 0:
         ceiling = -dual_clip * a
-        lowered = loss > ceiling
-        slope = 0.0 if lowered else 0.5 * slope if loss == ceiling else slope
+        lowered = lowered or loss > ceiling
+        slope = 0.0 if loss > ceiling else 0.5 * slope if loss == ceiling else slope
         loss = min(loss, ceiling)
-    return loss, slope, lowered
+    return Term(loss, slope, 0.0, a > 0 and rho > 1.0 + high, a < 0 and rho < 1.0 - low, lowered)
+
+
+def cispo(rho, a, logp, low, high) -> Term:
+    constant = min(max(rho, 1.0 - low), 1.0 + high)
+    return Term(-a * constant * logp, 0.0, -a * constant, rho > 1.0 + high, rho < 1.0 - low)
+
+
+def sapo(rho, a, tau_pos, tau_neg) -> Term:
+    tau = tau_pos if a > 0 else tau_neg
+    x = tau * (rho - 1.0)
+    gate = 1.0 / (1.0 + math.exp(-x)) if x > -700 else 0.0
+    return Term(-a * gate * 4.0 / tau, -a * 4.0 * gate * (1.0 - gate))
+
+
+def dppo(rho, a, logp, old, low, high, delta, kind) -> Term:
+    p, q = math.exp(logp), math.exp(old)
+    moved = abs(p - q)
+    if kind == "dppo_kl":
+        moved = q * (old - logp) + (1.0 - q) * math.log((1.0 - q + 1e-8) / (1.0 - p + 1e-8))
+    is_high, is_low = a > 0 and p > q and moved > high, a < 0 and p < q and moved > low
+    if is_high or is_low:
+        return Term(0.0, high=is_high, low=is_low)
+    if delta is None or delta == math.inf:
+        return Term(-a * rho, -a)
+    constant = min(rho, delta)
+    return Term(-a * constant * logp, 0.0, -a * constant, lowered=rho > delta)
+
+
+def log_ratios_of_rows(rows, raw, adv, valid, level, low, high) -> tuple[list[float], list[bool]]:
+    """For each token the mean log-ratio of its row, and whether its own log-ratio moves it."""
+    mean, moves = [0.0] * len(raw), [True] * len(raw)
+    for row in rows:
+        kept = [t for t in row if valid[t]]
+        xs = []
+        for t in kept:
+            x = raw[t]
+            if level == "geometric":
+                x = min(x, high) if adv[t] > 0 else max(x, -low)
+                moves[t] = x == raw[t]
+            xs.append(x)
+        for t in kept:
+            mean[t] = total(xs) / len(kept)
+    return mean, moves
+
+
+def term_of(kind, level, rho, a, logp, old, options) -> Term:
+    low, high = options["cliprange"]
+    if level == "geometric":
+        own = logp - old
+        return Term(-a * rho, -a, 0.0, a > 0 and own > high, a < 0 and own < -low)
+    if kind == "clip":
+        return clip(rho, a, low, high, options["dual_clip"], options["delta"])
+    if kind == "cispo":
+        return cispo(rho, a, logp, low, high)
+    if kind == "sapo":
+        return sapo(rho, a, *options["taus"])
+    return dppo(rho, a, logp, old, low, high, options["delta"], kind)
 
 
 def policy_loss(
@@ -43,8 +112,13 @@ def policy_loss(
     advantages,
     mask=None,
     *,
+    surrogate="clip",
+    importance_sampling_level="token",
     cliprange=0.2,
     dual_clip=None,
+    delta=None,
+    sapo_temperature_pos=1.0,
+    sapo_temperature_neg=1.05,
     log_ratio_clamp=20.0,
     weights=None,
     ref_logprobs=None,
@@ -52,6 +126,7 @@ def policy_loss(
     kl_estimator="k2",
     kl_log_clamp=20.0,
     kl_clamp=None,
+    unbiased_kl=False,
     row_weight=None,
     normalizer=None,
     cu_seqlens=None,
@@ -67,27 +142,40 @@ def policy_loss(
     owned = [(b, t) for b, row in enumerate(rows) for t in row if valid[t]]
     scale = float(len(owned)) if normalizer is None else float(normalizer)
     inverse = 0.0 if scale == 0 else 1.0 / scale
-    terms, ds, rhos, kls, high_n, low_n, dual_n, clamped_n = [], [], [], [], 0, 0, 0, 0
-    grad = [0.0] * len(logp)
+    level, taus = importance_sampling_level, (sapo_temperature_pos, sapo_temperature_neg)
+    options = {"cliprange": (low, high), "dual_clip": dual_clip, "delta": delta, "taus": taus}
+    raw = [now - before for now, before in zip(logp, old, strict=True)]
+    moves = [True] * len(raw)
+    own = raw
+    if level != "token":
+        raw, moves = log_ratios_of_rows(rows, own, adv, valid, level, low, high)
+    shares = [1.0 if row_weight is None else float(row_weight[b].double()) for b in range(len(rows))]
+    terms, ds, rhos, kls, flags, clamped_n = [], [], [], [], [], 0
+    grad, through_mean = [0.0] * len(logp), [0.0] * len(rows)
     for b, t in owned:
-        raw, a = logp[t] - old[t], adv[t]
-        d, passes = clamp(raw, log_ratio_clamp)
+        d, passes = clamp(raw[t], log_ratio_clamp)
         rho = exp(d)
-        loss, slope, lowered = surrogate(rho, a, low, high, dual_clip)
-        loss, g = loss * w[t], slope * rho * passes * w[t]
+        term = term_of(surrogate, level, rho, adv[t], logp[t], old[t], options)
+        loss, g, of_ratio = term.loss * w[t], term.of_logp * w[t], term.of_ratio * rho * passes * w[t]
         if ref is not None:
             k, dk = kl_token(logp[t], ref[t], kl_estimator, kl_log_clamp, kl_clamp)
-            loss, g = loss + scaled_or_off(kl_coef, k), g + scaled_or_off(kl_coef, dk)
             kls.append(k)
-        share = 1.0 if row_weight is None else float(row_weight[b].double())
-        terms.append(loss * share)
-        grad[t] = g * share * inverse
-        ds.append(d)
+            if unbiased_kl:
+                k, dk = k * rho, dk * rho + (k * rho if passes else 0.0)
+            loss, g = loss + scaled_or_off(kl_coef, k), g + scaled_or_off(kl_coef, dk)
+        terms.append(loss * shares[b])
+        if level in ("sequence", "geometric"):
+            through_mean[b] += of_ratio
+        else:
+            g += of_ratio
+        grad[t] = g
+        ds.append(clamp(own[t], log_ratio_clamp)[0])
         rhos.append(rho)
-        high_n += a > 0 and rho > 1.0 + high
-        low_n += a < 0 and rho < 1.0 - low
-        dual_n += lowered
-        clamped_n += log_ratio_clamp is not None and abs(raw) > log_ratio_clamp
+        flags.append(term)
+        clamped_n += log_ratio_clamp is not None and abs(raw[t]) > log_ratio_clamp
+    lengths = [sum(valid[t] for t in row) for row in rows]
+    for b, t in owned:
+        grad[t] = (grad[t] + (through_mean[b] / lengths[b] if moves[t] else 0.0)) * shares[b] * inverse
     n = max(len(owned), 1)
     rho_mean = mean_of(rhos)
     stats = {
@@ -97,9 +185,9 @@ def policy_loss(
         "ratio_mean": rho_mean,
         "ratio_var": mean_of((rho - rho_mean) ** 2 for rho in rhos),
         "ratio_max": max(rhos, default=0.0) if not math.isnan(rho_mean) else math.nan,
-        "clipfrac_high": high_n / n,
-        "clipfrac_low": low_n / n,
-        "dual_clipfrac": dual_n / n,
+        "clipfrac_high": sum(f.high for f in flags) / n,
+        "clipfrac_low": sum(f.low for f in flags) / n,
+        "dual_clipfrac": sum(f.lowered for f in flags) / n,
         "ref_kl": mean_of(kls),
         "clamp_frac": clamped_n / n,
         "count": float(len(owned)),

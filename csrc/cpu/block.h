@@ -101,8 +101,9 @@ PPO_CLONES double kl_block(const T* logp, const T* ref, const T* valid, int64_t 
     const bool is_valid = valid[i] != T(0);
     const KlTerm<T> term = kl_term<kEstimator>(is_valid ? l : T(0), is_valid ? l_ref : T(0), log_clamp, value_clamp);
     sum += term.value;
-    const T change = kGradient ? scale * term.grad : scaled_or_off(scale, term.value);
-    out[i] = before + (is_valid ? change : T(0));
+    // Sum and product side by side, so that they are one rounding or two in vectors and in what is left of them alike.
+    const T after = before + (kGradient ? scale * term.grad : scaled_or_off(scale, term.value));
+    out[i] = is_valid ? after : before;
   }
   return static_cast<double>(sum);
 }

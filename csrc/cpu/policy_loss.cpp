@@ -1,5 +1,6 @@
-// The clipped policy loss on CPU tensors: loss, statistics and gradient from one pass.
-#include "math/policy_loss.h"
+// The policy loss on CPU tensors: loss, statistics and gradient from one pass, after one over the rows where the ratio
+// is the row's.
+#include "policy_loss.h"
 
 #include "cpu/loss.h"
 
@@ -18,6 +19,14 @@ struct PolicySums {
   }
 };
 
+struct RowSums {
+  double sums[RowSum::kCount] = {};
+
+  void add(const RowSums& o) {
+    for (int i = 0; i < RowSum::kCount; ++i) sums[i] += o.sums[i];
+  }
+};
+
 template <class T>
 struct PolicyBlock {
   const T *logp, *old, *adv, *weights, *valid;
@@ -25,9 +34,35 @@ struct PolicyBlock {
   T row_weight;
 };
 
-// Sums over one block, and the gradient of each token's surrogate, 0 where masked.
+// The ratio of a token: its own.
 template <class T>
-PPO_CLONES PolicySums policy_block(const PolicyBlock<T>& in, const PolicyOptions<T> o, T* grads) {
+struct OwnRatio {
+  SurrogateOptions<T> options;
+
+  template <Surrogate kSurrogate>
+  PPO_INLINE PolicyTerm<T> term(T logp, T old, T adv, T weight, bool) const {
+    return policy_term<kSurrogate>(logp, old, logp - old, adv, weight, options);
+  }
+};
+
+// That of its row.
+template <bool kGeometric, class T>
+struct RatioOfRow {
+  LevelOptions<T> options;
+  RowRatio<T> row;
+
+  template <Surrogate kSurrogate>
+  PPO_INLINE PolicyTerm<T> term(T logp, T old, T adv, T weight, bool is_valid) const {
+    const T raw = is_valid ? row.raw : T(0);
+    const PolicyTerm<T> of_row = policy_term<kSurrogate>(logp, old, raw, adv, weight, options.row);
+    return term_in_row<kGeometric>(of_row, logp, old, adv, row.slope, options);
+  }
+};
+
+// Sums over one block, and the gradient of each token's surrogate, 0 where masked.
+template <Surrogate kSurrogate, class R, class T>
+PPO_CLONES PolicySums policy_block(const PolicyBlock<T>& in, const R given, T* grads) {
+  const R ratio = given;
   T loss = 0, count = 0, log_ratio = 0, squared = 0, k3 = 0, excess = 0;
   T clipped_high = 0, clipped_low = 0, dual_clipped = 0, clamped = 0, ratio_max = -1;
   const T *logp = in.logp, *old = in.old, *adv = in.adv, *weights = in.weights, *valid = in.valid;
@@ -38,8 +73,8 @@ PPO_CLONES PolicySums policy_block(const PolicyBlock<T>& in, const PolicyOptions
   for (int64_t i = 0; i < in.n; ++i) {
     const T l = logp[i], l_old = old[i], a = adv[i], w = weights[i], one = valid[i];
     const bool is_valid = one != T(0);
-    const PolicyTerm<T> term =
-        policy_term(is_valid ? l : T(0), is_valid ? l_old : T(0), is_valid ? a : T(0), is_valid ? w : T(0), o);
+    const PolicyTerm<T> term = ratio.template term<kSurrogate>(is_valid ? l : T(0), is_valid ? l_old : T(0),
+                                                               is_valid ? a : T(0), is_valid ? w : T(0), is_valid);
     loss += term.loss;
     grads[i] = is_valid ? term.grad * row_weight : T(0);
     count += one;
@@ -77,12 +112,52 @@ PPO_CLONES PolicySums policy_block(const PolicyBlock<T>& in, const PolicyOptions
   return all;
 }
 
+// What a row's ratio is made of, of one block.
+template <class T>
+PPO_CLONES RowSums row_block(const PolicyBlock<T>& in, const LevelOptions<T> o) {
+  double count = 0.0, log_ratio = 0.0, positive = 0.0, negative = 0.0;
+  const T *logp = in.logp, *old = in.old, *adv = in.adv, *weights = in.weights, *valid = in.valid;
+#pragma omp simd reduction(+ : count, log_ratio, positive, negative)
+  for (int64_t i = 0; i < in.n; ++i) {
+    const T l = logp[i], l_old = old[i], a = adv[i], w = weights[i], one = valid[i];
+    const bool is_valid = one != T(0);
+    const RowTerm<T> term =
+        row_term(is_valid ? l : T(0), is_valid ? l_old : T(0), is_valid ? a : T(0), is_valid ? w : T(0), o);
+    count += static_cast<double>(one);
+    log_ratio += static_cast<double>(term.log_ratio);
+    positive += static_cast<double>(term.positive);
+    negative += static_cast<double>(term.negative);
+  }
+  return {{count, log_ratio, positive, negative}};
+}
+
 template <class T>
 struct KlPenalty {
   T coef;
   int64_t estimator;
   T log_clamp, value_clamp;
+  bool unbiased;
 };
+
+// Adds the gradient of coef times the estimates `kl` times the ratio; returns the sum of the latter product.
+template <class T>
+PPO_CLONES double times_ratio_block(const PolicyBlock<T>& in, const T* kl, const T* kl_slopes, T log_ratio_clamp,
+                                    T scale, T* grads) {
+  T sum = 0;
+  const T *logp = in.logp, *old = in.old, *valid = in.valid;
+#pragma omp simd reduction(+ : sum)
+  for (int64_t i = 0; i < in.n; ++i) {
+    const T l = logp[i], l_old = old[i], before = grads[i];
+    const bool is_valid = valid[i] != T(0);
+    const T raw = (is_valid ? l : T(0)) - (is_valid ? l_old : T(0));
+    const T ratio = exp_fast(clamp(raw, log_ratio_clamp));
+    const KlTerm<T> term = times_ratio<T>({kl[i], kl_slopes[i]}, ratio, clamp_gradient(raw, log_ratio_clamp, ratio));
+    const T after = before + scale * term.grad;
+    sum += term.value;
+    grads[i] = is_valid ? after : before;
+  }
+  return static_cast<double>(sum);
+}
 
 template <class T>
 struct PolicyInputs {
@@ -92,40 +167,116 @@ struct PolicyInputs {
   T* grad;
 };
 
-template <class T>
-PolicySums policy_chunk(const PolicyInputs<T>& in, const Rows& rows, const Chunk& chunk, const PolicyOptions<T>& o,
-                        const KlPenalty<T>& kl) {
-  T adv[kBlock], weights[kBlock], valid[kBlock], unwanted[kBlock], off[kBlock];
+// Calls f(block, begin, grads) for every block of a chunk.
+template <class T, class F>
+void for_policy_blocks(const PolicyInputs<T>& in, const Rows& rows, const Chunk& chunk, const F& f) {
+  T adv[kBlock], weights[kBlock], valid[kBlock], unwanted[kBlock];
   std::fill(valid, valid + kBlock, T(1));
-  PolicySums total;
   const T row_weight = in.row_weight ? in.row_weight[chunk.row] : T(1);
   for_blocks(chunk, [&](int64_t begin, int64_t n) {
     const auto at = [&](const auto& input, auto absent, auto* scratch) {
       return block_of(input, rows, chunk.row, begin, n, absent, scratch);
     };
-    const T* logp = in.logp.row(rows, chunk.row) + begin;
-    T* grads = in.grad != nullptr ? in.grad + rows.start(chunk.row) + begin : unwanted;
     valid_block(in.mask, rows, chunk.row, begin, n, valid);
-    PolicySums block = policy_block<T>({logp, in.old.row(rows, chunk.row) + begin, at(in.adv, T(0), adv),
-                                        at(in.weights, T(1), weights), valid, n, row_weight},
-                                       o, grads);
-    double& loss = block.sums[PolicySum::kLoss];
-    if (in.ref.data != nullptr) {
-      const T* ref = in.ref.row(rows, chunk.row) + begin;
-      const double ref_kl = dispatch_estimator(kl.estimator, [&](auto estimator) {
-        if (kl.coef == T(0)) {  // for the statistic alone
-          return kl_block<estimator(), false>(logp, ref, valid, n, kl.log_clamp, kl.value_clamp, T(0), off);
-        }
-        return kl_block<estimator(), true>(logp, ref, valid, n, kl.log_clamp, kl.value_clamp, kl.coef * row_weight,
-                                           grads);
-      });
-      block.sums[PolicySum::kRefKl] = ref_kl;
-      loss += scaled_or_off(static_cast<double>(kl.coef), ref_kl);
+    const PolicyBlock<T> block{in.logp.row(rows, chunk.row) + begin,
+                               in.old.row(rows, chunk.row) + begin,
+                               at(in.adv, T(0), adv),
+                               at(in.weights, T(1), weights),
+                               valid,
+                               n,
+                               row_weight};
+    f(block, begin, in.grad != nullptr ? in.grad + rows.start(chunk.row) + begin : unwanted);
+  });
+}
+
+// Adds the penalty's gradient; returns the sum of the penalty and of the estimates.
+template <class T>
+std::pair<double, double> kl_penalty(const PolicyBlock<T>& block, const T* ref, const KlPenalty<T>& kl,
+                                     T log_ratio_clamp, T* grads) {
+  T off[kBlock];
+  return dispatch_estimator(kl.estimator, [&](auto estimator) -> std::pair<double, double> {
+    const T scale = kl.coef * block.row_weight;
+    if (kl.coef == T(0)) {  // for the statistic alone
+      return {0.0, kl_block<estimator(), false>(block.logp, ref, block.valid, block.n, kl.log_clamp, kl.value_clamp,
+                                                T(0), off)};
     }
-    loss = block.excess.count > 0.0 ? loss * row_weight : 0.0;
-    total.add(block);
+    if (kl.unbiased) {
+      T values[kBlock], slopes[kBlock] = {};
+      const auto all = [&](auto gradient, T* out) {
+        return kl_block<estimator(), gradient()>(block.logp, ref, block.valid, block.n, kl.log_clamp, kl.value_clamp,
+                                                 T(1), out);
+      };
+      const double sum = all(std::false_type{}, values);
+      all(std::true_type{}, slopes);
+      return {static_cast<double>(kl.coef) * times_ratio_block(block, values, slopes, log_ratio_clamp, scale, grads),
+              sum};
+    }
+    const double sum =
+        kl_block<estimator(), true>(block.logp, ref, block.valid, block.n, kl.log_clamp, kl.value_clamp, scale, grads);
+    return {static_cast<double>(kl.coef) * sum, sum};
+  });
+}
+
+template <Surrogate kSurrogate, class R, class T>
+PolicySums policy_chunk(const PolicyInputs<T>& in, const Rows& rows, const Chunk& chunk, const R& ratio,
+                        T log_ratio_clamp, const KlPenalty<T>& kl) {
+  PolicySums total;
+  for_policy_blocks(in, rows, chunk, [&](const PolicyBlock<T>& block, int64_t begin, T* grads) {
+    PolicySums sums = policy_block<kSurrogate>(block, ratio, grads);
+    double& loss = sums.sums[PolicySum::kLoss];
+    if (in.ref.data != nullptr) {
+      const auto [penalty, ref_kl] = kl_penalty(block, in.ref.row(rows, chunk.row) + begin, kl, log_ratio_clamp, grads);
+      sums.sums[PolicySum::kRefKl] = ref_kl;
+      loss += penalty;
+    }
+    loss = sums.excess.count > 0.0 ? loss * block.row_weight : 0.0;
+    total.add(sums);
   });
   return total;
+}
+
+// The ratio of every row, from sums over its chunks.
+template <Surrogate kSurrogate, class T>
+std::vector<RowRatio<T>> row_ratios(const PolicyInputs<T>& in, const Rows& rows, const std::vector<Chunk>& chunks,
+                                    int64_t grain, const LevelOptions<T>& o) {
+  std::vector<RowSums> parts(chunks.size()), by_row(rows.count);
+  for_each(chunks.size(), grain, [&](int64_t i) {
+    for_policy_blocks(in, rows, chunks[i],
+                      [&](const PolicyBlock<T>& block, int64_t, T*) { parts[i].add(row_block(block, o)); });
+  });
+  for (size_t i = 0; i < chunks.size(); ++i) by_row[chunks[i].row].add(parts[i]);
+  std::vector<RowRatio<T>> ratios(rows.count);
+  for (int64_t b = 0; b < rows.count; ++b) ratios[b] = row_ratio<kSurrogate>(by_row[b].sums, o);
+  return ratios;
+}
+
+// The sums over the batch, chunk by chunk.
+template <Surrogate kSurrogate, class T>
+PolicySums policy_sums(const PolicyInputs<T>& in, const Rows& rows, int64_t tokens, const SurrogateOptions<T>& o,
+                       const LevelOptions<T>& levels, const KlPenalty<T>& kl) {
+  const std::vector<Chunk> chunks = cut_rows(rows);
+  const int64_t grain = grain_of(4096, tokens, chunks.size());
+  std::vector<PolicySums> parts(chunks.size());
+  const auto run = [&](const auto& ratio_of) {
+    for_each(chunks.size(), grain, [&](int64_t i) {
+      parts[i] = policy_chunk<kSurrogate>(in, rows, chunks[i], ratio_of(chunks[i].row), o.log_ratio_clamp, kl);
+    });
+  };
+  if constexpr (is_dppo(kSurrogate)) {
+    run([&](int64_t) { return OwnRatio<T>{o}; });
+  } else if (levels.level == RatioLevel::kToken) {
+    run([&](int64_t) { return OwnRatio<T>{o}; });
+  } else {
+    const std::vector<RowRatio<T>> ratios = row_ratios<kSurrogate>(in, rows, chunks, grain, levels);
+    if (levels.level != RatioLevel::kGeometric) {
+      run([&](int64_t b) { return RatioOfRow<false, T>{levels, ratios[b]}; });
+    } else if constexpr (kSurrogate == Surrogate::kClip) {
+      run([&](int64_t b) { return RatioOfRow<true, T>{levels, ratios[b]}; });
+    }
+  }
+  PolicySums all;
+  for (const PolicySums& part : parts) all.add(part);
+  return all;
 }
 
 LossResult policy_loss(const Tensor& logprobs, const Tensor& old_logprobs, const Tensor& advantages,
@@ -133,20 +284,22 @@ LossResult policy_loss(const Tensor& logprobs, const Tensor& old_logprobs, const
                        const OptTensor& row_weight, const OptTensor& normalizer, const OptTensor& cu_seqlens,
                        const OptTensor& kl_coef_tensor, double cliprange_low, double cliprange_high, double dual_clip,
                        double log_ratio_clamp, double kl_coef, int64_t kl_estimator, double kl_log_clamp,
-                       double kl_clamp, bool grad) {
+                       double kl_clamp, bool unbiased_kl, int64_t surrogate, int64_t level, double delta,
+                       double tau_pos, double tau_neg, bool grad) {
   PPO_COUNT("policy_loss");
-  check_code("kl_estimator", kl_estimator, kEstimators);
+  check_policy_codes(kl_estimator, surrogate, level, unbiased_kl);
   const Rows rows(logprobs, cu_seqlens);
   return dispatch_compute(logprobs, [&](auto zero) {
     using T = decltype(zero);
     const auto input = [&](const char* name, const OptTensor& x, bool may_be_per_row = false) {
       return token_input<T>(name, x, logprobs, rows, may_be_per_row);
     };
-    const PolicyOptions<T> options{static_cast<T>(1.0 - cliprange_low), static_cast<T>(1.0 + cliprange_high),
-                                   static_cast<T>(dual_clip), static_cast<T>(log_ratio_clamp)};
+    const auto options = surrogate_options<T>(surrogate, cliprange_low, cliprange_high, dual_clip, delta,
+                                              log_ratio_clamp, tau_pos, tau_neg);
+    const auto levels = level_options<T>(surrogate, level, cliprange_low, cliprange_high, options);
     const RowVector<double> coef("kl_coef_tensor", kl_coef_tensor, {});
     const KlPenalty<T> kl{static_cast<T>(coef ? coef[0] : kl_coef), kl_estimator, static_cast<T>(kl_log_clamp),
-                          static_cast<T>(kl_clamp)};
+                          static_cast<T>(kl_clamp), unbiased_kl};
     const RowVector<T> row_weights("row_weight", row_weight, {rows.count});
     const Tensor gradient = new_gradient(logprobs, rows, grad);
     const PolicyInputs<T> in{input("logprobs", logprobs),
@@ -157,12 +310,8 @@ LossResult policy_loss(const Tensor& logprobs, const Tensor& old_logprobs, const
                              token_input<uint8_t>("mask", mask, logprobs, rows),
                              row_weights.data(),
                              grad ? data_of<T>(gradient) : nullptr};
-    const std::vector<Chunk> chunks = cut_rows(rows);
-    std::vector<PolicySums> parts(chunks.size());
-    for_each(chunks.size(), grain_of(4096, logprobs.numel(), chunks.size()),
-             [&](int64_t i) { parts[i] = policy_chunk(in, rows, chunks[i], options, kl); });
-    PolicySums s;
-    for (const PolicySums& part : parts) s.add(part);
+    const PolicySums s = dispatch_surrogate(
+        surrogate, [&](auto kind) { return policy_sums<kind()>(in, rows, logprobs.numel(), options, levels, kl); });
     const Tensor stats = empty({PolicyStat::kCount}, dtype_of<T>(), logprobs);
     policy_stats<false>(s.sums, s.excess, s.ratio_max, data_of<T>(stats));
     return finish_loss<T>(s.sums[PolicySum::kLoss], s.excess.count, normalizer, stats, gradient);

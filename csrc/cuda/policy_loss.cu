@@ -1,17 +1,32 @@
 #include "cuda/launch.cuh"
 #include "cuda/policy_loss.cuh"
+#include "policy_loss.h"
 
 namespace ppo {
 namespace {
+
+using PolicyKernel = void (*)(PolicyInputs, LossOutputs);
+using RowsKernel = void (*)(PolicyInputs, float*, float*);
+
+template <Surrogate kSurrogate>
+PolicyKernel loss_kernel(bool flat, bool has_ref, bool unbiased_kl) {
+  if (!has_ref) {
+    return flat ? policy_loss_kernel<true, kNoPenalty, kSurrogate> : policy_loss_kernel<false, kNoPenalty, kSurrogate>;
+  }
+  if (!flat) return policy_loss_kernel<false, kAnyPenalty, kSurrogate>;
+  return unbiased_kl ? policy_loss_kernel<true, kAnyPenalty, kSurrogate>
+                     : policy_loss_kernel<true, kKlPenalty, kSurrogate>;
+}
 
 LossResult policy_loss(const Tensor& logprobs, const Tensor& old_logprobs, const Tensor& advantages,
                        const OptTensor& mask, const OptTensor& weights, const OptTensor& ref_logprobs,
                        const OptTensor& row_weight, const OptTensor& normalizer, const OptTensor& cu_seqlens,
                        const OptTensor& kl_coef_tensor, double cliprange_low, double cliprange_high, double dual_clip,
                        double log_ratio_clamp, double kl_coef, int64_t kl_estimator, double kl_log_clamp,
-                       double kl_clamp, bool grad) {
+                       double kl_clamp, bool unbiased_kl, int64_t surrogate, int64_t level, double delta,
+                       double tau_pos, double tau_neg, bool grad) {
   PPO_COUNT("policy_loss");
-  check_code("kl_estimator", kl_estimator, kEstimators);
+  check_policy_codes(kl_estimator, surrogate, level, unbiased_kl);
   const Launcher launch(logprobs);
   const TokenRows rows = token_rows(logprobs, cu_seqlens);
   const auto input = [&](const char* name, const OptTensor& x, bool may_be_per_row = false) {
@@ -19,6 +34,8 @@ LossResult policy_loss(const Tensor& logprobs, const Tensor& old_logprobs, const
   };
   const RowVector<float> row_weights("row_weight", row_weight, {rows.count});
   const RowVector<double> coef("kl_coef_tensor", kl_coef_tensor, {});
+  const auto options = surrogate_options<float>(surrogate, cliprange_low, cliprange_high, dual_clip, delta,
+                                                log_ratio_clamp, tau_pos, tau_neg);
   PolicyInputs in{rows,
                   input("logprobs", logprobs),
                   input("old_logprobs", old_logprobs),
@@ -26,25 +43,39 @@ LossResult policy_loss(const Tensor& logprobs, const Tensor& old_logprobs, const
                   input("weights", weights, true),
                   input("ref_logprobs", ref_logprobs),
                   per_row(row_weights.data()),
+                  {},
+                  {},
                   token_input<uint8_t>("mask", mask, logprobs, rows),
-                  {static_cast<float>(1.0 - cliprange_low), static_cast<float>(1.0 + cliprange_high),
-                   static_cast<float>(dual_clip), static_cast<float>(log_ratio_clamp)},
+                  level_options<float>(surrogate, level, cliprange_low, cliprange_high, options),
                   coef.data(),
                   kl_estimator,
                   static_cast<float>(kl_coef),
                   static_cast<float>(kl_log_clamp),
                   static_cast<float>(kl_clamp),
+                  unbiased_kl,
                   false};
+  const bool by_row = static_cast<RatioLevel>(level) != RatioLevel::kToken;
+  const Tensor ratios = empty({by_row ? 2 * rows.count : 0}, ScalarType::Float, logprobs);
+  if (by_row) {
+    float* log_ratios = data_of<float>(ratios);
+    float* slopes = log_ratios + rows.count;
+    RowsKernel kernel = policy_rows_kernel<Surrogate::kClip>;
+    if (static_cast<Surrogate>(surrogate) == Surrogate::kCispo) kernel = policy_rows_kernel<Surrogate::kCispo>;
+    if (static_cast<Surrogate>(surrogate) == Surrogate::kSapo) kernel = policy_rows_kernel<Surrogate::kSapo>;
+    launch(kernel, rows.count, kLossThreads, in, log_ratios, slopes);
+    in.row_log_ratio = per_row<float>(log_ratios), in.row_slope = per_row<float>(slopes);
+  }
   const auto of_all = [&](const auto& f) {
-    return f(in.logprobs, in.old_logprobs, in.advantages, in.weights, in.ref_logprobs, in.row_weight, in.mask);
+    return f(in.logprobs, in.old_logprobs, in.advantages, in.weights, in.ref_logprobs, in.row_weight, in.row_log_ratio,
+             in.row_slope, in.mask);
   };
   in.needs_row = of_all([](const auto&... all) { return any_needs_row(all...); });
   const bool flat = of_all([&](const auto&... all) { return flat_and_aligned(rows, all...); });
   const int64_t blocks = loss_blocks(logprobs.numel());
   const LossTensors out(logprobs, blocks, PolicyLoss::Partials::kCount, PolicyStat::kCount, normalizer, grad);
-  auto* with_ref = flat ? policy_loss_kernel<true, true> : policy_loss_kernel<false, true>;
-  auto* without = flat ? policy_loss_kernel<true, false> : policy_loss_kernel<false, false>;
-  return out.run<PolicyLoss>(launch, ref_logprobs.has_value() ? with_ref : without, blocks, in);
+  const PolicyKernel kernel = dispatch_surrogate(
+      surrogate, [&](auto kind) { return loss_kernel<kind()>(flat, ref_logprobs.has_value(), unbiased_kl); });
+  return out.run<PolicyLoss>(launch, kernel, blocks, in);
 }
 
 }  // namespace

@@ -87,6 +87,25 @@ PPO_INLINE float exp_fast(float x) {
 
 PPO_INLINE double exp_fast(double x) { return std::exp(x); }
 
+// The natural logarithm to a few units in the last place of the larger of 1 and itself; NaN below 0.
+PPO_INLINE float log_fast(float x) {
+#ifdef __CUDA_ARCH__
+  return ::logf(x);
+#else
+  // x = m 2^n with m in [2/3, 4/3); log m = 2 atanh((m - 1) / (m + 1)).
+  constexpr int32_t kTwoThirds = 0x3f2aaaab;
+  const int32_t n = (bits_as<int32_t>(x) - kTwoThirds) >> 23;
+  const float m = bits_as<float>(bits_as<int32_t>(x) - static_cast<int32_t>(static_cast<uint32_t>(n) << 23));
+  const float f = (m - 1.0f) / (m + 1.0f), g = f * f;
+  const float p = 2.0f * f * (1.0f + g * (1.0f / 3.0f + g * (1.0f / 5.0f + g * (1.0f / 7.0f + g * (1.0f / 9.0f)))));
+  const float y = p + static_cast<float>(n) * static_cast<float>(kLn2);
+  const float limit = x == 0.0f ? -std::numeric_limits<float>::infinity() : x + std::numeric_limits<float>::quiet_NaN();
+  return x > 0.0f ? (x < std::numeric_limits<float>::infinity() ? y : x) : limit;
+#endif
+}
+
+PPO_INLINE double log_fast(double x) { return std::log(x); }
+
 // e^x - 1 - x without cancellation: 1 % of k3 is lost at x = 1e-3 when the three terms are added in float32.
 PPO_INLINE float expm1_minus(float x, float exp_x) {
   float p = 1.0f / 40320.0f;

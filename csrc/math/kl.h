@@ -52,6 +52,13 @@ PPO_INLINE KlTerm<T> kl_term(T logp, T ref, T log_clamp, T value_clamp) {
   return {clamp(k, value_clamp), clamp_gradient(raw, log_clamp, clamp_gradient(k, value_clamp, slope))};
 }
 
+// An estimate times the ratio of the policy to the one that sampled, with the gradient of both: over that one's tokens
+// the gradient of k3 times the ratio is, in expectation, that of the divergence. `slope` is d ratio / d logp.
+template <class T>
+PPO_INLINE KlTerm<T> times_ratio(const KlTerm<T>& kl, T ratio, T slope) {
+  return {kl.value * ratio, kl.grad * ratio + kl.value * slope};
+}
+
 // Calls f with the estimator as a compile-time constant.
 template <class F>
 PPO_INLINE auto dispatch_estimator(int64_t estimator, F&& f) {

@@ -1,18 +1,16 @@
-// The clipped surrogate of one token and its gradient (Schulman et al., 2017; dual clip: Ye et al., 2020).
+// The policy loss of one token and its gradient: a surrogate of the ratio of the token or of its row. GSPO and
+// GSPO-token: Zheng et al., 2025; GMPO: Zhao et al., 2025.
 #pragma once
 
-#include "kl.h"
 #include "loss.h"
 #include "moments.h"
+#include "surrogate.h"
 
 namespace ppo {
 
-template <class T>
-struct PolicyOptions {
-  T low, high;  // bounds of the ratio: 1 - cliprange_low, 1 + cliprange_high
-  T dual_clip;  // infinite when off
-  T log_ratio_clamp;
-};
+// Whose ratio: the token's; the row's, exp of the mean log-ratio of its valid tokens, with the gradient through that
+// mean (GSPO) or, as a constant, through the token alone (GSPO-token); or the row's after a clip of each token (GMPO).
+enum class RatioLevel : int64_t { kToken = 0, kSequence = 1, kSequenceToken = 2, kGeometric = 3, kCount };
 
 template <class T>
 struct PolicyTerm {
@@ -21,38 +19,104 @@ struct PolicyTerm {
   T clipped_high, clipped_low, dual_clipped, clamped;  // 1 or 0
 };
 
-// Ties as autograd has them: max and min give each side half, clamp passes the gradient at its bounds.
-template <class T>
-PPO_INLINE PolicyTerm<T> policy_term(T logp, T old, T adv, T weight, const PolicyOptions<T>& o) {
-  const T raw = logp - old;
+// The term of a token by a log-ratio that is its own, logp - old, or its row's.
+template <Surrogate kSurrogate, class T>
+PPO_INLINE PolicyTerm<T> policy_term(T logp, T old, T raw, T adv, T weight, const SurrogateOptions<T>& o) {
   const T log_ratio = clamp(raw, o.log_ratio_clamp);
   const T ratio = exp_fast(log_ratio);
-  const T clipped = ratio < o.low ? o.low : (ratio > o.high ? o.high : ratio);
-  const T plain_loss = -adv * ratio, clipped_loss = -adv * clipped;
-  const T from_plain = plain_loss > clipped_loss ? T(1) : (plain_loss == clipped_loss ? T(0.5) : T(0));
-  const T inside = ratio < o.low ? T(0) : (ratio > o.high ? T(0) : T(1));
-  T loss = clipped_loss > plain_loss ? clipped_loss : plain_loss;  // a NaN among the first must show
-  T share = from_plain + (T(1) - from_plain) * inside;
-
-  // Only compared where adv < 0, so that an infinite dual_clip makes no NaN of adv = 0.
-  const T ceiling = adv < T(0) ? -o.dual_clip * adv : std::numeric_limits<T>::infinity();
-  const T dual = loss > ceiling ? T(1) : T(0);
-  share = loss < ceiling ? share : (loss > ceiling ? T(0) : T(0.5) * share);
-  loss = loss > ceiling ? ceiling : loss;
-
-  const T slope = -adv * ratio * (share == T(0) ? T(0) : share * weight);  // no weight, be it NaN, of what is clipped
-  const T beyond = raw < -o.log_ratio_clamp ? T(1) : (raw > o.log_ratio_clamp ? T(1) : T(0));
   const T k3 = expm1_minus(log_ratio, ratio);
-  const T high = ratio > o.high ? T(1) : T(0), low = ratio < o.low ? T(1) : T(0);
-  return {loss * weight,
-          clamp_gradient(raw, o.log_ratio_clamp, slope),
-          log_ratio,
-          log_ratio > T(-0.5) && log_ratio < T(0.5) ? k3 + log_ratio : ratio - T(1),
-          k3,
-          adv > T(0) ? high : T(0),
-          adv < T(0) ? low : T(0),
-          dual,
-          beyond};
+  const T excess = log_ratio > T(-0.5) && log_ratio < T(0.5) ? k3 + log_ratio : ratio - T(1);
+  const SurrogateTerm<T> term = surrogate_term<kSurrogate>({raw, ratio, excess}, logp, old, adv, weight, o);
+  const T beyond = raw < -o.log_ratio_clamp ? T(1) : (raw > o.log_ratio_clamp ? T(1) : T(0));
+  return {term.loss * weight, term.grad,        log_ratio,         excess, k3,
+          term.clipped_high,  term.clipped_low, term.dual_clipped, beyond};
+}
+
+// What is summed over a row's valid tokens where the ratio is the row's: their number, log-ratios, and weighted
+// advantages by sign, as every surrogate is |adv| times that of adv = 1 or -1.
+struct RowSum {
+  enum { kTokens, kLogRatio, kPositive, kNegative, kCount };
+};
+
+// A row's log-ratio; d loss / d logp of each of its tokens where the gradient passes through the row's mean.
+template <class T>
+struct RowRatio {
+  T raw, slope;
+};
+
+// GMPO clips a token's log-ratio on the side of its advantage, and only there.
+template <class T>
+struct GeometricClip {
+  T low, high;  // of the log-ratio
+
+  PPO_INLINE T beyond_high(T raw, T adv) const { return adv > T(0) ? (raw > high ? T(1) : T(0)) : T(0); }
+  PPO_INLINE T beyond_low(T raw, T adv) const { return adv > T(0) ? T(0) : (raw < -low ? T(1) : T(0)); }
+  PPO_INLINE T clip(T raw, T adv) const {
+    return beyond_high(raw, adv) != T(0) ? high : (beyond_low(raw, adv) != T(0) ? -low : raw);
+  }
+};
+
+// Options of a level other than the token's: the clip of tokens, and the surrogate of the row's ratio, which is not
+// clipped again after GMPO's.
+template <class T>
+struct LevelOptions {
+  RatioLevel level;
+  SurrogateOptions<T> row;
+  GeometricClip<T> tokens;
+};
+
+template <class T>
+PPO_INLINE LevelOptions<T> level_options(int64_t surrogate, int64_t level, double cliprange_low, double cliprange_high,
+                                         const SurrogateOptions<T>& o) {
+  constexpr T kOff = std::numeric_limits<T>::infinity();
+  LevelOptions<T> all{static_cast<RatioLevel>(level), o, {}};
+  // A constant ratio has no gradient that could pass through the mean.
+  if (static_cast<Surrogate>(surrogate) == Surrogate::kCispo && all.level == RatioLevel::kSequence)
+    all.level = RatioLevel::kSequenceToken;
+  if (all.level == RatioLevel::kGeometric) {
+    all.row.low = -kOff, all.row.high = kOff;
+    all.tokens = {static_cast<T>(cliprange_low), static_cast<T>(cliprange_high)};
+  }
+  return all;
+}
+
+template <Surrogate kSurrogate, class T>
+PPO_INLINE RowRatio<T> row_ratio(const double* sums, const LevelOptions<T>& o) {
+  const double tokens = sums[RowSum::kTokens], inverse = tokens > 0.0 ? 1.0 / tokens : 0.0;
+  const T raw = static_cast<T>(sums[RowSum::kLogRatio] * inverse);
+  const T up = policy_term<kSurrogate>(T(0), T(0), raw, T(1), T(1), o.row).grad;
+  const T down = policy_term<kSurrogate>(T(0), T(0), raw, T(-1), T(1), o.row).grad;
+  return {raw, static_cast<T>((up * sums[RowSum::kPositive] + down * sums[RowSum::kNegative]) * inverse)};
+}
+
+// A token's part of RowSum.
+template <class T>
+struct RowTerm {
+  T log_ratio, positive, negative;
+};
+
+template <class T>
+PPO_INLINE RowTerm<T> row_term(T logp, T old, T adv, T weight, const LevelOptions<T>& o) {
+  const T raw = logp - old, weighted = adv * weight;
+  return {o.level == RatioLevel::kGeometric ? o.tokens.clip(raw, adv) : raw, adv < T(0) ? T(0) : weighted,
+          adv < T(0) ? -weighted : T(0)};
+}
+
+// The term by a row's ratio becomes that of one of its tokens: the gradient is the row's where it passes through the
+// mean, and the estimates of the KL divergence are the token's own.
+template <bool kGeometric, class T>
+PPO_INLINE PolicyTerm<T> term_in_row(PolicyTerm<T> term, T logp, T old, T adv, T slope, const LevelOptions<T>& o) {
+  const T own = logp - old;
+  term.log_ratio = clamp(own, o.row.log_ratio_clamp);
+  term.k3 = expm1_minus(term.log_ratio, exp_fast(term.log_ratio));
+  if constexpr (kGeometric) {
+    const T low = o.tokens.beyond_low(own, adv);
+    term.clipped_high = o.tokens.beyond_high(own, adv), term.clipped_low = adv < T(0) ? low : T(0);
+    term.grad = term.clipped_high + low == T(0) ? slope : T(0);
+  } else {
+    term.grad = o.level == RatioLevel::kSequence ? slope : term.grad;
+  }
+  return term;
 }
 
 // What is summed over valid tokens.

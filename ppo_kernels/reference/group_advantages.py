@@ -12,7 +12,7 @@ from ppo_kernels.reference.rows import Rows, row_sum
 @torch.no_grad()
 def group_advantages(scores: Tensor, group_ids: Tensor, *, mode: str = "rloo", eps: float = 1e-4) -> Tensor:
     ids, order = torch.sort(group_ids, stable=True)
-    groups = _runs(ids)
+    groups = runs(ids)
     # Differences to the group's first score: equal scores, whatever their size, have a deviation of exactly 0.
     wide = wide_dtype(scores.device)
     x = scores.to(wide)[order]
@@ -30,7 +30,7 @@ def group_advantages(scores: Tensor, group_ids: Tensor, *, mode: str = "rloo", e
     return out.to(compute_dtype(scores))
 
 
-def _runs(ids: Tensor) -> Rows:
+def runs(ids: Tensor) -> Rows:
     """The runs of equal neighbours as packed rows: as many as there are elements, the last of them empty."""
     heads = torch.ones_like(ids, dtype=torch.bool)
     heads[1:] = ids[1:] != ids[:-1]

@@ -1,14 +1,28 @@
-"""The clipped policy loss: loss, statistics and gradient in two launches."""
+"""The policy loss: loss, statistics and gradient in two launches. Where the ratio is the row's, one before finds it."""
 
 from __future__ import annotations
+
+import math
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ppo_kernels._types import KL_ESTIMATORS, PolicyStats
-from ppo_kernels.triton._launch import as_vector, launch, mask_bytes, require_code, require_like, row_stride, token_rows
+from ppo_kernels._registered import require
+from ppo_kernels._types import KL_ESTIMATORS, RATIO_LEVELS, SURROGATES, PolicyStats
+from ppo_kernels.triton._launch import (
+    as_vector,
+    block_for,
+    launch,
+    mask_bytes,
+    require_code,
+    require_like,
+    row_sizes,
+    row_stride,
+    token_rows,
+)
 from ppo_kernels.triton._loss import (
     chunk_for,
     columns,
@@ -25,7 +39,28 @@ from ppo_kernels.triton._loss import (
     row_arguments,
     store_tokens,
 )
-from ppo_kernels.triton._math import INF, clamp, clamp_gradient, exp, expm1_minus, kl_term, scaled_or_off
+from ppo_kernels.triton._math import (
+    clamp,
+    clamp_gradient,
+    exp,
+    expm1_minus,
+    kl_term,
+    load_valid,
+    row_span,
+    scaled_or_off,
+)
+from ppo_kernels.triton._surrogate import (
+    CISPO,
+    DPPO_KL,
+    DPPO_TV,
+    GEOMETRIC,
+    SEQUENCE,
+    SEQUENCE_TOKEN,
+    TOKEN,
+    beyond_geometric,
+    policy_term,
+    row_term,
+)
 
 # One binary for every size and stride.
 INTEGERS = ("N", "T", "B", *(f"{name}_stride" for name in ("logp", "old", "adv", "mask", "weights", "ref")))
@@ -36,47 +71,84 @@ INTEGERS = ("N", "T", "B", *(f"{name}_stride" for name in ("logp", "old", "adv",
 ) = columns(*PolicyStats._fields, "loss")  # fmt: skip
 
 
-@triton.jit
-def policy_term(logp, old, adv, weight, low, high, dual_clip, log_ratio_clamp):
-    """Loss and d loss/d logp of one token, and what the statistics need. Ties as autograd has them: max and min give
-    each side half, clamp passes the gradient at its bounds."""
-    raw = logp - old
-    d = clamp(raw, log_ratio_clamp)
-    ratio = exp(d)
-    # tl.where would round Python numbers to float32.
-    low, high = tl.full(d.shape, low, d.dtype), tl.full(d.shape, high, d.dtype)
-    clipped = tl.where(ratio < low, low, tl.where(ratio > high, high, ratio))
-    plain_loss, clipped_loss = -adv * ratio, -adv * clipped
-    from_plain = tl.where(plain_loss > clipped_loss, 1.0, tl.where(plain_loss == clipped_loss, 0.5, 0.0))
-    inside = tl.where((ratio < low) | (ratio > high), 0.0, 1.0)
-    loss = tl.where(clipped_loss > plain_loss, clipped_loss, plain_loss)  # a NaN among the first must show
-    share = from_plain + (1.0 - from_plain) * inside
-
-    # Only compared where adv < 0, so that an infinite dual_clip makes no NaN of adv = 0.
-    ceiling = tl.where(adv < 0.0, -dual_clip * adv, INF)
-    dual = loss > ceiling
-    share = tl.where(loss < ceiling, share, tl.where(dual, 0.0, 0.5 * share))
-    loss = tl.where(dual, ceiling, loss)
-
-    weighted = tl.where(share == 0.0, 0.0, share * weight)  # no weight, be it NaN, of what is clipped
-    slope = clamp_gradient(raw, log_ratio_clamp, -adv * ratio * weighted)
-    k3 = expm1_minus(d, ratio)
-    excess = tl.where((d > -0.5) & (d < 0.5), k3 + d, ratio - 1.0)
-    above, below = (adv > 0.0) & (ratio > high), (adv < 0.0) & (ratio < low)
-    clamped = (raw < -log_ratio_clamp) | (raw > log_ratio_clamp)
-    return loss * weight, slope, d, ratio, excess, k3, above, below, dual, clamped
+@triton.jit(do_not_specialize=("length", "adv_row_stride", "weights_row_stride", *INTEGERS[3:]))
+def policy_rows(
+    logp_ptr, old_ptr, adv_ptr, mask_ptr, weights_ptr, bounds_ptr, ratios_ptr,
+    adv_row_stride, weights_row_stride,
+    logp_stride, old_stride, adv_stride, mask_stride, weights_stride, length,
+    low, high, clip_low, clip_high, dual_clip, delta, log_ratio_clamp, tau_pos, tau_neg,
+    UNIT: tl.constexpr, ADV_PER_ROW: tl.constexpr, WEIGHTS_PER_ROW: tl.constexpr,
+    SURROGATE: tl.constexpr, LEVEL: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Per row its log-ratio, and d loss/d logp of each of its tokens where the gradient passes through the mean."""
+    row = tl.program_id(0).to(tl.int64)
+    first, length = row_span(bounds_ptr, length, row, UNIT)
+    logp_ptr += first * logp_stride
+    old_ptr += first * old_stride
+    adv_ptr += row * adv_row_stride if ADV_PER_ROW else first * adv_stride
+    if mask_ptr is not None:
+        mask_ptr += first * mask_stride
+    if weights_ptr is not None:
+        weights_ptr += row * weights_row_stride if WEIGHTS_PER_ROW else first * weights_stride
+    count = tl.zeros([BLOCK], tl.float64)
+    log_ratio = tl.zeros([BLOCK], tl.float64)
+    positive = tl.zeros([BLOCK], tl.float64)
+    negative = tl.zeros([BLOCK], tl.float64)
+    for begin in range(0, length, BLOCK):
+        t = begin + tl.arange(0, BLOCK)
+        inside = t < length
+        valid = load_valid(mask_ptr, t, inside)
+        logp = tl.where(valid, tl.load(logp_ptr + t, mask=inside, other=0.0), 0.0)
+        old = tl.where(valid, tl.load(old_ptr + t, mask=inside, other=0.0), 0.0)
+        adv = tl.where(valid, tl.load(adv_ptr + (t * 0 if ADV_PER_ROW else t), mask=inside, other=0.0), 0.0)
+        weight = tl.where(valid, 1.0, 0.0).to(logp.dtype)
+        if weights_ptr is not None:
+            w = tl.load(weights_ptr + (t * 0 if WEIGHTS_PER_ROW else t), mask=inside, other=0.0)
+            weight = tl.where(valid, w, 0.0)
+        own, up, down = row_term(logp - old, adv, weight, clip_low, clip_high, LEVEL)
+        count += valid.to(tl.float64)
+        log_ratio += own.to(tl.float64)
+        positive += up.to(tl.float64)
+        negative += down.to(tl.float64)
+    n = tl.sum(count, 0)
+    n = tl.where(n == 0.0, 1.0, n)
+    raw = (tl.sum(log_ratio, 0) / n).to(ratios_ptr.dtype.element_ty)
+    # Every surrogate is |adv| times that of adv = 1 or -1.
+    sign = 1.0 - 2.0 * tl.arange(0, 2).to(raw.dtype)
+    both = tl.zeros([2], raw.dtype)
+    _, slope, _, _, _, _, _, _, _, _ = policy_term(
+        both + raw,
+        both,
+        both,
+        sign,
+        both + 1.0,
+        low,
+        high,
+        dual_clip,
+        delta,
+        log_ratio_clamp,
+        tau_pos,
+        tau_neg,
+        SURROGATE,
+    )
+    sums = tl.where(sign > 0.0, tl.sum(positive, 0), tl.sum(negative, 0))
+    tl.store(ratios_ptr + row * 2, raw)
+    tl.store(ratios_ptr + row * 2 + 1, tl.sum(slope.to(tl.float64) * sums, 0) / n)
 
 
 @triton.jit(do_not_specialize=INTEGERS)
 def policy_chunks(
-    logp_ptr, old_ptr, adv_ptr, mask_ptr, weights_ptr, ref_ptr, kl_coef_ptr, grad_ptr, parts_ptr, row_weight_ptr,
-    bounds_ptr,
+    logp_ptr, old_ptr, adv_ptr, mask_ptr, weights_ptr, ref_ptr, kl_coef_ptr, grad_ptr, parts_ptr, ratios_ptr,
+    row_weight_ptr, bounds_ptr,
     N, T, B, logp_stride, old_stride, adv_stride, mask_stride, weights_stride, ref_stride,
-    low, high, dual_clip, log_ratio_clamp, kl_coef, kl_log_clamp, kl_clamp,
+    low, high, clip_low, clip_high, dual_clip, delta, log_ratio_clamp, tau_pos, tau_neg,
+    kl_coef, kl_log_clamp, kl_clamp,
     FLAT: tl.constexpr, ADV_PER_ROW: tl.constexpr, WEIGHTS_PER_ROW: tl.constexpr, ESTIMATOR: tl.constexpr,
-    CHUNK: tl.constexpr,
+    UNBIASED: tl.constexpr, SURROGATE: tl.constexpr, LEVEL: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
-    NEEDS_ROWS: tl.constexpr = not FLAT or ADV_PER_ROW or WEIGHTS_PER_ROW or row_weight_ptr is not None
+    NEEDS_ROWS: tl.constexpr = (
+        not FLAT or ADV_PER_ROW or WEIGHTS_PER_ROW or row_weight_ptr is not None or LEVEL != TOKEN
+    )
     chunk = tl.program_id(0).to(tl.int64)
     first = chunk * CHUNK
     whole = first + CHUNK <= N
@@ -95,9 +167,22 @@ def policy_chunks(
     if weights_ptr is not None:
         w = load_tokens(weights_ptr, n, row, column, weights_stride, owned, whole, WEIGHTS_PER_ROW, FLAT)
         weight = tl.where(valid, w, 0.0)
+    own = logp - old
+    raw = own
+    if LEVEL != TOKEN:
+        raw = tl.load(ratios_ptr + row * 2, mask=valid, other=0.0)
     loss, slope, d, ratio, excess, k3, above, below, dual, clamped = policy_term(
-        logp, old, adv, weight, low, high, dual_clip, log_ratio_clamp
+        raw, logp, old, adv, weight, low, high, dual_clip, delta, log_ratio_clamp, tau_pos, tau_neg, SURROGATE
     )
+    if LEVEL != TOKEN:  # the estimates of the KL divergence are the token's own
+        d = clamp(own, log_ratio_clamp)
+        k3 = expm1_minus(d, exp(d))
+    if LEVEL != TOKEN and LEVEL != SEQUENCE_TOKEN:  # the gradient passes through the mean of the row
+        slope = tl.load(ratios_ptr + row * 2 + 1, mask=valid, other=0.0)
+    if LEVEL == GEOMETRIC:
+        above, below = beyond_geometric(own, adv, clip_low, clip_high)
+        slope = tl.where(above | below, 0.0, slope)
+        below = below & (adv < 0.0)
     line = parts_ptr + chunk * COLUMNS
     if ref_ptr is not None:
         ref = tl.where(valid, load_tokens(ref_ptr, n, row, column, ref_stride, inside, whole, False, FLAT), 0.0)
@@ -105,9 +190,12 @@ def policy_chunks(
         coef = kl_coef
         if kl_coef_ptr is not None:
             coef = tl.load(kl_coef_ptr).to(logp.dtype)
+        tl.store(line + REF_KL, tl.sum(kl, 0))
+        if UNBIASED:
+            kl_slope = kl_slope * ratio + scaled_or_off(clamp_gradient(raw, log_ratio_clamp, ratio), kl)
+            kl = kl * ratio
         loss += scaled_or_off(coef, kl)
         slope += scaled_or_off(coef, kl_slope)
-        tl.store(line + REF_KL, tl.sum(kl, 0))
     else:
         tl.store(line + REF_KL, 0.0)
     if row_weight_ptr is not None:
@@ -167,6 +255,12 @@ def policy_loss(
     kl_estimator: int,
     kl_log_clamp: float,
     kl_clamp: float,
+    unbiased_kl: bool,
+    surrogate: int,
+    level: int,
+    delta: float,
+    tau_pos: float,
+    tau_neg: float,
     grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     rows = token_rows(logprobs, cu_seqlens)
@@ -179,7 +273,35 @@ def policy_loss(
         if x is not None:
             require_like(name, x, logprobs)
     mask = mask_bytes(mask, logprobs)
-    require_code("kl_estimator", kl_estimator, len(KL_ESTIMATORS))
+    _require_codes(kl_estimator, surrogate, level, unbiased_kl)
+    if surrogate == CISPO.value and level == SEQUENCE.value:
+        level = SEQUENCE_TOKEN.value  # a constant ratio has no gradient that could pass through the mean
+    if surrogate in (DPPO_TV.value, DPPO_KL.value):
+        bounds = cliprange_low, cliprange_high
+    elif level == GEOMETRIC.value:
+        bounds = -math.inf, math.inf  # of the row's ratio, which is not clipped again
+    else:
+        bounds = 1.0 - cliprange_low, 1.0 + cliprange_high
+    options: dict[str, Any] = {
+        "low": bounds[0], "high": bounds[1], "clip_low": cliprange_low, "clip_high": cliprange_high,
+        "dual_clip": dual_clip, "delta": delta, "log_ratio_clamp": log_ratio_clamp,
+        "tau_pos": tau_pos, "tau_neg": tau_neg,
+    }  # fmt: skip
+    per_row = {"ADV_PER_ROW": adv_per_row, "WEIGHTS_PER_ROW": weights_per_row}
+    ratios = None
+    if level != TOKEN.value:
+        ratios = logprobs.new_empty(rows.batch, 2)
+        # Packed lengths are not known here, and a row's sum must not follow its neighbours' lengths.
+        block = block_for(rows.length, most=1024, least=128) if rows.starts is None else 512
+        launch(
+            policy_rows, rows.batch,
+            logp_ptr=logprobs, old_ptr=old_logprobs, adv_ptr=advantages, mask_ptr=mask, weights_ptr=weights,
+            bounds_ptr=rows.starts, ratios_ptr=ratios,
+            adv_row_stride=row_stride(advantages), weights_row_stride=row_stride(weights),
+            **row_sizes(rows, logp=logprobs, old=old_logprobs, adv=None if adv_per_row else advantages, mask=mask,
+                        weights=None if weights_per_row else weights),
+            **options, **per_row, SURROGATE=surrogate, LEVEL=level, BLOCK=block, num_warps=block // 128,
+        )  # fmt: skip
     chunk, num_warps = chunk_for(logprobs.numel())
     parts = new_parts(logprobs, chunk, COLUMNS.value)
     out = new_outputs(logprobs, len(PolicyStats._fields), grad)
@@ -187,12 +309,24 @@ def policy_loss(
         policy_chunks, parts.size(0),
         logprobs, old_logprobs, advantages, mask, weights, ref_logprobs,
         as_vector("kl_coef_tensor", kl_coef_tensor, (), torch.float64), out.grad if grad else None,
-        parts,
+        parts, ratios,
         *row_arguments(rows, logprobs, row_weight),
         *(row_stride(x) for x in (logprobs, old_logprobs, advantages, mask, weights, ref_logprobs)),
-        1.0 - cliprange_low, 1.0 + cliprange_high, dual_clip, log_ratio_clamp, kl_coef, kl_log_clamp, kl_clamp,
-        FLAT=is_flat(logprobs, mask, *token_level.values()), ADV_PER_ROW=adv_per_row, WEIGHTS_PER_ROW=weights_per_row,
-        ESTIMATOR=kl_estimator if ref_logprobs is not None else 0, CHUNK=chunk, num_warps=num_warps,
+        *options.values(), kl_coef, kl_log_clamp, kl_clamp,
+        FLAT=is_flat(logprobs, mask, *token_level.values()), **per_row,
+        ESTIMATOR=kl_estimator if ref_logprobs is not None else 0,
+        UNBIASED=unbiased_kl and ref_logprobs is not None, SURROGATE=surrogate, LEVEL=level,
+        CHUNK=chunk, num_warps=num_warps,
     )  # fmt: skip
     launch_fold(policy_fold, parts, normalizer, out)
     return out
+
+
+def _require_codes(kl_estimator: int, surrogate: int, level: int, unbiased_kl: bool) -> None:
+    require_code("kl_estimator", kl_estimator, len(KL_ESTIMATORS))
+    require_code("surrogate", surrogate, len(SURROGATES))
+    require_code("level", level, len(RATIO_LEVELS))
+    is_dppo = surrogate in (DPPO_TV.value, DPPO_KL.value)
+    require(level == 0 or not is_dppo, f"surrogate {surrogate} takes level 0, got {level}")
+    require(level != GEOMETRIC.value or surrogate == 0, f"level 3 takes surrogate 0, got {surrogate}")
+    require(level == 0 or not unbiased_kl, f"unbiased_kl takes level 0, got {level}")

@@ -33,6 +33,7 @@ PATHS = (
     Path(r"prepare_packed_kernel", "packed: bounds", REST),
     Path(r"(policy|value)_loss_kernel<true", "flat", STRAIGHT, 8),
     Path(r"(policy|value)_loss_kernel<false", "generic", STRAIGHT, 8, "unaligned"),
+    Path(r"policy_rows_kernel", "ratios of rows", REST),
     Path(r"p3o_(rows|gradient)_kernel", "a row per block", STRAIGHT, 8),
     Path(r"p3o_pairs_kernel", "pairs of a group", REST),
     Path(r"(moments|whiten)_kernel", "flat", STRAIGHT, 16),

@@ -1,0 +1,155 @@
+"""Every policy loss of TRL, verl, OpenRLHF and SkyRL is ``policy_loss`` with arguments: values and gradients.
+
+A row of ``ROWS`` is a row of the table in ``docs/losses.md``, where a test looks for it.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+
+import ppo_kernels as pk
+from tests.verify import parity
+from tests.verify.parity import HIGH, LOW, Batch, openrlhf_loss, skyrl_loss, trl_loss, verl_loss
+
+CLIP = {"cliprange": (LOW, HIGH)}
+FREE = {"cliprange": None}
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "losses.md"
+
+
+def weights_of(batch: Batch) -> torch.Tensor:
+    """Truncated importance weights of the rollout."""
+    return (batch.old - batch.rollout).exp().clamp(max=1.2)
+
+
+class Row(NamedTuple):
+    trainer: str
+    loss: str  # as the trainer calls it
+    theirs: Callable[[Batch], torch.Tensor]
+    options: dict
+    mode: str = "token-mean"  # of aggregation_weights
+    more: Callable[[Batch], dict] = lambda batch: {}  # options that are tensors
+
+
+def at_1(batch: Batch) -> dict:
+    """The ratio is 1, and its gradient that of logp."""
+    return {"old_logprobs": batch.logprobs.detach()}
+
+
+ROWS = (
+    Row("verl", "vanilla", lambda b: verl_loss(b, "vanilla"), CLIP | {"dual_clip": 3.0}),
+    Row("verl", "vanilla, rollout_is_weights", lambda b: verl_loss(b, "vanilla", weights=weights_of(b)),
+        CLIP | {"dual_clip": 3.0}, more=lambda b: {"weights": weights_of(b)}),
+    Row("verl", "gspo", lambda b: verl_loss(b, "gspo", "seq-mean-token-mean"),
+        CLIP | {"importance_sampling_level": "sequence_token"}, "seq-mean-token-mean"),
+    Row("verl", "sapo", lambda b: verl_loss(b, "sapo", tau_pos=1.0, tau_neg=1.05),
+        {"surrogate": "sapo"}, "seq-mean-token-mean"),
+    Row("verl", "cispo", lambda b: verl_loss(b, "cispo"), CLIP | {"surrogate": "cispo"}),
+    Row("verl", "dppo_tv", lambda b: verl_loss(b, "dppo_tv"), CLIP | {"surrogate": "dppo_tv", "delta": 20.0}),
+    Row("verl", "dppo_kl", lambda b: verl_loss(b, "dppo_kl", clip_ratio_c=1.5),
+        CLIP | {"surrogate": "dppo_kl", "delta": 1.5}),
+    Row("verl", "geo_mean", lambda b: verl_loss(b, "geo_mean"),
+        CLIP | {"importance_sampling_level": "geometric"}, "seq-mean-token-mean"),
+    Row("verl", "gpg", lambda b: verl_loss(b, "gpg"), FREE | {"surrogate": "cispo"}, more=at_1),
+    Row("verl", "dro", lambda b: verl_loss(b, "dro", policy_loss=parity.Config(dro_beta=0.3)),
+        FREE | {"surrogate": "cispo", "kl_coef": 0.3, "kl_estimator": "k2", "kl_log_clamp": None},
+        more=lambda b: at_1(b) | {"ref_logprobs": b.old}),
+    Row("OpenRLHF", "ppo", lambda b: openrlhf_loss(b, dual_clip=3.0), CLIP | {"dual_clip": 3.0}),
+    Row("OpenRLHF", "ppo, is_correction clip",
+        lambda b: openrlhf_loss(b, is_correction_level="token", is_correction_mode="clip",
+                                is_correction_threshold=[0.5, 1.2]),
+        CLIP, more=lambda b: {"weights": (b.old - b.rollout).exp().clamp(0.5, 1.2)}),
+    Row("OpenRLHF", "gspo", lambda b: openrlhf_loss(b, policy_loss_type="gspo"),
+        CLIP | {"importance_sampling_level": "sequence"}, "seq-mean-token-mean"),
+    Row("SkyRL", "regular", lambda b: skyrl_loss(b, "ppo_policy_loss", policy_loss_type="regular"), CLIP),
+    Row("SkyRL", "dual_clip", lambda b: skyrl_loss(b, "ppo_policy_loss", policy_loss_type="dual_clip"),
+        CLIP | {"dual_clip": 3.0}),
+    Row("SkyRL", "gspo", lambda b: skyrl_loss(b, "gspo_policy_loss", "sequence_mean"),
+        CLIP | {"importance_sampling_level": "sequence_token"}, "seq-mean-token-mean"),
+    Row("SkyRL", "sapo", lambda b: skyrl_loss(b, "sapo_policy_loss", "sequence_mean"),
+        {"surrogate": "sapo"}, "seq-mean-token-mean"),
+    Row("SkyRL", "cispo", lambda b: skyrl_loss(b, "compute_policy_loss_cispo"), CLIP | {"surrogate": "cispo"}),
+    Row("SkyRL", "dppo, binary_tv", lambda b: skyrl_loss(b, "dppo_policy_loss", dppo=DPPO("binary_tv")),
+        CLIP | {"surrogate": "dppo_tv"}, more=lambda b: {"old_logprobs": b.rollout}),
+    Row("SkyRL", "dppo, binary_kl", lambda b: skyrl_loss(b, "dppo_policy_loss", dppo=DPPO("binary_kl")),
+        CLIP | {"surrogate": "dppo_kl"}, more=lambda b: {"old_logprobs": b.rollout}),
+    Row("SkyRL", "regular, prompt_mean",
+        lambda b: skyrl_loss(b, "ppo_policy_loss", "prompt_mean", policy_loss_type="regular"), CLIP, "prompt-mean"),
+    Row("SkyRL", "regular, seq_mean_token_sum_norm",
+        lambda b: skyrl_loss(b, "ppo_policy_loss", "seq_mean_token_sum_norm", policy_loss_type="regular"),
+        CLIP, "seq-mean-token-sum-norm"),
+    Row("SkyRL", "importance_sampling", lambda b: skyrl_loss(b, "importance_sampling_loss"),
+        FREE | {"log_ratio_clamp": None}),
+    Row("TRL", "grpo", lambda b: trl_loss(b, "grpo"), CLIP, "seq-mean-token-mean"),
+    Row("TRL", "grpo, delta", lambda b: trl_loss(b, "grpo", delta=1.3), CLIP | {"delta": 1.3}, "seq-mean-token-mean"),
+    Row("TRL", "grpo, sequence", lambda b: trl_loss(b, "grpo", "sequence"),
+        CLIP | {"importance_sampling_level": "sequence"}, "seq-mean-token-mean"),
+    Row("TRL", "bnpo", lambda b: trl_loss(b, "bnpo"), CLIP),
+    Row("TRL", "dapo", lambda b: trl_loss(b, "dapo"), CLIP),
+    Row("TRL", "dapo, beta", lambda b: trl_loss(b, "dapo", beta=0.3),
+        CLIP | {"kl_coef": 0.3, "kl_estimator": "k3", "unbiased_kl": True}, more=lambda b: {"ref_logprobs": b.ref}),
+    Row("TRL", "dapo, beta without use_bias_correction_kl",
+        lambda b: trl_loss(b, "dapo", beta=0.3, use_bias_correction_kl=False),
+        CLIP | {"kl_coef": 0.3, "kl_estimator": "k3"}, more=lambda b: {"ref_logprobs": b.ref}),
+    Row("TRL", "dapo, importance_sampling_ratio", lambda b: trl_loss(b, "dapo", weights=weights_of(b)),
+        CLIP, more=lambda b: {"weights": weights_of(b)}),
+    Row("TRL", "dr_grpo", lambda b: trl_loss(b, "dr_grpo"), CLIP, "seq-mean-token-sum-norm"),
+    Row("TRL", "luspo", lambda b: trl_loss(b, "luspo", "sequence"),
+        CLIP | {"importance_sampling_level": "sequence"}, "seq-mean-token-sum"),
+    Row("TRL", "cispo", lambda b: trl_loss(b, "cispo", epsilon_high=1.25),
+        {"surrogate": "cispo", "cliprange": (None, 0.25)}),
+    Row("TRL", "sapo", lambda b: trl_loss(b, "sapo"), {"surrogate": "sapo"}, "seq-mean-token-mean"),
+    Row("TRL", "gmpo", lambda b: trl_loss(b, "", of="gmpo"),
+        CLIP | {"importance_sampling_level": "geometric"}, "seq-mean-token-mean"),
+)  # fmt: skip
+DPPO = lambda kind: parity.Config(dppo_type=kind, delta_low=LOW, delta_high=HIGH)  # noqa: E731
+PACKAGES = {"verl": "verl", "OpenRLHF": "openrlhf", "SkyRL": "skyrl", "TRL": "trl"}
+
+
+def batch_of(interior: bool, dtype: torch.dtype = torch.float64) -> Batch:
+    g = torch.Generator().manual_seed(3)
+    shape = (6, 23)
+    old = -3.0 * torch.rand(shape, generator=g, dtype=dtype) - 0.02
+    near = lambda size: (old + size * torch.randn(shape, generator=g, dtype=dtype)).clamp(max=-0.01)  # noqa: E731
+    lengths = torch.tensor([23, 5, 17, 1, 9, 23])[:, None]
+    mask = torch.arange(23) < lengths
+    if interior:  # such as what a tool wrote
+        mask &= (torch.rand(shape, generator=g) < 0.7) | (torch.arange(23) == 0)
+    advantages = torch.randn(6, generator=g, dtype=dtype)
+    return Batch(near(0.3).requires_grad_(), old, near(0.3), near(0.2), advantages, mask)
+
+
+@pytest.mark.parametrize("interior", [False, True], ids=["prefix", "interior"])
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: f"{row.trainer}-{row.loss}")
+def test_the_loss_of_a_trainer_is_policy_loss_with_arguments(row, interior):
+    if parity.FOLDER not in sys.path:
+        sys.path.append(parity.FOLDER)
+    try:
+        importlib.metadata.version(PACKAGES[row.trainer])
+    except importlib.metadata.PackageNotFoundError:
+        pytest.skip(f"{row.trainer} is not installed in {parity.FOLDER}; make bench fetches it")
+    batch = batch_of(interior)
+    theirs = row.theirs(batch)
+    want = torch.autograd.grad(theirs, batch.logprobs)[0] * batch.mask
+    groups = {"group_size": 2} if row.mode == "prompt-mean" else {}
+    row_weight, normalizer = pk.aggregation_weights(batch.mask, row.mode, **groups)
+    given = {"old_logprobs": batch.old, "row_weight": row_weight, "normalizer": normalizer} | row.more(batch)
+    for impl in ("torch", "cpu"):
+        ours, _ = pk.policy_loss(
+            batch.logprobs, advantages=batch.advantages, mask=batch.mask, **given, **row.options, impl=impl
+        )
+        got = torch.autograd.grad(ours, batch.logprobs)[0]
+        torch.testing.assert_close(got, want, rtol=2e-6, atol=1e-9)  # some of theirs compute in float32
+        torch.testing.assert_close(ours, theirs.to(ours.dtype), rtol=2e-6, atol=1e-9)
+
+
+def test_the_page_has_every_row():
+    text = PAGE.read_text()
+    missing = [f"{row.trainer} {row.loss}" for row in ROWS if f"| {row.trainer} | `{row.loss}`" not in text]
+    assert not missing
