@@ -75,6 +75,8 @@ class _Config(SimpleNamespace):
 
     def get(self, name: str, default: object) -> object:
         return getattr(self, name, default)
+
+
 def trl_linear(trl, hidden, weight, labels):
     apply, chunk = trl.ChunkedLogProbFunction.apply, 32768  # as its trainers have it
     return lambda: apply(hidden, weight, None, labels, 1.0, chunk, None, 1.0, ())[0]

@@ -27,8 +27,6 @@ __all__: list[str] = [
     "p3o_loss",
     "policy_loss",
     "prepare_experience",
-    "selective_log_softmax",
-    "selective_log_softmax_and_entropy",
     "status",
     "token_logprobs",
     "value_loss",
@@ -60,13 +58,8 @@ else:
     from ppo_kernels.ops.linear_token_logprobs import linear_token_logprobs
     from ppo_kernels.ops.p3o_loss import p3o_loss
     from ppo_kernels.ops.policy_loss import policy_loss
-    from ppo_kernels.ops.token_logprobs import token_logprobs
     from ppo_kernels.ops.prepare_experience import prepare_experience
-    from ppo_kernels.ops.token_logprobs import (
-        selective_log_softmax,
-        selective_log_softmax_and_entropy,
-        token_logprobs,
-    )
+    from ppo_kernels.ops.token_logprobs import token_logprobs
     from ppo_kernels.ops.value_loss import value_loss
     from ppo_kernels.ops.whiten import moments, whiten
 
