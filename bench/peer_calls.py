@@ -70,13 +70,6 @@ def trl_entropy(trl, logits, labels):
     return lambda: tuple(x.flatten() for x in trl.selective_log_softmax_and_entropy(logits, labels))
 
 
-class _Config(SimpleNamespace):
-    """verl's actor config: attributes and ``get``."""
-
-    def get(self, name: str, default: object) -> object:
-        return getattr(self, name, default)
-
-
 def trl_linear(trl, hidden, weight, labels):
     apply, chunk = trl.ChunkedLogProbFunction.apply, 32768  # as its trainers have it
     return lambda: apply(hidden, weight, None, labels, 1.0, chunk, None, 1.0, ())[0]
@@ -93,6 +86,13 @@ def trl_linear_policy_loss(trl, hidden, weight, labels, old_logprobs, advantages
         return -torch.min(a * ratio, a * ratio.clamp(1 - CLIP, 1 + CLIP)).sum() / count
 
     return call
+
+
+class _Config(SimpleNamespace):
+    """verl's actor config: attributes and ``get``."""
+
+    def get(self, name: str, default: object) -> object:
+        return getattr(self, name, default)
 
 
 def load_verl() -> SimpleNamespace:

@@ -140,7 +140,7 @@ class Head:
         if self.tile_dtype != self.operand_dtype:
             total += rows * columns * operand
         elif self.tile_dtype != self.dtype and not self.is_cuda:
-            total += (rows * columns + (rows + columns) * self.width) * wide
+            total += max(rows, columns) * self.width * of_tile
         return total
 
     def buffer(self, rows: int, columns: int) -> Tensor:
@@ -230,10 +230,10 @@ class Gradients:
 
 
 def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """``total += a @ b``, added up in the dtype of ``total``."""
+    """``total += a @ b``. Added up in the dtype of ``total``; a CPU rounds the product of narrower operands first."""
     if a.dtype == total.dtype:
         torch.addmm(total, a, b, out=total)
     elif a.is_cuda:
         torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
     else:
-        torch.addmm(total, a.to(total.dtype), b.to(total.dtype), out=total)
+        total += torch.mm(a, b)

@@ -308,7 +308,8 @@ def linear_token_logprobs(
             vocabulary.
         logits_dtype: of a tile. None is float32 (float64 for float64 inputs), to which half-precision operands are
             multiplied exactly. bfloat16 or float16, if hidden and weight have it, rounds the logits to it: errors of
-            4e-3 to 3e-2 nats, for a product that may be faster.
+            4e-3 to 3e-2 nats, for products that may be faster (three times on a CPU that has them, where those of the
+            gradients are rounded to it too, a tile's at a time, before float32 adds them up).
         memory_mib: what a call may take beside inputs, results and, in the backward, the gradient of the hidden states
             in float32. None is 64 on a CPU and 1024 elsewhere. A call that needs more for one row and 256 columns
             takes that.
