@@ -7,7 +7,7 @@ import torch
 
 import ppo_kernels
 from ppo_kernels import token_logprobs
-from ppo_kernels.integrations import NotCoveredError, _linear_head, trl
+from ppo_kernels.integrations import NotCoveredError, trl
 from ppo_kernels.ops import token_logprobs as op_module
 from tests.lib.checks import logits_and_labels as make
 from tests.lib.helpers import NAN, assert_raises, bit_equal
@@ -81,10 +81,10 @@ def head(hidden, weight, bias, targets, **options):
     return ours, (mine, entropy, None, logits.detach().mean(-1), logits.argmax(-1) == targets)
 
 
-@pytest.mark.parametrize("tile", [1, 7 * 33, 1 << 26])
+@pytest.mark.parametrize("tile", [1, 7 * 33, 1 << 25])
 @pytest.mark.parametrize("with_bias", [False, True])
 def test_the_fused_head_is_a_product_and_log_softmax(tile, with_bias, monkeypatch):
-    monkeypatch.setattr(_linear_head, "TILE", tile)
+    monkeypatch.setattr(trl, "TILE", tile)
     leaves = [torch.randn(20, 8).requires_grad_(), torch.randn(33, 8).requires_grad_()]
     leaves += [torch.randn(33).requires_grad_()] if with_bias else []
     targets = torch.randint(0, 33, (20,))
@@ -125,9 +125,8 @@ def test_the_fused_head_of_no_row_and_of_frozen_parts():
 @pytest.mark.parametrize(
     ("options", "reason"),
     [
-        ({"final_logit_softcapping": 30.0}, "soft cap"),
+        ({"final_logit_softcapping": 30.0, "outputs": ("log_probs", "mean_logits")}, "soft cap"),
         ({"outputs": ("log_probs", "log_sum_sq_probs")}, "log_sum_sq_probs"),
-        ({"logit_scale": -1.0}, "logit_scale"),
         ({"ds_id": 1}, "ZeRO-3"),
     ],
 )
@@ -139,12 +138,12 @@ def test_what_the_fused_head_does_not_cover(options, reason):
         trl._chunked_logprobs(torch.randn(4, 8), weight, None, torch.zeros(4, dtype=torch.int64), 1.0, 32768, **options)
 
 
-def test_the_fused_head_under_autocast_computes_in_the_dtype_of_autocast():
+def test_the_fused_head_under_autocast_multiplies_in_the_dtype_of_autocast():
     hidden, weight = torch.randn(20, 8), torch.randn(33, 8).requires_grad_()
     targets = torch.randint(0, 33, (20,))
     with torch.autocast("cpu", torch.bfloat16):
         logp, *_ = trl._chunked_logprobs(hidden, weight, None, targets, 1.0, 32768)
-    rounded = token_logprobs((hidden.bfloat16() @ weight.bfloat16().T), targets)
-    assert bit_equal(logp, rounded)
+    rounded = hidden.bfloat16().float() @ weight.bfloat16().float().T  # the logits themselves are not rounded
+    torch.testing.assert_close(logp, token_logprobs(rounded, targets), rtol=0, atol=5e-6)
     logp.sum().backward()
     assert weight.grad.dtype == torch.float32

@@ -104,20 +104,29 @@ def policy_loss_forward(
     batch_num_tokens: Any = None,
     global_batch_size: Any = None,
 ) -> tuple[Tensor | None, ...]:
-    if self.policy_loss_type != "ppo":
+    """A correction of the rollout is another ratio in GSPO, and another loss in PPO."""
+    is_gspo, corrected = self.policy_loss_type == "gspo", self.is_correction_level != "off"
+    if not (is_gspo or self.policy_loss_type == "ppo"):
         raise NotCoveredError(f"policy_loss_type={self.policy_loss_type!r}")
-    if self.is_correction_level != "off":
+    if corrected and not is_gspo:
         raise NotCoveredError(f"is_correction_level={self.is_correction_level!r}")
-    mask = whole(action_mask, log_probs)
+    if is_gspo and action_mask is None:
+        raise NotCoveredError("no action_mask")
+    mask, before = whole(action_mask, log_probs), old_log_probs
+    if corrected:
+        if rollout_log_probs is None:
+            raise NotCoveredError("no rollout_log_probs")
+        before = rollout_log_probs
     row_weight, normalizer = _weights(mask, self.token_level_loss, dp_size, batch_num_tokens, global_batch_size)
     loss, stats = policy_loss(
         log_probs,
-        old_log_probs,
+        before,
         advantages,
         mask,
+        importance_sampling_level="sequence" if is_gspo else "token",
         cliprange=(self.clip_eps_low, self.clip_eps_high),
         dual_clip=self.dual_clip,
-        log_ratio_clamp=20.0,
+        log_ratio_clamp=None if is_gspo else 20.0,
         row_weight=row_weight,
         normalizer=normalizer,
     )
@@ -192,7 +201,7 @@ def _targets() -> list[Target]:
             "PolicyLoss.forward",
             f"(self, log_probs, old_log_probs, advantages, action_mask=None, rollout_log_probs=None, {counts})",
             policy_loss_forward,
-            "the clipped policy loss, with dual clip; not GSPO, and no correction of the rollout",
+            "the clipped policy loss with dual clip, and GSPO; PPO without a correction of the rollout",
             reads={"PolicyLoss.__init__": settings, **aggregate},
         ),
         Target(

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ppo_kernels._types import PolicyStats
 from ppo_kernels.integrations._adapter import Adapter
 from ppo_kernels.integrations._shared import entropy_of, no_gradient, over_groups, plain, whole
 from ppo_kernels.integrations._target import NotCoveredError, Target
@@ -79,6 +80,29 @@ def compute_grpo_outcome_advantage(
     return advantages, advantages
 
 
+Loss = tuple[Tensor, dict[str, float]]
+
+
+def _policy_loss(
+    log_probs: Tensor,
+    old_log_probs: Tensor,
+    advantages: Tensor,
+    loss_mask: Tensor | None,
+    rollout_logprobs: Tensor | None,
+    **options: Any,
+) -> tuple[Tensor, PolicyStats]:
+    """A sum: the advantages carry the denominator. With rollout_logprobs SkyRL also computes statistics of them."""
+    if rollout_logprobs is not None:
+        raise NotCoveredError("rollout_logprobs")
+    mask = None if loss_mask is None else whole(loss_mask, log_probs)
+    bounds = {"log_ratio_clamp": 20.0, "normalizer": 1.0}
+    return policy_loss(log_probs, old_log_probs, advantages, mask, **bounds | options)
+
+
+def _metrics(stats: PolicyStats) -> dict[str, float]:
+    return {"clip_ratio": (stats.clipfrac_high + stats.clipfrac_low).item()}
+
+
 def ppo_policy_loss(
     log_probs: Tensor,
     old_log_probs: Tensor,
@@ -86,23 +110,62 @@ def ppo_policy_loss(
     config: Any,
     loss_mask: Tensor | None = None,
     rollout_logprobs: Tensor | None = None,
-) -> tuple[Tensor, dict[str, float]]:
-    """A sum: the advantages carry the denominator. With rollout_logprobs SkyRL also computes statistics of them."""
+) -> Loss:
     if config.policy_loss_type not in ("regular", "dual_clip"):
         raise NotCoveredError(f"policy_loss_type={config.policy_loss_type!r}")
-    if rollout_logprobs is not None:
-        raise NotCoveredError("rollout_logprobs")
-    loss, stats = policy_loss(
-        log_probs,
-        old_log_probs,
-        advantages,
-        None if loss_mask is None else whole(loss_mask, log_probs),
-        cliprange=(config.eps_clip_low, config.eps_clip_high),
-        dual_clip=config.clip_ratio_c if config.policy_loss_type == "dual_clip" else None,
-        log_ratio_clamp=20.0,
-        normalizer=1.0,
-    )
-    return loss, {"clip_ratio": (stats.clipfrac_high + stats.clipfrac_low).item()}
+    options = {
+        "cliprange": (config.eps_clip_low, config.eps_clip_high),
+        "dual_clip": config.clip_ratio_c if config.policy_loss_type == "dual_clip" else None,
+    }
+    loss, stats = _policy_loss(log_probs, old_log_probs, advantages, loss_mask, rollout_logprobs, **options)
+    return loss, _metrics(stats)
+
+
+def gspo_policy_loss(
+    log_probs: Tensor,
+    old_log_probs: Tensor,
+    advantages: Tensor,
+    config: Any,
+    loss_mask: Tensor | None = None,
+    rollout_logprobs: Tensor | None = None,
+) -> Loss:
+    """The mean log-ratio of a row is bounded by 10 on both sides, in SkyRL from above alone: by then it is lost."""
+    options = {
+        "cliprange": (config.eps_clip_low, config.eps_clip_high),
+        "importance_sampling_level": "sequence_token",
+        "log_ratio_clamp": 10.0,
+    }
+    loss, stats = _policy_loss(log_probs, old_log_probs, advantages, loss_mask, rollout_logprobs, **options)
+    return loss, _metrics(stats)
+
+
+def compute_policy_loss_cispo(
+    log_probs: Tensor,
+    old_log_probs: Tensor,
+    advantages: Tensor,
+    config: Any,
+    loss_mask: Tensor | None = None,
+    rollout_logprobs: Tensor | None = None,
+) -> Loss:
+    bounds = (config.cispo.cispo_eps_clip_low, config.cispo.cispo_eps_clip_high)
+    options = {"cliprange": bounds, "surrogate": "cispo"}
+    loss, stats = _policy_loss(log_probs, old_log_probs, advantages, loss_mask, rollout_logprobs, **options)
+    return loss, _metrics(stats)
+
+
+def sapo_policy_loss(
+    log_probs: Tensor,
+    old_log_probs: Tensor,
+    advantages: Tensor,
+    config: Any,
+    loss_mask: Tensor | None = None,
+    rollout_logprobs: Tensor | None = None,
+) -> Loss:
+    taus = {"sapo_temperature_pos": config.sapo.tau_pos, "sapo_temperature_neg": config.sapo.tau_neg}
+    options = {"surrogate": "sapo", **taus}
+    return _policy_loss(log_probs, old_log_probs, advantages, loss_mask, rollout_logprobs, **options)[0], {
+        "clip_ratio": 0.0
+    }
 
 
 def ppo_critic_loss(
@@ -126,7 +189,13 @@ def ppo_critic_loss(
 def _targets() -> list[Target]:
     tensors, ppo = "skyrl.backends.skyrl_train.utils.torch_utils", "skyrl.backends.skyrl_train.utils.ppo_utils"
     policy = "(log_probs, old_log_probs, advantages, config, loss_mask=None, rollout_logprobs=None)"
-    losses, estimators = "PolicyLossRegistry._functions", "AdvantageEstimatorRegistry._functions"
+    estimators = "AdvantageEstimatorRegistry._functions"
+
+    def loss(name: str, function: Any, covers: str, *keys: str) -> Target:
+        registries = tuple(f"PolicyLossRegistry._functions[{key}]" for key in keys)
+        reads = {"reduce_loss": "(loss, loss_mask)"}
+        return Target(ppo, name, policy, function, f"{covers}, without rollout_logprobs", registries, reads)
+
     return [
         Target(
             tensors,
@@ -174,15 +243,12 @@ def _targets() -> list[Target]:
             "GRPO and Dr. GRPO",
             (f"{estimators}[grpo]",),
         ),
-        Target(
-            ppo,
-            "ppo_policy_loss",
-            policy,
-            ppo_policy_loss,
-            "the clipped policy loss, regular and dual_clip, without rollout_logprobs",
-            (f"{losses}[regular]", f"{losses}[dual_clip]"),
-            reads={"reduce_loss": "(loss, loss_mask)"},
+        loss(
+            "ppo_policy_loss", ppo_policy_loss, "the clipped policy loss, regular and dual_clip", "regular", "dual_clip"
         ),
+        loss("gspo_policy_loss", gspo_policy_loss, "GSPO", "gspo"),
+        loss("compute_policy_loss_cispo", compute_policy_loss_cispo, "CISPO", "cispo"),
+        loss("sapo_policy_loss", sapo_policy_loss, "SAPO", "sapo"),
         Target(
             ppo,
             "ppo_critic_loss",

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from ppo_kernels.integrations._adapter import Adapter
-from ppo_kernels.integrations._linear_head import LinearLogprobs
 from ppo_kernels.integrations._shared import entropy_of
 from ppo_kernels.integrations._target import NotCoveredError, Target
+from ppo_kernels.ops.linear_token_logprobs import linear_token_logprobs
 from ppo_kernels.ops.token_logprobs import token_logprobs
 
 __all__ = [
@@ -25,6 +25,10 @@ __all__ = [
     "selective_log_softmax_and_entropy",
     "status",
 ]
+
+
+#: Logits that exist at a time for is_top1.
+TILE = 1 << 25
 
 
 def selective_log_softmax(
@@ -75,19 +79,47 @@ def _chunked_logprobs(
     logit_scale: float = 1.0,
     outputs: tuple[str, ...] = (),
 ) -> tuple[Tensor | None, ...]:
-    if final_logit_softcapping is not None:
-        raise NotCoveredError("logits with a soft cap")
     if "log_sum_sq_probs" in outputs:
         raise NotCoveredError("log_sum_sq_probs")
-    if not logit_scale > 0:
-        raise NotCoveredError("a logit_scale that is not above 0")
+    if "mean_logits" in outputs and final_logit_softcapping is not None:
+        raise NotCoveredError("mean_logits with a soft cap")
     if hasattr(weight, "ds_id"):
         raise NotCoveredError("a weight that ZeRO-3 shards")
     if torch.compiler.is_compiling():
         raise NotCoveredError("a compiled graph")
     device = hidden.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
-    return LinearLogprobs.apply(hidden, weight, bias, targets, temperature / logit_scale, dtype, outputs)
+    if torch.is_autocast_enabled(device):  # it has no say in our products
+        dtype = torch.get_autocast_dtype(device)
+        hidden, weight = hidden.to(dtype), weight.to(dtype)
+        bias = None if bias is None else bias.to(dtype)
+    found = linear_token_logprobs(
+        hidden,
+        weight,
+        targets,
+        bias=bias,
+        temperature=temperature,
+        softcap=final_logit_softcapping,
+        logit_scale=logit_scale,
+        entropy="entropy" in outputs,
+    )
+    logprobs, entropy = found if isinstance(found, tuple) else (found, None)
+    mean = top1 = None
+    with torch.no_grad():
+        if "mean_logits" in outputs:  # the mean of a linear map is the map's mean
+            of_bias = 0.0 if bias is None else bias.mean(dtype=torch.float32)
+            of_weight = weight.mean(0, dtype=torch.float32)
+            mean = (hidden.float() @ of_weight + of_bias) * (logit_scale / temperature)
+        if "is_top1" in outputs:
+            top1 = _is_top1(hidden, weight, bias, targets)
+    return logprobs, entropy, None, mean, top1
+
+
+def _is_top1(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> Tensor:
+    """Whether no token has a higher logit, and none before it as high a one; a product of its own, tile by tile."""
+    parts, weight, bias = [], weight.to(hidden.dtype), None if bias is None else bias.to(hidden.dtype)
+    for rows in hidden.split(max(1, TILE // weight.size(0))):
+        parts.append(torch.nn.functional.linear(rows, weight, bias).argmax(-1))
+    return (torch.cat(parts) if parts else targets.new_empty(0)) == targets
 
 
 def _targets() -> list[Target]:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ppo_kernels._types import PolicyStats
 from ppo_kernels.integrations._adapter import Adapter
 from ppo_kernels.integrations._shared import aggregation, entropy_of, no_gradient, over_groups, plain, whole
 from ppo_kernels.integrations._target import NotCoveredError, Target
@@ -121,6 +122,52 @@ def compute_reinforce_plus_plus_baseline_outcome_advantage(
     return advantages, advantages
 
 
+METRICS = ("actor/pg_clipfrac", "actor/ppo_kl", "actor/pg_clipfrac_lower")
+Loss = tuple[Tensor, dict[str, Any]]
+
+
+def _policy_loss(
+    old_log_prob: Tensor,
+    log_prob: Tensor,
+    advantages: Tensor,
+    response_mask: Tensor,
+    loss_agg_mode: str,
+    config: Any,
+    weights: Tensor | None,
+    **options: Any,
+) -> tuple[Tensor, PolicyStats]:
+    """``options`` are those of ``policy_loss`` in which verl's losses differ."""
+    if config is None:
+        raise NotCoveredError("no config")
+    plain(log_prob, old_log_prob, advantages)
+    clip = config.clip_ratio
+    low = config.clip_ratio_low if config.clip_ratio_low is not None else clip
+    high = config.clip_ratio_high if config.clip_ratio_high is not None else clip
+    row_weight, normalizer = aggregation(response_mask, loss_agg_mode, **config.global_batch_info)
+    chosen: dict[str, Any] = {"cliprange": (low, high), "log_ratio_clamp": 20.0} | options
+    return policy_loss(
+        log_prob,
+        old_log_prob,
+        advantages,
+        whole(response_mask, log_prob),
+        weights=weights,
+        row_weight=row_weight,
+        normalizer=normalizer,
+        **chosen,
+    )
+
+
+def _metrics(stats: PolicyStats, **changes: Tensor) -> dict[str, float]:
+    """One synchronisation for the three."""
+    found = {
+        "clipfrac": stats.clipfrac_high + stats.clipfrac_low,
+        "kl": stats.approx_kl_k1,
+        "lower": stats.dual_clipfrac,
+    }
+    numbers = torch.stack([x.double() for x in (found | changes).values()]).tolist()
+    return dict(zip(METRICS, numbers, strict=True))
+
+
 def compute_policy_loss_vanilla(
     old_log_prob: Tensor,
     log_prob: Tensor,
@@ -129,29 +176,60 @@ def compute_policy_loss_vanilla(
     loss_agg_mode: str = "token-mean",
     config: Any = None,
     rollout_is_weights: Tensor | None = None,
-) -> tuple[Tensor, dict[str, Any]]:
+) -> Loss:
+    dual_clip = 3.0 if config is None else config.get("clip_ratio_c", 3.0)
+    arguments = (old_log_prob, log_prob, advantages, response_mask, loss_agg_mode, config, rollout_is_weights)
+    loss, stats = _policy_loss(*arguments, dual_clip=dual_clip)
+    return loss, _metrics(stats)
+
+
+def compute_policy_loss_cispo(
+    old_log_prob: Tensor,
+    log_prob: Tensor,
+    advantages: Tensor,
+    response_mask: Tensor,
+    loss_agg_mode: str = "token-mean",
+    config: Any = None,
+    rollout_is_weights: Tensor | None = None,
+) -> Loss:
+    arguments = (old_log_prob, log_prob, advantages, response_mask, loss_agg_mode, config, rollout_is_weights)
+    loss, stats = _policy_loss(*arguments, surrogate="cispo")
+    return loss, _metrics(stats)
+
+
+def compute_policy_loss_gspo(
+    old_log_prob: Tensor,
+    log_prob: Tensor,
+    advantages: Tensor,
+    response_mask: Tensor,
+    loss_agg_mode: str = "seq-mean-token-mean",
+    config: Any = None,
+    rollout_is_weights: Tensor | None = None,
+) -> Loss:
+    """The mean log-ratio of a row is bounded by 10 on both sides, in verl from above alone: by then it is lost."""
+    arguments = (old_log_prob, log_prob, advantages, response_mask, loss_agg_mode, config, rollout_is_weights)
+    loss, stats = _policy_loss(*arguments, importance_sampling_level="sequence_token", log_ratio_clamp=10.0)
+    difference = torch.where(response_mask != 0, (old_log_prob - log_prob).detach(), 0.0)  # verl's is not bounded
+    return loss, _metrics(stats, kl=difference.sum() / stats.count.clamp(min=1))
+
+
+def compute_policy_loss_sapo(
+    old_log_prob: Tensor,
+    log_prob: Tensor,
+    advantages: Tensor,
+    response_mask: Tensor,
+    loss_agg_mode: str = "seq-mean-token-mean",
+    config: Any = None,
+    rollout_is_weights: Tensor | None = None,
+) -> Loss:
+    """Whatever ``loss_agg_mode`` is, verl takes the mean over sequences."""
     if config is None:
         raise NotCoveredError("no config")
-    plain(log_prob, old_log_prob, advantages)
-    clip = config.clip_ratio
-    low = config.clip_ratio_low if config.clip_ratio_low is not None else clip
-    high = config.clip_ratio_high if config.clip_ratio_high is not None else clip
-    row_weight, normalizer = aggregation(response_mask, loss_agg_mode, **config.global_batch_info)
-    loss, stats = policy_loss(
-        log_prob,
-        old_log_prob,
-        advantages,
-        whole(response_mask, log_prob),
-        cliprange=(low, high),
-        dual_clip=config.get("clip_ratio_c", 3.0),
-        log_ratio_clamp=20.0,
-        weights=rollout_is_weights,
-        row_weight=row_weight,
-        normalizer=normalizer,
-    )
-    numbers = torch.stack((stats.clipfrac_high + stats.clipfrac_low, stats.approx_kl_k1, stats.dual_clipfrac)).tolist()
-    names = ("actor/pg_clipfrac", "actor/ppo_kl", "actor/pg_clipfrac_lower")
-    return loss, dict(zip(names, numbers, strict=True))
+    arguments = (old_log_prob, log_prob, advantages, response_mask, "seq-mean-token-mean", config, rollout_is_weights)
+    taus = {"sapo_temperature_pos": config.tau_pos, "sapo_temperature_neg": config.tau_neg}
+    loss, stats = _policy_loss(*arguments, surrogate="sapo", **taus)
+    nothing = torch.zeros_like(stats.count)
+    return loss, _metrics(stats, clipfrac=nothing, lower=nothing)
 
 
 def compute_value_loss(
@@ -220,13 +298,19 @@ def _targets() -> list[Target]:
     rewards = "token_level_rewards, response_mask"
     grouped = f"({rewards}, index, epsilon=1e-06, config=None, **kwargs)"
     grpo = f"({rewards}, index, epsilon=1e-06, norm_adv_by_std_in_grpo=True, config=None)"
-    losses = "(old_log_prob, log_prob, advantages, response_mask, loss_agg_mode='token-mean', config=None, rollout_is_weights=None)"  # noqa: E501
     counts = "dp_size=1, batch_num_tokens=None, global_batch_size=None, loss_scale_factor=None"
     values = f"(vpreds, returns, values, response_mask, cliprange_value, loss_agg_mode='token-mean', {counts})"
     agg_loss = f"(loss_mat, loss_mask, loss_agg_mode, {counts})"
 
     def estimator(name: str, signature: str, function: Any, covers: str, key: str) -> Target:
         return Target(core, name, signature, function, covers, (f"ADV_ESTIMATOR_REGISTRY[{key}]",))
+
+    def loss(key: str, mode: str, function: Any, covers: str) -> Target:
+        first = f"old_log_prob, log_prob, advantages, response_mask, loss_agg_mode='{mode}'"
+        signature = f"({first}, config=None, rollout_is_weights=None)"
+        registry = (f"POLICY_LOSS_REGISTRY[{key}]",)
+        reads = {"agg_loss": agg_loss}
+        return Target(core, f"compute_policy_loss_{key}", signature, function, covers, registry, reads)
 
     return [
         Target(
@@ -282,15 +366,10 @@ def _targets() -> list[Target]:
             "RLOO",
             "rloo_vectorized",
         ),
-        Target(
-            core,
-            "compute_policy_loss_vanilla",
-            losses,
-            compute_policy_loss_vanilla,
-            "the clipped policy loss in all aggregation modes, with dual clip and rollout_is_weights",
-            ("POLICY_LOSS_REGISTRY[vanilla]",),
-            reads={"agg_loss": agg_loss},
-        ),
+        loss("vanilla", "token-mean", compute_policy_loss_vanilla, "the clipped policy loss with dual clip"),
+        loss("cispo", "token-mean", compute_policy_loss_cispo, "CISPO"),
+        loss("gspo", "seq-mean-token-mean", compute_policy_loss_gspo, "GSPO"),
+        loss("sapo", "seq-mean-token-mean", compute_policy_loss_sapo, "SAPO"),
         Target(
             core,
             "compute_value_loss",

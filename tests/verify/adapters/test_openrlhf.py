@@ -24,6 +24,7 @@ utils, losses, maker, ray_actor, ray_critic, actors, experiences = load(
     "openrlhf.trainer.ppo_utils.experience",
 )
 V = 97
+CORRECTED = {"policy_loss_type": "gspo", "is_correction_level": "token"}
 COUNTS = ({}, {"dp_size": 4, "batch_num_tokens": torch.tensor(50.0), "global_batch_size": torch.tensor(7.0)})
 
 
@@ -107,15 +108,17 @@ def test_advantages_as_the_experience_maker_computes_them(estimator, kind):
 @pytest.mark.parametrize("counts", [0, 1])
 @pytest.mark.parametrize("token_level", [True, False])
 @pytest.mark.parametrize("dual_clip", [None, 1.5])
-def test_policy_loss(kind, counts, token_level, dual_clip):
-    if kind is None and (counts or not token_level):
+@pytest.mark.parametrize("settings", [{}, {"policy_loss_type": "gspo"}, CORRECTED], ids=["ppo", "gspo", "corrected"])
+def test_policy_loss(kind, counts, token_level, dual_clip, settings):
+    if kind is None and (counts or not token_level or settings):
         pytest.skip("theirs needs a mask there")
     mask = None if kind is None else make_mask(kind).bool()
-    function = losses.PolicyLoss(0.1, 0.3, dual_clip, token_level)
+    function = losses.PolicyLoss(0.1, 0.3, dual_clip, token_level, **settings)
 
     def call():
         leaf = (draw(B, T) + draw(B, T, seed=1, scale=0.7)).requires_grad_()
-        found = function(leaf, draw(B, T), draw(B, T, seed=2), action_mask=mask, **COUNTS[counts])
+        rollout = draw(B, T, seed=5)
+        found = function(leaf, draw(B, T), draw(B, T, seed=2), mask, rollout, **COUNTS[counts])
         return [None if x is None else x.detach() for x in found], grad(found[0], leaf)
 
     ours, theirs = both("openrlhf", call, {"PolicyLoss.forward": 1})
@@ -262,7 +265,6 @@ def test_critic_steps_as_its_worker_takes_them():
 @pytest.mark.parametrize(
     ("settings", "reason"),
     [
-        ({"policy_loss_type": "gspo"}, "policy_loss_type='gspo'"),
         ({"is_correction_level": "token"}, "is_correction_level='token'"),
     ],
 )

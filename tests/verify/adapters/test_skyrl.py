@@ -86,12 +86,28 @@ def test_advantages(estimator, kind, by_std):
     close(*both("skyrl", call, {f"compute_{NAMES[estimator]}": 1}), atol=5e-6)
 
 
+LOSSES = {
+    "regular": "ppo_policy_loss",
+    "dual_clip": "ppo_policy_loss",
+    "gspo": "gspo_policy_loss",
+    "cispo": "compute_policy_loss_cispo",
+    "sapo": "sapo_policy_loss",
+}
+
+
 @pytest.mark.parametrize("kind", [*MASKS, None])
-@pytest.mark.parametrize("loss_type", ["regular", "dual_clip"])
+@pytest.mark.parametrize("loss_type", LOSSES)
 def test_policy_loss(kind, loss_type):
     mask = None if kind is None else make_mask(kind).float()
     config = SimpleNamespace(
-        policy_loss_type=loss_type, eps_clip_low=0.1, eps_clip_high=0.3, clip_ratio_c=1.5, off_policy_correction=None
+        policy_loss_type=loss_type,
+        eps_clip_low=0.1,
+        eps_clip_high=0.3,
+        clip_ratio_c=1.5,
+        off_policy_correction=None,
+        cispo=SimpleNamespace(cispo_eps_clip_low=0.2, cispo_eps_clip_high=0.4),
+        sapo=SimpleNamespace(tau_pos=1.1, tau_neg=1.3),
+        loss_reduction="sequence_mean",
     )
 
     def call():
@@ -100,7 +116,7 @@ def test_policy_loss(kind, loss_type):
         loss, metrics = ppo.PolicyLossRegistry.get(loss_type)(leaf, draw(B, T), advantages, config, mask, None)
         return loss.detach(), metrics, grad(loss, leaf)
 
-    close(*both("skyrl", call, {"ppo_policy_loss": 1}), rtol=1e-5, atol=5e-6)
+    close(*both("skyrl", call, {LOSSES[loss_type]: 1}), rtol=1e-5, atol=5e-6)
 
 
 @pytest.mark.parametrize("kind", [*MASKS, "empty row", None])
@@ -140,12 +156,12 @@ def test_what_is_not_covered_is_left_to_skyrl():
 
 def test_the_registries_hold_ours():
     functions = ppo.PolicyLossRegistry._functions
-    theirs = {name: functions[name] for name in ("regular", "dual_clip", "gspo")}
+    theirs = {name: functions[name] for name in ("regular", "dual_clip", "clip_cov")}
     adapter = integrations.adapter("skyrl")
     adapter.apply()
     assert functions["regular"] is functions["dual_clip"] is ppo.ppo_policy_loss
     assert functions["regular"].__wrapped__ is theirs["regular"]
-    assert functions["gspo"] is theirs["gspo"]
+    assert functions["clip_cov"] is theirs["clip_cov"]
     ppo.PolicyLossRegistry.unregister("regular")
     ppo.PolicyLossRegistry.repopulate_registry()
     assert functions["regular"] is ppo.ppo_policy_loss

@@ -185,10 +185,7 @@ def config(mode, counts, **changes):
     return actor
 
 
-@pytest.mark.parametrize("kind", MASKS)
-@pytest.mark.parametrize(("mode", "counts"), list(product(AGGREGATIONS, range(3))))
-@pytest.mark.parametrize("weighted", [False, True])
-def test_policy_loss(kind, mode, counts, weighted):
+def compare_policy_loss(loss_mode, kind, mode, counts, weighted):
     mask = make_mask(kind).bool()
     old, new, advantages = draw(B, T), draw(B, T) + draw(B, T, seed=1, scale=0.7), draw(B, T, seed=2)
     weights = draw(B, T, seed=3).abs() if weighted else None
@@ -196,7 +193,7 @@ def test_policy_loss(kind, mode, counts, weighted):
 
     def call():
         leaf = new.clone().requires_grad_()
-        loss, metrics = modules()[0].get_policy_loss_fn("vanilla")(
+        loss, metrics = modules()[0].get_policy_loss_fn(loss_mode)(
             old_log_prob=old,
             log_prob=leaf,
             advantages=advantages,
@@ -208,9 +205,25 @@ def test_policy_loss(kind, mode, counts, weighted):
         loss *= 0.5  # its callers write to it
         return loss.detach(), metrics, grad(loss, leaf)
 
-    ours, theirs = both("verl", call, {"compute_policy_loss_vanilla": 1})
-    assert theirs[1]["actor/pg_clipfrac_lower"] > 0
+    ours, theirs = both("verl", call, {f"compute_policy_loss_{loss_mode}": 1})
+    assert loss_mode != "vanilla" or theirs[1]["actor/pg_clipfrac_lower"] > 0
+    assert loss_mode == "sapo" or theirs[1]["actor/pg_clipfrac"] > 0
     close(ours, theirs, rtol=1e-5, atol=5e-6)
+
+
+@pytest.mark.parametrize("kind", MASKS)
+@pytest.mark.parametrize(("mode", "counts"), list(product(AGGREGATIONS, range(3))))
+@pytest.mark.parametrize("weighted", [False, True])
+def test_policy_loss(kind, mode, counts, weighted):
+    compare_policy_loss("vanilla", kind, mode, counts, weighted)
+
+
+@pytest.mark.parametrize("kind", MASKS)
+@pytest.mark.parametrize(("mode", "counts"), [("token-mean", 0), ("seq-mean-token-mean", 1), ("seq-mean-token-sum", 2)])
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("loss_mode", ["cispo", "gspo", "sapo"])
+def test_other_policy_losses(kind, mode, counts, weighted, loss_mode):
+    compare_policy_loss(loss_mode, kind, mode, counts, weighted)
 
 
 @pytest.mark.parametrize("kind", MASKS)
