@@ -6,14 +6,14 @@ second launch, of one program, adds the lines in a fixed order and writes the lo
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ppo_kernels.triton._launch import Rows, as_vector, launch, require_dtype, require_shape
+from ppo_kernels.triton._launch import Rows, as_vector, launch, require_dtype, require_shape, row_stride
 
 #: Lines that the second launch reads at a time: with 8 warps, 16 or 32 numbers a lane.
 FOLD = 512
@@ -32,10 +32,17 @@ def columns(*names: str) -> list[tl.constexpr]:
     return [*map(tl.constexpr, range(len(names))), tl.constexpr(triton.next_power_of_2(len(names)))]
 
 
-def row_arguments(rows: Rows, like: Tensor, row_weight: Tensor | None) -> tuple[object, ...]:
-    """The arguments by which a kernel finds rows: weights, bounds, N, T, B."""
-    row_weight = as_vector("row_weight", row_weight, (rows.batch,), like.dtype)
-    return row_weight, rows.starts, like.numel(), rows.length, rows.batch
+def row_arguments(rows: Rows, like: Tensor, row_weight: Tensor | None) -> dict[str, Any]:
+    """The arguments by which a kernel finds rows."""
+    weights = as_vector("row_weight", row_weight, (rows.batch,), like.dtype)
+    sizes = {"N": like.numel(), "T": rows.length, "B": rows.batch}
+    return {"row_weight_ptr": weights, "bounds_ptr": rows.starts} | sizes
+
+
+def token_arguments(**tensors: Tensor | None) -> dict[str, Any]:
+    """``x_ptr`` and ``x_stride`` of each tensor x that ``load_tokens`` reads."""
+    pointers = {f"{name}_ptr": x for name, x in tensors.items()}
+    return pointers | {f"{name}_stride": row_stride(x) for name, x in tensors.items()}
 
 
 def is_flat(*tensors: Tensor | None) -> bool:
@@ -71,7 +78,12 @@ def new_parts(like: Tensor, chunk: int, columns: int) -> Tensor:
 
 def launch_fold(kernel: triton.JITFunction, parts: Tensor, normalizer: Tensor | None, out: Outputs) -> None:
     normalizer = as_vector("normalizer", normalizer, (), torch.float64)
-    launch(kernel, 1, parts, normalizer, out.loss, out.stats, out.inv_normalizer, parts.size(0), FOLD=FOLD, num_warps=8)
+    launch(
+        kernel, 1,
+        parts_ptr=parts, normalizer_ptr=normalizer, loss_ptr=out.loss, stats_ptr=out.stats,
+        inverse_ptr=out.inv_normalizer, P=parts.size(0),
+        FOLD=FOLD, num_warps=8,
+    )  # fmt: skip
 
 
 @triton.jit

@@ -38,6 +38,7 @@ from ppo_kernels.triton._loss import (
     pick,
     row_arguments,
     store_tokens,
+    token_arguments,
 )
 from ppo_kernels.triton._math import (
     clamp,
@@ -307,12 +308,12 @@ def policy_loss(
     out = new_outputs(logprobs, len(PolicyStats._fields), grad)
     launch(
         policy_chunks, parts.size(0),
-        logprobs, old_logprobs, advantages, mask, weights, ref_logprobs,
-        as_vector("kl_coef_tensor", kl_coef_tensor, (), torch.float64), out.grad if grad else None,
-        parts, ratios,
-        *row_arguments(rows, logprobs, row_weight),
-        *(row_stride(x) for x in (logprobs, old_logprobs, advantages, mask, weights, ref_logprobs)),
-        *options.values(), kl_coef, kl_log_clamp, kl_clamp,
+        **token_arguments(logp=logprobs, old=old_logprobs, adv=advantages, mask=mask),
+        **token_arguments(weights=weights, ref=ref_logprobs),
+        **row_arguments(rows, logprobs, row_weight),
+        kl_coef_ptr=as_vector("kl_coef_tensor", kl_coef_tensor, (), torch.float64),
+        grad_ptr=out.grad if grad else None, parts_ptr=parts, ratios_ptr=ratios,
+        **options, kl_coef=kl_coef, kl_log_clamp=kl_log_clamp, kl_clamp=kl_clamp,
         FLAT=is_flat(logprobs, mask, *token_level.values()), **per_row,
         ESTIMATOR=kl_estimator if ref_logprobs is not None else 0,
         UNBIASED=unbiased_kl and ref_logprobs is not None, SURROGATE=surrogate, LEVEL=level,

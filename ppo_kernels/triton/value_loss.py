@@ -7,7 +7,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ppo_kernels._types import ValueStats
-from ppo_kernels.triton._launch import launch, mask_bytes, require_like, row_stride, token_rows
+from ppo_kernels.triton._launch import launch, mask_bytes, require_like, token_rows
 from ppo_kernels.triton._loss import (
     chunk_for,
     columns,
@@ -22,6 +22,7 @@ from ppo_kernels.triton._loss import (
     pick,
     row_arguments,
     store_tokens,
+    token_arguments,
 )
 from ppo_kernels.triton._math import INF, max_or_nan
 
@@ -126,11 +127,9 @@ def value_loss(
     out = new_outputs(values, len(ValueStats._fields), grad)
     launch(
         value_chunks, parts.size(0),
-        values, old_values, returns, mask, out.grad if grad else None,
-        parts,
-        *row_arguments(rows, values, row_weight),
-        *(row_stride(x) for x in (values, old_values, returns, mask)),
-        cliprange_value,
+        **token_arguments(values=values, old=old_values, returns=returns, mask=mask),
+        **row_arguments(rows, values, row_weight),
+        grad_ptr=out.grad if grad else None, parts_ptr=parts, clip=cliprange_value,
         FLAT=is_flat(values, old_values, returns, mask), CHUNK=chunk, num_warps=num_warps,
     )  # fmt: skip
     launch_fold(value_fold, parts, normalizer, out)
