@@ -11,12 +11,14 @@ from ppo_kernels._process import refuse_another_interpreter as _refuse_another_i
 __version__ = "0.1.0"
 
 __all__: list[str] = [
+    "ImportanceStats",
     "P3OStats",
     "PolicyStats",
     "ValueStats",
     "aggregation_weights",
     "gae",
     "group_advantages",
+    "importance_weights",
     "kl_rewards",
     "moments",
     "p3o_loss",
@@ -43,12 +45,13 @@ except (Exception, SystemExit) as _error:  # `python -m ppo_kernels.env` must st
         raise AttributeError(f"module 'ppo_kernels' has no attribute {name!r}")
 
 else:
-    from ppo_kernels._types import P3OStats, PolicyStats, ValueStats
+    from ppo_kernels._types import ImportanceStats, P3OStats, PolicyStats, ValueStats
     from ppo_kernels.backends import log_choice as _log_choice
     from ppo_kernels.backends import status
     from ppo_kernels.ops.aggregation_weights import aggregation_weights
     from ppo_kernels.ops.gae import gae
     from ppo_kernels.ops.group_advantages import group_advantages
+    from ppo_kernels.ops.importance_weights import importance_weights
     from ppo_kernels.ops.kl_rewards import kl_rewards
     from ppo_kernels.ops.p3o_loss import p3o_loss
     from ppo_kernels.ops.policy_loss import policy_loss
