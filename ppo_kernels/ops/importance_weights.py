@@ -52,7 +52,7 @@ def importance_weights(
     impl: str = "auto",
     validate: bool = False,
 ) -> tuple[Tensor, Tensor, ImportanceStats]:
-    r"""Weights that correct for a rollout by another policy (an inference engine, an older version), without a gradient.
+    r"""Weights that correct for a rollout by another policy, an inference engine or an older version; no gradient.
 
     With :math:`d = \log\pi - \log\pi_{rollout}` of a token, clamped, the ratio :math:`\rho` is
 
