@@ -53,14 +53,15 @@ policy_loss(Tensor logprobs, Tensor old_logprobs, Tensor advantages, Tensor? mas
     int kl_estimator, float kl_log_clamp, float kl_clamp, bool unbiased_kl, int surrogate, int level, float delta,
     float tau_pos, float tau_neg, bool grad)
     -> (Tensor loss, Tensor stats, Tensor grad, Tensor inv_normalizer)
+value_loss(Tensor values, Tensor old_values, Tensor returns, Tensor? mask, Tensor? row_weight,
+    Tensor? normalizer, Tensor? cu_seqlens, float cliprange_value, bool grad)
+    -> (Tensor loss, Tensor stats, Tensor grad, Tensor inv_normalizer)
+
 // weights and keep like logprobs, keep bool; stats as in the Python tuple. level: 0 token, 1 sequence, 2 geometric; mode:
 // 0 truncate, 1 mask, 2 icepop; reject: 0 by nothing, 1 k1, 2 k2, 3 k3; reject_level: 0 token, 1 sum, 2 mean, 3 max.
 importance_weights(Tensor logprobs, Tensor rollout_logprobs, Tensor? mask, Tensor? cu_seqlens, int level, int mode,
     int reject, int reject_level, float low, float high, float reject_low, float reject_high, float log_ratio_clamp)
     -> (Tensor weights, Tensor keep, Tensor stats)
-value_loss(Tensor values, Tensor old_values, Tensor returns, Tensor? mask, Tensor? row_weight,
-    Tensor? normalizer, Tensor? cu_seqlens, float cliprange_value, bool grad)
-    -> (Tensor loss, Tensor stats, Tensor grad, Tensor inv_normalizer)
 
 // Rows in groups of group_size; scores [B]. variant: 0 separate, 1 joint. The rest as in policy_loss, the
 // normalizer's None being the number of pairs.
