@@ -88,6 +88,14 @@ $(PEERS): bench/peers.txt $(INSTALLED)
 	@$(RUN) -m pip --disable-pip-version-check install --quiet --no-deps --target build/peers $(PIP_ARGS) -r bench/peers.txt \
 	  && touch $@ || echo "Not all could be fetched: their rows will be skipped"
 
+# TRL with what its trainers import, and what verl, OpenRLHF and SkyRL import, where only the part `adapters` of verify looks.
+ADAPTERS := build/adapters/.installed
+$(ADAPTERS): tests/verify/adapters/packages.txt bench/trainers.txt $(INSTALLED)
+	@rm -rf build/adapters build/trainers
+	@$(RUN) -m pip --disable-pip-version-check install --quiet --no-deps --target build/trainers $(PIP_ARGS) -r bench/trainers.txt \
+	  && $(RUN) -m pip --disable-pip-version-check install --quiet --no-deps --target build/adapters $(PIP_ARGS) \
+	  -r tests/verify/adapters/packages.txt && touch $@ || echo "Not all could be fetched: what needs it will be skipped"
+
 bench: build $(if $(filter none,$(VENV)),,$(PEERS))
 	@$(RUN) -m bench $(ARGS)
 
@@ -102,7 +110,8 @@ $(VENV)/.docs: $(INSTALLED)
 	@$(PIP) --no-build-isolation --editable ".[docs]"
 	@touch $@
 
-verify: build
+TRAINERS := $(if $(filter none,$(VENV)),,$(if $(PART),$(if $(filter adapters,$(PART)),$(PEERS) $(ADAPTERS)),$(PEERS) $(ADAPTERS)))
+verify: build $(TRAINERS)
 	@$(RUN) -m tests.verify $(PART) $(if $(ARGS),$(if $(PART),--) $(ARGS))
 
 wheel: $(INSTALLED)

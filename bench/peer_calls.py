@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import importlib.util
 import math
+import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from importlib.metadata import distribution
 from types import ModuleType, SimpleNamespace
 
@@ -43,7 +45,13 @@ def load_trl() -> SimpleNamespace:
         fused = _module("trl", "trl/kernels/logprob_entropy.py")
         given["_fused_logprob_entropy"] = fused.selective_log_softmax_and_entropy
     names = ("selective_log_softmax", "entropy_from_logits", "selective_log_softmax_and_entropy")
-    return SimpleNamespace(**functions("trl", "trl/trainer/utils.py", *names, **given))
+    # What the backward imports of the package: a context for weights that ZeRO-3 has parted.
+    utils = sys.modules["bench_trl.trainer.utils"] = ModuleType("bench_trl.trainer.utils")
+    utils.maybe_gather_lm_head_ctx = lambda *_parameters: nullcontext()
+    chunked = functions(
+        "trl", "trl/kernels/chunked_logprob.py", "ChunkedLogProbFunction", __package__="bench_trl.kernels"
+    )
+    return SimpleNamespace(**functions("trl", "trl/trainer/utils.py", *names, **given), **chunked)
 
 
 def as_sequences(logits, labels):
@@ -60,6 +68,24 @@ def trl_logprobs(trl, logits, labels):
 def trl_entropy(trl, logits, labels):
     logits, labels = as_sequences(logits, labels)
     return lambda: tuple(x.flatten() for x in trl.selective_log_softmax_and_entropy(logits, labels))
+
+
+def trl_linear(trl, hidden, weight, labels):
+    apply, chunk = trl.ChunkedLogProbFunction.apply, 32768  # as its trainers have it
+    return lambda: apply(hidden, weight, None, labels, 1.0, chunk, None, 1.0, ())[0]
+
+
+def trl_linear_policy_loss(trl, hidden, weight, labels, old_logprobs, advantages, mask):
+    """Its GRPO loss: log-probabilities of the rows that count, then a few lines of PyTorch."""
+    y, old, count = labels[mask], old_logprobs[mask], mask.sum()
+    a = advantages[:, None].expand_as(mask)[mask]
+    apply, chunk = trl.ChunkedLogProbFunction.apply, 32768
+
+    def call():
+        ratio = (apply(hidden[mask], weight, None, y, 1.0, chunk, None, 1.0, ())[0] - old).exp()
+        return -torch.min(a * ratio, a * ratio.clamp(1 - CLIP, 1 + CLIP)).sum() / count
+
+    return call
 
 
 class _Config(SimpleNamespace):
@@ -146,7 +172,12 @@ def verl_penalty(verl, logprobs, ref_logprobs, scores, mask, estimator):
 def verl_experience(verl, values, **rollout):
     rewards = verl_penalty(verl, **rollout, estimator="k1")
     mask = rollout["mask"].long()
-    return lambda: verl.compute_gae_advantage_return(rewards(), values, mask, GAMMA, LAM)
+
+    def call():
+        r = rewards()
+        return r, *verl.compute_gae_advantage_return(r, values, mask, GAMMA, LAM)
+
+    return call
 
 
 def verl_policy_loss(verl, logprobs, old_logprobs, advantages, mask, loss="vanilla"):
@@ -298,6 +329,10 @@ def quack_logprobs(quack, logits, labels):
 
 def torch_logprobs(_, logits, labels):
     return lambda: -torch.nn.functional.cross_entropy(logits, labels, reduction="none")
+
+
+def torch_linear(_, hidden, weight, labels):
+    return lambda: -torch.nn.functional.linear_cross_entropy(hidden, weight, labels, reduction="none")
 
 
 def _at_last_token(scores: Tensor, mask: Tensor) -> Tensor:

@@ -35,14 +35,23 @@ def imported(module: str) -> Callable[[], ModuleType]:
 
 LOGPROBS, ENTROPY, BACKWARD = "token_logprobs", "token_logprobs + entropy", "token_logprobs fwd+bwd"
 FROM_LOGITS = "token_logprobs + policy_loss fwd+bwd"
+LINEAR, LINEAR_BACKWARD = "linear_token_logprobs", "linear_token_logprobs fwd+bwd"
+LINEAR_LOSS = "linear_policy_loss fwd+bwd"
 
 #: In the order of the report's columns.
 PEERS = {
     "TRL": Peer(
         "trl",
         calls.load_trl,
-        "functions of trl/trainer/utils.py (the package imports accelerate and datasets)",
-        {LOGPROBS: calls.trl_logprobs, BACKWARD: calls.trl_logprobs, ENTROPY: calls.trl_entropy},
+        "functions of trl/trainer/utils.py and trl/kernels (the package imports accelerate and datasets)",
+        {
+            LOGPROBS: calls.trl_logprobs,
+            BACKWARD: calls.trl_logprobs,
+            ENTROPY: calls.trl_entropy,
+            LINEAR: calls.trl_linear,
+            LINEAR_BACKWARD: calls.trl_linear,
+            LINEAR_LOSS: calls.trl_linear_policy_loss,
+        },
     ),
     "verl": Peer(
         "verl",
@@ -110,6 +119,12 @@ PEERS = {
         "imported",
         {LOGPROBS: calls.quack_logprobs, BACKWARD: calls.quack_logprobs},
         device="cuda",
+    ),
+    "F.linear_cross_entropy": Peer(
+        "torch",
+        imported("torch"),
+        "imported; torch >= 2.13",
+        {LINEAR: calls.torch_linear, LINEAR_BACKWARD: calls.torch_linear},
     ),
     "F.cross_entropy": Peer(
         "torch",

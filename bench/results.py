@@ -193,7 +193,11 @@ def error_table(results: Results) -> Table:
         "Against the reference in float64: the largest error over the largest value of an output, worst of the outputs "
         "that the provider returns. A result rounded to bf16 is off by up to 4e-3."
     )
-    return _per_provider(results, "Error", note, lambda row: f"{row['extra_info']['error']:.0e}")
+
+    def show(row: Bench) -> str:
+        return f"{row['extra_info']['error']:.0e}" if "error" in row["extra_info"] else ""
+
+    return _per_provider(results, "Error", note, show)
 
 
 def device_table(results: Results) -> Table:

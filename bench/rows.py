@@ -18,9 +18,10 @@ from ppo_kernels import _native, backends
 
 OURS = ("cpu", "cuda", "triton")
 REFERENCE, EAGER, COMPILE, BARE = "reference", "eager", "torch.compile", "bare op"
+PRODUCTS = "matrix products"  # and nothing else: what they would be the least of
 PORTABLE = "portable loops"  # "cpu" as it is without AVX-512
 #: The order of columns.
-PROVIDERS = (*OURS, PORTABLE, BARE, REFERENCE, EAGER, COMPILE, *peers.PEERS)
+PROVIDERS = (*OURS, PORTABLE, BARE, PRODUCTS, REFERENCE, EAGER, COMPILE, *peers.PEERS)
 #: What a run may be cut into: our own rows first, as a machine with a GPU may be there for minutes.
 PHASES = ("ours", "others", "compile")
 #: Of shapes: small ones, those of the targets with other libraries (full) and without them (quick), those for a GPU,
@@ -29,7 +30,7 @@ SIZES = (*MEASURED, "gpu", "tiny")
 
 
 def phase(provider: str) -> str:
-    if provider in (*OURS, PORTABLE, BARE):
+    if provider in (*OURS, PORTABLE, BARE, PRODUCTS):
         return "ours"
     return "compile" if provider == COMPILE else "others"
 
@@ -44,9 +45,13 @@ class Setup:
     @cached_property
     def inputs(self) -> Inputs:
         inputs = self.case.inputs(torch.Generator(DEVICE).manual_seed(0), self.case.dtype, *self.shape)
-        if self.case.leaf:
-            inputs[self.case.leaf].requires_grad_()
+        for name in self.leaves:
+            inputs[name].requires_grad_()
         return inputs
+
+    @property
+    def leaves(self) -> list[str]:
+        return [name for name in (self.case.leaf, *self.case.also) if name]
 
     @cached_property
     def moved(self) -> int:
@@ -63,14 +68,14 @@ class Setup:
         return {}
 
     def finish(self, outputs: object, inputs: Inputs | None = None) -> list[Tensor]:
-        """The outputs as a flat list, and second the gradient of the first one where the case has a leaf."""
+        """The outputs as a flat list, and second the gradients of the first one where the case has leaves."""
         found = flat(outputs)
         if self.case.leaf:
             first, kind = found[0], (found[0].shape, found[0].dtype)
             if kind not in self.incoming:
                 self.incoming[kind] = torch.ones_like(first)
-            leaf = (inputs or self.inputs)[self.case.leaf]
-            found.insert(1, torch.autograd.grad(first, leaf, self.incoming[kind])[0])
+            leaves = [(inputs or self.inputs)[name] for name in self.leaves]
+            found[1:1] = torch.autograd.grad(first, leaves, self.incoming[kind])
         return found
 
     def exact(self) -> list[Tensor]:
@@ -135,6 +140,7 @@ def of(case: Case, shape: Shape, size: str, *, compiled: bool, file: str) -> lis
     others = set(peers.for_work(case.work)) & ({"F.cross_entropy"} if size == "quick" else peers.PEERS.keys())
     left_out = {
         *([] if case.bare else [BARE]),
+        *([] if case.products else [PRODUCTS]),
         *([] if case.portable_loops and DEVICE == "cpu" else [PORTABLE]),
         *([] if compiled else [COMPILE]),
         *([EAGER] if case.time_loop and DEVICE == "cuda" else []),  # it takes seconds
@@ -202,6 +208,8 @@ def call_of(setup: Setup, provider: str) -> Callable[[Inputs], Callable[[], obje
         raise AbsentError('"cpu" runs the portable loops: they were chosen, or this CPU has no AVX-512')
     if provider == COMPILE and case.time_loop:
         raise AbsentError("the loop over time would be unrolled into one graph of T steps")
+    if provider == PRODUCTS:
+        return lambda inputs: case.products(**inputs)
     impl = {PORTABLE: "cpu", REFERENCE: "torch", COMPILE: "torch"}.get(provider, provider)
     function = {EAGER: case.eager, BARE: case.bare}.get(provider) or case.call(impl)
     if provider == COMPILE:

@@ -1,5 +1,6 @@
 """The documentation: ``make docs`` builds it into build/docs. The page of an op is its docstring."""
 
+import re
 from pathlib import Path
 
 import ppo_kernels
@@ -32,3 +33,13 @@ def write_op_pages() -> None:
 
 
 write_op_pages()
+
+
+def one_error_per_line(_app, _what, _name, _object, _options, lines: list[str]) -> None:
+    """The docstrings say what is raised in a paragraph; the page has it as a list."""
+    text = "\n".join(lines)
+    lines[:] = re.sub(r"(?<=\S)\s+((?:Value|Type|Runtime)Error: )", r"\n    \1", text).split("\n")
+
+
+def setup(app) -> None:
+    app.connect("autodoc-process-docstring", one_error_per_line, priority=400)  # before napoleon reads it

@@ -6,11 +6,14 @@ Every function takes ``impl="auto"``: a compiled kernel where one serves the ten
 
 from __future__ import annotations
 
+import os as _os
+
 from ppo_kernels._process import refuse_another_interpreter as _refuse_another_interpreter
 
 __version__ = "0.1.0"
 
 __all__: list[str] = [
+    "Experience",
     "ImportanceStats",
     "P3OStats",
     "PolicyStats",
@@ -20,11 +23,12 @@ __all__: list[str] = [
     "group_advantages",
     "importance_weights",
     "kl_rewards",
+    "linear_policy_loss",
+    "linear_token_logprobs",
     "moments",
     "p3o_loss",
     "policy_loss",
-    "selective_log_softmax",
-    "selective_log_softmax_and_entropy",
+    "prepare_experience",
     "status",
     "token_logprobs",
     "value_loss",
@@ -45,7 +49,7 @@ except (Exception, SystemExit) as _error:  # `python -m ppo_kernels.env` must st
         raise AttributeError(f"module 'ppo_kernels' has no attribute {name!r}")
 
 else:
-    from ppo_kernels._types import ImportanceStats, P3OStats, PolicyStats, ValueStats
+    from ppo_kernels._types import Experience, ImportanceStats, P3OStats, PolicyStats, ValueStats
     from ppo_kernels.backends import log_choice as _log_choice
     from ppo_kernels.backends import status
     from ppo_kernels.ops.aggregation_weights import aggregation_weights
@@ -53,14 +57,17 @@ else:
     from ppo_kernels.ops.group_advantages import group_advantages
     from ppo_kernels.ops.importance_weights import importance_weights
     from ppo_kernels.ops.kl_rewards import kl_rewards
+    from ppo_kernels.ops.linear_policy_loss import linear_policy_loss
+    from ppo_kernels.ops.linear_token_logprobs import linear_token_logprobs
     from ppo_kernels.ops.p3o_loss import p3o_loss
     from ppo_kernels.ops.policy_loss import policy_loss
-    from ppo_kernels.ops.token_logprobs import (
-        selective_log_softmax,
-        selective_log_softmax_and_entropy,
-        token_logprobs,
-    )
+    from ppo_kernels.ops.prepare_experience import prepare_experience
+    from ppo_kernels.ops.token_logprobs import token_logprobs
     from ppo_kernels.ops.value_loss import value_loss
     from ppo_kernels.ops.whiten import moments, whiten
 
     _log_choice()
+    if "PPO_KERNELS_PATCH" in _os.environ:
+        from ppo_kernels.integrations import from_environment as _patch_trainers
+
+        _patch_trainers()

@@ -125,3 +125,12 @@ class P3OStats(NamedTuple):
     margin: Tensor  #: mean of sign(r_i - r_j) (S_i - S_j): how far the policy prefers the better response, in nats
     accuracy: Tensor  #: share where (r_i - r_j) (S_i - S_j) > 0
     count: Tensor  # type: ignore[assignment]  #: number of pairs
+
+
+class Experience(NamedTuple):
+    """What ``prepare_experience`` makes of a rollout."""
+
+    rewards: Tensor
+    advantages: Tensor  #: whitened
+    returns: Tensor  #: advantages before whitening, plus values
+    kl: Tensor  #: the KL estimate summed over each sequence, [B]

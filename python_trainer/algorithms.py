@@ -1,6 +1,6 @@
 """Algorithms, a class each: what it needs, how it makes advantages of scores, and its loss."""
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch.nn.functional import logsigmoid
@@ -63,6 +63,8 @@ class Algorithm:
         if self.place == "loss" and self.estimator in ("k1", "abs"):
             raise ValueError(f"kl_in loss needs kl_estimator k2 or k3: {self.estimator} has no such gradient")
         self.mode = config.loss_aggregation or self.aggregation
+        if config.surrogate != "clip" or config.importance_sampling_level != "token":
+            policy_loss(*torch.zeros(3, 1, 1), **self._surrogate)  # refuses what does not go together
 
     def _refuse_what_is_not_read(self) -> None:
         algorithm, config = self.config.algorithm, self.config
@@ -131,8 +133,7 @@ class Algorithm:
             batch.logprobs,
             advantages,
             batch.mask,
-            cliprange=self.clip_bounds,
-            dual_clip=config.dual_clip,
+            **self._surrogate,
             ref_logprobs=batch.ref_logprobs if in_loss else None,
             kl_coef=self.kl.coef if in_loss else 0.0,
             kl_estimator=self.estimator if in_loss else "k2",
@@ -146,6 +147,16 @@ class Algorithm:
             "policy/dual_clipfrac_avg": stats.dual_clipfrac,
             "val/ratio": stats.ratio_mean,
             "val/ratio_var": stats.ratio_var,
+        }
+
+    @property
+    def _surrogate(self) -> dict[str, Any]:
+        config = self.config
+        return {
+            "surrogate": config.surrogate,
+            "importance_sampling_level": config.importance_sampling_level,
+            "cliprange": self.clip_bounds,
+            "dual_clip": config.dual_clip,
         }
 
     @property

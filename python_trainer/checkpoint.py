@@ -54,6 +54,7 @@ FREE_TO_CHANGE = {
     "deepspeed",
     "lora_save",
     "attn_implementation",
+    "fused_head",
 }
 
 # What must be the same when a run continues, and is looked at itself; so where it lies may change.
@@ -320,7 +321,8 @@ def _content(folder: Path, *, listed: bool = True) -> dict[str, Any]:
 
 
 def _refuse_changes(folder: Path, content: dict[str, Any], now: dict[str, Any]) -> None:
-    before = by_new_names(content["config"])
+    # Settings that came after it was written were at their defaults.
+    before = {field.name: field.default for field in dataclasses.fields(PPOConfig)} | by_new_names(content["config"])
     free = FREE_TO_CHANGE | (PLACES if content["memory"].keys() >= SAME.keys() else set())
     changed = [name for name in now if name not in free and before.get(name) != now[name]]
     if changed:

@@ -129,7 +129,7 @@ class RunConfig:
     )
     bf16: bool = HfArg(default=False, help="Train in bfloat16 with float32 optimizer state.")
     fp16: bool = HfArg(default=False, help="Train in float16 with a dynamic loss scale; CUDA only.")
-    preset: Literal["ds_chat", "instruct_gpt", "trl", "p3o"] | None = HfArg(
+    preset: Literal["ds_chat", "instruct_gpt", "trl", "p3o", "gspo", "dapo", "cispo"] | None = HfArg(
         default=None, help="Settings of a known recipe (presets/); the file and the command line stand above them."
     )
     deepspeed: str = HfArg(default="ds_zero0.json", help="DeepSpeed configuration: a path, or a name in configs/.")

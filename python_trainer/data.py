@@ -35,6 +35,7 @@ class Policy:
         self.impl = impl
         self.stop_strings = stop_strings  # beside end_ids
         self.vocabulary = vocabulary  # the tokenizer's ids: a model may have more, which are never drawn
+        self.head: Any = None  # a FusedHead scores without logits
         self.copy: PreTrainedModel | None = None  # what generates where the model itself is partitioned
 
     @property

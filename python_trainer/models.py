@@ -29,6 +29,7 @@ from .deepspeed_engine import (
     weights_here,
 )
 from .distributed import gathered_params, merged_weights
+from .fused_head import fused_head
 from .ppo_config import CompareConfig, PPOConfig
 from .pretrained import (
     Origin,
@@ -138,11 +139,11 @@ def build_models(
         critic = Trainable(body, config, rate, config.total_steps * per_step)
     updates = (config.total_steps - config.critic_warmup_steps) * per_step
     actor = Trainable(adapted(policy, config, config.lora_r), config, config.learning_rate, max(updates, 1))
-    return Models(
-        Policy(actor, config.temperature, config.ops_impl, strings, tokens),
-        Policy(reference, config.temperature, config.ops_impl, strings, tokens),
-        critic,
-    )
+    sampled = (config.temperature, config.ops_impl, strings, tokens)
+    models = Models(Policy(actor, *sampled), Policy(reference, *sampled), critic)
+    for policy in (models.actor, models.reference):
+        policy.head = fused_head(policy.module, config.fused_head)
+    return models
 
 
 def starting_point(config: PPOConfig, task: Task) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:

@@ -20,6 +20,8 @@ USED_BY = {
     "whiten_rewards": ("ppo",),
     "whiten_advantages": WHITENED,
     "loss_aggregation": PER_TOKEN,
+    "surrogate": PER_TOKEN,
+    "importance_sampling_level": PER_TOKEN,
     "cliprange": (*RATIO, "p3o"),
     "cliprange_high": RATIO,
     "dual_clip": RATIO,
@@ -84,6 +86,12 @@ class PPOConfig(SamplingConfig, OptimizerConfig):
     )
     whiten_rewards: bool = HfArg(default=False, help="Scale rewards to unit variance, keeping their mean.")
     whiten_advantages: bool = HfArg(default=True, help="Whiten advantages (ppo, reinforce++) over the global batch.")
+    surrogate: Literal["clip", "cispo", "sapo", "dppo_tv", "dppo_kl"] = HfArg(
+        default="clip", help="What the loss makes of the policy ratio (docs/losses.md)."
+    )
+    importance_sampling_level: Literal["token", "sequence", "sequence_token", "geometric"] = HfArg(
+        default="token", help="Whose ratio: a token's, or its response's (sequence: GSPO; geometric: GMPO)."
+    )
     cliprange: float = HfArg(default=0.2, help="Clip range of the policy ratio.")
     cliprange_high: float | None = HfArg(default=None, help="Clip range above 1 (DAPO: 0.28). Default: cliprange.")
     dual_clip: float | None = HfArg(
@@ -97,6 +105,11 @@ class PPOConfig(SamplingConfig, OptimizerConfig):
     loss_aggregation: (
         Literal["token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm"] | None
     ) = HfArg(default=None, help="How token losses add up. Default: the algorithm's own.")
+    fused_head: Literal["auto", "on", "off"] = HfArg(
+        default="auto",
+        help="Log-probabilities from hidden states, without logits. auto: where those of a micro-batch would take more "
+        "than 256 MiB, the head is a linear layer, at most scaled and capped, and ZeRO is below 3.",
+    )
     entropy_coef: float = HfArg(default=0.0, help="Weight of the entropy bonus in the loss.")
     mask_truncated_completions: bool = HfArg(
         default=False, help="Learn nothing from responses that do not end; they still count in the baselines."

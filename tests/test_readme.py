@@ -14,7 +14,8 @@ from tests.lib.trainer import metric_rows
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
 PAGES = [README, ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
-OTHERS = ("trl", "verl", "openrlhf", "skyrl")  # their examples run where those are installed: make verify PART=adapters
+# Their examples run where those are installed: make verify PART=adapters.
+OTHERS = ("trl", "verl", "openrlhf", "skyrl", "deepspeed_chat")
 EXAMPLES = [
     pytest.param(code, id=f"{page.stem}-{i}")
     for page in PAGES[1:]
@@ -69,6 +70,11 @@ def test_every_public_name_is_mentioned_or_reachable_from_one_that_is():
     import ppo_kernels
 
     text = README.read_text()
-    results = {"PolicyStats": "policy_loss", "ValueStats": "value_loss", "P3OStats": "p3o_loss"}
+    results = {
+        "PolicyStats": "policy_loss",
+        "ValueStats": "value_loss",
+        "P3OStats": "p3o_loss",
+        "Experience": "prepare_experience",
+    }
     for name in ppo_kernels.__all__:
         assert results.get(name, name) in text, f"README.md does not mention {name}"

@@ -1,14 +1,10 @@
-"""Token log-probabilities as a function in a program: views, incoming gradients, in-place, TRL's names, errors."""
-
-import inspect
+"""Token log-probabilities as a function in a program: views, incoming gradients, in-place, errors."""
 
 import pytest
 import torch
 
-import ppo_kernels
 from bench import oracle
-from ppo_kernels import selective_log_softmax, selective_log_softmax_and_entropy, token_logprobs
-from ppo_kernels.integrations import trl
+from ppo_kernels import token_logprobs
 from tests.lib.checks import logits_and_labels as make
 from tests.lib.devices import KERNELS
 from tests.lib.helpers import NAN, assert_close_to_oracle, assert_raises, bit_equal, in_fresh_process, strided
@@ -194,66 +190,6 @@ def test_inplace_backward_is_refused_where_it_would_destroy_something(impl):
     assert torch.equal(leaf.detach(), values)
 
 
-@pytest.mark.parametrize("shape", [(40,), (5, 40), (2, 3, 40)])
-@pytest.mark.parametrize("many", [None, 1, 3])
-@pytest.mark.parametrize("index_dtype", [torch.int32, torch.int64])
-def test_selective_log_softmax_is_a_gather_of_log_softmax(shape, many, index_dtype):
-    logits = torch.randn(shape).requires_grad_()
-    index = torch.randint(0, 40, shape[:-1] if many is None else (*shape[:-1], many)).to(index_dtype)
-    got = selective_log_softmax(logits, index)
-    log_p = torch.log_softmax(logits, -1)
-    want = log_p.gather(-1, (index[..., None] if many is None else index).long()).reshape(index.shape)
-    torch.testing.assert_close(got, want, rtol=0, atol=2e-6)
-    grad_output = torch.randn(index.shape)
-    grads = [torch.autograd.grad(x, logits, grad_output)[0] for x in (got, want)]
-    torch.testing.assert_close(*grads, rtol=0, atol=2e-6)
-
-
-@pytest.mark.parametrize("temperature", [0.7, "0-d", "rows"])
-@pytest.mark.parametrize("many", [None, 3])
-def test_selective_log_softmax_with_temperature_and_row_mask(temperature, many):
-    logits = torch.randn(2, 3, 40)
-    tau = {"0-d": torch.tensor(0.7), "rows": torch.rand(2, 3) + 0.5}.get(temperature, temperature)
-    index = torch.randint(0, 40, (2, 3) if many is None else (2, 3, many))
-    mask = torch.tensor([[1, 0, 1], [0, 1, 1]])
-    logits[mask == 0] = NAN
-    got = selective_log_softmax(logits, index, tau, mask)
-    wide = index[..., None] if many is None else index
-    rows_tau = tau[..., None] if temperature == "rows" else tau
-    want = torch.log_softmax(logits / rows_tau, -1).gather(-1, wide)
-    want = want.masked_fill(mask[..., None] == 0, 0.0).reshape(index.shape)
-    torch.testing.assert_close(got, want, rtol=0, atol=3e-6)
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-def test_selective_log_softmax_and_entropy_of_trl_kernels(dtype):
-    names = ["logits", "index", "temperature", "row_mask"]
-    for fn in (selective_log_softmax, selective_log_softmax_and_entropy):
-        parameters = inspect.signature(fn).parameters
-        assert list(parameters)[:4] == names
-        assert [parameters[n].default for n in names[2:]] == [1.0, None]
-    logits, index = make(6, 40, dtype)
-    mask = torch.tensor([1, 0, 1, 1, 1, 0])
-    leaf = logits.clone().requires_grad_()
-    logp, h = selective_log_softmax_and_entropy(leaf, index, 0.7, mask)
-    assert logp.dtype == h.dtype == torch.float32
-    assert h.requires_grad
-    assert bit_equal((logp, h), token_logprobs(leaf, index, temperature=0.7, mask=mask, entropy=True))
-    assert ppo_kernels.selective_log_softmax_and_entropy is selective_log_softmax_and_entropy
-
-
-def test_selective_log_softmax_and_entropy_of_trl_trainer_utils():
-    assert list(inspect.signature(trl.selective_log_softmax_and_entropy).parameters)[2] == "entropy_requires_grad"
-    assert trl.selective_log_softmax is selective_log_softmax
-    logits, index = make(6, 40)
-    leaf = logits.clone().requires_grad_()
-    for wanted in (True, False):
-        logp, h = trl.selective_log_softmax_and_entropy(leaf, index, wanted, temperature=0.7, row_mask=torch.ones(6))
-        assert logp.requires_grad
-        assert h.requires_grad == wanted
-        assert bit_equal((logp, h), selective_log_softmax_and_entropy(leaf, index, 0.7))
-
-
 @pytest.mark.parametrize("bad", [-1, 30, 2**40, -101])
 def test_validate_names_a_bad_label(impl, bad):
     logits, labels = make(4, 30)
@@ -301,11 +237,3 @@ def test_wrong_arguments_are_named(impl, change, error, mentions):
     assert_raises(
         error, lambda: token_logprobs(arguments.pop("logits"), arguments.pop("labels"), **arguments), *mentions
     )
-
-
-@pytest.mark.parametrize(
-    "index",
-    [torch.zeros(4, dtype=torch.int64), torch.zeros(3, 2, 2, dtype=torch.int64), torch.zeros((), dtype=torch.int64)],
-)
-def test_wrong_trl_index_is_named(index):
-    assert_raises((TypeError, ValueError), lambda: selective_log_softmax(torch.randn(3, 4), index), "(3,)")

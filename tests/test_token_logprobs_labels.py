@@ -4,8 +4,7 @@ import pytest
 import torch
 
 from bench import oracle
-from ppo_kernels import selective_log_softmax, selective_log_softmax_and_entropy, token_logprobs
-from ppo_kernels.integrations import trl
+from ppo_kernels import token_logprobs
 from tests.lib.checks import check_token_logprobs as check
 from tests.lib.devices import KERNELS
 from tests.lib.helpers import INF, NAN, assert_raises, bit_equal, grad_of
@@ -241,16 +240,6 @@ def test_compiled_and_vmapped_calls_have_the_values_of_eager_ones(require_impl, 
     if impl != "triton":  # the interpreter cannot be traced
         compiled = grad_of(torch.compile(lambda x: loss(x, labels, mask), backend="aot_eager"), logits)[1]
         torch.testing.assert_close(compiled, want, rtol=0, atol=0)
-
-
-def test_names_of_trl_are_thin():
-    logits, labels = make(6, 40, 3, torch.bfloat16)
-    mask = torch.rand(6, 3) < 0.6
-    for row_mask in (None, mask, mask[:, 0]):
-        want = token_logprobs(logits, labels, temperature=0.7, mask=row_mask, entropy=True)
-        assert bit_equal(selective_log_softmax(logits, labels, 0.7, row_mask), want[0])
-        assert bit_equal(selective_log_softmax_and_entropy(logits, labels, 0.7, row_mask), want)
-        assert bit_equal(trl.selective_log_softmax_and_entropy(logits, labels, False, 0.7, row_mask), want)
 
 
 WRONG = [

@@ -21,6 +21,7 @@ from torch import Tensor
 import ppo_kernels
 from bench import oracle
 from ppo_kernels import backends
+from ppo_kernels._compositions import compositions
 
 Inputs = dict[str, Tensor]
 Shape = tuple[int, ...]
@@ -149,6 +150,7 @@ class Case:
     options: Mapping[str, object] = field(default_factory=dict)
     function: Callable[..., object] | None = None  # of a chain; else the public function of the op
     leaf: str | None = None  # the input that is differentiated
+    also: tuple[str, ...] = ()  # others whose gradients are timed with it
 
     # For the contracts (tests/lib/cases.py), where a shape is (batch, length) and every optional input is given.
     contract: bool = False
@@ -159,6 +161,7 @@ class Case:
     vocabulary: bool = False  # the last dimension of the input is V
     output_dtype: torch.dtype | None = None  # else float32, and float64 where an input is that
     differentiable_outputs: int = 1
+    matrix_products: bool = False  # torch's: they round with the shape and with the number of threads
     gradcheck: bool = True  # the gradient is that of the loss: nothing in it is constant by definition
     reach: Calls = REACH  # what reaches every kernel
     # What makes many blocks hand one another their parts at the same time: of all of a GPU ("gpu"), and as few as show
@@ -180,6 +183,7 @@ class Case:
     eager: Callable[..., object] | None = None  # the same in the few lines of a trainer; its outputs are our first ones
     time_loop: bool = False  # ... which are a Python loop over time
     bare: Callable[..., object] | None = None  # the registered op without the public function around it
+    products: Callable[..., Callable] | None = None  # the matrix products alone that the work consists of
     portable_loops: bool = False  # the CPU op has loops for AVX-512, which a row compares with the portable ones
     moved: Callable[[Inputs], int] | None = None  # bytes that have to be read and written at least, gradients too
     tolerance: float = 1e-5
@@ -198,6 +202,11 @@ class Case:
     @property
     def name(self) -> str:
         return f"{self.op}:{self.variant}" if self.variant else self.op
+
+    @property
+    def composed(self) -> bool:
+        """Made of other ops: it has no kernel of its own."""
+        return self.op in compositions()
 
     @property
     def differentiable(self) -> int:
@@ -306,7 +315,8 @@ def _found() -> tuple[Case, ...]:
     for module in pkgutil.iter_modules(__path__):
         part = importlib.import_module(f"{__name__}.{module.name}")
         cases += (replace(case, file=module.name) for case in part.CASES)
-    return tuple(sorted(cases, key=lambda case: (backends.OPS.index(case.op), case.file != case.op)))
+    ops = (*backends.OPS, *compositions())
+    return tuple(sorted(cases, key=lambda case: (ops.index(case.op), case.file != case.op)))
 
 
 CASES = _found()

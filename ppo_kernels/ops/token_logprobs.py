@@ -372,29 +372,3 @@ def _validate(logits: Tensor, labels: Tensor, mask: Tensor | None, rows: Tensor 
         )
     if rows is not None and not bool((rows > 0).all()):
         raise ValueError(f"token_logprobs: every temperature must be > 0, the least is {float(rows.min())}")
-
-
-@partial(public, differentiable=True)
-def selective_log_softmax(
-    logits: Tensor, index: Tensor, temperature: float | Tensor = 1.0, row_mask: Tensor | None = None
-) -> Tensor:
-    """TRL's name and arguments for :func:`token_logprobs`: ``index`` is ``[...]`` or ``[..., K]`` for K labels a row.
-
-    ``row_mask`` is ``[...]`` or of the shape of ``index``.
-    """
-    op = "selective_log_softmax"
-    check_floating(op, "logits", logits)
-    check_integer(op, "index", index)
-    return token_logprobs(logits, index, temperature=temperature, mask=row_mask)
-
-
-@partial(public, differentiable=True)
-def selective_log_softmax_and_entropy(
-    logits: Tensor, index: Tensor, temperature: float | Tensor = 1.0, row_mask: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """``trl.kernels``' name and arguments for :func:`token_logprobs` with a differentiable entropy.
-
-    The form of ``trl.trainer.utils``, whose third argument is ``entropy_requires_grad``, is in
-    ``ppo_kernels.integrations.trl``.
-    """
-    return token_logprobs(logits, index, temperature=temperature, mask=row_mask, entropy=True)

@@ -219,6 +219,18 @@ def test_a_checkpoint_of_before_that_knows_no_data_holds_to_their_place(tiny, tm
         tiny(**files | {"data_path": str(tmp_path / "elsewhere")}, resume_from_checkpoint="latest")
 
 
+def test_a_checkpoint_of_before_a_setting_had_its_default(tiny, tmp_path):
+    tiny(save_steps=1, total_steps=1).train()
+    folder = tmp_path / "run" / "train" / "checkpoints" / "step-000001"
+    content = json.loads((folder / checkpoint.STATE).read_text())
+    del content["config"]["surrogate"]
+    (folder / checkpoint.STATE).write_text(json.dumps(content))
+    commit(folder)
+    assert tiny(save_steps=1, resume_from_checkpoint="latest").done == 1
+    with pytest.raises(UserError, match=r"other settings: cliprange \(was"):
+        tiny(save_steps=1, resume_from_checkpoint="latest", cliprange=0.3)
+
+
 def test_a_fingerprint_of_weights_is_of_all_of_them(tiny):
     """At every ZeRO stage, in which the parts of a rank differ."""
     prints = {deepspeed_engine.fingerprint(tiny(deepspeed=f"ds_zero{n}.json").reference.module) for n in (0, 3)}

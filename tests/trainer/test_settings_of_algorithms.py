@@ -17,6 +17,8 @@ OTHER = {  # values that matter where the setting is read at all
     "whiten_rewards": [True],
     "whiten_advantages": [False],
     "loss_aggregation": ["seq-mean-token-sum", "seq-mean-token-mean"],
+    "surrogate": ["cispo", "sapo", "dppo_tv", "dppo_kl"],
+    "importance_sampling_level": ["sequence", "sequence_token", "geometric"],
     "cliprange": [0.01, 100.0],
     "cliprange_high": [0.01, 2.0],
     "dual_clip": [1.05],
@@ -81,3 +83,16 @@ def test_what_is_not_read_is_refused_or_named(algorithm, capsys):
                 load_algorithm(config, KlControl(config))
     said = capsys.readouterr().err
     assert all((f"no use for {name}" in said) == (algorithm not in USED_BY[name]) for name in NAMED)
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"surrogate": "cispo", "dual_clip": 3.0}, "dual_clip"),
+        ({"surrogate": "dppo_tv", "importance_sampling_level": "sequence"}, "dppo_tv"),
+    ],
+)
+def test_what_does_not_go_together_is_refused_before_the_first_step(given, said):
+    config = settings("grpo", **given)
+    with pytest.raises(UserError, match=said):
+        load_algorithm(config, KlControl(config))

@@ -16,9 +16,11 @@ from tests.lib.checkout import ROOT, environment
 
 LOGS = ROOT / "build" / "verify"
 OPS = "--ignore tests/verify --ignore tests/trainer --ignore tests/test_bench.py"
+LIBRARIES = "--ignore tests/verify/trainer --ignore tests/verify/adapters"
 WITH_CUDA = "tests --ignore tests/trainer --ignore tests/test_bench.py " + " ".join(
     f"--ignore tests/verify/{name}"
     for name in (
+        "adapters",
         "aot",
         "mutants",
         "trainer",
@@ -49,7 +51,7 @@ PARTS = {
     "parity": "pytest tests/verify/test_parity.py -rs",
     "fuzz": "tests.verify.fuzz",
     "sizes": "pytest tests/verify/test_sizes.py -n 2",
-    "properties": "pytest tests/verify -n 2 --dist loadfile -k properties --ignore tests/verify/trainer",
+    "properties": f"pytest tests/verify -n 2 --dist loadfile -k properties {LIBRARIES}",
     "factorial": f"pytest tests -n 2 --dist loadfile --tier rest -k 'not triton and not cuda' {OPS}",
     "triton": f"pytest tests -n 2 --dist loadfile --tier rest -k triton {OPS}",
     "mutants": "tests.verify.mutants.run",
@@ -57,6 +59,7 @@ PARTS = {
     "faults": "tests.verify.trainer.faults",
     "hostile": "tests.verify.trainer.hostile",
     "learn": "pytest tests/verify/trainer/test_learn.py -m learn",
+    "adapters": "pytest tests/verify/adapters -W ignore",
 }
 GROUPS = {"gpu_checks": ("host_cuda", "sanitize_cuda", "aot")}  # the kernels of a GPU, without one
 

@@ -19,6 +19,11 @@ x = torch.randn(3, 17)
 ours, eager = (ppo_kernels.gae(x, x, None, impl=impl) for impl in ("cpu", "torch"))
 torch.testing.assert_close(ours, eager)
 """
+PLUGIN_OF_VERL = """
+from importlib.metadata import entry_points
+(one,) = entry_points(group="verl.plugins")
+assert one.value == "ppo_kernels.integrations.verl_plugin"
+"""
 
 
 def run(*command: object, cwd: Path, **environment: str) -> str:
@@ -53,9 +58,10 @@ def test_a_wheel_needs_no_compiler(packages: Path, tmp_path: Path, torch: str) -
     python = environment_with(tmp_path, torch)
     run(python, "-m", "pip", "install", "--quiet", "--no-index", wheel, cwd=tmp_path)
     (example,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
-    for code in (example, ONE_OP_PER_IMPLEMENTATION):
+    for code in (example, ONE_OP_PER_IMPLEMENTATION, PLUGIN_OF_VERL):
         run(python, "-c", code, cwd=tmp_path, PATH="/nonexistent")
-    run(python, "-m", "ppo_kernels.env", cwd=tmp_path, PATH="/nonexistent")
+    for command in ("ppo_kernels.env", "ppo_kernels.integrations"):
+        run(python, "-m", command, cwd=tmp_path, PATH="/nonexistent")
 
 
 @pytest.mark.slow

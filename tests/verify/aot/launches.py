@@ -49,7 +49,7 @@ def of(case: Case, inputs: Inputs, **options: object) -> list[str]:
 def all_of() -> dict[str, list[str]]:
     """By case and shape; of the shapes of a case that launch the same only the first."""
     found: dict[str, list[str]] = {}
-    for case in REGISTERED.values():
+    for case in (case for case in REGISTERED.values() if not case.composed):
         known = []
         for dtype, shape, options in (*case.meetings.get("gpu", ()), *case.reach):
             names = of(case, case.inputs(torch.Generator().manual_seed(0), dtype, *shape), **options)

@@ -19,6 +19,10 @@ LEAST = {
     "P3O, separate clipping (V1)": (0.95, {"algorithm": "p3o", "p3o_variant": "separate"}),
     "P3O, joint clipping (V2)": (0.95, {"algorithm": "p3o"}),
     "RLOO": (0.93, {"algorithm": "rloo"}),
+    "Dr. GRPO": (0.80, {"algorithm": "dr_grpo"}),
+    "Dr. GRPO, ratios of responses (GSPO)": (0.80, {"algorithm": "dr_grpo", "importance_sampling_level": "sequence"}),
+    "Dr. GRPO, CISPO": (0.80, {"algorithm": "dr_grpo", "surrogate": "cispo", "cliprange": 1.0, "cliprange_high": 4.0}),
+    "Dr. GRPO, SAPO": (0.80, {"algorithm": "dr_grpo", "surrogate": "sapo"}),
     "REINFORCE++": (0.90, {"algorithm": "reinforce++"}),
     "online DPO, soft labels": (0.95, {"algorithm": "online_dpo", "dpo_labels": "soft"}),
 }
@@ -40,6 +44,13 @@ def test_comes_close_to_the_optimum(tmp_path, name, seed):
     last = rows(tmp_path, seed=seed, total_steps=STEPS, **settings)[-1]
     learned(name, least, seed, last)
     assert last["exact/score"] >= least
+
+
+@pytest.mark.parametrize("preset", ["gspo", "dapo", "cispo"])
+def test_presets_raise_the_reward(tmp_path, preset):
+    """Their objective is another one (advantages over the group's deviation), so the reward alone is asked for."""
+    found = rows(tmp_path, total_steps=STEPS, preset=preset)
+    assert found[-1]["exact/reward"] > found[0]["exact/reward"] + 0.2
 
 
 def test_what_depends_on_the_prompt_alone_moves_p3o_not_at_all_and_ppo_out_of_bounds(tmp_path):

@@ -1,0 +1,118 @@
+"""The checks that the ops on hidden states and a head's weight share."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from ppo_kernels._registered import forward_mode_message
+from ppo_kernels._types import compute_dtype, element
+from ppo_kernels.ops._autograd import has_tangent
+from ppo_kernels.ops._inputs import (
+    bound,
+    check_device,
+    check_floating,
+    check_group,
+    check_integer,
+    check_integer_option,
+    check_number,
+    check_shape,
+    temperature_rows,
+)
+
+MIB = 2**20
+HALF = (torch.bfloat16, torch.float16)
+
+
+def check_head(op: str, hidden: object, weight: object, labels: object, bias: object) -> None:
+    """The dtypes, shapes and devices."""
+    hidden, weight = check_floating(op, "hidden", hidden), check_floating(op, "weight", weight)
+    labels = check_integer(op, "labels", labels)
+    if hidden.dim() == 0 or weight.dim() != 2 or weight.size(0) == 0 or weight.size(1) != hidden.size(-1):
+        raise ValueError(
+            f"{op}: hidden must be [..., H] and weight [V, H] with V >= 1; got {tuple(hidden.shape)} and"
+            f" {tuple(weight.shape)}"
+            + ("; gather a weight that ZeRO-3 has parted first" if weight.numel() == 0 else "")
+        )
+    if labels.dim() == 0 or tuple(labels.shape) != tuple(hidden.shape[:-1]):
+        raise ValueError(
+            f"{op}: labels must have the shape of hidden without H {tuple(hidden.shape[:-1])}, of one dimension or"
+            f" more; got {tuple(labels.shape)}"
+        )
+    check_device(op, "weight", weight, hidden.device)
+    check_device(op, "labels", labels, hidden.device)
+    if bias is not None:
+        bias = check_floating(op, "bias", bias)
+        check_shape(op, "bias", bias, (weight.size(0),), "[V]")
+        check_device(op, "bias", bias, hidden.device)
+
+
+def check_logits_dtype(op: str, dtype: object, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    wide = compute_dtype(hidden, weight, bias)
+    if dtype is None or dtype == wide:
+        return
+    alike = hidden.dtype == weight.dtype and hidden.dtype in HALF and wide == torch.float32
+    if not (alike and dtype == hidden.dtype):
+        allowed = f"None, {wide}" + (f" or {hidden.dtype}" if alike else "")
+        raise ValueError(
+            f"{op}: logits_dtype must be {allowed} for hidden in {hidden.dtype} and weight in {weight.dtype};"
+            f" got {dtype}"
+        )
+
+
+def check_shard(op: str, group: object, vocab_start: object, hidden: Tensor) -> None:
+    check_integer_option(op, "vocab_start", vocab_start, least=0)
+    if group is None:
+        if vocab_start != 0:
+            raise ValueError(f"{op}: vocab_start={vocab_start} is the place of a shard in a group; pass group= too")
+        return
+    check_group(op, "group", group)
+    if has_tangent(hidden):
+        raise RuntimeError(forward_mode_message(f"{op} with group="))
+
+
+def memory_bytes(op: str, memory_mib: object, device: torch.device, on_cpu: int) -> int:
+    """``on_cpu`` MiB are what a call on a CPU may take if nothing is said."""
+    if memory_mib is None:
+        return (on_cpu if device.type == "cpu" else 1024) * MIB
+    if isinstance(memory_mib, (Tensor, bool)) or not isinstance(memory_mib, (int, float)):
+        raise TypeError(f"{op}: memory_mib must be a number or None, got {type(memory_mib).__name__}")
+    if not 0 < memory_mib < math.inf:
+        raise ValueError(f"{op}: memory_mib must be > 0.0 and finite, got {memory_mib}")
+    return int(memory_mib * MIB)
+
+
+def head_numbers(
+    op: str, temperature: object, softcap: object, logit_scale: object, ignore_index: object, rows_of: Tensor
+) -> tuple[Tensor | None, float, float, float, int]:
+    """The temperature of each row or None, and what kernels take: temperature, softcap, scale, ignore_index."""
+    if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
+        raise TypeError(f"{op}: ignore_index must be an int, got {type(ignore_index).__name__}")
+    if not -(2**63) <= ignore_index < 2**63:
+        raise ValueError(f"{op}: ignore_index must fit an int64, got {ignore_index}")
+    rows = temperature if isinstance(temperature, Tensor) else None
+    tau = check_number(op, "temperature", temperature, above=0.0) if rows is None else 1.0
+    if rows is None and torch.compiler.is_compiling():  # a float would become a constant of the graph
+        rows, tau = element(tau), 1.0
+    if rows is not None:
+        rows = temperature_rows(op, rows, rows_of)
+    cap = bound(op, "softcap", softcap, above=0.0)
+    return rows, tau, cap, check_number(op, "logit_scale", logit_scale, above=0.0), ignore_index
+
+
+def check_values(
+    op: str, labels: Tensor, mask: Tensor | None, rows: Tensor | None, ignore_index: int, vocab: int
+) -> None:
+    live = labels != ignore_index
+    if mask is not None:
+        live = live & (mask != 0)
+    bad = labels[live & ((labels < 0) | (labels >= vocab))]
+    if bad.numel():
+        raise ValueError(
+            f"{op}: labels must be in [0, {vocab}) or ignore_index={ignore_index};"
+            f" {bad.numel()} are not, the first is {int(bad[0])}"
+        )
+    if rows is not None and not bool((rows > 0).all()):
+        raise ValueError(f"{op}: every temperature must be > 0, the least is {float(rows.min())}")

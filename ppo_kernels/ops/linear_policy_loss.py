@@ -1,0 +1,265 @@
+"""The policy loss from hidden states on: its value and its gradient in three matrix products."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ppo_kernels import backends
+from ppo_kernels._compositions import compose
+from ppo_kernels._registered import not_a_graph
+from ppo_kernels._types import PolicyStats, compute_dtype, wide_dtype
+from ppo_kernels.ops._autograd import has_tangent, once, recorded, transformed
+from ppo_kernels.ops._head import CountedRows, Gradients, Head
+from ppo_kernels.ops._head_inputs import check_head, check_logits_dtype, check_shard, head_numbers, memory_bytes
+from ppo_kernels.ops._inputs import to_mask, unit_last_stride
+from ppo_kernels.ops._public import public, refuse_tangents
+from ppo_kernels.ops.linear_token_logprobs import linear_token_logprobs
+from ppo_kernels.ops.policy_loss import policy_loss
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+_LINEAR_POLICY_LOSS = compose(
+    "linear_policy_loss", ("token_logprobs", "token_logprobs_backward_", "policy_loss", "linear_token_logprobs")
+)
+#: Options of ``policy_loss`` with a number for each token or, as advantages may have, for each row; and for each row.
+_OF_TOKENS, _OF_ROWS = ("weights", "ref_logprobs"), ("row_weight",)
+
+
+class _Loss:
+    """``policy_loss`` with its inputs: of all tokens, and of a block of them, each a row of its own."""
+
+    def __init__(
+        self, rows: CountedRows, old_logprobs: Tensor, advantages: Tensor, valid: Tensor | None, options: dict
+    ):
+        self.inputs, self.options = (old_logprobs, advantages, valid), options
+        cu_seqlens, at = options.get("cu_seqlens"), rows.at
+        row = at[0] if cu_seqlens is None else torch.searchsorted(cu_seqlens, at[0], right=True) - 1
+
+        def of_tokens(x: Tensor) -> Tensor:
+            return (x[at] if x.shape == old_logprobs.shape else x.reshape(-1)[row]).detach()
+
+        self.old, self.advantages = of_tokens(old_logprobs), of_tokens(advantages)
+        given = {name: options[name] for name in (*_OF_TOKENS, *_OF_ROWS) if options.get(name) is not None}
+        self.of_tokens = {name: of_tokens(given[name]) for name in _OF_TOKENS if name in given}
+        self.of_rows = {name: given[name].detach()[row] for name in _OF_ROWS if name in given}
+        self.rest = {name: x for name, x in options.items() if name not in (*given, "cu_seqlens", "validate")}
+
+    def whole(self, logprobs: Tensor) -> tuple[Tensor, PolicyStats]:
+        return policy_loss(logprobs, *self.inputs, **self.options)
+
+    def gradient(self, logprobs: Tensor, block: slice) -> Tensor:
+        """Of the sum that the normalizer divides, by the log-probabilities of a block."""
+        per_token = {name: x[block, None] for name, x in self.of_tokens.items()}
+        per_row = {name: x[block] for name, x in self.of_rows.items()}
+        old, advantages = self.old[block, None], self.advantages[block, None]
+        with torch.enable_grad():
+            leaf = logprobs.detach().requires_grad_()
+            loss, _ = policy_loss(
+                leaf[:, None], old, advantages, **self.rest | per_token | per_row | {"normalizer": 1.0}
+            )
+            return torch.autograd.grad(loss, leaf)[0]
+
+    def inverse_normalizer(self, count: int) -> Tensor:
+        device, value = self.old.device, self.options.get("normalizer")
+        value, wide = count if value is None else value, wide_dtype(device)
+        if isinstance(value, Tensor):
+            n = value.detach().to(device, wide).reshape(())
+        else:
+            n = torch.full((), float(value), dtype=wide, device=device)
+        return torch.where(n != 0, 1.0 / n, 0.0)
+
+
+def _in_blocks(
+    head: Head,
+    rows: CountedRows,
+    labels: Tensor,
+    numbers: tuple,
+    memory: int,
+    loss: _Loss,
+    needs: Sequence[bool],
+    impl: str,
+) -> tuple[Tensor, Gradients]:
+    """Log-probabilities of the rows that count, and the gradients before the normalizer: all logits of some rows, then
+    in place what the loss makes of them, which asks for nothing but these rows."""
+    temperatures, temperature, ignore_index = numbers
+    gradients = Gradients(head, rows, needs, rounded=False)
+    tiling = head.tiling(rows, memory, all_columns=True)
+    buffer, y, found = head.buffer(tiling.rows, head.vocab), rows.pick(labels), []
+    taus = rows.pick(temperatures)
+    forward, backward = backends.op("token_logprobs"), backends.op("token_logprobs_backward_")
+    for block in tiling.blocks(len(rows)):
+        x = head.operand(rows.hidden(block))
+        tile = buffer[: len(x), : head.vocab]
+        for columns in tiling.slabs(head.vocab):
+            head.write(x, head.weight_of(columns), columns, tile[:, columns])
+        tau, of_rows = head.temperature(temperature, None if taus is None else taus[block])
+        logp, stats = forward.run(impl, tile, y[block], None, of_rows, tau, ignore_index, False)
+        found.append(logp)
+        if not any(needs):
+            continue
+        grad = loss.gradient(logp, block).to(logp.dtype)
+        slope = head.slope(tile)
+        backward.run(impl, tile, y[block], of_rows, grad, None, logp, stats, tau, ignore_index)
+        if slope is not None:
+            tile.mul_(slope)
+        del slope  # before there is another
+        for columns in tiling.slabs(head.vocab):
+            into = gradients.begin(columns)
+            gradients.add(tile[:, columns], x, head.weight_of(columns), block, columns, into)
+    return torch.cat([*found, labels.new_empty(0, dtype=head.dtype)]), gradients
+
+
+def _computed(
+    needs: Sequence[bool], hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, mask: Tensor | None,
+    numbers: tuple, head_options: tuple, loss_inputs: tuple, impl: str,
+) -> tuple[tuple[Tensor, PolicyStats, Tensor], CountedRows, tuple]:  # fmt: skip
+    """Loss, statistics and log-probabilities, the rows that count, and the gradients' totals with 1 / normalizer."""
+    softcap, logit_scale, logits_dtype, memory = head_options
+    head = Head(hidden, weight, bias, softcap, logit_scale, logits_dtype)
+    rows = CountedRows(hidden, labels, mask, numbers[-1])
+    loss = _Loss(rows, *loss_inputs)
+    with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
+        found, gradients = _in_blocks(head, rows, labels, numbers, memory, loss, needs, impl)
+        logprobs = hidden.new_zeros(labels.shape, dtype=head.dtype)
+        rows.put(logprobs, found)
+        value, stats = loss.whole(logprobs)
+    totals = (gradients.hidden, gradients.weight, gradients.bias, loss.inverse_normalizer(len(rows)))
+    return (value, stats, logprobs.to(value.dtype)), rows, totals
+
+
+class _EagerLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden, weight, bias, *rest):
+        ctx.set_materialize_grads(False)
+        needs = ctx.needs_input_grad[:3]
+        (value, stats, logprobs), rows, totals = _computed(needs, hidden, weight, bias, *rest)
+        ctx.at, ctx.all = rows.at, rows.all
+        leaves = (x if needed else None for x, needed in zip((hidden, weight, bias), needs, strict=True))
+        ctx.save_for_backward(*leaves, *totals)
+        ctx.mark_non_differentiable(logprobs, *stats)
+        return value, logprobs, *stats
+
+    @staticmethod
+    @not_a_graph
+    def backward(ctx, grad_loss, *_others):
+        none = (None,) * 6
+        if grad_loss is None:
+            return None, None, None, *none
+        refuse_tangents("linear_policy_loss", grad_loss)
+        *inputs, of_hidden, of_weight, of_bias, inverse = ctx.saved_tensors
+        scale, again = grad_loss * inverse, _may_come_again()
+
+        def scaled(total: Tensor | None, like: Tensor) -> Tensor | None:
+            if total is None:
+                return None
+            return (total * scale if again else total.mul_(scale)).to(like.dtype)
+
+        hidden, weight, bias = inputs
+        grads = [scaled(of_hidden, hidden), scaled(of_weight, weight), scaled(of_bias, bias)]
+        if grads[0] is not None and ctx.all:
+            grads[0] = grads[0].view(hidden.shape)
+        elif grads[0] is not None:
+            grads[0] = hidden.new_zeros(hidden.shape).index_put_(ctx.at, grads[0])
+        return *(None if g is None else once("linear_policy_loss", g, *inputs, grad_loss) for g in grads), *none
+
+
+def _may_come_again() -> bool:
+    """Whether there may be another backward, which would need the gradients as they are now."""
+    return torch.is_grad_enabled() or torch.compiler.is_compiling() or _keeps_graph()
+
+
+def _keeps_graph() -> bool:
+    return torch._C._autograd._get_current_graph_task_keep_graph()
+
+
+@partial(public, differentiable=True)
+def linear_policy_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    mask: Tensor | None = None,
+    *,
+    bias: Tensor | None = None,
+    temperature: float | Tensor = 1.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    ignore_index: int = -100,
+    group: ProcessGroup | None = None,
+    vocab_start: int = 0,
+    logits_dtype: torch.dtype | None = None,
+    memory_mib: float | None = None,
+    impl: str = "auto",
+    validate: bool = False,
+    **policy_options: Any,
+) -> tuple[Tensor, PolicyStats, Tensor]:
+    r"""``policy_loss`` of ``linear_token_logprobs``: loss and gradient from three matrix products in place of four.
+
+    The loss of a token needs that token's log-probability alone. So for a block of rows at a time there are all logits,
+    the log-probabilities, the gradient of the loss in their place, and what that adds to the gradients of ``hidden``
+    and ``weight``; the backward multiplies these by the incoming gradient over the normalizer, on the device.
+
+    Args:
+        hidden: ``[B, T, H]``, or packed ``[N, H]`` with ``cu_seqlens``.
+        weight, labels, bias, temperature, softcap, logit_scale, group, vocab_start, logits_dtype: as in
+            ``linear_token_logprobs``; labels have the tokens' shape.
+        old_logprobs, advantages: as in ``policy_loss``.
+        mask: the tokens' shape; non-zero = valid. A token whose label is ``ignore_index`` is not valid either.
+        memory_mib: what a call may take beside inputs, results and the gradients of ``hidden`` and ``weight`` in
+            float32, which there are from the forward to the backward. None is 256 on a CPU and 1024 elsewhere. Each
+            block of rows reads and writes the gradient of the weight, so that fewer and larger ones are faster. All
+            logits of one row are made whatever it is.
+        policy_options: every keyword of ``policy_loss``.
+        impl: "auto", "cuda", "triton", "cpu" or "torch".
+        validate: also check labels, temperatures and ``cu_seqlens`` (synchronises with the device).
+
+    Returns:
+        ``(loss, stats, logprobs)``: those of ``policy_loss``, and the log-probabilities ``[B, T]``, which take no
+        gradient. Four products, by ``linear_token_logprobs`` and ``policy_loss`` one after the other, are computed
+        where a token's gradient needs others of its row (a ratio of the sequence), with ``group``, with impl="torch",
+        in a graph of torch.compile and under torch.func; one product where no gradient is asked for.
+
+    Raises:
+        TypeError: a dtype that is not listed. ValueError: shapes, devices, options or ``impl`` that do not fit.
+        RuntimeError: a second differentiation. On a GPU, finding the rows that count waits for the device.
+    """
+    op = "linear_policy_loss"
+    check_head(op, hidden, weight, labels, bias)
+    check_logits_dtype(op, logits_dtype, hidden, weight, bias)
+    check_shard(op, group, vocab_start, hidden)
+    numbers = head_numbers(op, temperature, softcap, logit_scale, ignore_index, hidden)
+    memory, mask = memory_bytes(op, memory_mib, hidden.device, 256), to_mask(op, mask, labels)
+    impl = _LINEAR_POLICY_LOSS.choose(impl, hidden.device.type, compute_dtype(hidden, weight, bias))
+    valid = labels != ignore_index
+    valid = valid if mask is None else valid & (mask != 0)
+    options = policy_options | {"impl": impl, "validate": validate}
+    of_tokens = policy_options.get("importance_sampling_level", "token") == "token"
+    eager = not (torch.compiler.is_compiling() or transformed() or has_tangent(hidden))
+    if impl == "torch" or group is not None or not (of_tokens and eager):
+        logprobs: Any = linear_token_logprobs(
+            hidden, weight, labels, bias=bias, temperature=temperature, softcap=softcap, logit_scale=logit_scale,
+            mask=mask, ignore_index=ignore_index, group=group, vocab_start=vocab_start, logits_dtype=logits_dtype,
+            memory_mib=memory_mib, impl=impl,
+            validate=validate,
+        )  # fmt: skip
+        value, stats = policy_loss(logprobs, old_logprobs, advantages, valid, **options)
+        return value, stats, logprobs.detach().clone().to(value.dtype)
+    with torch.no_grad():  # refuses what does not fit before anything is multiplied
+        policy_loss(torch.zeros_like(old_logprobs), old_logprobs, advantages, valid, **options)
+    rows, tau, cap, scale, _ = numbers
+    inputs: Any = (unit_last_stride(hidden), unit_last_stride(weight), bias)
+    rest: Any = (
+        labels.long(), mask, (rows, tau, ignore_index), (cap, scale, logits_dtype, memory),
+        (old_logprobs, advantages, valid, options), impl,
+    )  # fmt: skip
+    if not any(x is not None and recorded(x) for x in inputs):
+        return _computed((False,) * 3, *inputs, *rest)[0]
+    value, logprobs, *stats = _EagerLoss.apply(*inputs, *rest)
+    return value, PolicyStats(*stats), logprobs

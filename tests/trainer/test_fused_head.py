@@ -1,0 +1,105 @@
+"""Log-probabilities from hidden states: the same run as by way of logits, and fused only where that is sure."""
+
+import json
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from python_trainer.config import UserError
+from python_trainer.fused_head import LARGE, fused_head
+
+SMALL = {
+    "vocab_size": 50,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 8,
+    "max_position_embeddings": 32,
+    "pad_token_id": 0,
+}
+FAMILIES = {
+    "llama": ({}, (float("inf"), 1.0)),
+    "gemma2": ({"final_logit_softcapping": 5.0}, (5.0, 1.0)),
+    "cohere": ({"logit_scale": 0.25}, (float("inf"), 0.25)),
+    "granite": ({"logits_scaling": 6.0}, (float("inf"), 1 / 6.0)),
+}
+MODEL = {"n_positions": 32, "n_embd": 32, "n_layer": 1, "n_head": 2}
+
+
+def model_of(family, **settings):
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(family, **SMALL | settings)
+    return AutoModelForCausalLM.from_config(config).eval()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_a_family_does_to_its_logits_is_found_and_done(family):
+    settings, expected = FAMILIES[family]
+    model = model_of(family, **settings)
+    with torch.no_grad():
+        model.get_output_embeddings().weight.mul_(100.0)  # a cap that is forgotten shows
+    head = fused_head(model, "on")
+    assert (head.softcap, head.logit_scale) == pytest.approx(expected)
+    ids = torch.randint(1, 50, (3, 7))
+    for vocabulary in (None, 43):
+        labels = ids[:, 1:] % 43
+        keep = torch.arange(6)
+        got = head.token_logprobs(model, {"input_ids": ids, "logits_to_keep": keep}, labels, vocabulary, entropy=True)
+        logits = model(input_ids=ids).logits[:, :-1, :vocabulary].double()
+        of_all = torch.distributions.Categorical(logits=logits)
+        torch.testing.assert_close(got[0].double(), of_all.log_prob(labels), atol=2e-5, rtol=1e-5)
+        torch.testing.assert_close(got[1].double(), of_all.entropy(), atol=2e-5, rtol=1e-5)
+    assert model(input_ids=ids).logits.shape == (3, 7, 50)  # the head is its own again
+
+
+@pytest.mark.parametrize("algorithm", ["ppo", "rloo", "grpo", "p3o", "online_dpo"])
+def test_a_run_is_the_same_to_rounding(tiny, algorithm):
+    rows = []
+    for choice in ("on", "off"):
+        trainer = tiny(algorithm=algorithm, fused_head=choice, entropy_coef=0.01, num_mini_batches=2)
+        assert (trainer.actor.head is not None) is (trainer.reference.head is not None) is (choice == "on")
+        rows.append([trainer.train_step() for _ in range(2)])
+    for one, other in zip(*rows, strict=True):
+        figures = {name for name in one if not name.startswith("time/")}
+        assert figures == {name for name in other if not name.startswith("time/")}
+        for name in figures:
+            assert one[name] == pytest.approx(other[name], rel=1e-4, abs=1e-5, nan_ok=True), name
+
+
+def test_small_logits_are_computed_once(tiny):
+    head = tiny(fused_head="auto").actor.head
+    vocabulary = head.layer.out_features
+    assert not head.pays(LARGE // (4 * vocabulary))
+    assert head.pays(LARGE // (4 * vocabulary) + 1)
+
+
+def test_lora_beside_the_head_is_fused_and_on_it_is_not(tiny):
+    trainer = tiny(fused_head="on", lora_r=2)
+    assert all(abs(trainer.train_step()["val/ratio"] - 1) < 1e-6 for _ in range(1))
+    with pytest.raises(UserError, match=r"fused_head on: .* a Linear as its head.*set fused_head auto or off"):
+        tiny(fused_head="on", lora_r=2, lora_target_modules="lm_head")
+    assert tiny(fused_head="auto", lora_r=2, lora_target_modules="lm_head").actor.head is None
+
+
+def test_zero_stage_3_has_no_head_to_fuse(tiny):
+    with pytest.raises(UserError, match="fused_head on: at ZeRO stage 3"):
+        tiny(fused_head="on", deepspeed="ds_zero3.json")
+    assert tiny(fused_head="auto", deepspeed="ds_zero3.json").actor.head is None
+
+
+def test_a_head_that_does_more_is_not_fused():
+    class Odd(type(model_of("llama"))):
+        def forward(self, *arguments, **options):
+            out = super().forward(*arguments, **options)
+            out.logits = out.logits + 0.5 * out.logits.clamp(min=0.0)
+            return out
+
+    model = model_of("llama")
+    model.__class__ = Odd
+    assert fused_head(model, "auto") is None
+    with pytest.raises(UserError, match="does more to its logits than a scale and a soft cap"):
+        fused_head(model, "on")
+    assert json.dumps(fused_head(model, "off")) == "null"

@@ -1,0 +1,343 @@
+"""verl's own functions, and the code of its trainer and workers around them, with the adapter and without."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import tomllib
+from itertools import product
+
+import numpy as np
+import pytest
+import torch
+
+from ppo_kernels import integrations
+from tests.lib.checkout import ROOT, environment
+from tests.verify.adapters.lib import FOLDERS, MASKS, B, T, both, close, draw, grad, load, make_mask
+
+load("verl", "verl.workers.utils.losses", "verl.trainer.ppo.ray_trainer")
+
+V = 97
+AGGREGATIONS = ("token-mean", "token-sum", "seq-mean-token-sum", "seq-mean-token-sum-norm", "seq-mean-token-mean")
+COUNTS = (
+    {},
+    {"dp_size": 4, "batch_num_tokens": 100, "global_batch_size": 24, "loss_scale_factor": None},
+    {"dp_size": 1, "batch_num_tokens": torch.tensor(50.0), "global_batch_size": 7, "loss_scale_factor": 40},
+)
+UIDS = np.array(["b", "a", "b", "c", "a", "b"], dtype=object)  # c stands alone
+
+
+def modules():
+    """By name at each call, as verl's code finds them."""
+    import verl.trainer.ppo.core_algos as core
+    import verl.trainer.ppo.ray_trainer as trainer
+    import verl.utils.torch_functional as tensors
+    import verl.workers.utils.losses as losses
+
+    return core, trainer, tensors, losses
+
+
+@pytest.mark.parametrize("shape", [(40, V), (4, 10, V)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("inplace", [True, False])
+def test_logprobs(shape, dtype, inplace):
+    labels = torch.randint(0, V, shape[:-1], generator=torch.Generator().manual_seed(0))
+    logits = draw(*shape, scale=3.0).to(dtype)
+    weights = draw(*shape[:-1], seed=2)
+    widen = iter((True, False))  # theirs rounds to bfloat16; ours is as exact as theirs is in float32
+
+    def call():
+        leaf = logits.clone().requires_grad_()
+        given = leaf.float() if next(widen) else leaf
+        logprobs = modules()[2].logprobs_from_logits(given * 1, labels, inplace_backward=inplace)
+        return logprobs, grad((logprobs * weights).sum(), leaf)
+
+    ours, theirs = both("verl", call, {"logprobs_from_logits": 1})
+    assert ours[0].dtype == torch.float32
+    close(ours[0], theirs[0], atol=5e-6)
+    close(ours[1], theirs[1], rtol=1e-5 if dtype == torch.float32 else 8e-3, atol=5e-6)
+
+
+@pytest.mark.parametrize("flash_attn", [False, True])
+def test_the_gradient_is_written_over_the_logits_where_flash_attn_would(flash_attn, monkeypatch):
+    tensors = modules()[2]
+    monkeypatch.setattr(tensors, "FLAH_ATTN_CROSS_ENTROPY_LOSS_AVAILABLE", flash_attn)
+    adapter = integrations.adapter("verl")
+    adapter.apply()
+    try:
+        leaf, labels = draw(40, V).requires_grad_(), torch.zeros(40, dtype=torch.int64)
+        logits = leaf * 1
+        kept = logits.detach().clone()
+        tensors.logprobs_from_logits(logits, labels).sum().backward()
+        assert torch.equal(logits, kept) != flash_attn
+        close(leaf.grad, torch.nn.functional.one_hot(labels, V) - torch.softmax(kept, -1))
+    finally:
+        adapter.revert()
+
+
+@pytest.mark.parametrize("chunked", [False, True])
+def test_entropy(chunked):
+    name = "entropy_from_logits_with_chunking" if chunked else "entropy_from_logits"
+    logits, weights = draw(40, V, scale=3.0), draw(40, seed=2)
+
+    def call():
+        leaf = logits.clone().requires_grad_()
+        entropy = getattr(modules()[2], name)(leaf)
+        return entropy, grad((entropy * weights).sum(), leaf)
+
+    close(*both("verl", call, {name: 1}), rtol=1e-5, atol=5e-6)
+
+
+def test_the_engines_bind_ours():
+    (engine,) = load("verl", "verl.workers.engine.fsdp.transformer_impl")
+    theirs = engine.logprobs_from_logits
+    adapter = integrations.adapter("verl")
+    adapter.apply()
+    assert engine.logprobs_from_logits is modules()[2].logprobs_from_logits
+    assert engine.logprobs_from_logits.__wrapped__ is theirs
+    adapter.revert()
+    assert engine.logprobs_from_logits is theirs
+
+
+@pytest.mark.parametrize("kind", MASKS)
+@pytest.mark.parametrize("shift_mean", [True, False])
+def test_whiten(kind, shift_mean):
+    x, mask = draw(B, T, scale=4.0) + 3.0, make_mask(kind)
+    call = lambda: modules()[2].masked_whiten(x, mask, shift_mean) * mask  # noqa: E731
+    close(*both("verl", call, {"masked_whiten": 1}), atol=5e-6)
+
+
+def proto(kind, mask_dtype=torch.int64):
+    """A batch as verl's trainer has it."""
+    from verl import DataProto
+
+    mask = make_mask(kind).to(mask_dtype)
+    tensors = {
+        "token_level_rewards": draw(B, T),
+        "token_level_scores": draw(B, T, seed=1),
+        "old_log_probs": draw(B, T, seed=2),
+        "ref_log_prob": draw(B, T, seed=3),
+        "values": draw(B, T, seed=4),
+        "response_mask": mask,
+    }
+    return DataProto.from_dict(tensors=tensors, non_tensors={"uid": UIDS}), mask
+
+
+ESTIMATORS = {
+    "gae": "compute_gae_advantage_return",
+    "grpo": "compute_grpo_outcome_advantage",
+    "grpo_vectorized": "compute_grpo_vectorized_outcome_advantage",
+    "rloo": "compute_rloo_outcome_advantage",
+    "rloo_vectorized": "compute_rloo_vectorized_outcome_advantage",
+    "reinforce_plus_plus": "compute_reinforce_plus_plus_outcome_advantage",
+    "reinforce_plus_plus_baseline": "compute_reinforce_plus_plus_baseline_outcome_advantage",
+}
+
+
+@pytest.mark.parametrize("kind", MASKS)
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_advantages_as_the_trainer_computes_them(estimator, kind):
+    from verl.trainer.config import AlgoConfig
+
+    def call():
+        data, mask = proto(kind)
+        config = AlgoConfig(gamma=0.98, lam=0.9)
+        data = modules()[1].compute_advantage(data, estimator, gamma=0.98, lam=0.9, config=config)
+        return data.batch["advantages"] * mask, data.batch["returns"] * mask
+
+    served = {ESTIMATORS[estimator]: 1}
+    close(*both("verl", call, served), atol=5e-6)
+
+
+@pytest.mark.parametrize("estimator", ["grpo", "grpo_vectorized"])
+def test_dr_grpo(estimator):
+    data, mask = proto("interior")
+
+    def call():
+        function = modules()[0].get_adv_estimator_fn(estimator)
+        rewards = data.batch["token_level_rewards"]
+        return function(rewards, mask, index=UIDS, norm_adv_by_std_in_grpo=False)
+
+    close(*both("verl", call, {ESTIMATORS[estimator]: 1}), atol=5e-6)
+
+
+@pytest.mark.parametrize("kind", MASKS)
+@pytest.mark.parametrize("penalty", ["kl", "k1", "abs", "mse", "k2", "low_var_kl", "k3", "k3+", "k1+"])
+@pytest.mark.parametrize("far", [1.0, 30.0])
+def test_kl_penalty_in_the_reward(kind, penalty, far):
+    def call():
+        core, trainer, _, _ = modules()
+        data, _ = proto(kind)
+        data.batch["ref_log_prob"] *= far  # beyond the bounds of the log-ratio and the estimate
+        control = core.AdaptiveKLController(0.1, 6.0, 1000)
+        data, metrics = trainer.apply_kl_penalty(data, control, penalty)
+        return data.batch["token_level_rewards"], metrics, control.value
+
+    ours, theirs = both("verl", call, {"apply_kl_penalty": 1})
+    close(ours, theirs, rtol=1e-5, atol=1e-5)
+
+
+def config(mode, counts, **changes):
+    from verl.workers.config import ActorConfig
+
+    actor = ActorConfig(strategy="fsdp", rollout_n=1, ppo_micro_batch_size_per_gpu=2, loss_agg_mode=mode, **changes)
+    actor.global_batch_info.update(counts)
+    return actor
+
+
+@pytest.mark.parametrize("kind", MASKS)
+@pytest.mark.parametrize(("mode", "counts"), list(product(AGGREGATIONS, range(3))))
+@pytest.mark.parametrize("weighted", [False, True])
+def test_policy_loss(kind, mode, counts, weighted):
+    mask = make_mask(kind).bool()
+    old, new, advantages = draw(B, T), draw(B, T) + draw(B, T, seed=1, scale=0.7), draw(B, T, seed=2)
+    weights = draw(B, T, seed=3).abs() if weighted else None
+    actor = config(mode, COUNTS[counts], clip_ratio_low=0.1, clip_ratio_high=0.3, clip_ratio_c=1.5)
+
+    def call():
+        leaf = new.clone().requires_grad_()
+        loss, metrics = modules()[0].get_policy_loss_fn("vanilla")(
+            old_log_prob=old,
+            log_prob=leaf,
+            advantages=advantages,
+            response_mask=mask,
+            loss_agg_mode=mode,
+            config=actor,
+            rollout_is_weights=weights,
+        )
+        loss *= 0.5  # its callers write to it
+        return loss.detach(), metrics, grad(loss, leaf)
+
+    ours, theirs = both("verl", call, {"compute_policy_loss_vanilla": 1})
+    assert theirs[1]["actor/pg_clipfrac_lower"] > 0
+    close(ours, theirs, rtol=1e-5, atol=5e-6)
+
+
+@pytest.mark.parametrize("kind", MASKS)
+@pytest.mark.parametrize(("mode", "counts"), list(product(AGGREGATIONS, range(3))))
+def test_value_loss(kind, mode, counts):
+    mask = make_mask(kind).bool()
+    old, new, returns = draw(B, T), draw(B, T, seed=1), draw(B, T, seed=2)
+
+    def call():
+        leaf = new.clone().requires_grad_()
+        loss, clipfrac = modules()[3].compute_value_loss(leaf, returns, old, mask, 0.3, mode, **COUNTS[counts])
+        return loss.detach(), clipfrac, grad(loss, leaf)
+
+    close(*both("verl", call, {"compute_value_loss": 1}), rtol=1e-5, atol=5e-6)
+
+
+def worker_batch(kind, dp_size=2):
+    """What an actor's worker is given: nested prompts and responses, and the model's packed outputs."""
+    from tensordict import TensorDict
+    from verl.utils import tensordict_utils as tu
+
+    mask = make_mask("prefix")
+    lengths = mask.sum(-1)
+    if kind == "interior":
+        mask = mask * make_mask("interior")
+    prompts = [torch.zeros(3, dtype=torch.int64)] * B
+    nested = lambda rows: torch.nested.as_nested_tensor(list(rows), layout=torch.jagged)  # noqa: E731
+
+    def rows(x):
+        return nested([row[:n] for row, n in zip(x, lengths, strict=True)])
+
+    fields = {
+        "prompts": nested(prompts),
+        "responses": rows(torch.zeros(B, T, dtype=torch.int64)),
+        "response_mask": rows(mask),
+        "old_log_probs": rows(draw(B, T)),
+        "ref_log_prob": rows(draw(B, T, seed=1)),
+        "advantages": rows(draw(B, T, seed=2)),
+        "values": rows(draw(B, T, seed=3)),
+        "returns": rows(draw(B, T, seed=4)),
+    }
+    data = TensorDict(fields, batch_size=[B])
+    tu.assign_non_tensor(data, dp_size=dp_size, batch_num_tokens=60, global_batch_size=2 * B)
+    return data, int((lengths + 3).sum())
+
+
+@pytest.mark.parametrize("kind", ["prefix", "interior"])
+@pytest.mark.parametrize("mode", AGGREGATIONS)
+@pytest.mark.parametrize("use_kl_loss", [False, True])
+def test_losses_as_the_workers_compute_them(kind, mode, use_kl_loss):
+    from verl.workers.config import CriticConfig
+
+    actor = config(mode, {}, use_kl_loss=use_kl_loss, entropy_coeff=0.01, loss_scale_factor=20)
+    critic = CriticConfig(strategy="fsdp", ppo_micro_batch_size_per_gpu=2, loss_agg_mode=mode)
+
+    def call():
+        losses = modules()[3]
+        data, n = worker_batch(kind)
+        logprobs, entropy, values = (draw(n, seed=i).requires_grad_() for i in (5, 6, 7))
+        loss, metrics = losses.ppo_loss(actor, {"log_probs": logprobs, "entropy": entropy}, data)
+        value_loss, value_metrics = losses.value_loss(critic, {"values": values}, data)
+        found = {name: getattr(m, "values", m) for name, m in (metrics | value_metrics).items()}
+        gradients = torch.autograd.grad(loss + value_loss, (logprobs, entropy, values))
+        return loss.detach(), value_loss.detach(), {name: torch.tensor(x) for name, x in found.items()}, gradients
+
+    served = {"compute_policy_loss_vanilla": 1, "compute_value_loss": 1}
+    close(*both("verl", call, served), rtol=1e-5, atol=5e-6)
+
+
+def test_what_is_not_covered_is_left_to_verl():
+    core = modules()[0]
+    adapter = integrations.adapter("verl")
+    adapter.apply()
+    adapter.reset_status()
+    x, mask = draw(B, T).requires_grad_(), make_mask("prefix")
+    whitened = modules()[2].masked_whiten(x, mask)
+    assert whitened.requires_grad
+    with pytest.raises(ValueError, match="batch_num_tokens is required"):
+        modules()[0].compute_value_loss(x, x, x, mask, 0.2, dp_size=2)
+    with pytest.raises(NotImplementedError):
+        modules()[1].apply_kl_penalty(proto("prefix")[0], core.FixedKLController(0.1), "full")
+    index = torch.arange(B)
+    with pytest.raises(KeyError):  # verl looks each element up by its identity
+        modules()[0].compute_grpo_outcome_advantage(x.detach(), mask, index)
+    status = adapter.status()
+    adapter.revert()
+    assert {name: list(counts["not covered"]) for name, counts in status.items()} == {
+        "masked_whiten": ["the call is differentiated"],
+        "compute_value_loss": ["token-mean over 2 ranks without the count of all"],
+        "apply_kl_penalty": ["kl_penalty='full'"],
+        "compute_grpo_outcome_advantage": ["an index that is a tensor"],
+    }
+    assert not any(counts["served"] for counts in status.values())
+
+
+PLUGIN = """
+import logging, sys
+logging.getLogger("ppo_kernels").setLevel(logging.INFO)
+logging.getLogger("ppo_kernels").addHandler(logging.StreamHandler(sys.stdout))
+import verl
+import verl.utils.torch_functional as tensors
+import verl.trainer.ppo.core_algos as core
+print("core", hasattr(core.POLICY_LOSS_REGISTRY["vanilla"], "__wrapped__"))
+import torch
+tensors.logprobs_from_logits(torch.randn(3, 5), torch.zeros(3, dtype=torch.long))
+from ppo_kernels import integrations
+print(integrations.status())
+print({row.state for row in integrations.adapter("verl").report()})
+"""
+
+
+def test_import_verl_puts_ours_in_place(tmp_path):
+    """By its entry point, which a folder of metadata declares here as the wheel does."""
+    declared = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["entry-points"]["verl.plugins"]
+    (name, module), *_ = declared.items()
+    info = tmp_path / "declares-1.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: declares\nVersion: 1\n")
+    (info / "entry_points.txt").write_text(f"[verl.plugins]\n{name} = {module}\n")
+    path = ":".join(map(str, (ROOT, tmp_path, *FOLDERS)))
+    command = [sys.executable, "-c", PLUGIN]
+    env = environment(PYTHONPATH=path)
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    lines = done.stdout.splitlines()
+    assert sum(line.startswith("verl: ") for line in lines) == 1, "it says so once"
+    assert "core True" in lines
+    assert "{'verl': {'logprobs_from_logits': {'served': 1, 'not covered': {}}}}" in lines
+    none = subprocess.run(command, cwd=tmp_path, env=env | {"PPO_KERNELS_PATCH": "trl"}, capture_output=True, text=True)
+    assert "core False" in none.stdout, "PPO_KERNELS_PATCH decides where it is set"
