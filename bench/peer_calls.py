@@ -110,6 +110,12 @@ def load_verl() -> SimpleNamespace:
         AlgoConfig=type("AlgoConfig", (), {}),  # what the config must not be
         ActorConfig=_Config,  # what some want it to be
     )
+    correction = functions(
+        "verl",
+        "verl/trainer/ppo/rollout_corr_helper.py",
+        "compute_rollout_correction_weights",
+        verl_F=SimpleNamespace(**tensors),
+    )
     penalty = functions(
         "verl",
         "verl/trainer/ppo/ray_trainer.py",
@@ -117,7 +123,7 @@ def load_verl() -> SimpleNamespace:
         core_algos=SimpleNamespace(**core),
         masked_mean=tensors["masked_mean"],
     )
-    return SimpleNamespace(**tensors, **core, **penalty)
+    return SimpleNamespace(**tensors, **core, **correction, **penalty)
 
 
 VERL_CLIP = _Config(clip_ratio=CLIP, clip_ratio_low=CLIP, clip_ratio_high=CLIP, global_batch_info={})
@@ -177,6 +183,11 @@ def verl_experience(verl, values, **rollout):
 def verl_policy_loss(verl, logprobs, old_logprobs, advantages, mask, loss="vanilla"):
     mask, compute = mask.long(), getattr(verl, f"compute_policy_loss_{loss}")
     return lambda: compute(old_logprobs, logprobs, advantages, mask, "token-mean", config=VERL_CLIP)[0]
+
+
+def verl_importance_weights(verl, logprobs, rollout_logprobs, mask):
+    weigh, live = verl.compute_rollout_correction_weights, mask.float()
+    return lambda: (weigh(logprobs - rollout_logprobs, live, "token", 2.0)[0], mask)
 
 
 def verl_value_loss(verl, values, old_values, returns, mask):

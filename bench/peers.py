@@ -71,6 +71,7 @@ PEERS = {
             "policy_loss GSPO-token fwd+bwd": partial(calls.verl_policy_loss, loss="gspo"),
             "policy_loss DPPO-TV fwd+bwd": partial(calls.verl_policy_loss, loss="dppo_tv"),
             "value_loss fwd+bwd": calls.verl_value_loss,
+            "importance_weights TIS": calls.verl_importance_weights,
         },
     ),
     "OpenRLHF": Peer(

@@ -57,6 +57,12 @@ value_loss(Tensor values, Tensor old_values, Tensor returns, Tensor? mask, Tenso
     Tensor? normalizer, Tensor? cu_seqlens, float cliprange_value, bool grad)
     -> (Tensor loss, Tensor stats, Tensor grad, Tensor inv_normalizer)
 
+// weights and keep like logprobs, keep bool; stats as in the Python tuple. level: 0 token, 1 sequence, 2 geometric; mode:
+// 0 truncate, 1 mask, 2 icepop; reject: 0 by nothing, 1 k1, 2 k2, 3 k3; reject_level: 0 token, 1 sum, 2 mean, 3 max.
+importance_weights(Tensor logprobs, Tensor rollout_logprobs, Tensor? mask, Tensor? cu_seqlens, int level, int mode,
+    int reject, int reject_level, float low, float high, float reject_low, float reject_high, float log_ratio_clamp)
+    -> (Tensor weights, Tensor keep, Tensor stats)
+
 // Rows in groups of group_size; scores [B]. variant: 0 separate, 1 joint. The rest as in policy_loss, the
 // normalizer's None being the number of pairs.
 p3o_loss(Tensor logprobs, Tensor old_logprobs, Tensor ref_logprobs, Tensor scores, Tensor? mask,

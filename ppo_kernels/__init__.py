@@ -14,12 +14,14 @@ __version__ = "0.1.0"
 
 __all__: list[str] = [
     "Experience",
+    "ImportanceStats",
     "P3OStats",
     "PolicyStats",
     "ValueStats",
     "aggregation_weights",
     "gae",
     "group_advantages",
+    "importance_weights",
     "kl_rewards",
     "linear_policy_loss",
     "linear_token_logprobs",
@@ -47,12 +49,13 @@ except (Exception, SystemExit) as _error:  # `python -m ppo_kernels.env` must st
         raise AttributeError(f"module 'ppo_kernels' has no attribute {name!r}")
 
 else:
-    from ppo_kernels._types import Experience, P3OStats, PolicyStats, ValueStats
+    from ppo_kernels._types import Experience, ImportanceStats, P3OStats, PolicyStats, ValueStats
     from ppo_kernels.backends import log_choice as _log_choice
     from ppo_kernels.backends import status
     from ppo_kernels.ops.aggregation_weights import aggregation_weights
     from ppo_kernels.ops.gae import gae
     from ppo_kernels.ops.group_advantages import group_advantages
+    from ppo_kernels.ops.importance_weights import importance_weights
     from ppo_kernels.ops.kl_rewards import kl_rewards
     from ppo_kernels.ops.linear_policy_loss import linear_policy_loss
     from ppo_kernels.ops.linear_token_logprobs import linear_token_logprobs

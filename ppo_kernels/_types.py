@@ -75,6 +75,26 @@ class PolicyStats(NamedTuple):
     count: Tensor  # type: ignore[assignment]  #: number of valid tokens
 
 
+class ImportanceStats(NamedTuple):
+    """Statistics of ``importance_weights``: 0-d tensors over the valid tokens, all 0 when there are none.
+
+    With ``d = clamp(logprobs - rollout_logprobs)`` of the token, and ``ratio`` that of the level:
+    """
+
+    ess: Tensor  #: effective sample size over the number of tokens: (sum w)^2 / (n sum w^2)
+    kl_k1: Tensor  #: mean of -d, an estimate of KL(rollout || policy)
+    kl_k3: Tensor  #: mean of exp(d) - 1 - d, another one
+    chi2: Tensor  #: mean of exp(2 d) - 1
+    perplexity: Tensor  #: exp of the mean of -logprobs
+    rollout_perplexity: Tensor  #: that of the rollout
+    weight_mean: Tensor
+    ratio_max: Tensor
+    clipfrac_high: Tensor  #: share with ratio > the upper bound
+    clipfrac_low: Tensor  #: share with ratio < the lower bound
+    rejectfrac: Tensor  #: share that is not kept
+    count: Tensor  # type: ignore[assignment]  #: number of valid tokens
+
+
 class ValueStats(NamedTuple):
     """Statistics of ``value_loss``: 0-d tensors over the valid tokens, all 0 when there are none."""
 

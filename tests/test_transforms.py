@@ -130,7 +130,7 @@ def learned(op, impl, option, value):
 @pytest.mark.parametrize(("op", "option"), [(op, option) for op in NUMBERS for option in NUMBERS[op]])
 def test_an_option_that_requires_grad_is_refused(require_impl, impl, op, option):
     require_impl("gae", impl)
-    value = 1.5 if option in ("dual_clip", "weight_clip", "max_length") else 0.5
+    value = 1.5 if option in ("dual_clip", "delta", "weight_clip", "max_length") else 0.5
     parameter = torch.nn.Parameter(torch.tensor(value))
     sentence = f"^{op}: {option}( .high.)? requires grad and is not differentiated; pass .detach..$"
     with pytest.raises(ValueError, match=sentence):

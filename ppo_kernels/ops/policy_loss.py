@@ -76,7 +76,7 @@ def policy_loss(
 
     .. math:: \mathrm{loss} = \sum m\,w_b\,L_t / \mathrm{normalizer}
 
-    Other ``surrogate``\\ s, with sg the stop-gradient:
+    The other surrogates, with sg the stop-gradient:
 
     - "cispo": ``L = -A sg(clip(rho)) logp``. An absolute cap c and no lower bound is ``cliprange=(None, c - 1)``.
     - "sapo": ``L = -A sigmoid(tau (rho - 1)) 4 / tau``.

@@ -75,14 +75,14 @@ def policy_term(
     # tl.where would round Python numbers to float32.
     low, high = tl.full(d.shape, low, d.dtype), tl.full(d.shape, high, d.dtype)
     delta = tl.full(d.shape, delta, d.dtype)
-    never = adv != adv
+    never = tl.zeros(d.shape, tl.int1)
     if SURROGATE == CLIP:
         loss, slope, above, below, dual = _clip(
             raw, ratio, adv, weight, low, high, dual_clip, delta, log_ratio_clamp
         )  # fmt: skip
     elif SURROGATE == CISPO:
         constant = -adv * tl.where(ratio < low, low, tl.where(ratio > high, high, ratio))
-        loss, slope, above, below, dual = constant * logp, constant * weight, ratio > high, ratio < low, never & False
+        loss, slope, above, below, dual = constant * logp, constant * weight, ratio > high, ratio < low, never
     elif SURROGATE == SAPO:
         tau = tl.where(adv > 0.0, tl.full(d.shape, tau_pos, d.dtype), tl.full(d.shape, tau_neg, d.dtype))
         x = tau * excess
@@ -90,7 +90,7 @@ def policy_term(
         s = 1.0 / (1.0 + e)
         loss = -adv * (tl.where(x < 0.0, e * s, s) * (4.0 / tau))
         slope = clamp_gradient(raw, log_ratio_clamp, -adv * (4.0 * e * s * s * ratio) * weight)
-        above, below, dual = never & False, never & False, never & False
+        above, below, dual = never, never, never
     else:
         loss, slope, above, below, dual = _dppo(
             raw, ratio, logp, old, adv, weight, low, high, delta, log_ratio_clamp, SURROGATE == DPPO_KL

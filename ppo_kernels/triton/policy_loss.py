@@ -304,6 +304,8 @@ def policy_loss(
             **options, **per_row, SURROGATE=surrogate, LEVEL=level, BLOCK=block, num_warps=block // 128,
         )  # fmt: skip
     chunk, num_warps = chunk_for(logprobs.numel())
+    if level != TOKEN.value or surrogate in (DPPO_TV.value, DPPO_KL.value):
+        num_warps = max(num_warps, 2)  # eight tokens a lane would spill for sm_80
     parts = new_parts(logprobs, chunk, COLUMNS.value)
     out = new_outputs(logprobs, len(PolicyStats._fields), grad)
     launch(

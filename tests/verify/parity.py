@@ -76,6 +76,21 @@ def verl_loss(batch: Batch, loss: str, mode: str = "token-mean", weights: Tensor
 
 
 @cache
+def verl_correction() -> SimpleNamespace:
+    tensors = _load("verl", "verl/utils/torch_functional.py", "masked_mean", "masked_sum")
+    names = ("compute_rollout_correction_weights", "compute_rollout_rejection_mask")
+    return _load("verl", "verl/trainer/ppo/rollout_corr_helper.py", *names, verl_F=tensors)
+
+
+@cache
+def skyrl_correction() -> SimpleNamespace:
+    folder = "skyrl/backends/skyrl_train/utils"
+    tensors = _load("skyrl", f"{folder}/torch_utils.py", "masked_mean", "safe_exp_delta")
+    names = ("compute_tis_ratio", "compute_outlier_token_mask", "compute_token_mask", "compute_sequence_mask")
+    return _load("skyrl", f"{folder}/off_policy_correction_utils.py", *names, **vars(tensors))
+
+
+@cache
 def openrlhf() -> SimpleNamespace:
     utils = _load("openrlhf", "openrlhf/models/utils.py", "masked_mean", "compute_approx_kl")
     given = {"masked_mean": utils.masked_mean}

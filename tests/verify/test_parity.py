@@ -6,6 +6,7 @@ A row of ``ROWS`` is a row of the table in ``docs/losses.md``, where a test look
 from __future__ import annotations
 
 import importlib.metadata
+import math
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -125,15 +126,19 @@ def batch_of(interior: bool, dtype: torch.dtype = torch.float64) -> Batch:
     return Batch(near(0.3).requires_grad_(), old, near(0.3), near(0.2), advantages, mask)
 
 
-@pytest.mark.parametrize("interior", [False, True], ids=["prefix", "interior"])
-@pytest.mark.parametrize("row", ROWS, ids=lambda row: f"{row.trainer}-{row.loss}")
-def test_the_loss_of_a_trainer_is_policy_loss_with_arguments(row, interior):
+def installed(trainer: str) -> None:
     if parity.FOLDER not in sys.path:
         sys.path.append(parity.FOLDER)
     try:
-        importlib.metadata.version(PACKAGES[row.trainer])
+        importlib.metadata.version(PACKAGES[trainer])
     except importlib.metadata.PackageNotFoundError:
-        pytest.skip(f"{row.trainer} is not installed in {parity.FOLDER}; make bench fetches it")
+        pytest.skip(f"{trainer} is not installed in {parity.FOLDER}; make bench fetches it")
+
+
+@pytest.mark.parametrize("interior", [False, True], ids=["prefix", "interior"])
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: f"{row.trainer}-{row.loss}")
+def test_the_loss_of_a_trainer_is_policy_loss_with_arguments(row, interior):
+    installed(row.trainer)
     batch = batch_of(interior)
     theirs = row.theirs(batch)
     want = torch.autograd.grad(theirs, batch.logprobs)[0] * batch.mask
@@ -149,7 +154,85 @@ def test_the_loss_of_a_trainer_is_policy_loss_with_arguments(row, interior):
         torch.testing.assert_close(ours, theirs.to(ours.dtype), rtol=2e-6, atol=1e-9)
 
 
+class Correction(NamedTuple):
+    trainer: str
+    name: str  # as the trainer calls it
+    theirs: Callable[[Batch], tuple[torch.Tensor | None, torch.Tensor | None]]  # weights and kept tokens, or either
+    options: dict
+
+
+def verl_weights(batch: Batch, level: str, threshold: float | str) -> tuple:
+    weigh = parity.verl_correction().compute_rollout_correction_weights
+    return weigh(batch.old - batch.rollout, batch.mask.to(batch.old.dtype), level, threshold)[0], None
+
+
+def verl_mask(batch: Batch, option: str, threshold: float | str) -> tuple:
+    reject = parity.verl_correction().compute_rollout_rejection_mask
+    return None, reject(batch.old - batch.rollout, batch.mask.to(batch.old.dtype), option, threshold)[0]
+
+
+def skyrl_correction(batch: Batch, function: str, *names: str, **options: object) -> tuple:
+    compute = getattr(parity.skyrl_correction(), function)
+    mask = batch.mask.to(batch.old.dtype)
+    found = compute(batch.old, batch.rollout, mask, *names, parity.Config(**options))[0] * mask
+    return (found, None) if function == "compute_tis_ratio" else (None, found)
+
+
+LN = math.log
+K1 = {"bounds": None, "reject": "k1"}  # verl's bounds of k1 are those of exp(k1)
+CORRECTIONS = (
+    Correction("verl", "rollout_is token", lambda b: verl_weights(b, "token", 1.1), {"bounds": 1.1}),
+    Correction("verl", "rollout_is sequence", lambda b: verl_weights(b, "sequence", 1.5),
+               {"level": "sequence", "bounds": 1.5}),
+    Correction("verl", "rollout_is token, lower_upper", lambda b: verl_weights(b, "token", "0.9_1.2"),
+               {"mode": "icepop", "bounds": (0.9, 1.2)}),
+    Correction("verl", "rollout_rs token_k1", lambda b: verl_mask(b, "token_k1", "0.9_1.2"),
+               K1 | {"reject_bounds": (LN(0.9), LN(1.2))}),
+    Correction("verl", "rollout_rs seq_sum_k1", lambda b: verl_mask(b, "seq_sum_k1", "0.5_1.5"),
+               K1 | {"reject_level": "sum", "reject_bounds": (LN(0.5), LN(1.5))}),
+    Correction("verl", "rollout_rs seq_mean_k3", lambda b: verl_mask(b, "seq_mean_k3", 0.02),
+               {"reject": "k3", "reject_level": "mean", "reject_bounds": 0.02}),
+    Correction("verl", "rollout_rs seq_max_k2", lambda b: verl_mask(b, "seq_max_k2", 0.06),
+               {"reject": "k2", "reject_level": "max", "reject_bounds": 0.06}),
+    Correction("SkyRL", "tis_ratio_type token",
+               lambda b: skyrl_correction(b, "compute_tis_ratio", "token", token_tis_ratio_clip_high=1.1),
+               {"bounds": 1.1}),
+    Correction("SkyRL", "tis_ratio_type sequence",
+               lambda b: skyrl_correction(b, "compute_tis_ratio", "sequence", sequence_tis_ratio_clip_high=1.5),
+               {"level": "sequence", "bounds": 1.5}),
+    Correction("SkyRL", "token_mask",
+               lambda b: skyrl_correction(b, "compute_token_mask", token_mask_is_threshold_low=0.9,
+                                          token_mask_is_threshold_high=1.2),
+               {"mode": "mask", "bounds": (0.9, 1.2)}),
+    Correction("SkyRL", "sequence_mask_metric geometric",
+               lambda b: skyrl_correction(b, "compute_sequence_mask", "geometric", geo_mask_low=0.95,
+                                          geo_mask_high=1.03),
+               {"level": "geometric", "mode": "mask", "bounds": (0.95, 1.03)}),
+    Correction("SkyRL", "sequence_mask_metric product",
+               lambda b: skyrl_correction(b, "compute_sequence_mask", "product", product_mask_low=0.5,
+                                          product_mask_high=1.5),
+               {"level": "sequence", "mode": "mask", "bounds": (0.5, 1.5)}),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("interior", [False, True], ids=["prefix", "interior"])
+@pytest.mark.parametrize("row", CORRECTIONS, ids=lambda row: f"{row.trainer}-{row.name}")
+def test_the_correction_of_a_trainer_is_importance_weights_with_arguments(row, interior):
+    installed(row.trainer)
+    batch = batch_of(interior)
+    weights, kept = row.theirs(batch)
+    for impl in ("torch", "cpu"):
+        ours, keep, stats = pk.importance_weights(batch.old, batch.rollout, batch.mask, **row.options, impl=impl)
+        if weights is not None:
+            torch.testing.assert_close(ours, weights.to(ours.dtype), rtol=2e-6, atol=1e-9)
+            assert torch.equal(keep, batch.mask)
+        if kept is not None:
+            assert torch.equal(keep, kept != 0)
+            assert 0.0 < float(stats.rejectfrac) < 1.0
+
+
 def test_the_page_has_every_row():
     text = PAGE.read_text()
-    missing = [f"{row.trainer} {row.loss}" for row in ROWS if f"| {row.trainer} | `{row.loss}`" not in text]
+    missing = [f"{row.trainer} {row.name}" for row in CORRECTIONS if f"| {row.trainer} | `{row.name}`" not in text]
+    missing += [f"{row.trainer} {row.loss}" for row in ROWS if f"| {row.trainer} | `{row.loss}`" not in text]
     assert not missing
