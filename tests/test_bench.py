@@ -82,6 +82,7 @@ def test_the_committed_results_meet_their_targets():
     unmeasured = (
         "| token_logprobs, 8 labels",
         "| linear_",
+        "| importance_weights",
         *(f"| policy_loss {x}" for x in ("GSPO", "SAPO", "DPPO")),
     )  # by the last run that is committed
     newer = {line for line in failed if line.startswith(unmeasured) and "not measured" in line}

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import torch
+
 import ppo_kernels
-from bench.cases import GPU, ROLLOUT, Case, Target, grid, normal, packed, right_padded, tokens, uniform
+from bench.cases import GPU, ROLLOUT, Case, Data, Target, grid, normal, packed, right_padded, tokens, uniform
 
 HIGH = 2.0
 
@@ -28,6 +30,15 @@ def of_tokens(**inputs):
     """What there is for each token, as numbers of one dtype."""
     weights, keep, _ = ppo_kernels.importance_weights(**inputs)
     return weights, keep.to(weights.dtype)
+
+
+def accuracy(g):
+    for gap in (0.01, 0.5):
+        rollout = -torch.rand(64, 1024, generator=g) * 6
+        logprobs = rollout + torch.randn(64, 1024, generator=g) * gap
+        mask = torch.ones(64, 1024, dtype=torch.bool)
+        inputs = {"logprobs": logprobs, "rollout_logprobs": rollout, "mask": mask}
+        yield Data(inputs, ("weights",), view=lambda out: [out[0]])
 
 
 CONTRACT = Case(
@@ -61,5 +72,6 @@ CASES = (
         shapes=ROLLOUT | {"gpu": GPU},
         compiled=("quick", "full", "gpu"),
         targets=(Target("verl", 5),),
+        accuracy=accuracy,
     ),
 )

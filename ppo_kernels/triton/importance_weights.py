@@ -16,7 +16,6 @@ from ppo_kernels.triton._launch import (
     require_code,
     require_like,
     row_sizes,
-    row_stride,
     token_rows,
 )
 from ppo_kernels.triton._loss import (
@@ -31,6 +30,7 @@ from ppo_kernels.triton._loss import (
     pick,
     row_arguments,
     store_tokens,
+    token_arguments,
 )
 from ppo_kernels.triton._math import clamp, exp, expm1_minus, load_valid, row_span
 
@@ -224,12 +224,12 @@ def importance_weights(
     stats = logprobs.new_empty(len(ImportanceStats._fields))
     launch(
         importance_chunks, parts.size(0),
-        logprobs, rollout_logprobs, mask, weights, keep.view(torch.uint8), parts, of_rows,
-        *row_arguments(rows, logprobs, None),
-        *(row_stride(x) for x in (logprobs, rollout_logprobs, mask)),
-        low, high, reject_low, reject_high, log_ratio_clamp,
+        **token_arguments(logp=logprobs, rollout=rollout_logprobs, mask=mask),
+        **row_arguments(rows, logprobs, None),
+        weights_ptr=weights, keep_ptr=keep.view(torch.uint8), parts_ptr=parts, rows_ptr=of_rows,
+        low=low, high=high, reject_low=reject_low, reject_high=reject_high, log_ratio_clamp=log_ratio_clamp,
         FLAT=is_flat(logprobs, rollout_logprobs, mask), LEVEL=level, MODE=mode, REJECT=reject,
         REJECT_LEVEL=reject_level, CHUNK=chunk, num_warps=num_warps,
     )  # fmt: skip
-    launch(importance_fold, 1, parts, stats, parts.size(0), FOLD=FOLD, num_warps=8)
+    launch(importance_fold, 1, parts_ptr=parts, stats_ptr=stats, P=parts.size(0), FOLD=FOLD, num_warps=8)
     return weights, keep, stats
