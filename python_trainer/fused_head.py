@@ -30,11 +30,6 @@ class FusedHead:
     layer: torch.nn.Linear
     softcap: float
     logit_scale: float
-    always: bool  # whatever the size of the logits
-
-    def pays(self, rows: int) -> bool:
-        weight = self.layer.weight
-        return self.always or rows * weight.shape[0] * weight.element_size() > LARGE
 
     def token_logprobs(
         self,
@@ -54,12 +49,14 @@ class FusedHead:
         with _instead(self.layer, keep):
             model(**inputs)
         (hidden,) = kept
-        bias = self.layer.bias
+        weight, bias = self.layer.weight, self.layer.bias
+        if vocabulary is not None and vocabulary < len(weight):  # a slice of all would cost a copy of its gradient
+            weight, bias = weight[:vocabulary], None if bias is None else bias[:vocabulary]
         return linear_token_logprobs(
             hidden,
-            self.layer.weight[:vocabulary],
+            weight,
             labels,
-            bias=None if bias is None else bias[:vocabulary],
+            bias=bias,
             softcap=self.softcap,
             logit_scale=self.logit_scale,
             **options,
@@ -68,26 +65,35 @@ class FusedHead:
 
 @contextlib.contextmanager
 def _instead(layer: torch.nn.Module, function: Callable[[torch.Tensor], torch.Tensor]) -> Iterator[None]:
+    own = vars(layer).get("forward")  # of somebody who put one in its place, too
     layer.forward = function
     try:
         yield
     finally:
-        del layer.forward
+        if own is None:
+            del layer.forward
+        else:
+            layer.forward = own
 
 
-def fused_head(model: Any, choice: str) -> FusedHead | None:
-    """The head of a language model of transformers where it can be fused; `choice` is the setting of this name."""
+def fused_head(model: Any, choice: str, tokens: int) -> FusedHead | None:
+    """The head of a language model of transformers where it can be fused; `choice` is the setting of this name.
+
+    `tokens`: the most that one call scores. All calls of a run go one way, since the two round differently.
+    """
     if choice == "off":
         return None
     try:
-        return _found(model, always=choice == "on")
+        head = _found(model)
+        weight = head.layer.weight
+        return head if choice == "on" or tokens * len(weight) * weight.element_size() > LARGE else None
     except ValueError as why:
         if choice == "on":
             raise UserError(f"fused_head on: {why}; set fused_head auto or off") from why
         return None
 
 
-def _found(model: Any, *, always: bool) -> FusedHead:
+def _found(model: Any) -> FusedHead:
     layer = model.get_output_embeddings()
     if type(layer) is not torch.nn.Linear:
         kind = "no output layer" if layer is None else f"a {type(layer).__name__} as its head"
@@ -95,7 +101,7 @@ def _found(model: Any, *, always: bool) -> FusedHead:
     if any(hasattr(weight, "ds_id") for weight in layer.parameters()):
         raise ValueError("at ZeRO stage 3 the weight of the head is not there when the log-probabilities are computed")
     softcap, scale = _after(model, layer)
-    return FusedHead(layer, softcap, scale, always)
+    return FusedHead(layer, softcap, scale)
 
 
 @torch.no_grad()

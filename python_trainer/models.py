@@ -141,8 +141,9 @@ def build_models(
     actor = Trainable(adapted(policy, config, config.lora_r), config, config.learning_rate, max(updates, 1))
     sampled = (config.temperature, config.ops_impl, strings, tokens)
     models = Models(Policy(actor, *sampled), Policy(reference, *sampled), critic)
+    rows = max(config.per_device_train_batch_size, config.local_rollout_forward_batch_size)
     for policy in (models.actor, models.reference):
-        policy.head = fused_head(policy.module, config.fused_head)
+        policy.head = fused_head(policy.module, config.fused_head, rows * config.response_length)
     return models
 
 

@@ -107,7 +107,7 @@ class PPOConfig(SamplingConfig, OptimizerConfig):
     ) = HfArg(default=None, help="How token losses add up. Default: the algorithm's own.")
     fused_head: Literal["auto", "on", "off"] = HfArg(
         default="auto",
-        help="Log-probabilities from hidden states, without logits. auto: where those of a micro-batch would take more "
+        help="Log-probabilities from hidden states, without logits. auto: where those of a call would take more "
         "than 256 MiB, the head is a linear layer, at most scaled and capped, and ZeRO is below 3.",
     )
     entropy_coef: float = HfArg(default=0.0, help="Weight of the entropy bonus in the loss.")

@@ -337,7 +337,7 @@ def _scored(policy: Policy, rollout: Rollout, entropy: bool | str) -> Any:
     inputs = model_inputs(rollout) | {"use_cache": False, "logits_to_keep": before}
     options: dict[str, Any] = {"temperature": policy.temperature, "mask": rollout.mask, "entropy": entropy}
     options["impl"] = policy.impl
-    if policy.head is not None and policy.head.pays(rollout.responses.numel()):
+    if policy.head is not None:
         return policy.head.token_logprobs(policy.model, inputs, rollout.responses, policy.vocabulary, **options)
     logits = policy.model(**inputs).logits[..., : policy.vocabulary]
     return token_logprobs(logits, rollout.responses, **options)

@@ -143,6 +143,36 @@ def test_offsets_that_lead_elsewhere_read_nothing_outside(require_impl):
         assert all(torch.isfinite(x).all() for x in got)
 
 
+def test_tokens_behind_the_last_packed_row_do_not_count(impl):
+    head, labels, given, _ = make()
+    packed = head | {"hidden": head["hidden"].view(-1, H)}
+    others, offsets = {name: x.view(-1) for name, x in given.items()}, torch.tensor([0, 4, 9])
+    got = run(impl, packed, labels.view(-1), others, None, cu_seqlens=offsets)
+    mask = torch.arange(B * T) < 9
+    want = run(impl, packed, labels.view(-1), others, mask, 1.0, one_after_the_other, cu_seqlens=offsets)
+    for x, y in zip(got, want, strict=True):
+        torch.testing.assert_close(x, y, rtol=2e-5, atol=1e-5)
+    assert not got[-3][9:].any()
+
+
+@pytest.mark.parametrize("group", ["token", "sequence"])
+def test_values_and_shapes_are_refused_before_a_product(require_impl, group):
+    require_impl(OP, "cpu")
+    head, labels, given, mask = make()
+    options = {"importance_sampling_level": group, "mask": mask}
+    beyond = torch.where(labels == -100, labels, V + 5)
+    for wrong, named in (
+        ({"labels": beyond, "validate": True}, "linear_policy_loss: labels must be in"),
+        ({"temperature": torch.zeros(B, T), "validate": True}, "linear_policy_loss: every temperature must be > 0"),
+        (
+            {"old_logprobs": given["old_logprobs"][:, :4]},
+            "old_logprobs must have the labels' shape",
+        ),
+    ):
+        with pytest.raises(ValueError, match=named):
+            linear_policy_loss(**head | {"labels": labels} | given | options | wrong, impl="cpu")
+
+
 @pytest.mark.parametrize("frozen", [(), ("hidden",), ("weight", "bias"), HEAD])
 def test_three_products_of_the_rows_that_count(require_impl, frozen):
     require_impl(OP, "cpu")

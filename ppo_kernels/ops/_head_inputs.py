@@ -34,7 +34,7 @@ def check_head(op: str, hidden: object, weight: object, labels: object, bias: ob
         raise ValueError(
             f"{op}: hidden must be [..., H] and weight [V, H] with V >= 1; got {tuple(hidden.shape)} and"
             f" {tuple(weight.shape)}"
-            + ("; gather a weight that ZeRO-3 has parted first" if weight.numel() == 0 else "")
+            + ("; gather a weight that ZeRO-3 has partitioned first" if weight.numel() == 0 else "")
         )
     if labels.dim() == 0 or tuple(labels.shape) != tuple(hidden.shape[:-1]):
         raise ValueError(

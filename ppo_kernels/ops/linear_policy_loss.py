@@ -15,8 +15,15 @@ from ppo_kernels._registered import not_a_graph
 from ppo_kernels._types import PolicyStats, compute_dtype, wide_dtype
 from ppo_kernels.ops._autograd import has_tangent, once, recorded, transformed
 from ppo_kernels.ops._head import CountedRows, Gradients, Head
-from ppo_kernels.ops._head_inputs import check_head, check_logits_dtype, check_shard, head_numbers, memory_bytes
-from ppo_kernels.ops._inputs import to_mask, unit_last_stride
+from ppo_kernels.ops._head_inputs import (
+    check_head,
+    check_logits_dtype,
+    check_shard,
+    check_values,
+    head_numbers,
+    memory_bytes,
+)
+from ppo_kernels.ops._inputs import check_floating, to_mask, unit_last_stride
 from ppo_kernels.ops._public import public, refuse_tangents
 from ppo_kernels.ops.linear_token_logprobs import linear_token_logprobs
 from ppo_kernels.ops.policy_loss import policy_loss
@@ -226,11 +233,12 @@ def linear_policy_loss(
         ``(loss, stats, logprobs)``: those of ``policy_loss``, and the log-probabilities ``[B, T]``, which take no
         gradient. Four products, by ``linear_token_logprobs`` and ``policy_loss`` one after the other, are computed
         where a token's gradient needs others of its row (a ratio of the sequence), with ``group``, with impl="torch",
-        in a graph of torch.compile and under torch.func; one product where no gradient is asked for.
+        in a graph of torch.compile and under torch.func; one product where no gradient is asked for. On a GPU, finding
+        the rows that count waits for the device.
 
     Raises:
         TypeError: a dtype that is not listed. ValueError: shapes, devices, options or ``impl`` that do not fit.
-        RuntimeError: a second differentiation. On a GPU, finding the rows that count waits for the device.
+        RuntimeError: a second differentiation.
     """
     op = "linear_policy_loss"
     check_head(op, hidden, weight, labels, bias)
@@ -241,16 +249,23 @@ def linear_policy_loss(
     impl = _LINEAR_POLICY_LOSS.choose(impl, hidden.device.type, compute_dtype(hidden, weight, bias))
     valid = labels != ignore_index
     valid = valid if mask is None else valid & (mask != 0)
+    if (cu_seqlens := policy_options.get("cu_seqlens")) is not None and valid.dim() == 1:
+        at = torch.arange(len(valid), device=valid.device)  # tokens of no row do not count
+        valid = valid & (at >= cu_seqlens[0]) & (at < cu_seqlens[-1])
     options = policy_options | {"impl": impl, "validate": validate}
-    known = (*_OF_TOKENS, *_OF_ROWS, "cu_seqlens")
-    numbers_else = (x for name, x in policy_options.items() if name not in known and isinstance(x, Tensor))
+    check_floating(op, "old_logprobs", old_logprobs)
+    if old_logprobs.shape != labels.shape:
+        raise ValueError(
+            f"{op}: old_logprobs must have the labels' shape {tuple(labels.shape)}, got {tuple(old_logprobs.shape)}"
+        )
+    if validate:
+        check_values(op, labels, valid, numbers[0], ignore_index, weight.size(0) if group is None else 2**63 - 1)
     of_tokens = policy_options.get("importance_sampling_level", "token") == "token"
-    of_tokens = of_tokens and all(x.numel() == 1 for x in numbers_else)
     eager = not (torch.compiler.is_compiling() or transformed() or has_tangent(hidden))
     if impl == "torch" or group is not None or not (of_tokens and eager):
         logprobs: Any = linear_token_logprobs(
             hidden, weight, labels, bias=bias, temperature=temperature, softcap=softcap, logit_scale=logit_scale,
-            mask=mask, ignore_index=ignore_index, group=group, vocab_start=vocab_start, logits_dtype=logits_dtype,
+            mask=valid, ignore_index=ignore_index, group=group, vocab_start=vocab_start, logits_dtype=logits_dtype,
             memory_mib=memory_mib, impl=impl,
             validate=validate,
         )  # fmt: skip
@@ -261,7 +276,7 @@ def linear_policy_loss(
     rows, tau, cap, scale, _ = numbers
     inputs: Any = (unit_last_stride(hidden), unit_last_stride(weight), bias)
     rest: Any = (
-        labels.long(), mask, (rows, tau, ignore_index), (cap, scale, logits_dtype, memory),
+        labels.long(), valid, (rows, tau, ignore_index), (cap, scale, logits_dtype, memory),
         (old_logprobs, advantages, valid, options), impl,
     )  # fmt: skip
     if not any(x is not None and recorded(x) for x in inputs):

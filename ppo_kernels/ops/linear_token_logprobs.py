@@ -320,11 +320,11 @@ def linear_token_logprobs(
     Returns:
         ``logprobs [...]``, or ``(logprobs, entropy [...])``, as ``token_logprobs`` has them. Gradients of the weight
         are added up in float32 and rounded once. Same inputs, same bits; with other rows in the batch or another number
-        of threads torch's products may round differently.
+        of threads torch's products may round differently. On a GPU, finding the rows that count waits for the device.
 
     Raises:
         TypeError: a dtype that is not listed. ValueError: shapes, devices, options or ``impl`` that do not fit.
-        RuntimeError: a second differentiation. On a GPU, finding the rows that count waits for the device.
+        RuntimeError: a second differentiation.
     """
     op = "linear_token_logprobs"
     check_head(op, hidden, weight, labels, bias)

@@ -56,8 +56,8 @@ def prepare_experience(
         logprobs, ref_logprobs, values: ``[B, T]`` with any row stride, or packed ``[N]`` with ``cu_seqlens``; floating.
         scores: ``[B]``, one per sequence.
         mask: the tokens' shape; non-zero = valid. None means all valid.
-        kl_coef, kl_estimator, score_clip, kl_log_clamp, kl_clamp, score_index: see ``kl_rewards``. A ``score_index`` of
-            a masked token is for masked_steps="keep", and for callers of the three ops, whose masks may differ.
+        kl_coef, kl_estimator, score_clip, kl_log_clamp, kl_clamp, score_index: see ``kl_rewards``. ``gae``
+            reads nothing after a row's last valid token: a ``score_index`` behind it has to be in the mask.
         gamma, lam, masked_steps, bootstrap_value: see ``gae``.
         whiten_advantages: False leaves the advantages as ``gae`` has them.
         shift_mean, unbiased, eps, group: see ``whiten``.

@@ -1,7 +1,5 @@
 """Log-probabilities from hidden states: the same run as by way of logits, and fused only where that is sure."""
 
-import json
-
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -41,7 +39,7 @@ def test_what_a_family_does_to_its_logits_is_found_and_done(family):
     model = model_of(family, **settings)
     with torch.no_grad():
         model.get_output_embeddings().weight.mul_(100.0)  # a cap that is forgotten shows
-    head = fused_head(model, "on")
+    head = fused_head(model, "on", 1)
     assert (head.softcap, head.logit_scale) == pytest.approx(expected)
     ids = torch.randint(1, 50, (3, 7))
     for vocabulary in (None, 43):
@@ -69,22 +67,35 @@ def test_a_run_is_the_same_to_rounding(tiny, algorithm):
             assert one[name] == pytest.approx(other[name], rel=1e-4, abs=1e-5, nan_ok=True), name
 
 
-def test_small_logits_are_computed_once(tiny):
-    head = tiny(fused_head="auto").actor.head
-    vocabulary = head.layer.out_features
-    assert not head.pays(LARGE // (4 * vocabulary))
-    assert head.pays(LARGE // (4 * vocabulary) + 1)
+def test_logits_that_are_small_are_computed_once():
+    model = model_of("llama")
+    fits = LARGE // (4 * 50)
+    assert fused_head(model, "auto", fits) is None
+    assert fused_head(model, "auto", fits + 1) is not None
 
 
-def test_lora_beside_the_head_is_fused_and_on_it_is_not(tiny):
-    trainer = tiny(fused_head="on", lora_r=2)
-    assert all(abs(trainer.train_step()["val/ratio"] - 1) < 1e-6 for _ in range(1))
+def test_all_calls_of_a_run_go_one_way(tiny, monkeypatch):
+    """Rollouts are scored by more rows than an update has; the two ways round differently."""
+    sizes = {"local_rollout_forward_batch_size": 16, "per_device_train_batch_size": 2, "num_mini_batches": 2}
+    plain = tiny(fused_head="off", **sizes)
+    vocabulary = plain.actor.module.get_output_embeddings().out_features
+    monkeypatch.setattr("python_trainer.fused_head.LARGE", 4 * plain.config.response_length * vocabulary * 8)
+    trainer = tiny(fused_head="auto", **sizes)
+    assert trainer.actor.head is not None
+    assert trainer.reference.head is not None
+
+
+def test_lora_beside_the_head_is_fused_and_on_it_is_not(tiny, monkeypatch):
+    monkeypatch.setattr("python_trainer.fused_head.LARGE", 0)
+    assert tiny(fused_head="auto", lora_r=2).actor.head is not None
+    assert tiny(fused_head="on", lora_r=2).train_step()["val/ratio"] == pytest.approx(1.0, abs=1e-6)
     with pytest.raises(UserError, match=r"fused_head on: .* a Linear as its head.*set fused_head auto or off"):
         tiny(fused_head="on", lora_r=2, lora_target_modules="lm_head")
     assert tiny(fused_head="auto", lora_r=2, lora_target_modules="lm_head").actor.head is None
 
 
-def test_zero_stage_3_has_no_head_to_fuse(tiny):
+def test_zero_stage_3_has_no_head_to_fuse(tiny, monkeypatch):
+    monkeypatch.setattr("python_trainer.fused_head.LARGE", 0)
     with pytest.raises(UserError, match="fused_head on: at ZeRO stage 3"):
         tiny(fused_head="on", deepspeed="ds_zero3.json")
     assert tiny(fused_head="auto", deepspeed="ds_zero3.json").actor.head is None
@@ -99,7 +110,7 @@ def test_a_head_that_does_more_is_not_fused():
 
     model = model_of("llama")
     model.__class__ = Odd
-    assert fused_head(model, "auto") is None
+    assert fused_head(model, "auto", 2**40) is None
     with pytest.raises(UserError, match="does more to its logits than a scale and a soft cap"):
-        fused_head(model, "on")
-    assert json.dumps(fused_head(model, "off")) == "null"
+        fused_head(model, "on", 1)
+    assert fused_head(model, "off", 1) is None
