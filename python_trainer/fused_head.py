@@ -49,7 +49,8 @@ class FusedHead:
         with _instead(self.layer, keep):
             model(**inputs)
         (hidden,) = kept
-        weight, bias = self.layer.weight, self.layer.bias
+        weight: torch.Tensor = self.layer.weight
+        bias: torch.Tensor | None = self.layer.bias
         if vocabulary is not None and vocabulary < len(weight):  # a slice of all would cost a copy of its gradient
             weight, bias = weight[:vocabulary], None if bias is None else bias[:vocabulary]
         return linear_token_logprobs(

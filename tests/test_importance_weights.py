@@ -145,7 +145,8 @@ def test_packed_equals_padded(impl, level, reject, reject_level):
     lengths = [5, 0, 31, 1, 17]
     data = make(5, 31)
     mask = (torch.rand(5, 31) < 0.7) & (torch.arange(31) < torch.tensor(lengths)[:, None])
-    options = {"level": level, "reject": reject, "reject_level": reject_level, "reject_bounds": 0.03}
+    options = {"level": level, "reject": reject, "reject_level": reject_level}
+    options |= {} if reject is None else {"reject_bounds": 0.03}
     padded = check(impl, *data, mask, **options)
     packed = check(impl, *(pack(x, lengths) for x in (*data, mask)), **options, cu_seqlens=cu(lengths))
     torch.testing.assert_close(packed[0], pack(padded[0], lengths), rtol=1e-6, atol=0)
@@ -185,3 +186,10 @@ WRONG = [
 def test_wrong_arguments_are_named(impl, change, error, mentions):
     arguments = dict(zip(("logprobs", "rollout_logprobs"), make(3, 4), strict=True)) | {"impl": impl}
     assert_raises(error, lambda: importance_weights(**(arguments | change)), *mentions)
+
+
+@pytest.mark.parametrize("given", [{"reject_bounds": (0.0, 0.1)}, {"reject_level": "mean"}, {"reject_level": "bogus"}])
+def test_bounds_of_a_rejection_that_is_not_asked_for_are_refused(given):
+    x = torch.zeros(2, 3)
+    with pytest.raises(ValueError, match="reject_level and reject_bounds are read with reject alone"):
+        importance_weights(x, x, **given)

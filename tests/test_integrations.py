@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from ppo_kernels import integrations
-from ppo_kernels.integrations import Adapter, AdapterError, NotCoveredError, Target
+from ppo_kernels.integrations import Adapter, AdapterError, NotCoveredError, Target, _shared
 from ppo_kernels.integrations.__main__ import main
 from ppo_kernels.integrations._target import difference, of_object, of_text, text
 from tests.lib.checkout import ROOT, environment
@@ -326,7 +326,27 @@ def test_what_another_put_over_ours_stays(adapter):
     adapter.revert()
     assert utils.Loss().forward(1) == ("another's", 1)
     assert utils.REGISTRY["double"] is len
-    assert ours(utils.Loss(), 1)[0] == "ours"
+    assert ours(utils.Loss(), 1)[0] == "theirs"
+
+
+def test_what_took_ours_goes_to_the_trainers_after_a_revert(adapter, trainer):
+    utils = importlib.import_module(UTILS_MODULE)
+    adapter.apply()
+    held = {"double": utils.double}
+    assert held["double"](1)[0] == "ours"
+    adapter.revert()
+    assert held["double"](1)[0] == "theirs"
+    adapter.apply()
+    assert utils.double(1)[0] == "ours"
+
+
+def test_a_module_that_is_loaded_again_is_reverted_everywhere(adapter, trainer):
+    utils, user = importlib.import_module(UTILS_MODULE), importlib.import_module("fake_trainer.user")
+    adapter.apply()
+    importlib.reload(utils)
+    assert utils.double(1)[0] == user.call(1)[0] == "ours"
+    adapter.revert()
+    assert utils.double(1)[0] == user.call(1)[0] == "theirs"
 
 
 def test_threads_share_the_counts_and_the_replacement(adapter):
@@ -472,6 +492,13 @@ def test_the_environment_and_the_command_run_put_adapters_in_place(tmp_path):
         assert done.stdout.strip() == want, done.stderr
         absent = "compute_rewards is not replaced: dschat.rlhf.ppo_trainer has no DeepSpeedPPOTrainer.compute_rewards"
         assert absent in done.stderr
+
+
+def test_a_mask_of_weights_is_left_to_the_trainer():
+    like = torch.zeros(2, 3)
+    assert _shared.whole(torch.tensor([[1.0, 0.0, 1.0]] * 2), like) is not None
+    with pytest.raises(NotCoveredError, match="a mask of weights"):
+        _shared.whole(torch.full((2, 3), 0.25), like)
 
 
 def test_the_environment_names_trainers(monkeypatch):

@@ -109,14 +109,14 @@ def test_the_fused_head_is_a_product_and_log_softmax(tile, with_bias, monkeypatc
 
 def test_the_fused_head_of_no_row_and_of_frozen_parts():
     hidden, weight = torch.randn(0, 8).requires_grad_(), torch.randn(33, 8).requires_grad_()
-    logp, *_ = trl._chunked_logprobs(hidden, weight, None, torch.zeros(0, dtype=torch.int64), 1.0, 32768)
+    logp, *_ = trl._chunked_logprobs(hidden, weight, None, torch.zeros(0, dtype=torch.int64), 1.0, 32768, outputs=())
     grads = torch.autograd.grad(logp.sum(), (hidden, weight))
     assert [g.shape for g in grads] == [hidden.shape, weight.shape]
     assert not grads[1].any()
     for frozen in (0, 1):
         parts = [torch.randn(4, 8), torch.randn(33, 8)]
         parts[1 - frozen].requires_grad_()
-        logp, *_ = trl._chunked_logprobs(*parts, None, torch.zeros(4, dtype=torch.int64), 1.0, 32768)
+        logp, *_ = trl._chunked_logprobs(*parts, None, torch.zeros(4, dtype=torch.int64), 1.0, 32768, outputs=())
         logp.sum().backward()
         assert parts[frozen].grad is None
         assert parts[1 - frozen].grad.any()
@@ -135,6 +135,7 @@ def test_what_the_fused_head_does_not_cover(options, reason):
     if "ds_id" in options:
         weight.ds_id = options.pop("ds_id")
     with pytest.raises(NotCoveredError, match=reason):
+        options = {"outputs": ()} | options
         trl._chunked_logprobs(torch.randn(4, 8), weight, None, torch.zeros(4, dtype=torch.int64), 1.0, 32768, **options)
 
 
@@ -142,7 +143,7 @@ def test_the_fused_head_under_autocast_multiplies_in_the_dtype_of_autocast():
     hidden, weight = torch.randn(20, 8), torch.randn(33, 8).requires_grad_()
     targets = torch.randint(0, 33, (20,))
     with torch.autocast("cpu", torch.bfloat16):
-        logp, *_ = trl._chunked_logprobs(hidden, weight, None, targets, 1.0, 32768)
+        logp, *_ = trl._chunked_logprobs(hidden, weight, None, targets, 1.0, 32768, outputs=())
     rounded = hidden.bfloat16().float() @ weight.bfloat16().float().T  # the logits themselves are not rounded
     torch.testing.assert_close(logp, token_logprobs(rounded, targets), rtol=0, atol=5e-6)
     logp.sum().backward()

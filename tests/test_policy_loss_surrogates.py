@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 
@@ -189,3 +190,17 @@ WRONG = [
 def test_wrong_arguments_are_named(impl, change, mentions):
     logp, old, adv = make(3, 4)
     assert_raises(ValueError, lambda: policy_loss(logp, old, adv, impl=impl, **change), *mentions)
+
+
+def test_an_infinite_log_probability_has_no_ratio_of_its_own(impl):
+    logp = torch.tensor([[-1.0, -float("inf"), -2.0]])
+    options = {"importance_sampling_level": "sequence_token", "impl": impl}
+    loss, stats = policy_loss(logp, torch.full((1, 3), -1.5), torch.ones(1, 3), **options)
+    assert loss.isfinite()
+    assert stats.ratio_mean.isfinite()
+
+
+@pytest.mark.parametrize("off", [np.float32("inf"), torch.tensor(float("inf")), None])
+def test_a_bound_that_is_off_is_off_in_any_kind_of_number(off):
+    x = torch.zeros(1, 2)
+    assert policy_loss(x, x, x, surrogate="sapo", delta=off, dual_clip=off)[0] == 0

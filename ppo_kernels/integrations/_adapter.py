@@ -40,6 +40,7 @@ class Calls:
 
     def __init__(self) -> None:
         self.lock = threading.Lock()
+        self.active = True  # False after a revert
         self.served = 0
         self.not_covered: Counter[str] = Counter()
 
@@ -74,6 +75,8 @@ def wrapped(name: str, original: Callable, replacement: Callable, calls: Calls) 
                 return replacement(*arguments, **options)
             except (NotCoveredError, TypeError, ValueError):
                 return original(*arguments, **options)
+        if not calls.active:  # somebody holds us since before a revert
+            return original(*arguments, **options)
         try:
             result = replacement(*arguments, **options)
         except (NotCoveredError, TypeError, ValueError) as why:
@@ -185,6 +188,7 @@ class Adapter:
         with self._lock:
             self._finder.wait_for(frozenset())
             for installed in self._installed.values():
+                self._calls[installed.target.attribute].active = False
                 self._restore(installed)
             exchange((i.replacement, i.value) for i in self._installed.values() if "." not in i.target.attribute)
             self._installed.clear()
@@ -251,6 +255,9 @@ class Adapter:
                     if why is not None:
                         self._refuse(target, why)
                 self._install([t for t in targets if t.attribute in self._wanted])
+                names = [t.attribute for t in targets if t.attribute in self._installed]
+            if names:
+                logger.info("%s: replaced %s in %s", self.name, ", ".join(names), module.__name__)
         except Exception:
             logger.exception("%s: nothing of %s was replaced", self.name, module.__name__)
 
@@ -270,6 +277,7 @@ class Adapter:
             replacement = wrapped(
                 f"{self.name}.{target.attribute}", value, target.replacement, self._calls[target.attribute]
             )
+            self._calls[target.attribute].active = True
             installed = Installed(target, value, replacement)
             kind = _binding(owner, name)
             setattr(owner, name, kind(replacement) if kind else replacement)
@@ -284,6 +292,8 @@ class Adapter:
             self._installed[target.attribute] = installed
             if not path:
                 pairs.append((value, replacement))
+            if not path and now is not None:  # the module was loaded again
+                pairs.append((now.replacement, replacement))
         if pairs:
             exchange(pairs)
 

@@ -34,9 +34,11 @@ def entropy_of(logits: Tensor, mask: Tensor | None = None) -> Tensor:
 
 
 def whole(mask: Tensor | None, like: Tensor) -> Tensor | None:
-    """The mask, if it has an element for each of ``like``."""
+    """The mask, if it has an element for each of ``like`` and none is a weight. (Floats are looked at.)"""
     if mask is not None and mask.shape != like.shape:
         raise NotCoveredError(f"a mask of shape {tuple(mask.shape)} for tensors of shape {tuple(like.shape)}")
+    if mask is not None and mask.is_floating_point() and bool(((mask != 0) & (mask != 1)).any()):
+        raise NotCoveredError("a mask of weights")
     return mask
 
 

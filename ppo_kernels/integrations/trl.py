@@ -77,7 +77,7 @@ def _chunked_logprobs(
     chunk_size: int,
     final_logit_softcapping: float | None = None,
     logit_scale: float = 1.0,
-    outputs: tuple[str, ...] = (),
+    outputs: tuple[str, ...] = ("entropy", "mean_logits", "log_sum_sq_probs", "is_top1"),  # OPTIONAL_OUTPUTS
 ) -> tuple[Tensor | None, ...]:
     if "log_sum_sq_probs" in outputs:
         raise NotCoveredError("log_sum_sq_probs")

@@ -138,8 +138,6 @@ def policy_loss(
     low, high = cliprange if isinstance(cliprange, (tuple, list)) else (cliprange, cliprange)
     kind = check_choice(op, "surrogate", surrogate, SURROGATES)
     level = check_choice(op, "importance_sampling_level", importance_sampling_level, RATIO_LEVELS)
-    if level or kind or delta is not None or unbiased_kl:
-        _refuse_combinations(surrogate, importance_sampling_level, dual_clip, delta, unbiased_kl)
     low = bound(op, "cliprange (low)", low, least=0.0)
     high = bound(op, "cliprange (high)", high, least=0.0)
     dual_bound = bound(op, "dual_clip", dual_clip, above=1.0)
@@ -150,6 +148,8 @@ def policy_loss(
     log_bound = bound(op, "log_ratio_clamp", log_ratio_clamp, least=0.0)
     kl_bounds = bound(op, "kl_log_clamp", kl_log_clamp, least=0.0), bound(op, "kl_clamp", kl_clamp, least=0.0)
     ratio_bound = bound(op, "delta", delta, above=1.0)
+    if level or kind or delta is not None or unbiased_kl:
+        _refuse_combinations(surrogate, importance_sampling_level, dual_bound, ratio_bound, unbiased_kl)
     taus = (
         check_number(op, "sapo_temperature_pos", sapo_temperature_pos, above=0.0),
         check_number(op, "sapo_temperature_neg", sapo_temperature_neg, above=0.0),
@@ -205,7 +205,7 @@ def _fused(impl: str, logprobs: Tensor, *arguments: object) -> tuple[Tensor, Pol
     return loss, PolicyStats(*stats)
 
 
-def _refuse_combinations(surrogate: str, level: str, dual_clip: object, delta: object, unbiased_kl: bool) -> None:
+def _refuse_combinations(surrogate: str, level: str, dual_clip: float, delta: float, unbiased_kl: bool) -> None:
     """What has no meaning together. A bound that is off by inf is off."""
     is_dppo = surrogate.startswith("dppo")
     if is_dppo and level != "token":
@@ -226,7 +226,7 @@ def _refuse_combinations(surrogate: str, level: str, dual_clip: object, delta: o
         ("dual_clip", dual_clip, surrogate == "clip" and level != "geometric"),
         ("delta", delta, (surrogate == "clip" or is_dppo) and level != "geometric"),
     ):
-        if not takes and value is not None and not (isinstance(value, float) and value == math.inf):
+        if not takes and not (isinstance(value, float) and value == math.inf):
             raise ValueError(
                 f"policy_loss: {name} is not an option of surrogate={surrogate!r} with importance_sampling_level="
                 f"{level!r}; leave it None, got {value}"

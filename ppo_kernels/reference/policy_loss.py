@@ -136,7 +136,7 @@ def policy_loss(
     elif importance_sampling_level == "sequence":
         log_ratio = row_log_ratio(own, valid, rows)
     elif importance_sampling_level == "sequence_token":
-        log_ratio = row_log_ratio(own.detach(), valid, rows) + (logp - logp.detach())
+        log_ratio = row_log_ratio(own.detach(), valid, rows) + torch.where(logp.isfinite(), logp - logp.detach(), 0.0)
     d = clamp(log_ratio, log_ratio_clamp)
     ratio = d.exp()
     if importance_sampling_level == "geometric":
