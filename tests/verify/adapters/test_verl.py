@@ -349,7 +349,8 @@ def test_import_verl_puts_ours_in_place(tmp_path):
     done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     lines = done.stdout.splitlines()
-    assert sum(line.startswith("verl: ") for line in lines) == 1, "it says so once"
+    assert sum(line.startswith("verl: ") and "waiting" in line for line in lines) == 1, "it says so once"
+    assert any(line.startswith("verl: replaced ") and "logprobs_from_logits" in line for line in lines)
     assert "core True" in lines
     assert "{'verl': {'logprobs_from_logits': {'served': 1, 'not covered': {}}}}" in lines
     none = subprocess.run(command, cwd=tmp_path, env=env | {"PPO_KERNELS_PATCH": "trl"}, capture_output=True, text=True)
