@@ -350,7 +350,7 @@ def test_import_verl_puts_ours_in_place(tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
     lines = done.stdout.splitlines()
     assert sum(line.startswith("verl: ") and "waiting" in line for line in lines) == 1, "it says so once"
-    assert any(line.startswith("verl: replaced ") and "logprobs_from_logits" in line for line in lines)
+    assert any(line.startswith("verl: replaced ") and "compute_value_loss" in line for line in lines)
     assert "core True" in lines
     assert "{'verl': {'logprobs_from_logits': {'served': 1, 'not covered': {}}}}" in lines
     none = subprocess.run(command, cwd=tmp_path, env=env | {"PPO_KERNELS_PATCH": "trl"}, capture_output=True, text=True)
