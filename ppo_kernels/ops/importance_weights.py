@@ -107,12 +107,12 @@ def importance_weights(
     codes = check_choice(op, "level", level, LEVELS), check_choice(op, "mode", mode, MODES)
     by = 0 if reject is None else check_choice(op, "reject", reject, ESTIMATORS) + 1
     reject_code = check_choice(op, "reject_level", reject_level, REJECT_LEVELS) if reject is not None else 0
-    if reject is None and (reject_level != "token" or reject_bounds is not None):
-        raise ValueError(f"{op}: reject_level and reject_bounds are read with reject alone; set it to k1, k2 or k3")
     if reject == "k1" and reject_level == "max":
         raise ValueError(f"{op}: reject_level='max' is for estimates that are not negative; set reject='k2' or 'k3'")
     limits = _pair(op, "bounds", bounds, 0.0)
     reject_limits = _pair(op, "reject_bounds", reject_bounds, -math.inf)
+    if reject is None and (reject_level != "token" or reject_bounds is not None):
+        raise ValueError(f"{op}: reject_level and reject_bounds are read with reject alone; set it to k1, k2 or k3")
     log_bound = bound(op, "log_ratio_clamp", log_ratio_clamp, least=0.0)
     tokens = Tokens(op, cu_seqlens, logprobs=logprobs, rollout_logprobs=rollout_logprobs)
     mask = tokens.mask(mask)
