@@ -122,6 +122,8 @@ def learned(op, impl, option, value):
         options["ref_logprobs"] = REF
     if op != "aggregation_weights":
         options["impl"] = impl
+    if option == "reject_bounds":
+        options["reject"] = "k3"
     out = getattr(pk, op)(*NEEDED[op], **options)
     return (out if isinstance(out, torch.Tensor) else out[0]).sum()
 
