@@ -70,7 +70,10 @@ def _stand_ins() -> Iterator[None]:
 
 
 def load(trainer: str, *modules: str) -> list[types.ModuleType]:
-    """Modules of a trainer, or a skip that says why they are not here."""
+    """Modules of a trainer as it ships them, or a skip that says why they are not here.
+
+    verl's finds this package's plugin where the package is installed; what it put in place is taken out again.
+    """
     adapter = integrations.adapter(trainer)
     try:
         found = version(adapter.distribution)
@@ -79,11 +82,13 @@ def load(trainer: str, *modules: str) -> list[types.ModuleType]:
     assert found in adapter.tested, f"{trainer} {found} is here, and its adapter was tested with {adapter.tested}"
     try:
         with _stand_ins():
-            return [importlib.import_module(module) for module in modules]
+            loaded = [importlib.import_module(module) for module in modules]
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] == adapter.package:
             raise
         pytest.skip(f"{trainer} needs {error.name} (tests/verify/adapters/packages.txt)", allow_module_level=True)
+    adapter.revert()
+    return loaded
 
 
 def both(trainer: str, call: Callable[[], Any], served: dict[str, int]) -> tuple[Any, Any]:
