@@ -3,6 +3,7 @@
 import os
 import socket
 
+import numpy as np
 import pytest
 import torch
 
@@ -105,8 +106,9 @@ def test_parts_join_in_any_grouping(require_impl):
 
 def test_a_place_without_a_group_is_refused():
     tensors, labels, _ = make()
-    with pytest.raises(ValueError, match="vocab_start=5 is the place of a shard in a group; pass group= too"):
-        linear_token_logprobs(**tensors, labels=labels, vocab_start=5)
+    for place in (5, np.int64(5)):
+        with pytest.raises(ValueError, match="vocab_start=5 is the place of a shard in a group; pass group= too"):
+            linear_token_logprobs(**tensors, labels=labels, vocab_start=place)
     with pytest.raises(TypeError, match="group must be a torch.distributed.ProcessGroup"):
         linear_policy_loss(
             tensors["hidden"][None], tensors["weight"], labels[None], labels[None], labels[None], group=3

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
@@ -12,6 +10,7 @@ from ppo_kernels._types import compute_dtype, element
 from ppo_kernels.ops._autograd import has_tangent
 from ppo_kernels.ops._inputs import (
     bound,
+    check_constant,
     check_device,
     check_floating,
     check_group,
@@ -62,26 +61,23 @@ def check_logits_dtype(op: str, dtype: object, hidden: Tensor, weight: Tensor, b
         )
 
 
-def check_shard(op: str, group: object, vocab_start: object, hidden: Tensor) -> None:
-    check_integer_option(op, "vocab_start", vocab_start, least=0)
+def check_shard(op: str, group: object, vocab_start: object, hidden: Tensor) -> int:
+    vocab_start = check_integer_option(op, "vocab_start", vocab_start, least=0)
     if group is None:
         if vocab_start != 0:
             raise ValueError(f"{op}: vocab_start={vocab_start} is the place of a shard in a group; pass group= too")
-        return
+        return vocab_start
     check_group(op, "group", group)
     if has_tangent(hidden):
         raise RuntimeError(forward_mode_message(f"{op} with group="))
+    return vocab_start
 
 
 def memory_bytes(op: str, memory_mib: object, device: torch.device, on_cpu: int) -> int:
     """``on_cpu`` MiB are what a call on a CPU may take if nothing is said."""
     if memory_mib is None:
         return (on_cpu if device.type == "cpu" else 1024) * MIB
-    if isinstance(memory_mib, (Tensor, bool)) or not isinstance(memory_mib, (int, float)):
-        raise TypeError(f"{op}: memory_mib must be a number or None, got {type(memory_mib).__name__}")
-    if not 0 < memory_mib < math.inf:
-        raise ValueError(f"{op}: memory_mib must be > 0.0 and finite, got {memory_mib}")
-    return int(memory_mib * MIB)
+    return int(check_constant(op, "memory_mib", memory_mib, above=0.0, most=2.0**42) * MIB)
 
 
 def head_numbers(

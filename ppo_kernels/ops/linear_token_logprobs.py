@@ -22,7 +22,7 @@ from ppo_kernels.ops._head_inputs import (
     head_numbers,
     memory_bytes,
 )
-from ppo_kernels.ops._inputs import keepable, to_mask, unit_last_stride
+from ppo_kernels.ops._inputs import keepable, to_mask
 from ppo_kernels.ops._parts import finish, gathered, join, part_of, summed
 from ppo_kernels.ops._public import public, refuse_tangents
 from ppo_kernels.reference import linear_token_logprobs as reference
@@ -94,10 +94,21 @@ def _backward(
     logits_dtype, memory, vocab_start, group, logprobs, stats, kept, grad_logprobs, grad_entropy, need_hidden,
     need_weight, need_bias, impl,
 ):  # fmt: skip
-    """The gradients that are needed, the others empty. Columns are the outer loop: the weight's are rounded once."""
+    """The gradients that are needed, the others empty."""
     head = Head(hidden, weight, bias, softcap, logit_scale, logits_dtype)
     rows = CountedRows(hidden, labels, mask, ignore_index)
     gradients = Gradients(head, rows, (need_hidden, need_weight, need_bias))
+    given = (logprobs, stats, grad_logprobs, grad_entropy)
+    _add_gradients(gradients, rows, labels, (temperatures, temperature), memory, vocab_start, kept, given, impl)
+    if group and gradients.hidden is not None:
+        summed(gradients.hidden, group)
+    return gradients.finished(hidden, rows)
+
+
+def _add_gradients(gradients, rows, labels, temperatures, memory, vocab_start, kept, given, impl):
+    """Of all tiles, whose memory is free again then. Columns are the outer loop: the weight's are rounded once."""
+    head, (temperatures, temperature) = gradients.head, temperatures
+    logprobs, stats, grad_logprobs, grad_entropy = given
     tiling = head.tiling(rows, memory)
     buffer, blocks = head.buffer(*tiling), list(tiling.blocks(len(rows)))
     y, taus, logp, stats = rows.pick(labels), rows.pick(temperatures), rows.pick(logprobs), rows.pick(stats, 1)
@@ -129,9 +140,6 @@ def _backward(
             del slope  # before there is another
             gradients.add(tile, operand, of_weight, block, columns, into)
         gradients.end(columns)
-    if group and gradients.hidden is not None:
-        summed(gradients.hidden, group)
-    return gradients.finished(hidden, rows)
 
 
 _FORWARD = register_composition(
@@ -331,12 +339,11 @@ def linear_token_logprobs(
     check_logits_dtype(op, logits_dtype, hidden, weight, bias)
     if not (entropy is False or entropy is True or (isinstance(entropy, str) and entropy == "detached")):
         raise ValueError(f'{op}: entropy must be False, True or "detached", got {entropy!r}')
-    check_shard(op, group, vocab_start, hidden)
+    vocab_start = check_shard(op, group, vocab_start, hidden)
     memory, mask = memory_bytes(op, memory_mib, hidden.device, 64), to_mask(op, mask, labels)
     rows, *numbers = head_numbers(op, temperature, softcap, logit_scale, ignore_index, hidden)
     if validate:
         check_values(op, labels, mask, rows, ignore_index, weight.size(0) if group is None else 2**63 - 1)
-    hidden, weight = unit_last_stride(hidden), unit_last_stride(weight)
     impl = _FORWARD.choose(impl, hidden.device.type, compute_dtype(hidden, weight, bias))
     if group is None and (impl == "torch" or has_tangent(hidden)):
         hidden, weight = first_order_only(op, hidden), first_order_only(op, weight)

@@ -12,7 +12,7 @@ from torch import Tensor
 from ppo_kernels._registered import not_a_graph
 from ppo_kernels._types import compute_dtype, element
 from ppo_kernels.backends import register
-from ppo_kernels.ops._autograd import first_order_only, has_tangent, once, recorded, traced_input, transformed
+from ppo_kernels.ops._autograd import first_order_only, has_tangent, is_batch, once, recorded, traced_input, transformed
 from ppo_kernels.ops._fakes import like_first
 from ppo_kernels.ops._inputs import (
     check_device,
@@ -147,6 +147,11 @@ class _EagerLogprobs(torch.autograd.Function):
             raise RuntimeError(
                 "token_logprobs: inplace_backward=True has overwritten the logits in a first backward; pass"
                 " inplace_backward=False for a second one"
+            )
+        if is_batch(grad_logprobs) or is_batch(grad_entropy):
+            raise RuntimeError(
+                "token_logprobs: inplace_backward=True overwrites the logits with one gradient, and is_grads_batched or"
+                " vmap asks for several; pass inplace_backward=False"
             )
         chunk.begin()
         _BACKWARD_INPLACE.run(ctx.impl, chunk.logits, *others)
