@@ -18,12 +18,11 @@ from ppo_kernels.ops._head import CountedRows, Gradients, Head, released, rounde
 from ppo_kernels.ops._head_inputs import (
     check_head,
     check_logits_dtype,
-    check_shard,
-    check_values,
     head_numbers,
     memory_bytes,
 )
 from ppo_kernels.ops._inputs import check_floating, to_mask
+from ppo_kernels.ops._logits_inputs import ANY_LABEL, check_shard, check_values
 from ppo_kernels.ops._public import public, refuse_tangents
 from ppo_kernels.ops.linear_token_logprobs import linear_token_logprobs
 from ppo_kernels.ops.policy_loss import policy_loss
@@ -265,7 +264,7 @@ def linear_policy_loss(
             f"{op}: old_logprobs must have the labels' shape {tuple(labels.shape)}, got {tuple(old_logprobs.shape)}"
         )
     if validate:
-        check_values(op, labels, valid, numbers[0], ignore_index, weight.size(0) if group is None else 2**63 - 1)
+        check_values(op, labels, valid, numbers[0], ignore_index, weight.size(0) if group is None else ANY_LABEL)
     of_tokens = policy_options.get("importance_sampling_level", "token") == "token"
     eager = not (torch.compiler.is_compiling() or transformed() or has_tangent(hidden))
     if impl == "torch" or group is not None or not (of_tokens and eager):
