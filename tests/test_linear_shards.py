@@ -66,6 +66,20 @@ def of_logits(logits, labels, grads, op=token_logprobs, **options):
     return found
 
 
+def of_supports(logits, labels, impl, **options):
+    """Ids of every shard, with padding, and a label that is in none."""
+    ids = torch.tensor([3, 39, 40, 511, 520, 699, -1]).expand(*logits.shape[:-1], 7)
+    leaf = logits.clone().requires_grad_()
+    found = []
+    for more in ({}, {"support": ids}):
+        logp, h, extras = token_logprobs(
+            leaf, labels, entropy=True, extras=("sum_sq_probs", "top1"), impl=impl, **options, **more
+        )
+        gradient = torch.autograd.grad((logp.nan_to_num(0.0) + h.nan_to_num(0.0)[..., None]).sum(), leaf)[0]
+        found += [logp.detach(), h.detach(), extras.sum_sq_probs, extras.top1, gradient]
+    return found
+
+
 def by_hand(logits, labels, group, **options):
     """``group=`` for who communicates otherwise."""
     known = {name: x for name, x in options.items() if name != "inplace_backward"}
@@ -96,6 +110,8 @@ def rank_of(rank, world, port, impls, folder):
                 for op in (token_logprobs, by_hand)
             ]
             torch.save(found, f"{folder}/logits-{impl}-{i}-{rank}.pt")
+        found = of_supports(logits[..., first:last].nan_to_num(0.0), several, **given)  # of several labels
+        torch.save(found, f"{folder}/supports-{impl}-{rank}.pt")
     torch.distributed.destroy_process_group()
 
 
@@ -124,6 +140,12 @@ def test_shards_give_what_the_whole_weight_gives(require_impl, world, tmp_path):
             want = of_logits(logits, several, of_logprobs, impl=impl, **options)
             for found in zip(*ranks, strict=True):  # of both ways
                 check_logits(found, want)
+        ranks = [torch.load(tmp_path / f"supports-{impl}-{rank}.pt", weights_only=True) for rank in range(world)]
+        for at, truth in enumerate(of_supports(logits.nan_to_num(0.0), several, "cpu", **options)):
+            got = [found[at] for found in ranks]
+            together = torch.cat(got, -1) if at % 5 == 4 else got[0]
+            torch.testing.assert_close(together, truth, rtol=1e-5, atol=2e-6, equal_nan=True)
+            assert at % 5 == 4 or all(bit_equal(x, got[0]) for x in got)
 
 
 def check_logits(ranks, want):
