@@ -11,10 +11,9 @@ import torch
 from torch import Tensor
 
 from ppo_kernels.integrations._adapter import Adapter
-from ppo_kernels.integrations._shared import aggregation, entropy_of, no_gradient, whole
+from ppo_kernels.integrations._shared import aggregation, entropy_of, kl_per_token, no_gradient, whole
 from ppo_kernels.integrations._target import NotCoveredError, Target
 from ppo_kernels.ops.gae import gae
-from ppo_kernels.ops.kl_rewards import kl_rewards
 from ppo_kernels.ops.policy_loss import policy_loss
 from ppo_kernels.ops.token_logprobs import token_logprobs
 from ppo_kernels.ops.value_loss import value_loss
@@ -41,30 +40,6 @@ def compute_approx_kl(
     if kl_estimator == "abs":
         raise NotCoveredError("kl_estimator='abs'")
     return kl_per_token(log_probs, log_probs_base, None, kl_estimator, None, 10.0)
-
-
-def kl_per_token(
-    log_probs: Tensor,
-    log_probs_base: Tensor,
-    mask: Tensor | None,
-    estimator: str,
-    log_clamp: float | None,
-    clamp: float | None,
-) -> Tensor:
-    """A reward without a score and with the coefficient -1 is the estimate."""
-    rows = log_probs.size(0)
-    nowhere = torch.full((rows,), -1, device=log_probs.device)
-    return kl_rewards(
-        log_probs,
-        log_probs_base,
-        torch.zeros(rows, device=log_probs.device),
-        mask,
-        kl_coef=-1.0,
-        kl_estimator=estimator,
-        kl_log_clamp=log_clamp,
-        kl_clamp=clamp,
-        score_index=nowhere,
-    )[0]
 
 
 def get_advantages_and_returns(

@@ -13,9 +13,8 @@ from torch import Tensor
 
 from ppo_kernels._types import PolicyStats
 from ppo_kernels.integrations._adapter import Adapter
-from ppo_kernels.integrations._shared import entropy_of, no_gradient, over_groups, plain, whole
+from ppo_kernels.integrations._shared import entropy_of, kl_per_token, no_gradient, over_groups, plain, whole
 from ppo_kernels.integrations._target import NotCoveredError, Target
-from ppo_kernels.integrations.openrlhf import kl_per_token
 from ppo_kernels.ops.gae import gae
 from ppo_kernels.ops.policy_loss import policy_loss
 from ppo_kernels.ops.token_logprobs import token_logprobs

@@ -20,15 +20,33 @@ def test_what_is_not_covered_goes_to_theirs_and_is_counted_with_the_reason(adapt
     assert utils.double(1, 3) == ("theirs", 1, 3, "plain")
     assert utils.double(1, 4) == ("theirs", 1, 4, "plain")
     assert utils.double(1, 2) == ("ours", 1, 2, "plain")
-    assert adapter.status() == {"double": {"served": 1, "not covered": {"three times": 2, "four times": 1}}}
+    refused = "whiten: x must be a torch.Tensor, got int"
+    assert adapter.status() == {"double": {"served": 1, "not covered": {"three times": 2, refused: 1}}}
     said = [record.getMessage() for record in caplog.records]
     assert sum("three times" in message and "fake.double" in message for message in said) == 1
-    with pytest.raises(RuntimeError, match="a fault of ours"):
+    with pytest.raises(RuntimeError, match="out of memory"):
         utils.double(1, 5)
     with pytest.raises(TypeError, match="double"):
         utils.double(1, wrong=1)
     adapter.reset_status()
     assert adapter.status() == {}
+
+
+@pytest.mark.parametrize(
+    ("times", "kind", "said"),
+    [(6, TypeError, "NoneType"), (7, TypeError, "none_of_its_options"), (8, ValueError, "not enough values")],
+)
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_fault_of_ours_is_not_hidden_behind_theirs(adapter, times, kind, said, compiled, monkeypatch):
+    (utils,) = load("utils")
+    adapter.apply()
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: compiled)  # the code of a graph, without one
+    with pytest.raises(kind, match=said) as fault:
+        utils.double(1, times)
+    notes = getattr(fault.value, "__notes__", [])
+    assert compiled or any("fake.double" in note and "PPO_KERNELS_PATCH=none" in note for note in notes)
+    assert adapter.status() == {}, "it is neither served nor left to the trainer"
+    assert utils.double(torch.ones(1), 3)[0] == utils.double(1, 4)[0] == "theirs"
 
 
 def test_reasons_do_not_grow_without_end(adapter, monkeypatch):

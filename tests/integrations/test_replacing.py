@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
+import importlib.util
 import inspect
 import pickle
+import runpy
 import sys
 import threading
 
@@ -12,7 +15,7 @@ import pytest
 import torch
 
 from ppo_kernels.integrations import Adapter, Target
-from tests.lib.fake_trainer import UTILS, UTILS_MODULE, assert_ours, everything, load, states
+from tests.lib.fake_trainer import USER, UTILS, UTILS_MODULE, assert_ours, everything, load, states
 
 
 def test_loaded_modules_get_ours_wherever_the_name_is_bound_and_theirs_back(adapter):
@@ -49,6 +52,23 @@ def test_modules_that_are_loaded_later_get_ours(adapter, trainer):
     assert not [finder for finder in sys.meta_path if type(finder).__module__.startswith("ppo_kernels")]
     importlib.reload(utils)
     assert utils.double(1)[0] == "theirs"
+
+
+def test_the_source_of_a_module_that_is_waited_for_can_be_read_and_run(adapter, trainer):
+    """By what runs a module as a script, or reads a package's code and data without importing it."""
+    adapter.apply()
+    loader = importlib.util.find_spec(UTILS_MODULE).loader
+    offered = ("get_code", "get_source", "get_filename", "get_data", "is_package")
+    assert all(hasattr(loader, name) for name in offered)
+    assert runpy.run_module(UTILS_MODULE, run_name="__main__")["double"](1)[0] == "theirs"
+    assert loader.get_source(UTILS_MODULE) == UTILS
+    assert loader.get_filename(UTILS_MODULE) == str(trainer / "utils.py")
+    assert loader.get_data(str(trainer / "user.py")) == USER.encode()
+    assert not loader.is_package(UTILS_MODULE)
+    assert not hasattr(loader, "no_method_of_a_loader")
+    assert copy.copy(loader).get_source(UTILS_MODULE) == UTILS
+    (utils,) = load("utils")
+    assert utils.double(1)[0] == "ours"
 
 
 def test_applied_twice_is_applied_once(adapter):

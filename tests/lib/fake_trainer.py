@@ -8,6 +8,7 @@ import sys
 
 import pytest
 
+from ppo_kernels import whiten
 from ppo_kernels.integrations import Adapter, NotCoveredError, Target
 
 UTILS = """
@@ -61,9 +62,15 @@ def double(x, times=2, *, mode="plain"):
     if times == 3:
         raise NotCoveredError("three times")
     if times == 4:
-        raise ValueError("four times")
+        return whiten(x)
     if times == 5:
-        raise RuntimeError("a fault of ours")
+        raise RuntimeError("out of memory")
+    if times == 6:
+        return x + None
+    if times == 7:
+        return whiten(x, none_of_its_options=1)
+    if times == 8:
+        raise ValueError("not enough values to unpack")
     return ("ours", x, times, mode)
 
 
