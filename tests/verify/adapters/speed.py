@@ -185,10 +185,12 @@ def measure(adapter: integrations.Adapter, call: Call) -> tuple[float, float]:
         for ours in (True, False):
             if ours:
                 adapter.apply()
+            before = adapter.status()
             begin = time.perf_counter()
             call()
             if turn:
                 seconds[ours].append(time.perf_counter() - begin)
+            assert ours or adapter.status() == before, f"a call without the adapter reached ours: {adapter.status()}"
             adapter.revert()
     return statistics.median(seconds[True]), statistics.median(seconds[False])
 
