@@ -58,6 +58,15 @@ def kl_per_token(
     )[0]
 
 
+def operands(*given: Tensor | None) -> list[Any]:
+    """Factors of a product in the dtype that autocast would give them: it has no say in our products."""
+    device = next(x.device.type for x in given if x is not None)
+    if not torch.is_autocast_enabled(device):
+        return list(given)
+    dtype = torch.get_autocast_dtype(device)
+    return [None if x is None else x.to(dtype) for x in given]
+
+
 def whole(mask: Tensor | None, like: Tensor) -> Tensor | None:
     """The mask, if it has an element for each of ``like`` and none is a weight. (Floats are looked at.)"""
     if mask is not None and mask.shape != like.shape:
