@@ -90,9 +90,9 @@ from dschat.rlhf.ppo_trainer import gather_log_probs
 logits, labels = torch.randn(2, 3, 5), torch.zeros(2, 3, dtype=torch.long)
 gather_log_probs(logits, labels)
 from ppo_kernels import integrations
-print(sys.argv[1:], integrations.status())
+print(sys.argv[1:], integrations.status()["deepspeed_chat"])
 """
-SERVED = "{'deepspeed_chat': {'gather_log_probs': {'served': 1, 'not covered': {}}}}"
+SERVED = "{'gather_log_probs': {'served': 1, 'not covered': {}}}"
 LIGHT = """
 import ppo_kernels, sys
 assert not {"trl", "verl", "openrlhf", "skyrl", "dschat", "ray", "transformers"} & set(sys.modules)
