@@ -100,6 +100,19 @@ def test_another_signature_is_refused_by_name(trainer, loaded, changes, named, c
     adapter.revert()
 
 
+@pytest.mark.parametrize("loaded", [False, True])
+def test_what_the_module_imports_is_compared_too(trainer, loaded):
+    (trainer / "helpers.py").write_text("def helped(x, y=1):\n    return x\n")
+    (trainer / "utils.py").write_text("from fake_trainer.helpers import helped as helper\n" + UTILS)
+    if loaded:
+        load("utils")
+    for signature, state in (("(x, y=1)", "replaced" if loaded else "waiting"), ("(x)", "signature differs")):
+        target = Target(UTILS_MODULE, "double", SIGNATURE, double, "", reads={"helper": signature})
+        adapter = Adapter("fake", "fake_trainer", ("1.0",), [target])
+        assert states(adapter.apply(strict=False)) == {"double": state}
+        adapter.revert()
+
+
 def test_what_is_not_there_is_absent(trainer, monkeypatch):
     more = [
         Target(UTILS_MODULE, "gone", "(x)", double, ""),
