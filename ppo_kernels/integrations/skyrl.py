@@ -98,7 +98,7 @@ def _policy_loss(
     The off-policy correction is SkyRL's own, of a loss of ones: it says how much of its loss each token keeps.
     """
     mask = None if loss_mask is None else whole(loss_mask, log_probs)
-    given: dict[str, Any] = {"log_ratio_clamp": 20.0, "normalizer": 1.0} | options
+    given: dict[str, Any] = {"old_logprobs": old_log_probs, "log_ratio_clamp": 20.0, "normalizer": 1.0} | options
     metrics: dict[str, float] = {}
     if rollout_logprobs is not None:
         if mask is None:
@@ -108,7 +108,7 @@ def _policy_loss(
         kept, live, metrics = correct(ones, old_log_probs, rollout_logprobs, mask, config.off_policy_correction)
         if kept is not ones or live is not mask:
             given["weights"] = kept * live
-    loss, stats = policy_loss(log_probs, old_log_probs, advantages, mask, **given)
+    loss, stats = policy_loss(log_probs, advantages=advantages, mask=mask, **given)
     return loss, stats, metrics
 
 
@@ -181,6 +181,42 @@ def sapo_policy_loss(
     arguments = (log_probs, old_log_probs, advantages, config, loss_mask, rollout_logprobs)
     loss, _, more = _policy_loss(*arguments, surrogate="sapo", **taus)
     return loss, {"clip_ratio": 0.0} | more
+
+
+def dppo_policy_loss(
+    log_probs: Tensor,
+    old_log_probs: Tensor,
+    advantages: Tensor,
+    config: Any,
+    loss_mask: Tensor | None = None,
+    rollout_logprobs: Tensor | None = None,
+) -> Loss:
+    """Its ratio is that to the rollout, where there is one."""
+    surrogates = {"binary_tv": "dppo_tv", "binary_kl": "dppo_kl"}
+    if config.dppo.dppo_type not in surrogates:
+        raise NotCoveredError(f"dppo_type={config.dppo.dppo_type!r}")
+    options: dict[str, Any] = {
+        "surrogate": surrogates[config.dppo.dppo_type],
+        "cliprange": (config.dppo.delta_low, config.dppo.delta_high),
+        "old_logprobs": old_log_probs if rollout_logprobs is None else rollout_logprobs,
+    }
+    arguments = (log_probs, old_log_probs, advantages, config, loss_mask, rollout_logprobs)
+    loss, stats, more = _policy_loss(*arguments, **options)
+    return loss, _metrics(stats, more)
+
+
+def importance_sampling_loss(
+    log_probs: Tensor,
+    old_log_probs: Tensor,
+    advantages: Tensor,
+    config: Any,
+    loss_mask: Tensor | None = None,
+    rollout_logprobs: Tensor | None = None,
+) -> Loss:
+    """Neither a bound nor a correction, whatever the rollout says."""
+    arguments = (log_probs, old_log_probs, advantages, config, loss_mask, None)
+    loss, stats, _ = _policy_loss(*arguments, cliprange=None, log_ratio_clamp=None)
+    return loss, {"importance_ratio": stats.ratio_mean.item()}
 
 
 def ppo_critic_loss(
@@ -265,6 +301,8 @@ def _targets() -> list[Target]:
         loss("gspo_policy_loss", gspo_policy_loss, "GSPO", "gspo"),
         loss("compute_policy_loss_cispo", compute_policy_loss_cispo, "CISPO", "cispo"),
         loss("sapo_policy_loss", sapo_policy_loss, "SAPO", "sapo"),
+        loss("dppo_policy_loss", dppo_policy_loss, "DPPO", "dppo"),
+        loss("importance_sampling_loss", importance_sampling_loss, "importance sampling", "importance_sampling"),
         Target(
             ppo,
             "ppo_critic_loss",

@@ -167,4 +167,5 @@ def entropy_from_logits(logits):
     logits = torch.randn(3, 7)
     compiled = torch.compile(utils.entropy_from_logits, backend="eager", fullgraph=True)
     torch.testing.assert_close(compiled(logits), torch.distributions.Categorical(logits=logits).entropy())
+    assert torch.equal(compiled(torch.ones(3, 7, dtype=torch.int64)), torch.full((3,), 7)), "ours refuses, theirs sums"
     adapter.revert()

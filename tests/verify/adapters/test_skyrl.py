@@ -92,6 +92,8 @@ LOSSES = {
     "gspo": "gspo_policy_loss",
     "cispo": "compute_policy_loss_cispo",
     "sapo": "sapo_policy_loss",
+    "dppo": "dppo_policy_loss",
+    "importance_sampling": "importance_sampling_loss",
 }
 
 
@@ -115,7 +117,8 @@ def test_policy_loss(kind, loss_type, correction):
     if kind is None and correction is not None:
         pytest.skip("theirs needs a mask there")
     mask = None if kind is None else make_mask(kind).float()
-    rollout = None if correction is None else draw(B, T) + draw(B, T, seed=3, scale=0.5)
+    old = -draw(B, T).abs() - 0.02  # dppo takes them to probabilities
+    rollout = None if correction is None else (old + draw(B, T, seed=3, scale=0.5)).clamp(max=-0.01)
     config = SimpleNamespace(
         policy_loss_type=loss_type,
         eps_clip_low=0.1,
@@ -124,17 +127,22 @@ def test_policy_loss(kind, loss_type, correction):
         off_policy_correction=SimpleNamespace(**dict.fromkeys(OFF) | CORRECTIONS.get(correction, {})),
         cispo=SimpleNamespace(cispo_eps_clip_low=0.2, cispo_eps_clip_high=0.4),
         sapo=SimpleNamespace(tau_pos=1.1, tau_neg=1.3),
+        dppo=SimpleNamespace(
+            dppo_type="binary_kl" if kind == "interior" else "binary_tv", delta_low=0.1, delta_high=0.2
+        ),
         loss_reduction="sequence_mean",
     )
 
     def call():
-        leaf = (draw(B, T) + draw(B, T, seed=1, scale=0.7)).requires_grad_()
+        leaf = (old + draw(B, T, seed=1, scale=0.7)).clamp(max=-0.01).requires_grad_()
         advantages = draw(B, T, seed=2) / 40
-        loss, metrics = ppo.PolicyLossRegistry.get(loss_type)(leaf, draw(B, T), advantages, config, mask, rollout)
+        loss, metrics = ppo.PolicyLossRegistry.get(loss_type)(leaf, old, advantages, config, mask, rollout)
         return loss.detach(), metrics, grad(loss, leaf)
 
     ours, theirs = both("skyrl", call, {LOSSES[loss_type]: 1})
-    assert (len(theirs[1]) > 1) == (correction not in (None, "without")), "it says what it has done"
+    corrected = correction not in (None, "without") and loss_type != "importance_sampling"
+    assert (len(theirs[1]) > 1) == corrected, "it says what it has done"
+    assert loss_type in ("sapo", "importance_sampling") or theirs[1]["clip_ratio"] > 0
     close(ours, theirs, rtol=1e-5, atol=5e-6)
 
 
