@@ -75,6 +75,9 @@ def over_groups(token_rewards: Tensor, index: Any, mode: str, eps: float = 0.0, 
     _, ids, sizes = np.unique(np.asarray(index), return_inverse=True, return_counts=True)
     group_ids = torch.from_numpy(ids.reshape(-1)).to(scores.device)
     advantages = group_advantages(scores, group_ids, mode=mode, eps=eps)
+    # The op leaves out what is not finite. The trainers do not, and whoever reads a NaN there means to see it.
+    spoiled = torch.zeros_like(scores).index_add(0, group_ids, scores - scores)
+    advantages = advantages + spoiled[group_ids]
     if alone != "zero" and (sizes == 1).any():
         single = torch.from_numpy(sizes == 1).to(scores.device)[group_ids]
         kept = scores / (1.0 + eps) if alone == "1 + eps" else scores
