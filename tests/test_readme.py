@@ -75,6 +75,7 @@ def test_every_public_name_is_mentioned_or_reachable_from_one_that_is():
         "PolicyStats": "policy_loss",
         "ValueStats": "value_loss",
         "P3OStats": "p3o_loss",
+        "GroupStats": "group_advantages",
         "ImportanceStats": "importance_weights",
         "Experience": "prepare_experience",
     }
