@@ -64,6 +64,7 @@ def one_after_the_other(hidden, weight, labels, old_logprobs, advantages, mask, 
     return *policy_loss(logprobs, old_logprobs, advantages, valid, impl=impl, **options), logprobs
 
 
+@pytest.mark.large
 @pytest.mark.parametrize("options", OPTIONS, ids=lambda options: "-".join(options) or "plain")
 def test_is_one_after_the_other(impl, options):
     head, labels, given, mask = make()
