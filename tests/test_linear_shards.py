@@ -16,7 +16,12 @@ from tests.test_linear_token_logprobs import SMALLEST
 ROWS, WIDTH, VOCAB = 6, 8, 700
 #: Uneven, and so that one of them is smaller than a tile.
 SHARDS = {2: (0, 512, VOCAB), 3: (0, 40, 512, VOCAB)}
-OPTIONS = ({}, {"softcap": 3.0, "temperature": torch.linspace(0.5, 2.0, ROWS), "memory_mib": SMALLEST})
+IDS = torch.tensor([3, 40, 300, 511, 512, VOCAB - 1, -1]).expand(ROWS, 7)
+OPTIONS = (
+    {},
+    {"support": IDS, "memory_mib": SMALLEST},
+    {"softcap": 3.0, "temperature": torch.linspace(0.5, 2.0, ROWS), "memory_mib": SMALLEST},
+)
 
 
 def make():
@@ -30,7 +35,9 @@ def make():
 
 def outputs(tensors, labels, grads, impl, **options):
     leaves = {name: x.detach().clone().requires_grad_() for name, x in tensors.items()}
-    out = linear_token_logprobs(**leaves, labels=labels, entropy=True, impl=impl, **options)
+    *out, extras = linear_token_logprobs(
+        **leaves, labels=labels, entropy=True, extras=("sum_sq_probs", "top1"), impl=impl, **options
+    )
     torch.autograd.backward(out, list(grads))
     gradients = [x.grad for x in leaves.values()]
     row = {name: x[None] if name == "hidden" else x for name, x in tensors.items()}
@@ -40,7 +47,7 @@ def outputs(tensors, labels, grads, impl, **options):
         **row, labels=labels[None], old_logprobs=grads[:1] - 6, advantages=grads[1:], impl=impl, **options
     )[0]
     loss.backward()
-    return [*(x.detach() for x in out), *gradients, loss.detach(), *(x.grad for x in row.values())]
+    return [*(x.detach() for x in out), *gradients, loss.detach(), *(x.grad for x in row.values()), *extras]
 
 
 def make_logits():
@@ -128,7 +135,7 @@ def test_shards_give_what_the_whole_weight_gives(require_impl, world, tmp_path):
         for i, options in enumerate(OPTIONS):
             ranks = [torch.load(tmp_path / f"{impl}-{i}-{rank}.pt", weights_only=True) for rank in range(world)]
             want = outputs(tensors, labels, grads, impl, **options)
-            whole = (0, 1, 2, 5, 6)  # log p, entropy, of hidden, loss, of hidden: alike on every rank
+            whole = (0, 1, 2, 5, 6, 9, 10)  # log p, entropy, of hidden, loss, of hidden, extras: alike on every rank
             for at, truth in enumerate(want):
                 got = [found[at] for found in ranks]
                 assert at not in whole or all(bit_equal(x, got[0]) for x in got)

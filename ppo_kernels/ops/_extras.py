@@ -46,16 +46,26 @@ def _extras(logits, labels, mask, rows, temperature, ignore_index, squares, voca
     whole = [
         join(every[:, i], temperature * x if rows is None else rows * x, dtype, False) for i, x in enumerate(halves)
     ]
-    most, log_sum, targets = whole[0][0], whole[0][1], whole[0][2:].movedim(0, -1)
-    y_live = live if many else live[..., None]
-    # NaN compares unequal: a label of no column is not the top one.
-    top = (targets == most[..., None]) & (most != -torch.inf)[..., None] & y_live
-    found = torch.zeros_like(most)
-    if squares:
-        nowhere = (targets.isnan() & y_live).any(-1) | (most == -torch.inf) | most.isnan()
-        found = torch.exp(whole[1][1] - 2 * log_sum).clamp(max=1.0)
-        found = torch.where(of_row, torch.where(nowhere, torch.nan, found), 0.0)
-    return found.to(dtype), (top if many else top[..., 0]).contiguous()
+    y_live = live.movedim(-1, 0) if many else live[None]
+    found, top = extras_of_rows(whole[0], False, whole[1] if squares else None, y_live)
+    found = torch.where(of_row, found, 0.0)
+    return found.to(dtype), top.movedim(0, -1).contiguous() if many else top[0].clone()
+
+
+def extras_of_rows(
+    part: Tensor, entropy: bool, half: Tensor | None, live: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Of a part that is all there is, the sum of squares by the ``half`` at half the temperature, zeros without; and
+    which labels ``[K, ...]``, of those that are ``live``, are the top ones.
+    """
+    most, log_sum, targets = part[0], part[1], part[2 + entropy :]
+    top = (targets == most) & (most != -torch.inf)  # NaN, of a label of no column, compares unequal
+    top = top if live is None else top & live
+    if half is None:
+        return torch.zeros_like(most), top
+    bad = targets.isnan() if live is None else targets.isnan() & live
+    nowhere = bad.any(0) | (most == -torch.inf)
+    return torch.where(nowhere, torch.nan, torch.exp(half[1] - 2 * log_sum).clamp(max=1.0)), top
 
 
 _EXTRAS = register_composition(

@@ -19,15 +19,24 @@ def narrowed(
     """The logits ``[..., S]`` of the support, -inf where there is no token or one of another shard, the labels' places
     there, and the label that does not count.
     """
-    ids = _padded(op, support, logits).sort(-1).values
-    before = torch.cat([ids.new_full((*ids.shape[:-1], 1), -1), ids[..., :-1]], -1)
-    token = (ids >= 0) & (ids != before)  # one that stands there twice counts once
-    local = ids - vocab_start
-    here = token & (local >= 0) & (local < logits.size(-1))
-    chosen = torch.where(here, logits.gather(-1, torch.where(here, local, 0)), -torch.inf)
     many = labels.dim() == logits.dim()
-    y = labels if many else labels[..., None]
-    at = (ids[..., None, :] == y[..., None]) & token[..., None, :]
+    ids, at = supported(op, labels if many else labels[..., None], ignore_index, support, logits, validate)
+    local = ids - vocab_start
+    here = (ids >= 0) & (local >= 0) & (local < logits.size(-1))
+    chosen = torch.where(here, logits.gather(-1, torch.where(here, local, 0)), -torch.inf)
+    place = at if many else at[..., 0]
+    return chosen, place, _IGNORED
+
+
+def supported(
+    op: str, y: Tensor, ignore_index: int, support: Any, rows_of: Tensor, validate: bool
+) -> tuple[Tensor, Tensor]:
+    """The ids ``[..., S]``, each once and otherwise -1, of the rows of ``rows_of [..., anything]``; and the places
+    there of labels ``[..., K]``, negative for those that are not there or do not count."""
+    ids = _padded(op, support, rows_of).sort(-1).values
+    before = torch.cat([ids.new_full((*ids.shape[:-1], 1), -1), ids[..., :-1]], -1)
+    ids = torch.where(ids != before, ids.clamp(min=-1), -1)  # one that stands there twice counts once
+    at = (ids[..., None, :] == y[..., None]) & (ids >= 0)[..., None, :]
     counts = y != ignore_index
     if validate:
         lost = counts & ~at.any(-1)
@@ -37,8 +46,25 @@ def narrowed(
                 f" {int(y[lost][0])}"
             )
     place = torch.where(at.any(-1), at.to(torch.uint8).argmax(-1), _LOST)
-    place = torch.where(counts, place, _IGNORED)
-    return chosen, place if many else place[..., 0], _IGNORED
+    return ids, torch.where(counts, place, _IGNORED)
+
+
+def with_support(
+    op: str, labels: Tensor, ignore_index: int, support: Any, rows_of: Tensor, validate: bool
+) -> tuple[Tensor, Tensor, int]:
+    """The ids, the labels with those that are not there as labels of no vocabulary, and the one that does not count."""
+    ids, place = supported(op, labels[..., None], ignore_index, support, rows_of, validate)
+    return ids, torch.where(place[..., 0] < 0, place[..., 0], labels), _IGNORED
+
+
+def clear_outside_(tile: Tensor, ids: Tensor, first: int) -> None:
+    """Make -inf the columns of a tile ``[rows, columns]``, of which the first is the label ``first``, that are not
+    among the ids of their row."""
+    columns = tile.size(1)
+    local = ids - first
+    local = torch.where((ids >= 0) & (local >= 0) & (local < columns), local, columns)
+    outside = torch.ones(len(tile), columns + 1, dtype=torch.bool, device=tile.device).scatter_(1, local, False)
+    tile.masked_fill_(outside[:, :columns], -torch.inf)
 
 
 def _padded(op: str, support: Any, logits: Tensor) -> Tensor:
