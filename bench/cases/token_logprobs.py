@@ -15,6 +15,7 @@ VOCABULARIES = (
     *((BF16, vocab) for vocab in (300, 5000, 32000, 50257, 151936)),
     *((FP16, 151935), (FP32, 32001), (FP32, 128256)),
 )
+SUPPORT = 64  # tokens that sampling left of the vocabulary
 MANY = 8  # labels per row, where there are several: the top tokens of a teacher
 
 
@@ -48,9 +49,25 @@ def eager_with_entropy(logits, labels):
     return eager(logits, labels), eager_entropy(logits)
 
 
+def eager_with_extras(logits, labels):
+    log_p = torch.log_softmax(logits.float(), -1)
+    top = logits.gather(-1, labels[..., None])[..., 0] == logits.amax(-1)
+    return log_p.gather(-1, labels[..., None])[..., 0], log_p.exp().square().sum(-1), top
+
+
+def eager_of_support(logits, labels, support):
+    allowed = torch.zeros_like(logits, dtype=torch.bool).scatter(-1, support, True)
+    return eager(torch.where(allowed, logits, -torch.inf), labels)
+
+
 def inputs(g, dtype, rows, vocab):
     logits = normal(g, rows, vocab).to(dtype)
     return {"logits": logits, "labels": torch.randint(vocab, (rows,), generator=g, device=g.device)}
+
+
+def inputs_of_support(g, dtype, rows, vocab):
+    support = torch.randint(vocab, (rows, SUPPORT), generator=g, device=g.device)
+    return inputs(g, dtype, rows, vocab) | {"support": support, "labels": support[:, 0].contiguous()}
 
 
 def inputs_of_many(g, dtype, rows, vocab):
@@ -113,6 +130,21 @@ def work(dtype, *, entropy=False, backward=False, many=False, **more):
         threads=(64, 32000) if low and not many else None,
         # The forward keeps a few numbers per row and never a temporary of the size of the logits.
         most_extra=lambda rows, vocab: pages * rows * vocab + (64 + 16 * MANY * many) * rows,
+        **more,
+    )
+
+
+def beside(name, given=inputs, **more):
+    """What few callers ask for, so that it has no row of its own in a quick run, nor compiled."""
+    return Case(
+        op="token_logprobs",
+        work=f"token_logprobs{name}",
+        dtype=BF16,
+        inputs=given,
+        tolerance=2e-5,
+        eager_tolerance=3e-2,
+        shapes={size: [SIZES[size]] for size in ("small", "full")},
+        compiled=(),
         **more,
     )
 
@@ -196,6 +228,18 @@ CASES = (
     ),
     work(BF16, backward=True, targets=BACKWARD),
     work(FP32, backward=True, targets=BACKWARD, compiled=("quick", "full", "gpu")),
+    beside(
+        " + extras",
+        options={"extras": ("sum_sq_probs", "top1")},
+        eager=eager_with_extras,
+        moved=lambda x: x["logits"].nbytes,
+    ),
+    beside(
+        " of a support",
+        inputs_of_support,
+        eager=eager_of_support,
+        moved=lambda x: x["support"].nbytes + x["support"].numel() * x["logits"].element_size(),
+    ),
     work(BF16, many=True, compiled=("full", "gpu"), targets=(Target("eager", 3),)),
     work(BF16, many=True, backward=True, compiled=("full", "gpu"), targets=(Target("eager", 3),)),
 )
