@@ -45,6 +45,34 @@ def _fake(hidden, weight, bias, labels, *others):
     )
 
 
+def _parts(head, rows, of_rows, memory, vocab_start, kept, entropy, squares, impl):
+    """Of all rows that count, the part that this weight is, and with ``squares`` that at half the temperature."""
+    labels, support, temperatures, temperature = of_rows
+    tiling = head.tiling(rows, memory, support=support)
+    buffer, found, halves = head.buffer(*tiling), [], []
+    y, taus, ids = rows.pick(labels), rows.pick(temperatures), rows.pick(support)
+    for block in tiling.blocks(len(rows)):
+        x = head.operand(rows.hidden(block))
+        tau, of_block = head.temperature(temperature, None if taus is None else taus[block])
+        every, found_here, at_half = tau if of_block is None else of_block, [], []
+        for columns in tiling.slabs(head.vocab):
+            tile = buffer[: len(x), : columns.stop - columns.start]
+            head.write(x, head.weight_of(columns), columns, tile)
+            if len(kept):
+                kept[block, columns] = tile
+            first = vocab_start + columns.start
+            if ids is not None:
+                clear_outside_(tile, ids[block], first)
+            found_here.append(part_of(impl, tile, y[block], first, tau, of_block, entropy))
+            if squares:
+                half = None if of_block is None else of_block / 2
+                at_half.append(part_of(impl, tile, y[block], first, tau / 2, half, False))
+        found.append(join(torch.stack(found_here), every, head.dtype, entropy))
+        if squares:
+            halves.append(join(torch.stack(at_half), every / 2, head.dtype, False))
+    return torch.cat(found, 1) if found else None, torch.cat(halves, 1) if halves else None
+
+
 def _forward(
     hidden, weight, bias, labels, mask, temperatures, support, temperature, softcap, logit_scale, ignore_index,
     logits_dtype, memory, vocab_start, group, entropy, save_logits, extras, impl,
@@ -54,48 +82,27 @@ def _forward(
     head = Head(hidden, weight, bias, softcap, logit_scale, logits_dtype)
     rows = CountedRows(hidden, labels, mask, ignore_index)
     kept = hidden.new_empty((labels.numel() if save_logits else 0, head.vocab), dtype=head.tile_dtype)
-    tiling = head.tiling(rows, memory, support=support)
-    buffer, found, halves = head.buffer(*tiling), [], []
-    y, taus, ids = rows.pick(labels), rows.pick(temperatures), rows.pick(support)
-    for block in tiling.blocks(len(rows)):
-        x = head.operand(rows.hidden(block))
-        tau, of_rows = head.temperature(temperature, None if taus is None else taus[block])
-        found_here, at_half = [], []
-        for columns in tiling.slabs(head.vocab):
-            tile = buffer[: len(x), : columns.stop - columns.start]
-            head.write(x, head.weight_of(columns), columns, tile)
-            if save_logits:
-                kept[block, columns] = tile
-            first = vocab_start + columns.start
-            if ids is not None:
-                clear_outside_(tile, ids[block], first)
-            found_here.append(part_of(impl, tile, y[block], first, tau, of_rows, entropy))
-            if extras > 1:
-                half = None if of_rows is None else of_rows / 2
-                at_half.append(part_of(impl, tile, y[block], first, tau / 2, half, False)[:3])
-        every = tau if of_rows is None else of_rows
-        found.append(join(torch.stack(found_here), every, head.dtype, entropy))
-        if extras > 1:
-            halves.append(join(torch.stack(at_half), every / 2, head.dtype, False))
+    of_rows = (labels, support, temperatures, temperature)
+    part, half = _parts(head, rows, of_rows, memory, vocab_start, kept, entropy, extras > 1, impl)
     logp = hidden.new_zeros(labels.shape, dtype=head.dtype)
     stats = hidden.new_zeros((3 if entropy else 2, *labels.shape), dtype=head.dtype)
     stats[1] = -1.0  # not read
     of_squares = hidden.new_zeros(labels.shape if extras > 1 else (0,), dtype=head.dtype)
     of_top = labels.new_zeros(labels.shape if extras else (0,), dtype=torch.bool)
-    if found:
-        tau, of_rows = head.temperature(temperature, taus)
-        every, part = tau if of_rows is None else of_rows, torch.cat(found, 1)
-        part = join(gathered(part, group), every, head.dtype, entropy) if group else part
-        of_labels, of_rows = finish(part, every, head.dtype, entropy)
-        rows.put(logp, of_labels[0])
-        rows.put(stats, of_rows, 1)
+    if part is not None:
+        tau, taus = head.temperature(temperature, rows.pick(temperatures))
+        every = tau if taus is None else taus
+        if group:
+            part = join(gathered(part, group), every, head.dtype, entropy)
+            half = None if half is None else join(gathered(half, group), every / 2, head.dtype, False)
+        (of_label,), of_all = finish(part, every, head.dtype, entropy)
+        rows.put(logp, of_label)
+        rows.put(stats, of_all, 1)
+        squares, (top,) = extras_of_rows(part, entropy, half)
         if extras:
-            half = torch.cat(halves, 1) if halves else None
-            half = join(gathered(half, group), every / 2, head.dtype, False) if half is not None and group else half
-            squares, top = extras_of_rows(part, entropy, half)
             rows.put(of_top, top)
-            if extras > 1:
-                rows.put(of_squares, squares.to(head.dtype))
+        if extras > 1:
+            rows.put(of_squares, squares.to(head.dtype))
     return logp, stats, kept, of_squares, of_top
 
 
