@@ -236,6 +236,7 @@ def nemo_loss(cfg, logprobs, data, seqs, toks):
         {},
         {"ratio_clip_c": 1.5, "reference_policy_kl_type": "k2"},
         {"token_level_loss": False, "reference_policy_kl_type": "k1", "use_on_policy_kl_approximation": True},
+        {"reference_policy_kl_type": "k1", "kl_input_clamp_value": 3.0, "kl_output_clamp_value": 99.0},
         BY_ROWS,
         BY_ROWS | {"use_importance_sampling_correction": True},
         BY_ROWS | truncated("tis", None, 1.1),
