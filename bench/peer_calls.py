@@ -106,6 +106,7 @@ def load_verl() -> SimpleNamespace:
         "verl/trainer/ppo/core_algos.py",
         *("compute_gae_advantage_return", "compute_policy_loss_vanilla", "compute_value_loss", "kl_penalty"),
         *("compute_policy_loss_gspo", "compute_policy_loss_dppo_tv", "FixedKLController"),
+        *("compute_grpo_outcome_advantage", "compute_gdpo_outcome_advantage"),
         verl_F=SimpleNamespace(**tensors),
         AlgoConfig=type("AlgoConfig", (), {}),  # what the config must not be
         ActorConfig=_Config,  # what some want it to be
@@ -188,6 +189,19 @@ def verl_policy_loss(verl, logprobs, old_logprobs, advantages, mask, loss="vanil
 def verl_importance_weights(verl, logprobs, rollout_logprobs, mask):
     weigh, live = verl.compute_rollout_correction_weights, mask.float()
     return lambda: (weigh(logprobs - rollout_logprobs, live, "token", 2.0)[0], mask)
+
+
+def verl_group_advantages(verl, scores, group_ids):
+    """Of one reward by its "grpo", of several by its "gdpo": responses of one token."""
+    mask, index = torch.ones(len(scores), 1, device=scores.device), group_ids.cpu().numpy()
+    if scores.dim() == 1:
+        compute = verl.compute_grpo_outcome_advantage
+        return lambda: compute(scores[:, None], mask, index, epsilon=1e-4)[0][:, 0]
+    names = [f"reward{r}" for r in range(scores.size(1))]
+    found = dict(zip(names, scores.cpu().numpy().T, strict=True))
+    batch = {"prompts": mask, "attention_mask": torch.ones(len(scores), 2, dtype=torch.int64, device=scores.device)}
+    options = {"config": {"gdpo_reward_keys": names}, "non_tensor_batch": found, "batch": batch, "epsilon": 1e-4}
+    return lambda: verl.compute_gdpo_outcome_advantage(mask, mask, index, **options)[0][:, 0]
 
 
 def verl_value_loss(verl, values, old_values, returns, mask):

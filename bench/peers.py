@@ -72,6 +72,8 @@ PEERS = {
             "policy_loss DPPO-TV fwd+bwd": partial(calls.verl_policy_loss, loss="dppo_tv"),
             "value_loss fwd+bwd": calls.verl_value_loss,
             "importance_weights TIS": calls.verl_importance_weights,
+            "group_advantages grpo": calls.verl_group_advantages,
+            "group_advantages gdpo": calls.verl_group_advantages,
         },
     ),
     "OpenRLHF": Peer(

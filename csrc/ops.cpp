@@ -70,11 +70,13 @@ p3o_loss(Tensor logprobs, Tensor old_logprobs, Tensor ref_logprobs, Tensor score
     float cliprange, float weight_clip, float log_ratio_clamp, bool grad)
     -> (Tensor loss, Tensor stats, Tensor grad, Tensor inv_normalizer)
 
-// scores [B]. Groups are runs of equal numbers in sorted_ids [B], element i of which is scores[order[i]]; without
-// them, every group_size neighbours. A score that no place of order names has the advantage 0, one that several name
-// that of any of them. mode: 0 rloo, 1 grpo, 2 dr_grpo.
-group_advantages(Tensor scores, Tensor? sorted_ids, Tensor? order, int group_size, int mode, float eps)
-    -> Tensor
+// scores [R, B], of R rewards. Groups are runs of equal numbers in sorted_ids [B], element i of which is
+// scores[:, order[i]]; without them, every group_size neighbours. A score that no place of order names has the advantage
+// 0, one that several name that of any of them. mode: 0 rloo, 1 grpo, 2 dr_grpo, 3 maxrl, 4 rloo over the deviation of
+// the others. heads, uint8 [R, B] and empty unless asked for: 2 where a group begins whose scores differ, 1 where one
+// begins whose do not, else 0.
+group_advantages(Tensor scores, Tensor? sorted_ids, Tensor? order, int group_size, int mode, float eps, bool stats)
+    -> (Tensor advantages, Tensor heads)
 )";
 
 }  // namespace

@@ -14,6 +14,7 @@ __version__ = "0.1.0"
 
 __all__: list[str] = [
     "Experience",
+    "GroupStats",
     "ImportanceStats",
     "P3OStats",
     "PolicyStats",
@@ -25,8 +26,10 @@ __all__: list[str] = [
     "kl_rewards",
     "linear_policy_loss",
     "linear_token_logprobs",
+    "merge",
     "moments",
     "p3o_loss",
+    "partial",
     "policy_loss",
     "prepare_experience",
     "status",
@@ -49,7 +52,7 @@ except (Exception, SystemExit) as _error:  # `python -m ppo_kernels.env` must st
         raise AttributeError(f"module 'ppo_kernels' has no attribute {name!r}")
 
 else:
-    from ppo_kernels._types import Experience, ImportanceStats, P3OStats, PolicyStats, ValueStats
+    from ppo_kernels._types import Experience, GroupStats, ImportanceStats, P3OStats, PolicyStats, ValueStats
     from ppo_kernels.backends import log_choice as _log_choice
     from ppo_kernels.backends import status
     from ppo_kernels.ops.aggregation_weights import aggregation_weights
@@ -60,6 +63,7 @@ else:
     from ppo_kernels.ops.linear_policy_loss import linear_policy_loss
     from ppo_kernels.ops.linear_token_logprobs import linear_token_logprobs
     from ppo_kernels.ops.p3o_loss import p3o_loss
+    from ppo_kernels.ops.partial import merge, partial
     from ppo_kernels.ops.policy_loss import policy_loss
     from ppo_kernels.ops.prepare_experience import prepare_experience
     from ppo_kernels.ops.token_logprobs import token_logprobs

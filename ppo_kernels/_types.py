@@ -104,6 +104,15 @@ class ValueStats(NamedTuple):
     count: Tensor  # type: ignore[assignment]  #: number of valid tokens
 
 
+class GroupStats(NamedTuple):
+    """Statistics of ``group_advantages``: 0-d int64 tensors on the scores' device, which add up over ranks."""
+
+    groups: Tensor
+    #: Groups that teach nothing: no reward has two finite scores that differ, so that every advantage is 0.
+    zero_variance: Tensor
+    nonfinite: Tensor  #: scores that are NaN or infinite
+
+
 class P3OStats(NamedTuple):
     """Statistics of ``p3o_loss``: 0-d tensors, means over rows or pairs with valid tokens, 0 where there are none.
 

@@ -58,7 +58,7 @@ def garbage_between_guard_pages(impl, front):
             case = cases.make(name, batch=4, length=cases.fit(name, impl, 10))
             indices = {k: pick(*x.shape) for k, x in case.tensors.items() if k in index_inputs(name)}
             outputs_and_gradient(case, impl, {k: fenced(x, front) for k, x in case.tensors.items()} | indices)
-        pk.backends.op("group_advantages").kernel(impl)(row, pick(4), pick(4), 0, 1, 0.0)
+        pk.backends.op("group_advantages").kernel(impl)(row[None], pick(4), pick(4), 0, turn % 5, 0.0, True)
 
 
 @pytest.mark.parametrize("front", FRONT)

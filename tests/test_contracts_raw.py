@@ -16,6 +16,7 @@ from tests.lib.helpers import bit_equal
 pytestmark = pytest.mark.host
 
 CODES = ("masked_steps", "kl_estimator", "variant", "mode")
+COUNTS = {(op, "kl_estimator"): 4 for op in pk.backends.OPS} | {("group_advantages", "mode"): 5}  # others have 3
 CPU = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)
 
 
@@ -82,7 +83,7 @@ def test_a_code_that_stands_for_nothing_is_refused(impl):
     for op, args in calls():
         for name in args.keys() & CODES:
             found.add(name)
-            for code in (-1, 4 if name == "kl_estimator" else 3, 99, 2**62, -(2**63)):
+            for code in (-1, COUNTS.get((op, name), 3), 99, 2**62, -(2**63)):
                 text = sentence(kernel(op, impl), args | {name: code})
                 assert text.startswith(f"{op}: {name} must be from 0 to "), text
                 assert text.endswith(f"got {code}"), text
@@ -136,15 +137,16 @@ def test_tangents_are_refused(impl):
 
 
 def test_an_order_that_is_no_permutation_writes_every_output(impl):
-    scores, one_group = torch.arange(6.0), torch.zeros(6, dtype=torch.int64)
+    scores, one_group = torch.arange(12.0).view(2, 6), torch.zeros(6, dtype=torch.int64)
     wild = ([0] * 6, [5, 5, 5, 5, 5, 5], [-1, 99, 2**62, -(2**62), 3, 3], [0, 1, 2, 3, 4, 4])
     for order in map(torch.tensor, wild):
-        for mode in range(3):
-            call = functools.partial(kernel("group_advantages", impl), scores, one_group, order, 0, mode, 0.0)
-            named = torch.zeros(6, dtype=torch.bool).index_fill(0, order.clamp(0, 5), True)
-            got = call()
-            assert bit_equal(got[~named], torch.zeros(int((~named).sum())))
+        named = torch.zeros(6, dtype=torch.bool).index_fill(0, order.clamp(0, 5), True)
+        for mode in range(5):
+            got, heads = kernel("group_advantages", impl)(scores, one_group, order, 0, mode, 0.0, True)
+            assert bit_equal(got[:, ~named], torch.zeros(2, int((~named).sum())))
             assert got.isfinite().all()
+            assert heads[:, 0].bool().all()
+            assert not heads[:, 1:].any()
 
 
 def test_a_bound_of_the_weights_that_has_no_logarithm_is_no_other_error(impl):

@@ -55,7 +55,7 @@ Rows as in the survey of public issue trackers that the design started from; a t
       test_whiten.py::test_a_large_mean_does_not_cancel_the_variance
       test_whiten.py::test_no_or_one_valid_element
 18  a NaN reward poisons silently
-      test_group_advantages.py::test_a_score_that_is_no_number_shows_in_its_group_alone
+      test_group_advantages.py::test_a_score_that_is_no_number_is_no_member_of_its_group
       test_p3o_loss.py::test_nan_in_a_valid_response_is_seen_in_its_group_alone
       trainer/test_bad_input.py::test_nan_reward_stops_before_the_weights
       trainer/test_step.py::test_non_finite_gradient_never_reaches_the_weights

@@ -158,8 +158,8 @@ def test_rewards(impl, estimator):
 
 def test_advantages_of_a_group(impl):
     scores = torch.cat(every(3, FEW)).mT.reshape(-1)
-    for mode in ("rloo", "grpo", "dr_grpo"):
-        check_values(impl, pk.group_advantages, scores, group_size=3, mode=mode)
+    for options in ({}, {"mode": "grpo"}, {"mode": "dr_grpo"}, {"mode": "maxrl"}, {"scale_rewards": "group"}):
+        check_values(impl, pk.group_advantages, scores, group_size=3, **options)
 
 
 def test_whitened_values(impl):

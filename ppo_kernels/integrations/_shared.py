@@ -115,6 +115,9 @@ def over_groups(token_rewards: Tensor, index: Any, mode: str, eps: float = 0.0, 
     ids = torch.tensor(numbers, dtype=torch.int64)
     group_ids, sizes = ids.to(scores.device), torch.bincount(ids)
     advantages = group_advantages(scores, group_ids, mode=mode, eps=eps)
+    # The op leaves out what is not finite. The trainers do not, and whoever reads a NaN there means to see it.
+    spoiled = torch.zeros_like(scores).index_add(0, group_ids, scores - scores)
+    advantages = advantages + spoiled[group_ids]
     if alone != "zero" and bool((sizes == 1).any()):
         single = (sizes[ids] == 1).to(scores.device)
         kept = scores / (1.0 + eps) if alone == "1 + eps" else scores

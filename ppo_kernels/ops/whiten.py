@@ -118,14 +118,19 @@ def whiten(
     statistics = None
     if group is not None:
         check_group("whiten", "group", group)
-        statistics = _shared_moments(x, mask, group, impl)
+        statistics = shared_moments(x, mask, group, impl)
     impl = _WHITEN.choose(impl, x.device.type, x.dtype)
     if impl == "torch":
         return _WHITEN.reference(x, mask, shift_mean=shift_mean, unbiased=unbiased, eps=eps, statistics=statistics)
     return _WHITEN.call(impl, x, mask, *(statistics or (None, None, None)), bool(shift_mean), bool(unbiased), eps)
 
 
-def _shared_moments(x: Tensor, mask: Tensor | None, group: ProcessGroup, impl: str) -> tuple[Tensor, Tensor, Tensor]:
+def shared_moments(
+    x: Tensor, mask: Tensor | None, group: ProcessGroup | None, impl: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``moments`` over the elements of all ranks of a group, of this process alone without one."""
+    if group is None:
+        return moments(x, mask, impl=impl)
     mine = torch.stack(moments(x, mask, impl=impl))
     parts = [torch.empty_like(mine) for _ in range(torch.distributed.get_world_size(group))]
     torch.distributed.all_gather(parts, mine, group=group)

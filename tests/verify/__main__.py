@@ -48,7 +48,7 @@ PARTS = {
     + " ".join(f"tests/verify/test_{name}.py" for name in ("gpu_run", "gpu", "meetings", "host_path")),
     "host_path": "tests.verify.host_path",
     "accuracy": "bench --accuracy",
-    "parity": "pytest tests/verify/test_parity.py -rs",
+    "parity": "pytest tests/verify/test_parity.py tests/verify/test_parity_groups.py -rs",
     "fuzz": "tests.verify.fuzz",
     "sizes": "pytest tests/verify/test_sizes.py -n 2",
     "properties": f"pytest tests/verify -n 2 --dist loadfile -k properties {LIBRARIES}",

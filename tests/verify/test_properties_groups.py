@@ -88,13 +88,23 @@ def groups(draw):
     ids = wild[torch.randint(0, draw(st.integers(1, len(wild))), (count,), generator=g)]
     scores = torch.randn(count, generator=g, dtype=torch.float64) * draw(st.sampled_from([1.0, 0.0, 2.0**-10, 32.0]))
     scores = (scores + draw(st.sampled_from([0.0, 100.0]))).to(draw(st.sampled_from(DTYPES)))
-    mode = draw(st.sampled_from(["rloo", "grpo", "dr_grpo", "reinforce++_baseline"]))
-    return scores, ids, {"mode": mode, "eps": draw(st.sampled_from([None, 1e-6, 0.5]))}
+    mode, scale = draw(st.sampled_from(SCALED))
+    return scores, ids, {"mode": mode, "scale_rewards": scale, "eps": draw(st.sampled_from([None, 1e-6, 0.5]))}
 
 
-def divisors(scores, ids, mode, eps):
+SCALED = [(mode, None) for mode in ("rloo", "grpo", "dr_grpo", "reinforce++_baseline")]
+SCALED += [("rloo", "group"), ("grpo", "batch")]
+
+
+def divisors(scores, ids, mode, scale_rewards, eps):
     """What each difference of scores is divided by: the smaller it is, the more the difference's rounding shows."""
     groups = [ids == one for one in ids]
+    if scale_rewards == "group":
+        others = [scores[group & (np.arange(len(ids)) != i)] for i, group in enumerate(groups)]
+        deviation = np.asarray([rest.std(ddof=1) if len(rest) > 1 else 0.0 for rest in others])
+        return np.where(deviation > 0, deviation + (1e-4 if eps is None else eps), 1.0)
+    if scale_rewards == "batch" and len(scores) > 1:
+        return np.full(len(scores), scores.std(ddof=1) + (1e-4 if eps is None else eps))
     if mode == "grpo":
         deviation = [scores[group].std(ddof=1) if group.sum() > 1 else 0.0 for group in groups]
         return np.asarray(deviation) + (1e-4 if eps is None else eps)
