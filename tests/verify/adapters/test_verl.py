@@ -119,6 +119,7 @@ def proto(kind, mask_dtype=torch.int64):
 ESTIMATORS = {
     "gae": "compute_gae_advantage_return",
     "grpo": "compute_grpo_outcome_advantage",
+    "gpg": "compute_gpg_outcome_advantage",
     "grpo_vectorized": "compute_grpo_vectorized_outcome_advantage",
     "rloo": "compute_rloo_outcome_advantage",
     "rloo_vectorized": "compute_rloo_vectorized_outcome_advantage",
