@@ -210,6 +210,7 @@ tensors.logprobs_from_logits(torch.randn(3, 5), torch.zeros(3, dtype=torch.long)
 from ppo_kernels import integrations
 print(integrations.status())
 print({row.state for row in integrations.adapter("verl").report()})
+print("openrlhf", {row.state for row in integrations.adapter("openrlhf").report()})
 """
 
 
@@ -231,5 +232,8 @@ def test_import_verl_puts_ours_in_place(tmp_path):
     assert any(line.startswith("verl: replaced ") and "compute_value_loss" in line for line in lines)
     assert "core True" in lines
     assert "{'verl': {'logprobs_from_logits': {'served': 1, 'not covered': {}}}}" in lines
-    none = subprocess.run(command, cwd=tmp_path, env=env | {"PPO_KERNELS_PATCH": "trl"}, capture_output=True, text=True)
-    assert "core False" in none.stdout, "PPO_KERNELS_PATCH decides where it is set"
+    assert "openrlhf {'left out'}" in lines
+    env["PPO_KERNELS_PATCH"] = "openrlhf"
+    other = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert "core False" in other.stdout, "PPO_KERNELS_PATCH decides where it is set"
+    assert "openrlhf {'waiting'}" in other.stdout
