@@ -154,8 +154,9 @@ RUNS = {"ppo_kernels": run_ours, "TRL": run_trl}
 def start(name: str, algorithm: str, folder: Path) -> subprocess.Popen[str]:
     """A child that waits for its turns."""
     code = f"from bench import trainers as t; t.RUNS[{name!r}]({algorithm!r}, t.Path({str(folder)!r}), t.Turns())"
-    # Both on the CPU, with as many threads as it has cores.
+    # Both on the CPU, with as many threads as it has cores, and neither with our ops in TRL.
     env = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": str(os.cpu_count()), "HF_HUB_OFFLINE": "1"}
+    env["PPO_KERNELS_PATCH"] = "none"
     with (folder / f"{name}.log").open("w") as log:
         return subprocess.Popen(
             [sys.executable, "-c", code],

@@ -26,8 +26,10 @@ __all__: list[str] = [
     "kl_rewards",
     "linear_policy_loss",
     "linear_token_logprobs",
+    "merge",
     "moments",
     "p3o_loss",
+    "partial",
     "policy_loss",
     "prepare_experience",
     "status",
@@ -61,6 +63,7 @@ else:
     from ppo_kernels.ops.linear_policy_loss import linear_policy_loss
     from ppo_kernels.ops.linear_token_logprobs import linear_token_logprobs
     from ppo_kernels.ops.p3o_loss import p3o_loss
+    from ppo_kernels.ops.partial import merge, partial
     from ppo_kernels.ops.policy_loss import policy_loss
     from ppo_kernels.ops.prepare_experience import prepare_experience
     from ppo_kernels.ops.token_logprobs import token_logprobs

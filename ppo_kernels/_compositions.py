@@ -61,9 +61,9 @@ def register_composition(
     op = getattr(torch.ops.ppo_kernels_composed, name).default
     torch.library.register_vmap(op, backends.vmap_by_calls(op), lib=_library)
     floats = tuple(i for i, argument in enumerate(arguments(schema)) if argument.startswith("float "))
-    traced = backends.register_traced(name, schema, floats, fake, op)
     impls = [impl for impl in backends.NAMES if impl != "auto"]
-    kernels, graphs = dict.fromkeys(impls, op), dict.fromkeys(impls, traced)
+    kernels = dict.fromkeys(impls, op)
+    graphs = dict.fromkeys(impls, backends.register_traced(name, schema, floats, fake, op)) if floats else {}
     return _keep(Composition(name, kernels, {}, reference, fake, floats, graphs, parts=tuple(parts)))
 
 

@@ -23,20 +23,20 @@ ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture(scope="module")
-def small(tmp_path_factory) -> Path:
-    """One round of every row of the small size that needs no compiler."""
+def tiny(tmp_path_factory) -> Path:
+    """One round of every row that needs no compiler, at tiny shapes."""
     folder = tmp_path_factory.mktemp("bench")
     command = [sys.executable, "-m", "pytest", "bench", "--benchmark-only", "-q", "--bench-seconds", "0"]
-    command += ["-k", "not compile and not scaling", "--benchmark-json", str(folder / "results.json")]
+    command += ["--bench-size", "tiny", "-k", "not compile", "--benchmark-json", str(folder / "results.json")]
     env = {name: value for name, value in os.environ.items() if "XDIST" not in name}  # its workers do not benchmark
     run = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
     assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-1000:]
-    assert "policy_loss fwd+bwd fp32 [64, 2048]" in run.stdout  # the table
+    assert "policy_loss fwd+bwd fp32 [4, 40]" in run.stdout  # the table
     return folder / "results.json"
 
 
-def test_every_row_is_timed_or_says_why_not(small):
-    data = json.loads(small.read_text())
+def test_every_row_is_timed_or_says_why_not(tiny):
+    data = json.loads(tiny.read_text())
     read = results.Results(data)
     assert len(read.groups) >= 20
     for group, timed in read.groups.items():
@@ -51,13 +51,13 @@ def test_every_row_is_timed_or_says_why_not(small):
     assert {"bytes", "GB/s", "error", "extra_bytes", "torch", "commit"} <= set(info)
 
 
-def test_the_rows_are_those_of_the_committed_results(small):
+def test_the_rows_are_those_of_the_committed_results(tiny):
     """By name, so that ``--benchmark-compare`` finds them."""
     committed = json.loads(next((ROOT / "bench" / "results").glob("*/results.json")).read_text())
     known = {bench["fullname"] for bench in committed["benchmarks"]}
     assert {row.fullname for row in rows.all_of("full")} >= known
-    names = {bench["fullname"] for bench in json.loads(small.read_text())["benchmarks"]}
-    assert names <= {row.fullname for row in rows.all_of("small")}
+    names = {bench["fullname"] for bench in json.loads(tiny.read_text())["benchmarks"]}
+    assert names <= {row.fullname for row in rows.all_of("tiny")}
 
 
 def run_bench(*arguments):
@@ -65,8 +65,8 @@ def run_bench(*arguments):
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
 
 
-def test_report_and_targets(small, tmp_path):
-    run = run_bench("--results", small, "--report", tmp_path, "--check")
+def test_report_and_targets(tiny, tmp_path):
+    run = run_bench("--results", tiny, "--report", tmp_path, "--check")
     assert run.returncode == 1, run.stderr
     assert "not measured" in run.stdout
     written = (tmp_path / "report.md").read_text()
@@ -90,10 +90,10 @@ def test_the_committed_results_meet_their_targets():
     assert {line for line in failed - newer if line.startswith("|")} == set(), run.stdout
 
 
-def test_a_run_without_pytest_writes_the_same_rows(small, tmp_path):
-    run = run_bench("--only", "whiten fp32 [64, 2048]", "--seconds", "0", "--json", tmp_path / "r.json")
+def test_a_run_without_pytest_writes_the_same_rows(tiny, tmp_path):
+    run = run_bench("--tiny", "--only", "whiten fp32 [4, 40]", "--seconds", "0", "--json", tmp_path / "r.json")
     assert run.returncode == 0, run.stderr
-    one, other = (json.loads(path.read_text()) for path in (tmp_path / "r.json", small))
+    one, other = (json.loads(path.read_text()) for path in (tmp_path / "r.json", tiny))
     both = [{b["fullname"] for b in data["benchmarks"] if "eager" in b["name"]} for data in (one, other)]
     assert both[0]
     assert both[0] <= both[1]

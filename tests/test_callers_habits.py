@@ -30,6 +30,7 @@ def gradient(case, impl, change):
     return leaf.grad
 
 
+@pytest.mark.large
 @pytest.mark.parametrize("name", DIFFERENTIABLE)
 def test_results_may_be_written_to_before_the_backward(impl_of, name):
     impl, case = small(impl_of, name)
@@ -72,6 +73,7 @@ def test_results_without_a_gradient_may_be_written_to(impl_of, name):
         torch.testing.assert_close(got, first, rtol=0, atol=0, equal_nan=True)
 
 
+@pytest.mark.large
 @pytest.mark.parametrize("name", NAMES)
 def test_constants_may_be_tensors_of_inference_mode(impl_of, name):
     impl, case = small(impl_of, name)
@@ -185,6 +187,7 @@ def layer_gradient(impl, cut, bias, inplace):
     return layer.weight.grad
 
 
+@pytest.mark.large
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("cut", CUTS)
 def test_disjoint_chunks_of_a_layers_output_may_be_overwritten(require_impl, impl_name, cut, bias):

@@ -64,6 +64,7 @@ def one_after_the_other(hidden, weight, labels, old_logprobs, advantages, mask, 
     return *policy_loss(logprobs, old_logprobs, advantages, valid, impl=impl, **options), logprobs
 
 
+@pytest.mark.large
 @pytest.mark.parametrize("options", OPTIONS, ids=lambda options: "-".join(options) or "plain")
 def test_is_one_after_the_other(impl, options):
     head, labels, given, mask = make()
@@ -251,3 +252,15 @@ def test_errors_are_raised_before_any_product(require_impl):
     ):
         with pytest.raises(ValueError, match=words):
             products(lambda change=change: linear_policy_loss(**head, labels=labels, **given | {"mask": mask} | change))
+
+
+def test_a_batch_of_gradients_is_one_for_each(impl):
+    head, labels, given, mask = make()
+    head = {name: x.requires_grad_() for name, x in head.items()}
+    for of_mask in (mask, torch.ones_like(mask)):
+        safe = torch.where(labels == -100, 1, labels)
+        loss = linear_policy_loss(**head, labels=safe, **given, mask=of_mask, impl=impl)[0]
+        one = torch.autograd.grad(loss, list(head.values()), retain_graph=True)
+        many = torch.autograd.grad(loss, list(head.values()), torch.tensor([1.0, -2.0]), is_grads_batched=True)
+        for x, y in zip(many, one, strict=True):
+            torch.testing.assert_close(x, torch.stack([y, -2.0 * y]))

@@ -1,15 +1,16 @@
-"""The head's weight in shards over the ranks of a group: what the whole weight gives, in every output and gradient."""
+"""The vocabulary in shards over the ranks of a group: what the whole of it gives, in every output and gradient."""
 
 import os
 import socket
 
+import numpy as np
 import pytest
 import torch
 
-from ppo_kernels import linear_policy_loss, linear_token_logprobs
+from ppo_kernels import linear_policy_loss, linear_token_logprobs, merge, partial, token_logprobs
 from ppo_kernels.ops._parts import finish, join, part_of
 from tests.lib import devices
-from tests.lib.helpers import INF, bit_equal, fresh_processes
+from tests.lib.helpers import INF, NAN, bit_equal, fresh_processes
 from tests.test_linear_token_logprobs import SMALLEST
 
 ROWS, WIDTH, VOCAB = 6, 8, 700
@@ -42,6 +43,38 @@ def outputs(tensors, labels, grads, impl, **options):
     return [*(x.detach() for x in out), *gradients, loss.detach(), *(x.grad for x in row.values())]
 
 
+def make_logits():
+    """One label for each row, or three, of which some are equal, some do not count and some are no label."""
+    g = torch.Generator().manual_seed(1)
+    logits = 4 * torch.randn(2, 3, VOCAB, generator=g)
+    logits[0, 1, :40], logits[1, 0, 520], logits[1, 2] = -INF, 60.0, NAN
+    one = torch.tensor([[-100, 511, 0], [520, VOCAB, 7]])
+    many = torch.tensor([[[-100] * 3, [0, 512, 0], [699, -100, 40]], [[520, 520, 1], [5, VOCAB, 6], [1, 2, 3]]])
+    options = {"mask": torch.tensor([[1, 1, 1], [1, 1, 0]]), "temperature": torch.linspace(0.5, 2.0, 6).view(2, 3)}
+    grads = torch.randn(2, 2, 3, generator=g), torch.randn(2, 2, 3, 3, generator=g)
+    return logits, ((one, (grads[0][0], grads[0][1])), (many, (grads[1][0], grads[0][1]))), options
+
+
+def of_logits(logits, labels, grads, op=token_logprobs, **options):
+    """Results and gradients, of a backward that overwrites and of one that does not."""
+    found = []
+    for inplace in (False, True):
+        leaf = logits.clone().requires_grad_()
+        out = op(leaf * 1, labels, entropy=True, inplace_backward=inplace, **options)
+        (grad,) = torch.autograd.grad(out, leaf, grads)
+        found += [*(x.detach() for x in out), grad]
+    return found
+
+
+def by_hand(logits, labels, group, **options):
+    """``group=`` for who communicates otherwise."""
+    known = {name: x for name, x in options.items() if name != "inplace_backward"}
+    part = partial(logits, labels, **known)
+    parts = [torch.empty_like(part) for _ in range(group.size())]
+    torch.distributed.all_gather(parts, part, group=group)
+    return merge(parts, logits, labels, **options)
+
+
 def rank_of(rank, world, port, impls, folder):
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     torch.set_num_threads(1)
@@ -55,6 +88,14 @@ def rank_of(rank, world, port, impls, folder):
         for i, options in enumerate(OPTIONS):
             found = outputs(mine, labels, grads, impl, group=group, vocab_start=first, **options)
             torch.save(found, f"{folder}/{impl}-{i}-{rank}.pt")
+        logits, cases, options = make_logits()
+        for i, (several, of_logprobs) in enumerate(cases):
+            given = options | {"group": group, "vocab_start": first, "impl": impl}
+            found = [
+                of_logits(logits[..., first:last], several, of_logprobs, op, **given)
+                for op in (token_logprobs, by_hand)
+            ]
+            torch.save(found, f"{folder}/logits-{impl}-{i}-{rank}.pt")
     torch.distributed.destroy_process_group()
 
 
@@ -77,6 +118,21 @@ def test_shards_give_what_the_whole_weight_gives(require_impl, world, tmp_path):
                 assert at not in whole or all(bit_equal(x, got[0]) for x in got)
                 together = got[0] if at in whole else torch.cat(got)
                 torch.testing.assert_close(together, truth, rtol=2e-5, atol=1e-5)
+        logits, cases, options = make_logits()
+        for i, (several, of_logprobs) in enumerate(cases):
+            ranks = [torch.load(tmp_path / f"logits-{impl}-{i}-{rank}.pt", weights_only=True) for rank in range(world)]
+            want = of_logits(logits, several, of_logprobs, impl=impl, **options)
+            for found in zip(*ranks, strict=True):  # of both ways
+                check_logits(found, want)
+
+
+def check_logits(ranks, want):
+    for at, truth in enumerate(want):
+        got = [found[at] for found in ranks]
+        if at % 3 < 2:  # log p and entropy
+            assert all(bit_equal(x, got[0]) for x in got)
+        together = got[0] if at % 3 < 2 else torch.cat(got, -1)
+        torch.testing.assert_close(together, truth, rtol=2e-6, atol=1e-6, equal_nan=True)
 
 
 def test_parts_join_in_any_grouping(require_impl):
@@ -89,24 +145,24 @@ def test_parts_join_in_any_grouping(require_impl):
         parts = [
             part_of(impl, logits[:, a:b], labels, a, 0.7, None, True) for a, b in ((0, 40), (40, 500), (500, VOCAB))
         ]
-        all_at_once = join(torch.stack(parts), 0.7, torch.float32)
-        in_two = join(
-            torch.stack([parts[0].double(), join(torch.stack(parts[1:]), 0.7, torch.float32)]), 0.7, torch.float32
-        )
+        all_at_once = join(torch.stack(parts), 0.7, torch.float32, True)
+        rest = join(torch.stack(parts[1:]), 0.7, torch.float32, True)
+        in_two = join(torch.stack([parts[0].double(), rest]), 0.7, torch.float32, True)
         for part in (all_at_once, in_two):
-            logp, stats = finish(part, 0.7, torch.float32)
+            (logp,), stats = finish(part, 0.7, torch.float32, True)
             torch.testing.assert_close(stats, want[1], rtol=1e-6, atol=1e-6)
             torch.testing.assert_close(logp, want[0], rtol=2e-6, atol=1e-30 if impl == "cpu" else 1e-6)
-        lost = join(torch.stack(parts[:1]), 0.7, torch.float32)
-        logp, stats = finish(lost, 0.7, torch.float32)
+        lost = join(torch.stack(parts[:1]), 0.7, torch.float32, True)
+        (logp,), stats = finish(lost, 0.7, torch.float32, True)
         assert logp.isnan().tolist() == [False, True, True, True, False]
         assert stats[2].isnan().tolist() == logp.isnan().tolist()
 
 
 def test_a_place_without_a_group_is_refused():
     tensors, labels, _ = make()
-    with pytest.raises(ValueError, match="vocab_start=5 is the place of a shard in a group; pass group= too"):
-        linear_token_logprobs(**tensors, labels=labels, vocab_start=5)
+    for place in (5, np.int64(5)):
+        with pytest.raises(ValueError, match="vocab_start=5 is the place of a shard in a group; pass group= too"):
+            linear_token_logprobs(**tensors, labels=labels, vocab_start=place)
     with pytest.raises(TypeError, match="group must be a torch.distributed.ProcessGroup"):
         linear_policy_loss(
             tensors["hidden"][None], tensors["weight"], labels[None], labels[None], labels[None], group=3

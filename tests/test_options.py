@@ -102,6 +102,7 @@ def impl(request, require_impl):
     return require_impl("policy_loss", request.param)
 
 
+@pytest.mark.large
 @pytest.mark.parametrize("option", CLIPS | NUMBERS)
 def test_a_number_may_come_in_any_form(impl, option):
     op, number = (CLIPS | NUMBERS)[option]

@@ -58,6 +58,16 @@ def test_is_the_three_ops_to_the_bit(impl, packed):
         assert not any(x.requires_grad for x in got)
 
 
+@pytest.mark.parametrize("name", ["lam", "bootstrap_value", "scores"])
+def test_one_float64_input_makes_every_result_float64(impl, name):
+    inputs, mask = make(), holey_mask(B, T)
+    inputs |= {"lam": torch.rand(B), "bootstrap_value": torch.rand(B)}
+    inputs[name] = inputs[name].double()
+    got = prepare_experience(**inputs, mask=mask, impl=impl)
+    want = prepare_experience(**{key: x.double() for key, x in inputs.items()}, mask=mask, impl=impl)
+    assert bit_equal(tuple(got), tuple(want))
+
+
 def test_errors_name_the_op_that_refuses():
     inputs = make()
     assert_raises(TypeError, lambda: prepare_experience(**inputs | {"values": 1.0}), "prepare_experience: values")

@@ -1,14 +1,19 @@
 """What the README and the documentation show runs as pasted, and what they link is there."""
 
+import contextlib
 import os
 import re
+import runpy
+import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
-from tests.lib import text_models
+from tests.lib import devices, text_models
+from tests.lib.helpers import fresh_processes
 from tests.lib.trainer import metric_rows
 
 ROOT = Path(__file__).parent.parent
@@ -23,7 +28,11 @@ EXAMPLES = [
     for i, code in enumerate(re.findall(r"```python\n(.*?)```", page.read_text(), re.S))
     if not re.search(rf"\b({'|'.join(OTHERS)})\b", code)
 ]
-EXAMPLES += [pytest.param(path.read_text(), id=path.stem) for path in sorted((ROOT / "docs" / "examples").glob("*.py"))]
+EXAMPLES += [
+    pytest.param(path.read_text(), id=path.stem)
+    for path in sorted((ROOT / "docs" / "examples").glob("*.py"))
+    if path.stem != "tensor_parallel"
+]
 
 
 def test_the_example_of_the_readme_runs_as_pasted(tmp_path):
@@ -39,6 +48,24 @@ def test_an_example_runs_as_pasted(tmp_path, monkeypatch, capsys, code):
     monkeypatch.chdir(tmp_path)
     exec(compile(code, "example", "exec"), {"__name__": "__main__"})
     assert capsys.readouterr().out
+
+
+def start_as_torchrun_does(rank, port, printed):
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    devices.serve()
+    with Path(f"{printed}-{rank}").open("w") as file, contextlib.redirect_stdout(file):
+        runpy.run_path(str(ROOT / "docs" / "examples" / "tensor_parallel.py"), run_name="__main__")
+
+
+def test_the_example_of_tensor_parallelism_runs_on_two_ranks(tmp_path):
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    method = fresh_processes().get_start_method()
+    torch.multiprocessing.start_processes(
+        start_as_torchrun_does, (port, str(tmp_path / "printed")), 2, start_method=method
+    )
+    assert "rank 1 of 2: rows 2500 to 5000 of the head" in (tmp_path / "printed-1").read_text()
 
 
 def test_the_training_command_trains(tmp_path):

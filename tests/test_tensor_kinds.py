@@ -72,6 +72,7 @@ def mesh(process_group):
     return torch.distributed.device_mesh.init_device_mesh("cpu", (1,))
 
 
+@pytest.mark.large
 @pytest.mark.parametrize("name", NAMES)
 def test_a_replicated_dtensor_is_read_as_its_local_tensor(impl_of, mesh, name):
     from torch.distributed.tensor import Replicate, distribute_tensor

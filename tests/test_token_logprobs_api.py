@@ -184,6 +184,11 @@ def test_inplace_backward_is_refused_where_it_would_destroy_something(impl):
     assert_raises(ValueError, lambda: token_logprobs(leaf, labels, **call), "inplace_backward", "leaf")
     wide = (leaf * 1)[:1].expand(4, 30)
     assert_raises(ValueError, lambda: token_logprobs(wide, labels, **call), "inplace_backward", "expanded")
+    if impl != "torch":
+        logp = token_logprobs(leaf * 1, labels, **call)
+        grads = torch.ones(2, *logp.shape)
+        batch = lambda: torch.autograd.grad(logp, leaf, grads, is_grads_batched=True)  # noqa: E731
+        assert_raises(RuntimeError, batch, "token_logprobs: inplace_backward=True", "asks for several")
     token_logprobs(values, labels, **call)
     with torch.no_grad():
         token_logprobs(leaf * 1, labels, **call)

@@ -20,13 +20,17 @@ def table():
 
 
 def in_make_test(row, mode, op, impl):
-    """The eager cells, in Triton's interpreter of one op; of the others, half a second each, one or two of a row."""
+    """The eager cells, in Triton's interpreter of one op; of the others, half a second each, one or two of a row.
+
+    Graphs of a language model's head take ten times as long: test_contracts_dispatcher.py has one of each op.
+    """
     if mode == "eager":
         return impl != "triton" or op == "policy_loss"
     if mode == "dynamo" and not ROWS[row].refused and "aot_eager" in ROWS[row].modes:
         return False
     at = list(ROWS).index(row) + COMPILED.index(mode)
-    return op == list(OPS)[at % len(OPS)] and (impl == "cpu" or (impl == "torch" and at % 6 == 0))
+    small = [name for name in OPS if not name.startswith("linear")]
+    return op == small[at % len(small)] and (impl == "cpu" or (impl == "torch" and at % 6 == 0))
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -44,7 +44,7 @@ std::tuple<Tensor, Tensor> gae(const Tensor& rewards, const Tensor& values, cons
       break;
     case RowWork::kSegments:
       launch(gae_segments_kernel<GaePass::kMaps>, work.blocks, kRowThreads, in, links);
-      launch(gae_segments_kernel<GaePass::kTokens>, work.blocks, kRowThreads, in, links);
+      launch.dependent(gae_segments_kernel<GaePass::kTokens>, work.blocks, kRowThreads, in, links);
       break;
   }
   return std::make_tuple(advantages, returns);

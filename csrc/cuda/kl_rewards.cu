@@ -40,9 +40,9 @@ std::tuple<Tensor, Tensor> kl_rewards(const Tensor& logprobs, const Tensor& ref_
   } else if (work.kind == RowWork::kWarps) {
     launch(kl_teams_kernel<kWarp>, work.blocks, kRowThreads, in);
   } else {
-    launch(kl_segments_kernel, work.blocks, kRowThreads, in, parts);
-    const int64_t blocks = linked ? (work.rows.count + kRowThreads - 1) / kRowThreads : 0;
-    launch(kl_rows_kernel, blocks, kRowThreads, in, parts);
+    launch(kl_segments_kernel, work.blocks, kRowThreads, in, linked ? parts : nullptr);
+    const int64_t blocks = (work.rows.count + kRowThreads - 1) / kRowThreads;
+    if (linked) launch.dependent(kl_rows_kernel, blocks, kRowThreads, in, parts);
   }
   return std::make_tuple(rewards, kl);
 }

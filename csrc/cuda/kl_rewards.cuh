@@ -152,6 +152,7 @@ __global__ void __launch_bounds__(kRowThreads, kLanes == kWarp ? 3 : 4) kl_teams
 // Ends rows of many segments, from their parts: a thread for each.
 static __global__ void __launch_bounds__(kRowThreads) kl_rows_kernel(KlRewardsInputs in, const KlPart* parts) {
   const int64_t b = team_row<1>();
+  wait_for_primary();
   if (b >= in.rows.count) return;
   const KlRow row(in, b);
   const int64_t count = (row.span.length + kSegment - 1) / kSegment;
@@ -165,11 +166,12 @@ static __global__ void __launch_bounds__(kRowThreads) kl_rows_kernel(KlRewardsIn
   if (count != 1) finish_row(in, row, all);  // else its block has done so
 }
 
-// A block per segment.
+// A block per segment. `parts` is null where no row has a second one.
 static __global__ void __launch_bounds__(kRowThreads, 4) kl_segments_kernel(KlRewardsInputs in, KlPart* parts) {
   __shared__ float stages[kStage];
   __shared__ double sums[kTiles];
   __shared__ int64_t lasts[kTiles];
+  if (parts != nullptr) allow_dependent_launch();
   const RowSegment segment(in.rows, blockIdx.x);
   if (segment.row < 0) return;
   const int warp = threadIdx.x / kWarp;

@@ -23,21 +23,23 @@ constexpr int kFewerBlocks = 0;
 // Makes the tensor's device current for its lifetime, and knows the stream to use.
 class Launcher {
  public:
-  explicit Launcher(const Tensor& x) : guard_(x.get_device_index()) {
+  explicit Launcher(const Tensor& x) : device_(x.get_device_index()), guard_(device_) {
     void* stream = nullptr;
-    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(x.get_device_index(), &stream));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device_, &stream));
     stream_ = static_cast<cudaStream_t>(stream);
   }
 
   template <class... Parameters, class... Arguments>
   void operator()(void (*kernel)(Parameters...), int64_t blocks, int threads, Arguments&&... args) const {
-    if (blocks == 0) return;
-    PPO_CHECK(blocks < (int64_t{1} << 31), "too many tokens for one launch: ", blocks, " blocks");
-    cudaLaunchConfig_t config{};
-    config.gridDim = dim3(static_cast<unsigned>(blocks));
-    config.blockDim = dim3(static_cast<unsigned>(threads));
-    config.stream = stream_;
-    STD_CUDA_CHECK(cudaLaunchKernelEx(&config, kernel, std::forward<Arguments>(args)...));
+    launch(false, kernel, blocks, threads, std::forward<Arguments>(args)...);
+  }
+  // The same for a kernel that may begin beside the one launched before it: see dependent_launch.cuh.
+  template <class... Parameters, class... Arguments>
+  void dependent(void (*kernel)(Parameters...), int64_t blocks, int threads, Arguments&&... args) const {
+    int major = 0, minor = 0;
+    STD_CUDA_CHECK(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device_));
+    STD_CUDA_CHECK(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device_));
+    launch(has_dependent_launch(major, minor), kernel, blocks, threads, std::forward<Arguments>(args)...);
   }
 
   void clear(void* memory, size_t bytes) const {
@@ -45,6 +47,23 @@ class Launcher {
   }
 
  private:
+  template <class... Parameters, class... Arguments>
+  void launch(bool dependent, void (*kernel)(Parameters...), int64_t blocks, int threads, Arguments&&... args) const {
+    if (blocks == 0) return;
+    PPO_CHECK(blocks < (int64_t{1} << 31), "too many tokens for one launch: ", blocks, " blocks");
+    cudaLaunchConfig_t config{};
+    config.gridDim = dim3(static_cast<unsigned>(blocks));
+    config.blockDim = dim3(static_cast<unsigned>(threads));
+    config.stream = stream_;
+    cudaLaunchAttribute overlap{};
+    overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    overlap.val.programmaticStreamSerializationAllowed = 1;
+    config.attrs = &overlap;
+    config.numAttrs = dependent ? 1 : 0;
+    STD_CUDA_CHECK(cudaLaunchKernelEx(&config, kernel, std::forward<Arguments>(args)...));
+  }
+
+  int32_t device_;
   torch::stable::accelerator::DeviceGuard guard_;
   cudaStream_t stream_ = nullptr;
 };
@@ -71,7 +90,7 @@ struct LossTensors {
   template <class Loss, class Inputs>
   LossResult run(const Launcher& launch, void (*kernel)(Inputs, LossOutputs), int64_t blocks, const Inputs& in) const {
     launch(kernel, blocks, kLossThreads, in, outputs());
-    launch(loss_fold_kernel<Loss>, 1, kFoldThreads, outputs(), blocks);
+    launch.dependent(loss_fold_kernel<Loss>, 1, kFoldThreads, outputs(), blocks);
     return {loss, stats, grad, inv_normalizer};
   }
 };

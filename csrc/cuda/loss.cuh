@@ -29,6 +29,7 @@ __device__ inline int64_t first_token(int g) {
 // Calls load(whole): whether all inputs have all tokens of this block in flat, aligned vectors is a constant for it.
 template <bool kFlat, class Load>
 __device__ void load_block(const TokenRows& rows, const Load& load) {
+  allow_dependent_launch();  // of the fold
   if (kFlat && (blockIdx.x + int64_t{1}) * kLossTokens <= rows.total) {
     load(std::true_type{});
   } else {
@@ -152,6 +153,7 @@ __device__ const double* fold_columns(const double* partials, int64_t blocks) {
 // The second launch of a loss: the partials become the loss and its statistics.
 template <class Loss>
 __global__ void __launch_bounds__(kFoldThreads) loss_fold_kernel(LossOutputs out, int64_t blocks) {
+  wait_for_primary();
   const double* totals = fold_columns<typename Loss::Partials, kFoldThreads>(out.partials, blocks);
   if (threadIdx.x == 0) {
     const double normalizer = out.normalizer != nullptr ? *out.normalizer : Loss::count(totals);

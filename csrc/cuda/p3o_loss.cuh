@@ -83,6 +83,7 @@ static __global__ void __launch_bounds__(kRowThreads, 3) p3o_rows_kernel(P3OInpu
 }
 
 static __global__ void __launch_bounds__(kRowThreads) p3o_pairs_kernel(P3OInputs in, LossOutputs out) {
+  allow_dependent_launch();
   __shared__ double of_warps[kTiles][P3OLoss::Partials::kCount];
   const PairOptions options = in.with_coef();
   const int64_t first = blockIdx.x * in.group_size;

@@ -1,8 +1,7 @@
 // Sums over warps, blocks and launches, in an order that the shape alone decides.
 #pragma once
 
-#include <cuda_runtime.h>
-
+#include "cuda/dependent_launch.cuh"
 #include "math/loss.h"
 #include "math/moments.h"
 

@@ -76,7 +76,7 @@ std::tuple<Tensor, Tensor> token_logprobs(const Tensor& logits, const Tensor& la
                              data_of<ChunkPart>(parts), static_cast<unsigned>(blocks)};
     launch(entropy ? token_logprobs_kernel<T, true> : token_logprobs_kernel<T, false>, rows * blocks, kLogitThreads, in,
            out);
-    if (blocks > 1) launch(merge_logprobs_kernel<T>, rows, kWarp, in, out);
+    if (blocks > 1) launch.dependent(merge_logprobs_kernel<T>, rows, kWarp, in, out);
   });
   return std::make_tuple(logp, stats);
 }

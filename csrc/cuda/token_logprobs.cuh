@@ -305,6 +305,7 @@ struct LogprobRow {
 template <class T, bool kEntropy>
 __global__ void __launch_bounds__(kLogitThreads, kLogitBlocks)
     token_logprobs_kernel(LogprobInputs<T> in, LogprobOutputs out) {
+  if (out.blocks_per_row > 1) allow_dependent_launch();
   const unsigned part = blockIdx.x % out.blocks_per_row;
   const LogprobRow<T> row(in, blockIdx.x / out.blocks_per_row);
   if (row.is_read()) {
@@ -323,6 +324,7 @@ __global__ void __launch_bounds__(kLogitThreads, kLogitBlocks)
 // Ends rows that several blocks have read: a block of one warp for each.
 template <class T>
 __global__ void __launch_bounds__(kWarp) merge_logprobs_kernel(LogprobInputs<T> in, LogprobOutputs out) {
+  wait_for_primary();
   LogprobRow<T>(in, blockIdx.x).finish(out);
 }
 

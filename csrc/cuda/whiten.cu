@@ -13,19 +13,19 @@ WhitenInputs whiten_inputs(const Tensor& x, const OptTensor& mask) {
   return in;
 }
 
-int64_t whiten_blocks(const Tensor& x) { return std::clamp<int64_t>(whiten_chunks(x.numel()), 1, kWhitenBlocks); }
+int64_t whiten_blocks(const Tensor& x) { return std::min(whiten_chunks(x.numel()), kWhitenBlocks); }
 
 std::tuple<Tensor, Tensor, Tensor> moments(const Tensor& x, const OptTensor& mask) {
   PPO_COUNT("moments");
   const Launcher launch(x);
-  const int64_t blocks = whiten_blocks(x);
+  const int64_t blocks = std::max<int64_t>(whiten_blocks(x), 1);
   const Tensor count = empty({}, ScalarType::Double, x), mean = empty({}, ScalarType::Double, x),
                m2 = empty({}, ScalarType::Double, x),
                partials = empty({WhitenPartials::kCount * blocks}, ScalarType::Double, x);
   auto* parts = data_of<double>(partials);
   launch(moments_kernel, blocks, kWhitenThreads, whiten_inputs(x, mask), parts);
-  launch(moments_fold_kernel, 1, kFoldThreads, parts, blocks, data_of<double>(count), data_of<double>(mean),
-         data_of<double>(m2));
+  launch.dependent(moments_fold_kernel, 1, kFoldThreads, parts, blocks, data_of<double>(count), data_of<double>(mean),
+                   data_of<double>(m2));
   return std::make_tuple(count, mean, m2);
 }
 
@@ -40,15 +40,16 @@ Tensor whiten(const Tensor& x, const OptTensor& mask, const OptTensor& count, co
   const Tensor partials = empty({count.has_value() ? 0 : WhitenPartials::kCount * blocks}, ScalarType::Double, x);
   check_together(count, mean, m2);
   const RowVector<double> given[] = {{"count", count, {}}, {"mean", mean, {}}, {"m2", m2, {}}};
-  MomentSources from{};
+  const WhitenOptions options{shift_mean, unbiased, eps};
   if (count.has_value()) {
-    from = {given[0].data(), given[1].data(), given[2].data(), nullptr, 0};
+    const MomentSources from{given[0].data(), given[1].data(), given[2].data(), nullptr, 0};
+    launch(whiten_kernel, blocks, kWhitenThreads, in, from, options, data_of<float>(y));
   } else {
     auto* parts = data_of<double>(partials);
+    const MomentSources from{nullptr, nullptr, nullptr, parts, blocks};
     launch(moments_kernel, blocks, kWhitenThreads, in, parts);
-    from = {nullptr, nullptr, nullptr, parts, blocks};
+    launch.dependent(whiten_kernel, blocks, kWhitenThreads, in, from, options, data_of<float>(y));
   }
-  launch(whiten_kernel, blocks, kWhitenThreads, in, from, WhitenOptions{shift_mean, unbiased, eps}, data_of<float>(y));
   return y;
 }
 

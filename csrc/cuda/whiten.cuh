@@ -82,6 +82,7 @@ __device__ inline Moments warp_moments(const WhitenChunk& chunk) {
 static __global__ void __launch_bounds__(kWhitenThreads, 3 - kFewerBlocks)
     moments_kernel(WhitenInputs in, double* partials) {
   __shared__ double parts[kWhitenThreads / kWarp][WhitenPartials::kCount];
+  allow_dependent_launch();
   Moments mine;
   for (int64_t chunk = blockIdx.x; chunk < whiten_chunks(in.rows.total); chunk += gridDim.x) {
     mine.merge(warp_moments(WhitenChunk(in, chunk)));
@@ -97,6 +98,7 @@ static __global__ void __launch_bounds__(kWhitenThreads, 3 - kFewerBlocks)
 
 static __global__ void __launch_bounds__(kFoldThreads)
     moments_fold_kernel(const double* partials, int64_t blocks, double* count, double* mean, double* m2) {
+  wait_for_primary();
   const Moments all = WhitenPartials::moments(fold_columns<WhitenPartials, kFoldThreads>(partials, blocks), 0);
   if (threadIdx.x == 0) *count = all.count, *mean = all.mean, *m2 = all.m2;
 }
@@ -126,6 +128,7 @@ static __global__ void __launch_bounds__(kWhitenThreads, 4)
   for (int64_t i = blockIdx.x; i < whiten_chunks(in.rows.total); i += gridDim.x) {
     const WhitenChunk chunk(in, i);
     if (i == blockIdx.x) {  // while the first chunk is on its way
+      wait_for_primary();
       Moments all;
       if (from.blocks == 0) {
         all = {*from.count, *from.mean, *from.m2};

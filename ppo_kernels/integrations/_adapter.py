@@ -15,11 +15,13 @@ from typing import Any, NamedTuple
 
 import torch
 
+import ppo_kernels
 from ppo_kernels.integrations import _hook, _source
 from ppo_kernels.integrations._target import MISSING, AdapterError, NotCoveredError, Problem, Target, lookup, problem
 
 logger = logging.getLogger("ppo_kernels")
 
+WITHOUT = "ppo_kernels.integrations.revert(), or PPO_KERNELS_PATCH=none in the environment, puts the trainer's own back"
 REASONS = 20  # that are told apart for each target: they may name shapes
 
 
@@ -62,8 +64,20 @@ class Calls:
             return {"served": self.served, "not covered": dict(self.not_covered)}
 
 
+def is_refusal(error: Exception, function: Callable) -> bool:
+    """Whether the function, or one of our ops, has said by its name that it does not take these arguments."""
+    by = str(error).partition(":")[0]
+    return isinstance(error, NotCoveredError) or by == function.__name__ or by in ppo_kernels.__all__
+
+
+def has_begun(error: Exception) -> bool:
+    """Whether it comes from inside the function that was called, whose parameters took the arguments."""
+    return error.__traceback__ is None or error.__traceback__.tb_next is not None
+
+
 def wrapped(name: str, original: Callable, replacement: Callable, calls: Calls) -> Callable:
-    """The replacement under the original's name. What it does not cover, or our ops refuse, goes to the original.
+    """The replacement under the original's name. What it does not cover, or our ops refuse, goes to the original; a
+    fault of ours does not.
 
     A graph that torch.compile makes contains the replacement, and its calls are not counted here.
     """
@@ -73,14 +87,19 @@ def wrapped(name: str, original: Callable, replacement: Callable, calls: Calls) 
         if torch.compiler.is_compiling():
             try:
                 return replacement(*arguments, **options)
-            except (NotCoveredError, TypeError, ValueError):
+            except (NotCoveredError, TypeError, ValueError) as error:
+                if not is_refusal(error, replacement):
+                    raise
                 return original(*arguments, **options)
         if not calls.active:  # somebody holds us since before a revert
             return original(*arguments, **options)
         try:
             result = replacement(*arguments, **options)
-        except (NotCoveredError, TypeError, ValueError) as why:
-            reason = str(why) or type(why).__name__
+        except (NotCoveredError, TypeError, ValueError) as error:
+            if has_begun(error) and not is_refusal(error, replacement):
+                error.add_note(f"In what ppo_kernels puts in place of {name}; {WITHOUT}.")
+                raise
+            reason = str(error) or type(error).__name__
         else:
             calls.serve()
             return result

@@ -11,6 +11,8 @@ from typing import Any
 
 
 class _Loader(importlib.abc.Loader):
+    """Another loader, and something to do behind it. What else that one offers (sources, code, data) is offered."""
+
     def __init__(self, loader: Any, then: Callable[[ModuleType], None]) -> None:
         self._loader, self._then = loader, then
 
@@ -23,6 +25,11 @@ class _Loader(importlib.abc.Loader):
             module.__spec__.loader = self._loader
         self._loader.exec_module(module)
         self._then(module)
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "_loader":  # a copy that is being made has none yet
+            raise AttributeError(name)
+        return getattr(self._loader, name)
 
 
 class Finder(importlib.abc.MetaPathFinder):

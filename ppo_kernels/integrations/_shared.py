@@ -1,4 +1,4 @@
-"""What several adapters do: groups by prompt, the denominators of losses, entropies of logits."""
+"""What several adapters do: groups by prompt, the denominators of losses, entropies of logits, the KL per token."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from torch import Tensor
 from ppo_kernels.integrations._target import NotCoveredError
 from ppo_kernels.ops.aggregation_weights import aggregation_weights
 from ppo_kernels.ops.group_advantages import group_advantages
+from ppo_kernels.ops.kl_rewards import kl_rewards
 from ppo_kernels.ops.token_logprobs import token_logprobs
 
 
@@ -31,6 +32,39 @@ def entropy_of(logits: Tensor, mask: Tensor | None = None) -> Tensor:
     """The entropy of each row, differentiable; the label that the op also looks at does not matter."""
     index = torch.zeros(logits.shape[:-1], dtype=torch.int64, device=logits.device)
     return token_logprobs(logits, index, mask=mask, entropy=True)[1]
+
+
+def kl_per_token(
+    log_probs: Tensor,
+    log_probs_base: Tensor,
+    mask: Tensor | None,
+    estimator: str,
+    log_clamp: float | None,
+    clamp: float | None,
+) -> Tensor:
+    """A reward without a score and with the coefficient -1 is the estimate."""
+    rows = log_probs.size(0)
+    nowhere = torch.full((rows,), -1, device=log_probs.device)
+    return kl_rewards(
+        log_probs,
+        log_probs_base,
+        torch.zeros(rows, device=log_probs.device),
+        mask,
+        kl_coef=-1.0,
+        kl_estimator=estimator,
+        kl_log_clamp=log_clamp,
+        kl_clamp=clamp,
+        score_index=nowhere,
+    )[0]
+
+
+def operands(*given: Tensor | None) -> list[Any]:
+    """Factors of a product in the dtype that autocast would give them: it has no say in our products."""
+    device = next(x.device.type for x in given if x is not None)
+    if not torch.is_autocast_enabled(device):
+        return list(given)
+    dtype = torch.get_autocast_dtype(device)
+    return [None if x is None else x.to(dtype) for x in given]
 
 
 def whole(mask: Tensor | None, like: Tensor) -> Tensor | None:
@@ -72,14 +106,20 @@ def over_groups(token_rewards: Tensor, index: Any, mode: str, eps: float = 0.0, 
         raise NotCoveredError("an index that is a tensor")
     no_gradient(token_rewards)
     scores = token_rewards.sum(-1)
-    _, ids, sizes = np.unique(np.asarray(index), return_inverse=True, return_counts=True)
-    group_ids = torch.from_numpy(ids.reshape(-1)).to(scores.device)
+    groups: dict[Any, int] = {}
+    keys = index.tolist() if isinstance(index, np.ndarray) else list(index)
+    try:
+        numbers = [groups.setdefault(key, len(groups)) for key in keys]
+    except TypeError as error:
+        raise NotCoveredError(f"an index that no dictionary takes: {error}") from None
+    ids = torch.tensor(numbers, dtype=torch.int64)
+    group_ids, sizes = ids.to(scores.device), torch.bincount(ids)
     advantages = group_advantages(scores, group_ids, mode=mode, eps=eps)
     # The op leaves out what is not finite. The trainers do not, and whoever reads a NaN there means to see it.
     spoiled = torch.zeros_like(scores).index_add(0, group_ids, scores - scores)
     advantages = advantages + spoiled[group_ids]
-    if alone != "zero" and (sizes == 1).any():
-        single = torch.from_numpy(sizes == 1).to(scores.device)[group_ids]
+    if alone != "zero" and bool((sizes == 1).any()):
+        single = (sizes[ids] == 1).to(scores.device)
         kept = scores / (1.0 + eps) if alone == "1 + eps" else scores
         advantages = torch.where(single, kept, advantages)
     return advantages

@@ -70,14 +70,28 @@ def _statements(body: list[ast.stmt]) -> Iterator[ast.stmt]:
                 yield from _statements(getattr(statement, part, []))
 
 
+def find(
+    module: str, wanted: str, path: Sequence[str] | None = None
+) -> ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef | None:
+    """The definition of a name in a module, or in the one that it is imported from."""
+    file = module_file(module, path)
+    if file is None:
+        return None
+    found = definition(tree(file), wanted)
+    for statement in _statements(tree(file).body) if found is None else ():
+        if isinstance(statement, ast.ImportFrom) and statement.module and not statement.level:
+            for alias in statement.names:
+                if (alias.asname or alias.name) == wanted:
+                    return find(statement.module, alias.name, path)
+    return found
+
+
 def problem(target: Target, path: Sequence[str] | None = None) -> Problem | None:
     """Why the target cannot be replaced, by its source."""
-    file = module_file(target.module, path)
-    if file is None:
+    if module_file(target.module, path) is None:
         return Problem("absent", f"there is no module {target.module}")
-    source = tree(file)
     for wanted, expected in target.signatures.items():
-        found = definition(source, wanted)
+        found = find(target.module, wanted, path)
         if found is None or isinstance(found, ast.ClassDef):
             return absent(target.module, wanted)
         why = difference(f"{target.module}.{wanted}", expected, of_node(found.args))
@@ -88,11 +102,9 @@ def problem(target: Target, path: Sequence[str] | None = None) -> Problem | None
 
 def body(target: Target, path: Sequence[str] | None = None) -> dict[str, str]:
     """What the target and what it relies on do, as text that neither comments nor docstrings nor layout change."""
-    file = module_file(target.module, path)
     texts: dict[str, str] = {}
-    for wanted in target.signatures if file is not None else ():
-        assert file is not None
-        found = definition(tree(file), wanted)
+    for wanted in target.signatures:
+        found = find(target.module, wanted, path)
         if found is not None:
             statements = found.body
             first = statements[0]

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from ppo_kernels.integrations._adapter import Adapter
-from ppo_kernels.integrations._shared import aggregation, entropy_of, no_gradient, whole
+from ppo_kernels.integrations._shared import aggregation, entropy_of, kl_per_token, no_gradient, whole
 from ppo_kernels.integrations._target import NotCoveredError, Target
 from ppo_kernels.ops.gae import gae
-from ppo_kernels.ops.kl_rewards import kl_rewards
+from ppo_kernels.ops.importance_weights import importance_weights
 from ppo_kernels.ops.policy_loss import policy_loss
 from ppo_kernels.ops.token_logprobs import token_logprobs
 from ppo_kernels.ops.value_loss import value_loss
@@ -43,30 +43,6 @@ def compute_approx_kl(
     return kl_per_token(log_probs, log_probs_base, None, kl_estimator, None, 10.0)
 
 
-def kl_per_token(
-    log_probs: Tensor,
-    log_probs_base: Tensor,
-    mask: Tensor | None,
-    estimator: str,
-    log_clamp: float | None,
-    clamp: float | None,
-) -> Tensor:
-    """A reward without a score and with the coefficient -1 is the estimate."""
-    rows = log_probs.size(0)
-    nowhere = torch.full((rows,), -1, device=log_probs.device)
-    return kl_rewards(
-        log_probs,
-        log_probs_base,
-        torch.zeros(rows, device=log_probs.device),
-        mask,
-        kl_coef=-1.0,
-        kl_estimator=estimator,
-        kl_log_clamp=log_clamp,
-        kl_clamp=clamp,
-        score_index=nowhere,
-    )[0]
-
-
 def get_advantages_and_returns(
     self: Any, values: Tensor, rewards: Tensor, action_mask: Tensor | None, gamma: float, lambd: float
 ) -> tuple[Tensor, Tensor]:
@@ -93,6 +69,22 @@ def _weights(
     return aggregation(mask, mode, ranks, batch_num_tokens, global_batch_size)
 
 
+def _correction(self: Any, old: Tensor, rollout: Any, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Weights of the rollout, its KL, and the share that is out of bounds: of tokens, or of rows."""
+    if self.is_correction_gating != "ratio":
+        raise NotCoveredError(f"is_correction_gating={self.is_correction_gating!r}")
+    bounds: Any = tuple(self.is_correction_threshold)
+    if self.is_correction_level == "token":
+        mode = "truncate" if self.is_correction_mode == "clip" else "icepop"
+        weights, _, stats = importance_weights(old, rollout, mask, mode=mode, bounds=bounds, log_ratio_clamp=None)
+        return weights, stats.kl_k1, stats.clipfrac_high + stats.clipfrac_low
+    by_row: Any = {"level": "geometric", "mode": "mask", "bounds": bounds}
+    _, keep, stats = importance_weights(old, rollout, mask, **by_row, log_ratio_clamp=None)
+    weights, _, _ = importance_weights(old, rollout, mask, bounds=None, log_ratio_clamp=None)
+    kept = keep.any(-1, keepdim=True)
+    return weights * kept, stats.kl_k1, 1.0 - kept.float().mean()
+
+
 def policy_loss_forward(
     self: Any,
     log_probs: Tensor,
@@ -104,19 +96,18 @@ def policy_loss_forward(
     batch_num_tokens: Any = None,
     global_batch_size: Any = None,
 ) -> tuple[Tensor | None, ...]:
-    """A correction of the rollout is another ratio in GSPO, and another loss in PPO."""
+    """A correction of the rollout is another ratio in GSPO, and weights in PPO."""
     is_gspo, corrected = self.policy_loss_type == "gspo", self.is_correction_level != "off"
     if not (is_gspo or self.policy_loss_type == "ppo"):
         raise NotCoveredError(f"policy_loss_type={self.policy_loss_type!r}")
-    if corrected and not is_gspo:
-        raise NotCoveredError(f"is_correction_level={self.is_correction_level!r}")
     if is_gspo and action_mask is None:
         raise NotCoveredError("no action_mask")
-    mask, before = whole(action_mask, log_probs), old_log_probs
-    if corrected:
-        if rollout_log_probs is None:
-            raise NotCoveredError("no rollout_log_probs")
-        before = rollout_log_probs
+    if corrected and rollout_log_probs is None:
+        raise NotCoveredError("no rollout_log_probs")
+    mask, weights, rollout_kl, filtered = whole(action_mask, log_probs), None, None, None
+    before: Any = rollout_log_probs if corrected and is_gspo else old_log_probs
+    if corrected and not is_gspo:
+        weights, rollout_kl, filtered = _correction(self, old_log_probs, rollout_log_probs, mask)
     row_weight, normalizer = _weights(mask, self.token_level_loss, dp_size, batch_num_tokens, global_batch_size)
     loss, stats = policy_loss(
         log_probs,
@@ -127,6 +118,7 @@ def policy_loss_forward(
         cliprange=(self.clip_eps_low, self.clip_eps_high),
         dual_clip=self.dual_clip,
         log_ratio_clamp=None if is_gspo else 20.0,
+        weights=weights,
         row_weight=row_weight,
         normalizer=normalizer,
     )
@@ -136,7 +128,7 @@ def policy_loss_forward(
         kl = difference.mean()
     else:
         kl = torch.where(mask != 0, difference, 0.0).sum() / stats.count
-    return loss, stats.clipfrac_high + stats.clipfrac_low, kl, None, None
+    return loss, stats.clipfrac_high + stats.clipfrac_low, kl, rollout_kl, filtered
 
 
 def value_loss_forward(
@@ -201,7 +193,7 @@ def _targets() -> list[Target]:
             "PolicyLoss.forward",
             f"(self, log_probs, old_log_probs, advantages, action_mask=None, rollout_log_probs=None, {counts})",
             policy_loss_forward,
-            "the clipped policy loss with dual clip, and GSPO; PPO without a correction of the rollout",
+            "the clipped policy loss with dual clip, and GSPO; the correction of the rollout by its ratio",
             reads={"PolicyLoss.__init__": settings, **aggregate},
         ),
         Target(

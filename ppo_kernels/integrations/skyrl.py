@@ -6,6 +6,7 @@ each worker.
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import torch
@@ -13,9 +14,8 @@ from torch import Tensor
 
 from ppo_kernels._types import PolicyStats
 from ppo_kernels.integrations._adapter import Adapter
-from ppo_kernels.integrations._shared import entropy_of, no_gradient, over_groups, plain, whole
+from ppo_kernels.integrations._shared import entropy_of, kl_per_token, no_gradient, over_groups, plain, whole
 from ppo_kernels.integrations._target import NotCoveredError, Target
-from ppo_kernels.integrations.openrlhf import kl_per_token
 from ppo_kernels.ops.gae import gae
 from ppo_kernels.ops.policy_loss import policy_loss
 from ppo_kernels.ops.token_logprobs import token_logprobs
@@ -80,6 +80,7 @@ def compute_grpo_outcome_advantage(
     return advantages, advantages
 
 
+UTILS = "skyrl.backends.skyrl_train.utils.ppo_utils"
 Loss = tuple[Tensor, dict[str, float]]
 
 
@@ -87,20 +88,32 @@ def _policy_loss(
     log_probs: Tensor,
     old_log_probs: Tensor,
     advantages: Tensor,
+    config: Any,
     loss_mask: Tensor | None,
     rollout_logprobs: Tensor | None,
     **options: Any,
-) -> tuple[Tensor, PolicyStats]:
-    """A sum: the advantages carry the denominator. With rollout_logprobs SkyRL also computes statistics of them."""
-    if rollout_logprobs is not None:
-        raise NotCoveredError("rollout_logprobs")
+) -> tuple[Tensor, PolicyStats, dict[str, float]]:
+    """A sum: the advantages carry the denominator. With rollout_logprobs, also SkyRL's metrics of them.
+
+    The off-policy correction is SkyRL's own, of a loss of ones: it says how much of its loss each token keeps.
+    """
     mask = None if loss_mask is None else whole(loss_mask, log_probs)
-    bounds = {"log_ratio_clamp": 20.0, "normalizer": 1.0}
-    return policy_loss(log_probs, old_log_probs, advantages, mask, **bounds | options)
+    given: dict[str, Any] = {"old_logprobs": old_log_probs, "log_ratio_clamp": 20.0, "normalizer": 1.0} | options
+    metrics: dict[str, float] = {}
+    if rollout_logprobs is not None:
+        if mask is None:
+            raise NotCoveredError("rollout_logprobs without loss_mask")
+        correct = sys.modules[UTILS].apply_off_policy_correction
+        ones = torch.ones_like(log_probs)
+        kept, live, metrics = correct(ones, old_log_probs, rollout_logprobs, mask, config.off_policy_correction)
+        if kept is not ones or live is not mask:
+            given["weights"] = kept * live
+    loss, stats = policy_loss(log_probs, advantages=advantages, mask=mask, **given)
+    return loss, stats, metrics
 
 
-def _metrics(stats: PolicyStats) -> dict[str, float]:
-    return {"clip_ratio": (stats.clipfrac_high + stats.clipfrac_low).item()}
+def _metrics(stats: PolicyStats, more: dict[str, float]) -> dict[str, float]:
+    return {"clip_ratio": (stats.clipfrac_high + stats.clipfrac_low).item()} | more
 
 
 def ppo_policy_loss(
@@ -113,12 +126,13 @@ def ppo_policy_loss(
 ) -> Loss:
     if config.policy_loss_type not in ("regular", "dual_clip"):
         raise NotCoveredError(f"policy_loss_type={config.policy_loss_type!r}")
-    options = {
+    options: dict[str, Any] = {
         "cliprange": (config.eps_clip_low, config.eps_clip_high),
         "dual_clip": config.clip_ratio_c if config.policy_loss_type == "dual_clip" else None,
     }
-    loss, stats = _policy_loss(log_probs, old_log_probs, advantages, loss_mask, rollout_logprobs, **options)
-    return loss, _metrics(stats)
+    arguments = (log_probs, old_log_probs, advantages, config, loss_mask, rollout_logprobs)
+    loss, stats, more = _policy_loss(*arguments, **options)
+    return loss, _metrics(stats, more)
 
 
 def gspo_policy_loss(
@@ -130,13 +144,14 @@ def gspo_policy_loss(
     rollout_logprobs: Tensor | None = None,
 ) -> Loss:
     """The mean log-ratio of a row is bounded by 10 on both sides, in SkyRL from above alone: by then it is lost."""
-    options = {
+    options: dict[str, Any] = {
         "cliprange": (config.eps_clip_low, config.eps_clip_high),
         "importance_sampling_level": "sequence_token",
         "log_ratio_clamp": 10.0,
     }
-    loss, stats = _policy_loss(log_probs, old_log_probs, advantages, loss_mask, rollout_logprobs, **options)
-    return loss, _metrics(stats)
+    arguments = (log_probs, old_log_probs, advantages, config, loss_mask, rollout_logprobs)
+    loss, stats, more = _policy_loss(*arguments, **options)
+    return loss, _metrics(stats, more)
 
 
 def compute_policy_loss_cispo(
@@ -148,9 +163,10 @@ def compute_policy_loss_cispo(
     rollout_logprobs: Tensor | None = None,
 ) -> Loss:
     bounds = (config.cispo.cispo_eps_clip_low, config.cispo.cispo_eps_clip_high)
-    options = {"cliprange": bounds, "surrogate": "cispo"}
-    loss, stats = _policy_loss(log_probs, old_log_probs, advantages, loss_mask, rollout_logprobs, **options)
-    return loss, _metrics(stats)
+    options: dict[str, Any] = {"cliprange": bounds, "surrogate": "cispo"}
+    arguments = (log_probs, old_log_probs, advantages, config, loss_mask, rollout_logprobs)
+    loss, stats, more = _policy_loss(*arguments, **options)
+    return loss, _metrics(stats, more)
 
 
 def sapo_policy_loss(
@@ -162,10 +178,45 @@ def sapo_policy_loss(
     rollout_logprobs: Tensor | None = None,
 ) -> Loss:
     taus = {"sapo_temperature_pos": config.sapo.tau_pos, "sapo_temperature_neg": config.sapo.tau_neg}
-    options = {"surrogate": "sapo", **taus}
-    return _policy_loss(log_probs, old_log_probs, advantages, loss_mask, rollout_logprobs, **options)[0], {
-        "clip_ratio": 0.0
+    arguments = (log_probs, old_log_probs, advantages, config, loss_mask, rollout_logprobs)
+    loss, _, more = _policy_loss(*arguments, surrogate="sapo", **taus)
+    return loss, {"clip_ratio": 0.0} | more
+
+
+def dppo_policy_loss(
+    log_probs: Tensor,
+    old_log_probs: Tensor,
+    advantages: Tensor,
+    config: Any,
+    loss_mask: Tensor | None = None,
+    rollout_logprobs: Tensor | None = None,
+) -> Loss:
+    """Its ratio is that to the rollout, where there is one."""
+    surrogates = {"binary_tv": "dppo_tv", "binary_kl": "dppo_kl"}
+    if config.dppo.dppo_type not in surrogates:
+        raise NotCoveredError(f"dppo_type={config.dppo.dppo_type!r}")
+    options: dict[str, Any] = {
+        "surrogate": surrogates[config.dppo.dppo_type],
+        "cliprange": (config.dppo.delta_low, config.dppo.delta_high),
+        "old_logprobs": old_log_probs if rollout_logprobs is None else rollout_logprobs,
     }
+    arguments = (log_probs, old_log_probs, advantages, config, loss_mask, rollout_logprobs)
+    loss, stats, more = _policy_loss(*arguments, **options)
+    return loss, _metrics(stats, more)
+
+
+def importance_sampling_loss(
+    log_probs: Tensor,
+    old_log_probs: Tensor,
+    advantages: Tensor,
+    config: Any,
+    loss_mask: Tensor | None = None,
+    rollout_logprobs: Tensor | None = None,
+) -> Loss:
+    """Neither a bound nor a correction, whatever the rollout says."""
+    arguments = (log_probs, old_log_probs, advantages, config, loss_mask, None)
+    loss, stats, _ = _policy_loss(*arguments, cliprange=None, log_ratio_clamp=None)
+    return loss, {"importance_ratio": stats.ratio_mean.item()}
 
 
 def ppo_critic_loss(
@@ -187,14 +238,15 @@ def ppo_critic_loss(
 
 
 def _targets() -> list[Target]:
-    tensors, ppo = "skyrl.backends.skyrl_train.utils.torch_utils", "skyrl.backends.skyrl_train.utils.ppo_utils"
+    tensors, ppo = "skyrl.backends.skyrl_train.utils.torch_utils", UTILS
     policy = "(log_probs, old_log_probs, advantages, config, loss_mask=None, rollout_logprobs=None)"
     estimators = "AdvantageEstimatorRegistry._functions"
 
     def loss(name: str, function: Any, covers: str, *keys: str) -> Target:
         registries = tuple(f"PolicyLossRegistry._functions[{key}]" for key in keys)
-        reads = {"reduce_loss": "(loss, loss_mask)"}
-        return Target(ppo, name, policy, function, f"{covers}, without rollout_logprobs", registries, reads)
+        correction = "(loss, old_log_probs, rollout_logprobs, loss_mask, off_policy_correction)"
+        reads = {"reduce_loss": "(loss, loss_mask)", "apply_off_policy_correction": correction}
+        return Target(ppo, name, policy, function, covers, registries, reads)
 
     return [
         Target(
@@ -249,6 +301,8 @@ def _targets() -> list[Target]:
         loss("gspo_policy_loss", gspo_policy_loss, "GSPO", "gspo"),
         loss("compute_policy_loss_cispo", compute_policy_loss_cispo, "CISPO", "cispo"),
         loss("sapo_policy_loss", sapo_policy_loss, "SAPO", "sapo"),
+        loss("dppo_policy_loss", dppo_policy_loss, "DPPO", "dppo"),
+        loss("importance_sampling_loss", importance_sampling_loss, "importance sampling", "importance_sampling"),
         Target(
             ppo,
             "ppo_critic_loss",

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ppo_kernels.integrations._adapter import Adapter
-from ppo_kernels.integrations._shared import entropy_of
+from ppo_kernels.integrations._shared import entropy_of, operands
 from ppo_kernels.integrations._target import NotCoveredError, Target
 from ppo_kernels.ops.linear_token_logprobs import linear_token_logprobs
 from ppo_kernels.ops.token_logprobs import token_logprobs
@@ -87,11 +87,7 @@ def _chunked_logprobs(
         raise NotCoveredError("a weight that ZeRO-3 shards")
     if torch.compiler.is_compiling():
         raise NotCoveredError("a compiled graph")
-    device = hidden.device.type
-    if torch.is_autocast_enabled(device):  # it has no say in our products
-        dtype = torch.get_autocast_dtype(device)
-        hidden, weight = hidden.to(dtype), weight.to(dtype)
-        bias = None if bias is None else bias.to(dtype)
+    hidden, weight, bias = operands(hidden, weight, bias)
     found = linear_token_logprobs(
         hidden,
         weight,

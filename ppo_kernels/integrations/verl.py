@@ -9,15 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ppo_kernels._types import PolicyStats
+from ppo_kernels.integrations import _verl_losses as losses
 from ppo_kernels.integrations._adapter import Adapter
-from ppo_kernels.integrations._shared import aggregation, entropy_of, no_gradient, over_groups, plain, whole
+from ppo_kernels.integrations._shared import entropy_of, no_gradient, over_groups, plain, whole
 from ppo_kernels.integrations._target import NotCoveredError, Target
 from ppo_kernels.ops.gae import gae
 from ppo_kernels.ops.kl_rewards import kl_rewards
-from ppo_kernels.ops.policy_loss import policy_loss
 from ppo_kernels.ops.token_logprobs import token_logprobs
-from ppo_kernels.ops.value_loss import value_loss
 from ppo_kernels.ops.whiten import whiten
 
 Pair = tuple[Tensor, Tensor]
@@ -122,138 +120,6 @@ def compute_reinforce_plus_plus_baseline_outcome_advantage(
     return advantages, advantages
 
 
-METRICS = ("actor/pg_clipfrac", "actor/ppo_kl", "actor/pg_clipfrac_lower")
-Loss = tuple[Tensor, dict[str, Any]]
-
-
-def _policy_loss(
-    old_log_prob: Tensor,
-    log_prob: Tensor,
-    advantages: Tensor,
-    response_mask: Tensor,
-    loss_agg_mode: str,
-    config: Any,
-    weights: Tensor | None,
-    **options: Any,
-) -> tuple[Tensor, PolicyStats]:
-    """``options`` are those of ``policy_loss`` in which verl's losses differ."""
-    if config is None:
-        raise NotCoveredError("no config")
-    plain(log_prob, old_log_prob, advantages)
-    clip = config.clip_ratio
-    low = config.clip_ratio_low if config.clip_ratio_low is not None else clip
-    high = config.clip_ratio_high if config.clip_ratio_high is not None else clip
-    row_weight, normalizer = aggregation(response_mask, loss_agg_mode, **config.global_batch_info)
-    chosen: dict[str, Any] = {"cliprange": (low, high), "log_ratio_clamp": 20.0} | options
-    return policy_loss(
-        log_prob,
-        old_log_prob,
-        advantages,
-        whole(response_mask, log_prob),
-        weights=weights,
-        row_weight=row_weight,
-        normalizer=normalizer,
-        **chosen,
-    )
-
-
-def _metrics(stats: PolicyStats, **changes: Tensor) -> dict[str, float]:
-    """One synchronisation for the three."""
-    found = {
-        "clipfrac": stats.clipfrac_high + stats.clipfrac_low,
-        "kl": stats.approx_kl_k1,
-        "lower": stats.dual_clipfrac,
-    }
-    numbers = torch.stack([x.double() for x in (found | changes).values()]).tolist()
-    return dict(zip(METRICS, numbers, strict=True))
-
-
-def compute_policy_loss_vanilla(
-    old_log_prob: Tensor,
-    log_prob: Tensor,
-    advantages: Tensor,
-    response_mask: Tensor,
-    loss_agg_mode: str = "token-mean",
-    config: Any = None,
-    rollout_is_weights: Tensor | None = None,
-) -> Loss:
-    dual_clip = 3.0 if config is None else config.get("clip_ratio_c", 3.0)
-    arguments = (old_log_prob, log_prob, advantages, response_mask, loss_agg_mode, config, rollout_is_weights)
-    loss, stats = _policy_loss(*arguments, dual_clip=dual_clip)
-    return loss, _metrics(stats)
-
-
-def compute_policy_loss_cispo(
-    old_log_prob: Tensor,
-    log_prob: Tensor,
-    advantages: Tensor,
-    response_mask: Tensor,
-    loss_agg_mode: str = "token-mean",
-    config: Any = None,
-    rollout_is_weights: Tensor | None = None,
-) -> Loss:
-    arguments = (old_log_prob, log_prob, advantages, response_mask, loss_agg_mode, config, rollout_is_weights)
-    loss, stats = _policy_loss(*arguments, surrogate="cispo")
-    return loss, _metrics(stats)
-
-
-def compute_policy_loss_gspo(
-    old_log_prob: Tensor,
-    log_prob: Tensor,
-    advantages: Tensor,
-    response_mask: Tensor,
-    loss_agg_mode: str = "seq-mean-token-mean",
-    config: Any = None,
-    rollout_is_weights: Tensor | None = None,
-) -> Loss:
-    """The mean log-ratio of a row is bounded by 10 on both sides, in verl from above alone: by then it is lost."""
-    arguments = (old_log_prob, log_prob, advantages, response_mask, loss_agg_mode, config, rollout_is_weights)
-    loss, stats = _policy_loss(*arguments, importance_sampling_level="sequence_token", log_ratio_clamp=10.0)
-    difference = torch.where(response_mask != 0, (old_log_prob - log_prob).detach(), 0.0)  # verl's is not bounded
-    return loss, _metrics(stats, kl=difference.sum() / stats.count.clamp(min=1))
-
-
-def compute_policy_loss_sapo(
-    old_log_prob: Tensor,
-    log_prob: Tensor,
-    advantages: Tensor,
-    response_mask: Tensor,
-    loss_agg_mode: str = "seq-mean-token-mean",
-    config: Any = None,
-    rollout_is_weights: Tensor | None = None,
-) -> Loss:
-    """Whatever ``loss_agg_mode`` is, verl takes the mean over sequences."""
-    if config is None:
-        raise NotCoveredError("no config")
-    arguments = (old_log_prob, log_prob, advantages, response_mask, "seq-mean-token-mean", config, rollout_is_weights)
-    taus = {"sapo_temperature_pos": config.tau_pos, "sapo_temperature_neg": config.tau_neg}
-    loss, stats = _policy_loss(*arguments, surrogate="sapo", **taus)
-    nothing = torch.zeros_like(stats.count)
-    return loss, _metrics(stats, clipfrac=nothing, lower=nothing)
-
-
-def compute_value_loss(
-    vpreds: Tensor,
-    returns: Tensor,
-    values: Tensor,
-    response_mask: Tensor,
-    cliprange_value: float,
-    loss_agg_mode: str = "token-mean",
-    dp_size: int = 1,
-    batch_num_tokens: Any = None,
-    global_batch_size: Any = None,
-    loss_scale_factor: Any = None,
-) -> Pair:
-    plain(vpreds, returns, values)
-    counts = (dp_size, batch_num_tokens, global_batch_size, loss_scale_factor)
-    row_weight, normalizer = aggregation(response_mask, loss_agg_mode, *counts)
-    mask = whole(response_mask, vpreds)
-    loss, stats = value_loss(
-        vpreds, values, returns, mask, cliprange_value=cliprange_value, row_weight=row_weight, normalizer=normalizer
-    )
-    return loss, stats.clipfrac
-
-
 #: verl's names for an estimator, with the bounds that it has there (of the log-ratio, and of the estimate).
 _ESTIMATORS = {
     "kl": ("k1", None, None),
@@ -305,12 +171,12 @@ def _targets() -> list[Target]:
     def estimator(name: str, signature: str, function: Any, covers: str, key: str) -> Target:
         return Target(core, name, signature, function, covers, (f"ADV_ESTIMATOR_REGISTRY[{key}]",))
 
-    def loss(key: str, mode: str, function: Any, covers: str) -> Target:
-        first = f"old_log_prob, log_prob, advantages, response_mask, loss_agg_mode='{mode}'"
+    def loss(key: str, mode: str, covers: str, before: str = "old_log_prob") -> Target:
+        name = f"compute_policy_loss_{key}"
+        first = f"{before}, log_prob, advantages, response_mask, loss_agg_mode='{mode}'"
         signature = f"({first}, config=None, rollout_is_weights=None)"
         registry = (f"POLICY_LOSS_REGISTRY[{key}]",)
-        reads = {"agg_loss": agg_loss}
-        return Target(core, f"compute_policy_loss_{key}", signature, function, covers, registry, reads)
+        return Target(core, name, signature, getattr(losses, name), covers, registry, {"agg_loss": agg_loss})
 
     return [
         Target(
@@ -366,17 +232,31 @@ def _targets() -> list[Target]:
             "RLOO",
             "rloo_vectorized",
         ),
-        loss("vanilla", "token-mean", compute_policy_loss_vanilla, "the clipped policy loss with dual clip"),
-        loss("cispo", "token-mean", compute_policy_loss_cispo, "CISPO"),
-        loss("gspo", "seq-mean-token-mean", compute_policy_loss_gspo, "GSPO"),
-        loss("sapo", "seq-mean-token-mean", compute_policy_loss_sapo, "SAPO"),
+        loss("vanilla", "token-mean", "the clipped policy loss with dual clip"),
+        loss("cispo", "token-mean", "CISPO"),
+        loss("gspo", "seq-mean-token-mean", "GSPO"),
+        loss("sapo", "seq-mean-token-mean", "SAPO"),
+        loss("dppo_tv", "token-mean", "DPPO by total variation"),
+        loss("dppo_kl", "token-mean", "DPPO by the binary divergence"),
+        loss("geo_mean", "token-mean", "GMPO"),
+        loss("gpg", "token-mean", "GPG"),
+        loss("dro", "token-mean", "DRO, without rollout_is_weights"),
+        loss("reinforce", "seq-mean-token-sum", "REINFORCE of bypass_mode", before="rollout_log_prob"),
         Target(
             core,
             "compute_value_loss",
             values,
-            compute_value_loss,
+            losses.compute_value_loss,
             "the clipped value loss in all aggregation modes",
             reads={"agg_loss": agg_loss},
+        ),
+        Target(
+            "verl.utils.experimental.torch_functional",
+            "FusedLinearForPPO.forward",
+            "(self, hidden_states, vocab_weights, input_ids, temperature=1.0)",
+            losses.fused_linear_for_ppo,
+            "the fused heads of FSDP, torch and liger",
+            reads={"FusedLinearForPPO.__init__": "(self, chunk_size=512, impl_backend='torch')"},
         ),
         Target(
             "verl.trainer.ppo.ray_trainer",

@@ -26,6 +26,12 @@ def transformed() -> bool:
     return torch._C._are_functorch_transforms_active()
 
 
+def is_batch(x: Tensor | None) -> bool:
+    """Whether it is one gradient for each of many that are asked for: by vmap, or by ``is_grads_batched=True``."""
+    functorch = torch._C._functorch
+    return x is not None and (functorch.is_legacy_batchedtensor(x) or functorch.is_functorch_wrapped_tensor(x))
+
+
 def recorded(x: Tensor) -> bool:
     """Whether autograd looks at what is computed from ``x``; if not, an op spares itself its autograd function."""
     return x.requires_grad and torch.is_grad_enabled()

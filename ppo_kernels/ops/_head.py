@@ -20,12 +20,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ppo_kernels._registered import require
 from ppo_kernels._types import compute_dtype
+from ppo_kernels.ops._autograd import is_batch
 
 _MOST_ROWS, _FEW_ROWS = 2048, 256
 _MOST_COLUMNS, _FEW_COLUMNS = 8192, 256
 _OF_A_PART = 120  # bytes for each row, when the parts of a row are merged in float64
 _PAD = 16  # columns: rows of a tile begin at the same alignment
+_AT_ONCE = 2**16  # numbers that are rounded at a time, where all of them would take memory that is not counted
 
 
 class Tiling(NamedTuple):
@@ -54,7 +57,8 @@ class CountedRows:
         self.flat: Tensor | None = None
         if self.all:
             with contextlib.suppress(RuntimeError):  # of rows that no one stride leads along
-                self.flat = hidden.view(-1, hidden.size(-1))
+                flat = hidden.view(-1, hidden.size(-1))
+                self.flat = flat if _multiplied_in_place(flat) else None
 
     def __len__(self) -> int:
         return len(self.at[0])
@@ -68,6 +72,10 @@ class CountedRows:
 
     def put(self, out: Tensor, x: Tensor, dim: int = 0) -> None:
         out[(slice(None),) * dim + self.at] = x
+
+    def spread(self, x: Tensor, like: Tensor, scale: Tensor | None = None) -> Tensor:
+        """``x [rows, H]``, times ``scale``, as gradient of the hidden states ``like``: 0 where a row does not count."""
+        return spread(x, self.at, self.all, like, scale)
 
 
 class Head:
@@ -83,11 +91,13 @@ class Head:
         logits_dtype: torch.dtype | None,
     ):
         self.weight, self.bias, self.input_dtype, self.is_cuda = weight, bias, hidden.dtype, hidden.is_cuda
+        require(_is_there(weight, hidden.size(-1)), released(weight))
         self.vocab, self.width = weight.shape
         self.dtype = compute_dtype(hidden, weight, bias)
         self.tile_dtype = self.dtype if logits_dtype is None else logits_dtype
         narrow = hidden.dtype == weight.dtype and (hidden.is_cuda or self.tile_dtype == hidden.dtype)
         self.operand_dtype = hidden.dtype if narrow else self.dtype
+        self.copied = weight.dtype != self.operand_dtype or not _multiplied_in_place(weight)
         self.capped = softcap < math.inf
         self.inner = logit_scale / softcap if self.capped else 1.0  # the factor within tanh
         self.factor = softcap if self.capped else logit_scale
@@ -131,7 +141,7 @@ class Head:
             total += rows * self.width * self.input_dtype.itemsize
         if self.operand_dtype != self.input_dtype:
             total += rows * self.width * operand
-        if self.operand_dtype != self.weight.dtype:
+        if self.copied:
             total += columns * self.width * operand
         if not all_columns:
             total += rows * -(-self.vocab // columns) * _OF_A_PART
@@ -152,12 +162,12 @@ class Head:
         return x.to(self.operand_dtype)
 
     def weight_of(self, columns: slice) -> Tensor:
-        """As products take it; where it has to be converted, until it is asked for others."""
+        """As products take it; where it has to be converted or copied, until it is asked for others."""
         rows = self.weight[columns]
-        if rows.dtype == self.operand_dtype:
+        if not self.copied:
             return rows
         if self._wide is None:
-            self._wide = rows.new_empty(rows.shape, dtype=self.operand_dtype)
+            self._wide = torch.empty(rows.shape, dtype=self.operand_dtype, device=rows.device)
         return self._wide[: len(rows)].copy_(rows)
 
     def write(self, x: Tensor, weight: Tensor, columns: slice, tile: Tensor) -> Tensor:
@@ -216,17 +226,56 @@ class Gradients:
     def finished(self, hidden: Tensor, rows: CountedRows) -> tuple[Tensor, Tensor, Tensor]:
         """As the inputs have them; what was not needed is empty."""
         nothing, bias = hidden.new_empty(0, dtype=self.head.dtype), self.head.bias
-        if self.hidden is None:
-            of_hidden = hidden.new_empty(0)
-        elif rows.all:
-            of_hidden = self.hidden.to(hidden.dtype).view(hidden.shape)
-        else:
-            of_hidden = hidden.new_zeros(hidden.shape)
-            rows.put(of_hidden, self.hidden.to(hidden.dtype))
+        of_hidden = hidden.new_empty(0) if self.hidden is None else rows.spread(self.hidden, hidden)
         of_weight = self.head.weight.new_empty(0) if self.weight is None else self.weight
         if bias is None:
             return of_hidden, of_weight, nothing
         return of_hidden, of_weight, bias.new_empty(0) if self.bias is None else self.bias.to(bias.dtype)
+
+
+def _is_there(weight: Tensor, width: int) -> bool:
+    fits = weight.dim() == 2 and weight.size(1) == width
+    return fits and (weight.numel() == 0 or weight.untyped_storage().nbytes() > 0)
+
+
+def released(weight: Tensor) -> str:
+    return (
+        f"the weight of the head, now of shape {tuple(weight.shape)} with {weight.untyped_storage().nbytes()} bytes of"
+        " memory, has been released by ZeRO-3 or FSDP; keep it gathered until backward() has returned:"
+        " deepspeed.zero.GatheredParameters, or pass weight.full_tensor() of a DTensor"
+    )
+
+
+def _multiplied_in_place(x: Tensor) -> bool:
+    """Whether products read this matrix where it is; torch copies any other, whole and without a word."""
+    (rows, columns), (down, across) = x.shape, x.stride()
+    return (across == 1 and down >= max(1, columns)) or (down == 1 and across >= max(1, rows))
+
+
+def spread(x: Tensor, at: tuple[Tensor, ...], every: bool, like: Tensor, scale: Tensor | None) -> Tensor:
+    """See ``CountedRows.spread``, of which ``at`` and ``every`` are."""
+    if every:
+        return rounded(x, like.dtype, scale).view(like.shape)
+    if is_batch(scale):
+        return torch.index_put(like.new_zeros(like.shape), at, rounded(x, like.dtype, scale))
+    out, some = like.new_zeros(like.shape), max(1, _AT_ONCE // max(1, x.size(1)))
+    for i in range(0, len(x), some):
+        part = x[i : i + some] if scale is None else x[i : i + some] * scale
+        out[tuple(index[i : i + some] for index in at)] = part.to(like.dtype)
+    return out
+
+
+def rounded(x: Tensor, dtype: torch.dtype, scale: Tensor | None = None) -> Tensor:
+    """``x``, times ``scale``, in ``dtype``."""
+    if scale is None:
+        return x.to(dtype)
+    if x.dtype == dtype or is_batch(scale):
+        return (x * scale).to(dtype)
+    out = x.new_empty(x.shape, dtype=dtype)
+    some = max(1, _AT_ONCE // max(1, x[:1].numel()))
+    for i in range(0, len(x), some):
+        torch.mul(x[i : i + some], scale, out=out[i : i + some])
+    return out
 
 
 def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:

@@ -2,25 +2,20 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
-from ppo_kernels._registered import forward_mode_message
-from ppo_kernels._types import compute_dtype, element
-from ppo_kernels.ops._autograd import has_tangent
+from ppo_kernels._types import compute_dtype
 from ppo_kernels.ops._inputs import (
     bound,
+    check_constant,
     check_device,
     check_floating,
-    check_group,
     check_integer,
-    check_integer_option,
     check_number,
     check_shape,
-    temperature_rows,
 )
+from ppo_kernels.ops._logits_inputs import check_ignore_index, check_temperature
 
 MIB = 2**20
 HALF = (torch.bfloat16, torch.float16)
@@ -62,57 +57,18 @@ def check_logits_dtype(op: str, dtype: object, hidden: Tensor, weight: Tensor, b
         )
 
 
-def check_shard(op: str, group: object, vocab_start: object, hidden: Tensor) -> None:
-    check_integer_option(op, "vocab_start", vocab_start, least=0)
-    if group is None:
-        if vocab_start != 0:
-            raise ValueError(f"{op}: vocab_start={vocab_start} is the place of a shard in a group; pass group= too")
-        return
-    check_group(op, "group", group)
-    if has_tangent(hidden):
-        raise RuntimeError(forward_mode_message(f"{op} with group="))
-
-
 def memory_bytes(op: str, memory_mib: object, device: torch.device, on_cpu: int) -> int:
     """``on_cpu`` MiB are what a call on a CPU may take if nothing is said."""
     if memory_mib is None:
         return (on_cpu if device.type == "cpu" else 1024) * MIB
-    if isinstance(memory_mib, (Tensor, bool)) or not isinstance(memory_mib, (int, float)):
-        raise TypeError(f"{op}: memory_mib must be a number or None, got {type(memory_mib).__name__}")
-    if not 0 < memory_mib < math.inf:
-        raise ValueError(f"{op}: memory_mib must be > 0.0 and finite, got {memory_mib}")
-    return int(memory_mib * MIB)
+    return int(check_constant(op, "memory_mib", memory_mib, above=0.0, most=2.0**42) * MIB)
 
 
 def head_numbers(
     op: str, temperature: object, softcap: object, logit_scale: object, ignore_index: object, rows_of: Tensor
 ) -> tuple[Tensor | None, float, float, float, int]:
     """The temperature of each row or None, and what kernels take: temperature, softcap, scale, ignore_index."""
-    if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
-        raise TypeError(f"{op}: ignore_index must be an int, got {type(ignore_index).__name__}")
-    if not -(2**63) <= ignore_index < 2**63:
-        raise ValueError(f"{op}: ignore_index must fit an int64, got {ignore_index}")
-    rows = temperature if isinstance(temperature, Tensor) else None
-    tau = check_number(op, "temperature", temperature, above=0.0) if rows is None else 1.0
-    if rows is None and torch.compiler.is_compiling():  # a float would become a constant of the graph
-        rows, tau = element(tau), 1.0
-    if rows is not None:
-        rows = temperature_rows(op, rows, rows_of)
+    ignore_index = check_ignore_index(op, ignore_index)
+    rows, tau = check_temperature(op, temperature, rows_of)
     cap = bound(op, "softcap", softcap, above=0.0)
     return rows, tau, cap, check_number(op, "logit_scale", logit_scale, above=0.0), ignore_index
-
-
-def check_values(
-    op: str, labels: Tensor, mask: Tensor | None, rows: Tensor | None, ignore_index: int, vocab: int
-) -> None:
-    live = labels != ignore_index
-    if mask is not None:
-        live = live & (mask != 0)
-    bad = labels[live & ((labels < 0) | (labels >= vocab))]
-    if bad.numel():
-        raise ValueError(
-            f"{op}: labels must be in [0, {vocab}) or ignore_index={ignore_index};"
-            f" {bad.numel()} are not, the first is {int(bad[0])}"
-        )
-    if rows is not None and not bool((rows > 0).all()):
-        raise ValueError(f"{op}: every temperature must be > 0, the least is {float(rows.min())}")

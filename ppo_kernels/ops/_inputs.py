@@ -162,11 +162,21 @@ def _refuse_batched(op: str, name: str, value: Tensor) -> None:
 
 
 def check_integer_option(op: str, name: str, value: object, *, least: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
+    if isinstance(value, bool) or not isinstance(value, (numbers.Integral, torch.SymInt)):
         raise TypeError(f"{op}: {name} must be an integer, got {type(value).__name__}")
     if value < least:
         raise ValueError(f"{op}: {name} must be >= {least}, got {value}")
-    return value  # type: ignore[return-value]
+    return value if isinstance(value, torch.SymInt) else int(value)  # type: ignore[return-value]
+
+
+def check_constant(op: str, name: str, value: object, *, above: float, most: float) -> float:
+    """``check_number`` of what is a constant of a graph: a limit that shapes the work."""
+    value = value if type(value) is float else _as_number(op, name, value)
+    if isinstance(value, Tensor):
+        raise ValueError(f"{op}: {name} is a constant of a compiled graph; pass a Python number in place of a tensor")
+    if not above < value <= most:
+        raise ValueError(f"{op}: {name} must be > {above} and <= {most}, got {value}")
+    return value
 
 
 def number_or_tensor(op: str, name: str, value: object, device: torch.device) -> tuple[float, Tensor | None]:

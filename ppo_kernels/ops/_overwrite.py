@@ -12,19 +12,19 @@ from ppo_kernels._registered import overlaps_itself
 _PARTS = "_ppo_kernels_overwritten"
 
 
-def check_overwritable(logits: Tensor) -> None:
+def check_overwritable(op: str, logits: Tensor) -> None:
     base = logits._base if logits._is_view() and logits._base is not None else logits
     if base.requires_grad and base.is_leaf:
         raise ValueError(
-            "token_logprobs: inplace_backward=True would overwrite a leaf (or a view of one); pass a layer's output"
+            f"{op}: inplace_backward=True would overwrite a leaf (or a view of one); pass a layer's output"
         )
     if overlaps_itself(logits):
         raise ValueError(
-            "token_logprobs: inplace_backward=True needs logits that do not overlap themselves; got shape"
+            f"{op}: inplace_backward=True needs logits that do not overlap themselves; got shape"
             f" {tuple(logits.shape)} with strides {logits.stride()} (expanded or unfolded)"
         )
     if logits.stride(-1) != 1 and logits.size(-1) > 1:
-        raise ValueError("token_logprobs: inplace_backward=True needs logits with a last stride of 1")
+        raise ValueError(f"{op}: inplace_backward=True needs logits with a last stride of 1")
 
 
 class Chunk:

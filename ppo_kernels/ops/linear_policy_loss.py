@@ -11,19 +11,18 @@ from torch import Tensor
 
 from ppo_kernels import backends
 from ppo_kernels._compositions import compose
-from ppo_kernels._registered import not_a_graph
+from ppo_kernels._registered import Refusal, not_a_graph
 from ppo_kernels._types import PolicyStats, compute_dtype, wide_dtype
-from ppo_kernels.ops._autograd import has_tangent, once, recorded, transformed
-from ppo_kernels.ops._head import CountedRows, Gradients, Head
+from ppo_kernels.ops._autograd import has_tangent, is_batch, once, recorded, transformed
+from ppo_kernels.ops._head import CountedRows, Gradients, Head, released, rounded, spread
 from ppo_kernels.ops._head_inputs import (
     check_head,
     check_logits_dtype,
-    check_shard,
-    check_values,
     head_numbers,
     memory_bytes,
 )
-from ppo_kernels.ops._inputs import check_floating, to_mask, unit_last_stride
+from ppo_kernels.ops._inputs import check_floating, to_mask
+from ppo_kernels.ops._logits_inputs import ANY_LABEL, check_shard, check_values
 from ppo_kernels.ops._public import public, refuse_tangents
 from ppo_kernels.ops.linear_token_logprobs import linear_token_logprobs
 from ppo_kernels.ops.policy_loss import policy_loss
@@ -130,7 +129,10 @@ def _computed(
 ) -> tuple[tuple[Tensor, PolicyStats, Tensor], CountedRows, tuple]:  # fmt: skip
     """Loss, statistics and log-probabilities, the rows that count, and the gradients' totals with 1 / normalizer."""
     softcap, logit_scale, logits_dtype, memory = head_options
-    head = Head(hidden, weight, bias, softcap, logit_scale, logits_dtype)
+    try:
+        head = Head(hidden, weight, bias, softcap, logit_scale, logits_dtype)
+    except Refusal as refusal:
+        raise RuntimeError(f"linear_policy_loss: {refusal}") from None
     rows = CountedRows(hidden, labels, mask, numbers[-1])
     loss = _Loss(rows, *loss_inputs)
     with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
@@ -162,19 +164,22 @@ class _EagerLoss(torch.autograd.Function):
             return None, None, None, *none
         refuse_tangents("linear_policy_loss", grad_loss)
         *inputs, of_hidden, of_weight, of_bias, inverse = ctx.saved_tensors
-        scale, again = grad_loss * inverse, _may_come_again()
-
-        def scaled(total: Tensor | None, like: Tensor) -> Tensor | None:
-            if total is None:
-                return None
-            return (total * scale if again else total.mul_(scale)).to(like.dtype)
-
         hidden, weight, bias = inputs
-        grads = [scaled(of_hidden, hidden), scaled(of_weight, weight), scaled(of_bias, bias)]
-        if grads[0] is not None and ctx.all:
-            grads[0] = grads[0].view(hidden.shape)
-        elif grads[0] is not None:
-            grads[0] = hidden.new_zeros(hidden.shape).index_put_(ctx.at, grads[0])
+        if of_weight is not None and weight.shape != of_weight.shape:
+            raise RuntimeError(f"linear_policy_loss: {released(weight)}")
+        again = is_batch(grad_loss) or _may_come_again()
+        with torch.no_grad():
+            scale: Tensor | None = grad_loss * inverse
+            if not again:
+                for total in (of_hidden, of_weight, of_bias):
+                    if total is not None:
+                        total.mul_(scale)
+                scale = None
+            grads = (
+                None if of_hidden is None else spread(of_hidden, ctx.at, ctx.all, hidden, scale),
+                None if of_weight is None else rounded(of_weight, weight.dtype, scale),
+                None if of_bias is None else rounded(of_bias, bias.dtype, scale),
+            )
         return *(None if g is None else once("linear_policy_loss", g, *inputs, grad_loss) for g in grads), *none
 
 
@@ -259,7 +264,7 @@ def linear_policy_loss(
             f"{op}: old_logprobs must have the labels' shape {tuple(labels.shape)}, got {tuple(old_logprobs.shape)}"
         )
     if validate:
-        check_values(op, labels, valid, numbers[0], ignore_index, weight.size(0) if group is None else 2**63 - 1)
+        check_values(op, labels, valid, numbers[0], ignore_index, weight.size(0) if group is None else ANY_LABEL)
     of_tokens = policy_options.get("importance_sampling_level", "token") == "token"
     eager = not (torch.compiler.is_compiling() or transformed() or has_tangent(hidden))
     if impl == "torch" or group is not None or not (of_tokens and eager):
@@ -274,7 +279,7 @@ def linear_policy_loss(
     with torch.no_grad():  # refuses what does not fit before anything is multiplied
         policy_loss(torch.zeros_like(old_logprobs), old_logprobs, advantages, valid, **options)
     rows, tau, cap, scale, _ = numbers
-    inputs: Any = (unit_last_stride(hidden), unit_last_stride(weight), bias)
+    inputs: Any = (hidden, weight, bias)
     rest: Any = (
         labels.long(), valid, (rows, tau, ignore_index), (cap, scale, logits_dtype, memory),
         (old_logprobs, advantages, valid, options), impl,

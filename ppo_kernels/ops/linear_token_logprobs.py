@@ -17,15 +17,15 @@ from ppo_kernels.ops._head import CountedRows, Gradients, Head
 from ppo_kernels.ops._head_inputs import (
     check_head,
     check_logits_dtype,
-    check_shard,
-    check_values,
     head_numbers,
     memory_bytes,
 )
-from ppo_kernels.ops._inputs import keepable, to_mask, unit_last_stride
+from ppo_kernels.ops._inputs import keepable, to_mask
+from ppo_kernels.ops._logits_inputs import ANY_LABEL, check_entropy, check_shard, check_values
 from ppo_kernels.ops._parts import finish, gathered, join, part_of, summed
 from ppo_kernels.ops._public import public, refuse_tangents
 from ppo_kernels.reference import linear_token_logprobs as reference
+from ppo_kernels.reference import parts
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -63,23 +63,24 @@ def _forward(
     for block in tiling.blocks(len(rows)):
         x = head.operand(rows.hidden(block))
         tau, of_rows = head.temperature(temperature, None if taus is None else taus[block])
-        parts = []
+        found_here = []
         for columns in tiling.slabs(head.vocab):
             tile = buffer[: len(x), : columns.stop - columns.start]
             head.write(x, head.weight_of(columns), columns, tile)
             if save_logits:
                 kept[block, columns] = tile
-            parts.append(part_of(impl, tile, y[block], vocab_start + columns.start, tau, of_rows, entropy))
-        found.append(join(torch.stack(parts), tau if of_rows is None else of_rows, head.dtype))
+            found_here.append(part_of(impl, tile, y[block], vocab_start + columns.start, tau, of_rows, entropy))
+        found.append(join(torch.stack(found_here), tau if of_rows is None else of_rows, head.dtype, entropy))
     logp = hidden.new_zeros(labels.shape, dtype=head.dtype)
     stats = hidden.new_zeros((3 if entropy else 2, *labels.shape), dtype=head.dtype)
     stats[1] = -1.0  # not read
     if found:
         tau, of_rows = head.temperature(temperature, taus)
         every, part = tau if of_rows is None else of_rows, torch.cat(found, 1)
-        part = join(gathered(part, group), every, head.dtype) if group else part
-        for out, x, dim in zip((logp, stats), finish(part, every, head.dtype), (0, 1), strict=True):
-            rows.put(out, x, dim)
+        part = join(gathered(part, group), every, head.dtype, entropy) if group else part
+        of_labels, of_rows = finish(part, every, head.dtype, entropy)
+        rows.put(logp, of_labels[0])
+        rows.put(stats, of_rows, 1)
     return logp, stats, kept
 
 
@@ -94,10 +95,21 @@ def _backward(
     logits_dtype, memory, vocab_start, group, logprobs, stats, kept, grad_logprobs, grad_entropy, need_hidden,
     need_weight, need_bias, impl,
 ):  # fmt: skip
-    """The gradients that are needed, the others empty. Columns are the outer loop: the weight's are rounded once."""
+    """The gradients that are needed, the others empty."""
     head = Head(hidden, weight, bias, softcap, logit_scale, logits_dtype)
     rows = CountedRows(hidden, labels, mask, ignore_index)
     gradients = Gradients(head, rows, (need_hidden, need_weight, need_bias))
+    given = (logprobs, stats, grad_logprobs, grad_entropy)
+    _add_gradients(gradients, rows, labels, (temperatures, temperature), memory, vocab_start, kept, given, impl)
+    if group and gradients.hidden is not None:
+        summed(gradients.hidden, group)
+    return gradients.finished(hidden, rows)
+
+
+def _add_gradients(gradients, rows, labels, temperatures, memory, vocab_start, kept, given, impl):
+    """Of all tiles, whose memory is free again then. Columns are the outer loop: the weight's are rounded once."""
+    head, (temperatures, temperature) = gradients.head, temperatures
+    logprobs, stats, grad_logprobs, grad_entropy = given
     tiling = head.tiling(rows, memory)
     buffer, blocks = head.buffer(*tiling), list(tiling.blocks(len(rows)))
     y, taus, logp, stats = rows.pick(labels), rows.pick(temperatures), rows.pick(logprobs), rows.pick(stats, 1)
@@ -114,24 +126,23 @@ def _backward(
             else:
                 head.write(operand, of_weight, columns, tile)
             slope = head.slope(tile)
-            # A label of other columns has one column more here, whose gradient nobody reads.
             at = y[block] - vocab_start - columns.start
-            at = torch.where((at >= 0) & (at < width), at, width)
+            here = (at >= 0) & (at < width)
             tau, of_rows = head.temperature(temperature, None if taus is None else taus[block])
             given = [None if g is None else g[block] for g in (g_logp, g_entropy)]
-            wider, of_block = buffer[: len(operand), : width + 1], stats[:, block].contiguous()
+            of_block = stats[:, block].contiguous()
             if impl == "torch":
-                reference.tile_gradient_(wider, at, tau if of_rows is None else of_rows, given, logp[block], of_block)
-            else:
+                of_labels = (given[0] if given[0] is None else given[0][:, None], given[1])
+                local, every = torch.where(here, at, -1)[:, None], tau if of_rows is None else of_rows
+                parts.gradient_(tile, local, every, of_labels, logp[block][:, None], of_block)
+            else:  # a label of other columns has one column more here, whose gradient nobody reads
+                wider, at = buffer[: len(operand), : width + 1], torch.where(here, at, width)
                 kernel.run(impl, wider, at, of_rows, *given, logp[block], of_block, tau, -1)
             if slope is not None:
                 tile.mul_(slope)
             del slope  # before there is another
             gradients.add(tile, operand, of_weight, block, columns, into)
         gradients.end(columns)
-    if group and gradients.hidden is not None:
-        summed(gradients.hidden, group)
-    return gradients.finished(hidden, rows)
 
 
 _FORWARD = register_composition(
@@ -329,14 +340,12 @@ def linear_token_logprobs(
     op = "linear_token_logprobs"
     check_head(op, hidden, weight, labels, bias)
     check_logits_dtype(op, logits_dtype, hidden, weight, bias)
-    if not (entropy is False or entropy is True or (isinstance(entropy, str) and entropy == "detached")):
-        raise ValueError(f'{op}: entropy must be False, True or "detached", got {entropy!r}')
-    check_shard(op, group, vocab_start, hidden)
+    check_entropy(op, entropy)
+    vocab_start = check_shard(op, group, vocab_start, hidden)
     memory, mask = memory_bytes(op, memory_mib, hidden.device, 64), to_mask(op, mask, labels)
     rows, *numbers = head_numbers(op, temperature, softcap, logit_scale, ignore_index, hidden)
     if validate:
-        check_values(op, labels, mask, rows, ignore_index, weight.size(0) if group is None else 2**63 - 1)
-    hidden, weight = unit_last_stride(hidden), unit_last_stride(weight)
+        check_values(op, labels, mask, rows, ignore_index, weight.size(0) if group is None else ANY_LABEL)
     impl = _FORWARD.choose(impl, hidden.device.type, compute_dtype(hidden, weight, bias))
     if group is None and (impl == "torch" or has_tangent(hidden)):
         hidden, weight = first_order_only(op, hidden), first_order_only(op, weight)

@@ -54,12 +54,13 @@ def p3o_loss(
     :math:`q = r_i - r_j - \mathrm{kl\_coef}\,(S_i - S_j)` and, like it, constant weights w, a pair's loss is
 
     .. math::
-        \text{"joint" (V2):}\quad & \tfrac12 \max\big(-q w\,d,\ -q w\,\mathrm{clip}(d, d_{old} \pm \epsilon)\big),
-        \quad d = S_i - S_j,\quad w = \mathrm{clip}(\rho_i \rho_j, 1/c, c) \\
-        \text{"separate" (V1):}\quad & \tfrac12 \max\big(-q w_j \rho_i,\ -q w_j\,\mathrm{clip}(\rho_i, 1 \pm \epsilon)
-        \big) + \tfrac12 \max\big(q w_i \rho_j,\ q w_i\,\mathrm{clip}(\rho_j, 1 \pm \epsilon)\big),
-        \quad w_i = \mathrm{clip}(\rho_i, 1/c, c)
+        \text{joint:}\quad & \tfrac{1}{2} \max\left(-q w\,d,\ -q w\,\mathrm{clip}(d, d_{old} \pm \epsilon)\right)
+        \\
+        \text{separate:}\quad & \tfrac{1}{2} \max\left(-q w_j \rho_i,\ -q w_j\,\mathrm{clip}(\rho_i, 1 \pm
+        \epsilon)\right) + \tfrac{1}{2} \max\left(q w_i \rho_j,\ q w_i\,\mathrm{clip}(\rho_j, 1 \pm \epsilon)\right)
 
+    where :math:`d = S_i - S_j`, :math:`w = \mathrm{clip}(\rho_i \rho_j, 1/c, c)`, :math:`w_i =
+    \mathrm{clip}(\rho_i, 1/c, c)`,
     and loss = sum over all pairs of all prompts / normalizer. Only score differences enter: adding any number to all
     scores of a prompt changes nothing. Of "joint" only the gradient has a meaning; its value contains d itself.
 
@@ -70,7 +71,7 @@ def p3o_loss(
         scores: ``[B]``, floating or integer: one per response, without any KL penalty.
         mask: the tokens' shape; non-zero = valid. None means all valid. A pair counts if both of its rows have a valid
             token: a row that is masked out drops out with its score.
-        variant: "joint" or "separate".
+        variant: "joint" (the paper's V2) or "separate" (its V1).
         group_size: K >= 2 responses per prompt, in rows iK to iK + K - 1; K (K - 1) / 2 pairs each.
         kl_coef: weight of the sequence KL in q, a number or a one-element tensor.
         cliprange: half-width of the clip, >= 0, or None or inf (off); of a ratio ("separate") or of a difference in

@@ -69,7 +69,7 @@ def policy_loss(
 
     .. math::
         \rho = \exp(\mathrm{clamp}(\log\pi - \log\pi_{old})),\quad
-        L_t = \max\big(-A\rho,\ -A\,\mathrm{clip}(\rho, 1-\epsilon_{lo}, 1+\epsilon_{hi})\big)
+        L_t = \max\left(-A\rho,\ -A\,\mathrm{clip}(\rho, 1-\epsilon_{lo}, 1+\epsilon_{hi})\right)
 
     With ``dual_clip`` c, where A < 0, ``L_t = min(L_t, -c A)``. Then ``L_t`` is multiplied by ``weights_t`` and
     ``kl_coef * k_t(logprobs, ref_logprobs)`` is added, and

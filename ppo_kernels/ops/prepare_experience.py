@@ -75,7 +75,9 @@ def prepare_experience(
     op = "prepare_experience"
     for name, x in {"logprobs": logprobs, "ref_logprobs": ref_logprobs, "values": values}.items():
         check_floating(op, name, x)
-    dtype = compute_dtype(logprobs, ref_logprobs, values, check_real(op, "scores", scores))
+    of_rows = lam if isinstance(lam, Tensor) and lam.numel() != 1 else None
+    bootstrap = None if bootstrap_value is None else check_real(op, "bootstrap_value", bootstrap_value)
+    dtype = compute_dtype(logprobs, ref_logprobs, values, check_real(op, "scores", scores), of_rows, bootstrap)
     impl = _PREPARE_EXPERIENCE.choose(impl, logprobs.device.type, dtype)
     if dtype == torch.float64:  # of one input: then all that is computed
         logprobs, values = logprobs.to(dtype), values.to(dtype)

@@ -4,183 +4,21 @@ from __future__ import annotations
 
 import math
 from functools import partial
-from typing import Literal, overload
+from typing import TYPE_CHECKING, Literal, overload
 
 import torch
 from torch import Tensor
 
-from ppo_kernels._registered import not_a_graph
-from ppo_kernels._types import compute_dtype, element
-from ppo_kernels.backends import register
-from ppo_kernels.ops._autograd import first_order_only, has_tangent, once, recorded, traced_input, transformed
-from ppo_kernels.ops._fakes import like_first
-from ppo_kernels.ops._inputs import (
-    check_device,
-    check_floating,
-    check_integer,
-    check_number,
-    check_tensor,
-    keepable,
-    reraise_unless_refused,
-    temperature_rows,
-    to_mask,
-    unit_last_stride,
-)
-from ppo_kernels.ops._overwrite import Chunk, check_overwritable, saved_as_they_are
-from ppo_kernels.ops._public import public, refuse_tangents
-from ppo_kernels.reference import token_logprobs as reference
+from ppo_kernels.ops._autograd import first_order_only, has_tangent, transformed
+from ppo_kernels.ops._inputs import reraise_unless_refused, unit_last_stride
+from ppo_kernels.ops._logits_inputs import ANY_LABEL, check_logits, check_shard, check_values
+from ppo_kernels.ops._logprobs import TOKEN_LOGPROBS, differentiable, eager
+from ppo_kernels.ops._overwrite import check_overwritable
+from ppo_kernels.ops._public import public
+from ppo_kernels.ops.partial import gather, part_of_shard
 
-
-def _fake(logits, labels, mask, temperature_rows, temperature, ignore_index, entropy):
-    def empty(shape):
-        return logits.new_empty(shape, dtype=compute_dtype(logits))
-
-    return empty(labels.shape), empty((3 if entropy else 2, *logits.shape[:-1]))
-
-
-def _triton_kernels():
-    from ppo_kernels.triton import token_logprobs
-
-    return token_logprobs
-
-
-_TOKEN_LOGPROBS = register(
-    "token_logprobs",
-    fake=_fake,
-    triton_kernel=lambda: _triton_kernels().token_logprobs,
-    reference=reference.token_logprobs,
-)
-_BACKWARD = register(
-    "token_logprobs_backward",
-    fake=like_first,
-    triton_kernel=lambda: _triton_kernels().token_logprobs_backward,
-)
-_BACKWARD_INPLACE = register(
-    "token_logprobs_backward_",
-    fake=lambda *_arguments: None,
-    triton_kernel=lambda: _triton_kernels().token_logprobs_backward_,
-)
-
-
-def _entropy_of(stats, entropy):
-    """A copy, for the caller may write to it; something empty if it was not asked for, of which no graph is made."""
-    return stats[2].clone() if entropy is not False else stats.new_empty(0)
-
-
-def _contiguous(grads):
-    return [None if g is None else g.contiguous() for g in grads]
-
-
-def _gradient(impl, logits, labels, temperature_rows, grads, rest, numbers):
-    arguments = (logits, labels, temperature_rows, *_contiguous(grads), *rest, *numbers)
-    if torch.compiler.is_compiling() or transformed():
-        return _BACKWARD.kernel(impl)(*arguments)
-    return _BACKWARD.run(impl, *arguments)
-
-
-class _TracedLogprobs(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, impl, logits, labels, mask, temperature_rows, temperature, ignore_index, entropy, _inplace):
-        ctx.set_materialize_grads(False)
-        ctx.impl, ctx.numbers, ctx.entropy = impl, (temperature, ignore_index), entropy
-        logprobs, stats = _TOKEN_LOGPROBS.kernel(impl)(
-            logits, labels, mask, temperature_rows, temperature, ignore_index, entropy is not False
-        )
-        # Copies: the caller may write to the results before the backward.
-        ctx.save_for_backward(logits, labels, temperature_rows, logprobs.clone(), stats)
-        h = _entropy_of(stats, entropy)
-        if entropy is not True:
-            ctx.mark_non_differentiable(h)
-        return logprobs, h
-
-    @staticmethod
-    def backward(ctx, grad_logprobs, grad_entropy):
-        none = (None,) * 7
-        if ctx.entropy is not True:
-            grad_entropy = None  # a traced graph passes zeros
-        if grad_logprobs is None and grad_entropy is None:
-            return None, None, *none
-        logits, labels, temperature_rows, *rest = ctx.saved_tensors
-        grads = (grad_logprobs, grad_entropy)
-        return None, _gradient(ctx.impl, logits, labels, temperature_rows, grads, rest, ctx.numbers), *none
-
-
-class _EagerLogprobs(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, impl, logits, rest):
-        ctx.set_materialize_grads(False)
-        labels, mask, temperature_rows, temperature, ignore_index, entropy, inplace = rest
-        logprobs, stats = _TOKEN_LOGPROBS.run(
-            impl, logits, labels, mask, temperature_rows, temperature, ignore_index, entropy is not False
-        )
-        if ctx.needs_input_grad[1]:
-            ctx.impl, ctx.numbers, ctx.entropy, ctx.inplace = impl, (temperature, ignore_index), entropy, inplace
-            ctx.chunk = Chunk(logits) if inplace and saved_as_they_are() else None
-            saved = None if ctx.chunk is not None else logits
-            # Copies: the caller may write to the results before the backward.
-            ctx.save_for_backward(saved, keepable(labels), keepable(temperature_rows), logprobs.clone(), stats)
-        if entropy is False:
-            return logprobs
-        h = _entropy_of(stats, entropy)
-        if entropy is not True:
-            ctx.mark_non_differentiable(h)
-        return logprobs, h
-
-    @staticmethod
-    @not_a_graph
-    def backward(ctx, grad_logprobs, grad_entropy=None):
-        if grad_logprobs is None and grad_entropy is None:
-            return None, None, None
-        logits, labels, temperature_rows, *rest = ctx.saved_tensors
-        refuse_tangents("token_logprobs", grad_logprobs, grad_entropy)
-        others = (labels, temperature_rows, *_contiguous((grad_logprobs, grad_entropy)), *rest, *ctx.numbers)
-        if not ctx.inplace:
-            grad = _BACKWARD.run(ctx.impl, logits, *others)
-            return None, once("token_logprobs", grad, logits, grad_logprobs, grad_entropy), None
-        if torch.is_grad_enabled():
-            raise RuntimeError(
-                "token_logprobs: inplace_backward=True overwrites what a second differentiation would need;"
-                " pass inplace_backward=False, or call backward without create_graph=True"
-            )
-        chunk = ctx.chunk or (Chunk(logits) if logits is not None else None)
-        if chunk is None:
-            raise RuntimeError(
-                "token_logprobs: inplace_backward=True has overwritten the logits in a first backward; pass"
-                " inplace_backward=False for a second one"
-            )
-        chunk.begin()
-        _BACKWARD_INPLACE.run(ctx.impl, chunk.logits, *others)
-        chunk.end()
-        ctx.chunk = None  # else the logits would live as long as the loss
-        return None, chunk.logits, None
-
-
-class _TransformedLogprobs(torch.autograd.Function):
-    generate_vmap_rule = True
-
-    @staticmethod
-    @not_a_graph
-    def forward(impl, logits, labels, mask, temperature_rows, temperature, ignore_index, entropy):
-        logprobs, stats = _TOKEN_LOGPROBS.kernel(impl)(
-            logits, labels, mask, temperature_rows, temperature, ignore_index, entropy is not False
-        )
-        return logprobs, _entropy_of(stats, entropy), logprobs.clone(), stats
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        ctx.impl, logits, labels, _, temperature_rows, *ctx.numbers, ctx.entropy = inputs
-        ctx.save_for_backward(logits, labels, temperature_rows, *output[2:])
-        ctx.mark_non_differentiable(*output[1 if ctx.entropy is not True else 2 :])
-
-    @staticmethod
-    @not_a_graph
-    def backward(ctx, grad_logprobs, grad_entropy, *_others):
-        logits, labels, temperature_rows, *rest = ctx.saved_tensors
-        grads = (grad_logprobs, grad_entropy if ctx.entropy is True else None)
-        with torch.no_grad():
-            grad = _gradient(ctx.impl, logits, labels, temperature_rows, grads, rest, ctx.numbers)
-        none = (None,) * 6
-        return None, once("token_logprobs", grad, logits, *grads), *none
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 @overload
@@ -193,6 +31,8 @@ def token_logprobs(
     ignore_index: int = ...,
     entropy: Literal[False] = ...,
     inplace_backward: bool = ...,
+    group: ProcessGroup | None = ...,
+    vocab_start: int = ...,
     impl: str = ...,
     validate: bool = ...,
 ) -> Tensor: ...
@@ -208,6 +48,8 @@ def token_logprobs(
     ignore_index: int = ...,
     entropy: Literal[True, "detached"],
     inplace_backward: bool = ...,
+    group: ProcessGroup | None = ...,
+    vocab_start: int = ...,
     impl: str = ...,
     validate: bool = ...,
 ) -> tuple[Tensor, Tensor]: ...
@@ -222,6 +64,8 @@ def token_logprobs(
     ignore_index: int = -100,
     entropy: bool | str = False,
     inplace_backward: bool = False,
+    group: ProcessGroup | None = None,
+    vocab_start: int = 0,
     impl: str = "auto",
     validate: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -247,6 +91,11 @@ def token_logprobs(
         inplace_backward: write the gradient over the logits (they must not be a leaf, nor overlap themselves). Saves
             a tensor of their size; nothing else may need the logits after the backward. Ignored by impl="torch", by
             torch.func and under torch.compile.
+        group, vocab_start: the logits are this rank's shard of the vocabulary, its labels from ``vocab_start`` on, and
+            labels, masks and temperatures are alike on all ranks of the ``torch.distributed`` group, each of which
+            calls. Three numbers a row are gathered, four with the entropy, and merged in rank order in float64; the
+            backward makes this rank's part of the gradient and asks the others nothing. Labels are those of the whole
+            vocabulary. ``partial`` and ``merge`` are the same around a communication of your own.
         impl: "auto", "cuda", "triton", "cpu" or "torch".
         validate: also check the labels and temperatures (synchronises with the device).
 
@@ -264,47 +113,35 @@ def token_logprobs(
     Source: online softmax, Milakov and Gimelshein (2018).
     """
     usual = type(temperature) is float and 0.0 < temperature < math.inf and type(ignore_index) is int
-    usual = usual and type(entropy) is bool and not (validate or inplace_backward)
-    if usual and _TOKEN_LOGPROBS.shortcut(impl, mask, logits, labels) and labels.dtype == torch.int64:
+    usual = usual and type(entropy) is bool and not (validate or inplace_backward) and group is None
+    usual = usual and type(vocab_start) is int and vocab_start == 0
+    if usual and TOKEN_LOGPROBS.shortcut(impl, mask, logits, labels) and labels.dtype == torch.int64:
         try:
-            return _eager("cpu", logits, labels, mask, None, temperature, ignore_index, entropy, False)
+            return eager("cpu", logits, (labels, mask, None, temperature, ignore_index, entropy), False)
         except RuntimeError as error:
             reraise_unless_refused("token_logprobs", error)
-    return _every_call(logits, labels, temperature, mask, ignore_index, entropy, inplace_backward, impl, validate)
+    shard = (group, vocab_start)
+    return _every_call(
+        logits, labels, temperature, mask, ignore_index, entropy, inplace_backward, shard, impl, validate
+    )
 
 
 @partial(public, op="token_logprobs", differentiable=True)
-def _every_call(logits, labels, temperature, mask, ignore_index, entropy, inplace_backward, impl, validate):
-    op = "token_logprobs"
-    if not (entropy is False or entropy is True or (isinstance(entropy, str) and entropy == "detached")):
-        raise ValueError(f'{op}: entropy must be False, True or "detached", got {entropy!r}')
-    if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
-        raise TypeError(f"{op}: ignore_index must be an int, got {type(ignore_index).__name__}")
-    if not -(2**63) <= ignore_index < 2**63:
-        raise ValueError(f"{op}: ignore_index must fit an int64, got {ignore_index}")
-    rows = temperature if isinstance(temperature, Tensor) else None
-    tau = check_number(op, "temperature", temperature, above=0.0) if rows is None else 1.0
-    check_floating(op, "logits", logits)
-    check_integer(op, "labels", labels)
-    if logits.dim() == 0 or logits.size(-1) == 0:
-        raise ValueError(f"{op}: logits must be [..., V] with V >= 1, got shape {tuple(logits.shape)}")
-    _check_labels(logits, labels)
-    mask = _mask(mask, logits, labels)
-    if mask is not None and mask.dim() == logits.dim():
-        labels, mask = torch.where(mask != 0, labels.long(), ignore_index), None
-    if rows is None and torch.compiler.is_compiling():  # a float would become a constant of the graph
-        rows, tau = element(tau), 1.0
-    if rows is not None:
-        rows = temperature_rows(op, rows, logits)
+def _every_call(logits, labels, temperature, mask, ignore_index, entropy, inplace_backward, shard, impl, validate):
+    op, (group, vocab_start) = "token_logprobs", shard
+    labels, mask, rows, tau, ignore_index = check_logits(op, logits, labels, temperature, mask, ignore_index, entropy)
+    vocab_start = check_shard(op, group, vocab_start, logits)
     if inplace_backward and not (torch.compiler.is_compiling() or transformed()):
-        check_overwritable(logits)
+        check_overwritable(op, logits)
     if validate:
-        _validate(logits, labels, mask, rows, ignore_index)
-    logits = unit_last_stride(logits)
-
-    impl = _TOKEN_LOGPROBS.choose(impl, logits.device.type, logits.dtype)
-    if impl == "torch" or has_tangent(logits):
-        return _TOKEN_LOGPROBS.reference(
+        check_values(op, labels, mask, rows, ignore_index, logits.size(-1) if group is None else ANY_LABEL)
+    logits, impl = unit_last_stride(logits), TOKEN_LOGPROBS.choose(impl, logits.device.type, logits.dtype)
+    more: tuple = ()
+    if group is not None:
+        part = part_of_shard(impl, logits, labels, mask, rows, tau, ignore_index, entropy, vocab_start)
+        more = (gather(part, group), vocab_start, impl)
+    elif impl == "torch" or has_tangent(logits):
+        return TOKEN_LOGPROBS.reference(
             first_order_only(op, logits),
             labels,
             temperature=tau if rows is None else rows,
@@ -312,63 +149,5 @@ def _every_call(logits, labels, temperature, mask, ignore_index, entropy, inplac
             ignore_index=ignore_index,
             entropy=entropy,
         )
-    arguments = (
-        (labels if labels.dtype == torch.int64 else labels.long()).contiguous(),
-        None if mask is None else mask.contiguous(),
-        rows,
-        tau,
-        ignore_index,
-        entropy,
-    )
-    if torch.compiler.is_compiling():
-        logprobs, h = _TracedLogprobs.apply(impl, traced_input(op, logits, kernel=True), *arguments, False)
-    elif transformed():
-        logprobs, h = _TransformedLogprobs.apply(impl, logits, *arguments)[:2]
-    else:
-        return _eager(impl, logits, *arguments, inplace_backward)
-    if entropy is False:
-        return logprobs
-    return logprobs, h
-
-
-def _eager(impl, logits, labels, mask, temperature_rows, temperature, ignore_index, entropy, inplace):
-    if recorded(logits):
-        rest = (labels, mask, temperature_rows, temperature, ignore_index, entropy, inplace)
-        return _EagerLogprobs.apply(impl, logits, rest)  # as one, because torch looks at each input
-    logprobs, stats = _TOKEN_LOGPROBS.run(
-        impl, logits, labels, mask, temperature_rows, temperature, ignore_index, entropy is not False
-    )
-    return logprobs if entropy is False else (logprobs, stats[2])  # nothing else will read them
-
-
-def _check_labels(logits: Tensor, labels: Tensor) -> None:
-    rows = logits.shape[:-1]
-    many = labels.dim() == logits.dim() and labels.size(-1) > 0
-    if tuple(labels.shape[:-1] if many else labels.shape) != tuple(rows):
-        raise ValueError(
-            f"token_logprobs: labels must have the shape of the logits without V {tuple(rows)}, or that and K >= 1"
-            f" labels for each row; got {tuple(labels.shape)}"
-        )
-    check_device("token_logprobs", "labels", labels, logits.device)
-
-
-def _mask(mask: object, logits: Tensor, labels: Tensor) -> Tensor | None:
-    """The mask of the rows, or of the labels where there are several for each row."""
-    if mask is None:
-        return None
-    of_rows = labels.dim() == logits.dim() > check_tensor("token_logprobs", "mask", mask).dim()
-    return to_mask("token_logprobs", mask, logits[..., 0] if of_rows else labels)
-
-
-def _validate(logits: Tensor, labels: Tensor, mask: Tensor | None, rows: Tensor | None, ignore_index: int) -> None:
-    live = labels != ignore_index
-    if mask is not None:
-        live = live & ((mask if mask.dim() == labels.dim() else mask[..., None]) != 0)
-    bad = labels[live & ((labels < 0) | (labels >= logits.size(-1)))]
-    if bad.numel():
-        raise ValueError(
-            f"token_logprobs: labels must be in [0, {logits.size(-1)}) or ignore_index={ignore_index};"
-            f" {bad.numel()} are not, the first is {int(bad[0])}"
-        )
-    if rows is not None and not bool((rows > 0).all()):
-        raise ValueError(f"token_logprobs: every temperature must be > 0, the least is {float(rows.min())}")
+    inplace = inplace_backward and impl != "torch"
+    return differentiable(op, impl, logits, (labels, mask, rows, tau, ignore_index, entropy), inplace, more)

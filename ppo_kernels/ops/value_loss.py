@@ -43,7 +43,7 @@ def value_loss(
 ) -> tuple[Tensor, ValueStats]:
     r"""Clipped squared error of the value function, differentiable in ``values``.
 
-    .. math:: L_t = \tfrac12 \max\big((V - R)^2, (\mathrm{clip}(V, V_{old} \pm \epsilon_v) - R)^2\big),\quad
+    .. math:: L_t = \tfrac{1}{2} \max\left((V - R)^2, (\mathrm{clip}(V, V_{old} \pm \epsilon_v) - R)^2\right),\quad
               \mathrm{loss} = \sum m\,w_b\,L_t / \mathrm{normalizer}
 
     Args:

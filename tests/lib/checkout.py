@@ -39,7 +39,7 @@ def copy_sources(target: Path, *more: str) -> Path:
 
 def environment(**changes: str) -> dict[str, str]:
     """This process's, for commands in a copy: what the caller builds with and imports from stays outside."""
-    outside = ("PYTHONPATH", "PPO_KERNELS_CUDA", "PPO_KERNELS_SANITIZE", "PPO_KERNELS_AVX512")
+    outside = ("PYTHONPATH", *(f"PPO_KERNELS_{name}" for name in ("CUDA", "SANITIZE", "AVX512", "PATCH")))
     kept = {k: v for k, v in os.environ.items() if k not in outside}
     return {**kept, "PATH": sysconfig.get_path("scripts") + os.pathsep + kept["PATH"], **changes}
 

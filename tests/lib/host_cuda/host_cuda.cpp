@@ -69,6 +69,17 @@ host_cuda_switch:
 
 std::atomic<unsigned> blocks_running{0};
 
+// Of a primary and its dependent launch: how many threads of the running launch have said what they have to, and
+// whether a dependent has to follow. A primary's end orders only what waits for it.
+std::atomic<uint64_t> allowed{0}, waited{0};
+bool dependent_follows = false;
+char primary_ended;
+
+[[noreturn]] void stop(const char* why) {
+  std::fprintf(stderr, "host_cuda: %s\n", why);
+  std::abort();
+}
+
 struct Barrier {
   unsigned arrived = 0;
   uint64_t generation = 0;
@@ -114,10 +125,9 @@ class Block {
         if (fiber.finished) --live;
       }
       if (progress_ != before) continue;
-      std::fprintf(stderr, "host_cuda: deadlock: the threads of a block wait for what never comes\n");
-      std::abort();
+      stop("deadlock: the threads of a block wait for what never comes");
     }
-    acquire(&ended_);
+    if (!allows_dependent_) acquire(&ended_);
     for (Fiber& fiber : fibers_) end_fiber(fiber.shown);
     running = nullptr;
   }
@@ -141,6 +151,9 @@ class Block {
     if (orders_memory) acquire(&b.passed[generation % 2]);
   }
 
+  void allow_dependent() { allows_dependent_ = true; }
+  bool allows_dependent() const { return allows_dependent_; }
+
   uint64_t& slot(unsigned lane) { return slots_[at_->thread.index / 32 * 32 + lane]; }
 
  private:
@@ -148,7 +161,7 @@ class Block {
     Block& block = *running;
     acquire(&block.begun_);
     (*block.kernel_)();
-    release(&block.ended_);
+    release(block.allows_dependent_ ? &primary_ended : &block.ended_);
     block.at_->finished = true;
     ++block.progress_;
     block.yield();
@@ -161,10 +174,18 @@ class Block {
   Fiber* at_ = nullptr;
   void *scheduler_ = nullptr, *scheduler_shown_ = nullptr;
   uint64_t progress_ = 0;
+  bool allows_dependent_ = false;
   char begun_, ended_;
 };
 
 thread_local Block* Block::running = nullptr;
+
+struct OwnBlock {
+  std::vector<std::unique_ptr<char[]>> stacks;
+  Block block;
+
+  explicit OwnBlock(unsigned index) : block(index, stacks) {}
+};
 
 void wait_warp(unsigned mask, bool orders_memory) {
   Block::running->wait(1 + current->index / 32, __builtin_popcount(mask), orders_memory);
@@ -197,6 +218,16 @@ std::string recorded;
 void sync_block() { Block::running->wait(0, block_size, true); }
 void sync_warp(unsigned mask) { wait_warp(mask, true); }
 
+void allow_dependent() {
+  ++allowed;
+  Block::running->allow_dependent();
+}
+
+void wait_for_primary() {
+  ++waited;
+  acquire(&primary_ended);
+}
+
 uint64_t exchange(unsigned mask, uint64_t value, unsigned source) {
   Block::running->slot(current->index % 32) = value;
   wait_warp(mask, false);
@@ -205,20 +236,29 @@ uint64_t exchange(unsigned mask, uint64_t value, unsigned source) {
   return value;
 }
 
-void run(unsigned blocks, unsigned threads_per_block, const std::function<void()>& kernel) {
+void run(unsigned blocks, unsigned threads_per_block, bool dependent, std::shared_ptr<const Kernel> kernel) {
   const std::lock_guard<std::mutex> lock(one_launch);
+  if (dependent != dependent_follows) stop("a dependent launch belongs behind one that allows it, and nowhere else");
+  allowed = waited = 0;
   block_size = threads_per_block;
   grid_size = blocks;
 #if HOST_CUDA_BLOCKS > 1
+  // A primary's, until its end orders what was done with them.
+  static std::vector<std::unique_ptr<OwnBlock>> unordered;
+  static std::shared_ptr<const Kernel> with_arguments;
+  static std::mutex adds;
   std::vector<std::thread> threads;
   for (unsigned i = 0; i < blocks; ++i) {
     while (blocks_running >= HOST_CUDA_BLOCKS) std::this_thread::yield();
     ++blocks_running;
     threads.emplace_back([&kernel, index = block_at(i, blocks)] {
-      {
-        std::vector<std::unique_ptr<char[]>> stacks;
-        Block(index, stacks).run(kernel);
+      auto block = std::make_unique<OwnBlock>(index);
+      block->block.run(*kernel);
+      if (block->block.allows_dependent()) {
+        const std::lock_guard<std::mutex> lock(adds);
+        unordered.push_back(std::move(block));
       }
+      block.reset();
       --blocks_running;
     });
     // To join a thread orders what it did before what starts later, and so it is done rarely.
@@ -228,7 +268,16 @@ void run(unsigned blocks, unsigned threads_per_block, const std::function<void()
   }
 #else
   static std::vector<std::unique_ptr<char[]>> stacks;
-  for (unsigned i = 0; i < blocks; ++i) Block(block_at(i, blocks), stacks).run(kernel);
+  for (unsigned i = 0; i < blocks; ++i) Block(block_at(i, blocks), stacks).run(*kernel);
+#endif
+  const uint64_t all = uint64_t{blocks} * threads_per_block;
+  if (dependent && waited != all) stop("threads of a dependent launch have ended without waiting for its primary");
+  if (allowed != 0 && (allowed != all || dependent)) stop("a primary is no dependent, and all its threads say so");
+  dependent_follows = allowed != 0;
+  if (dependent) acquire(&primary_ended);
+#if HOST_CUDA_BLOCKS > 1
+  if (dependent) unordered.clear();
+  if (dependent_follows) with_arguments = std::move(kernel);
 #endif
   ++launches;
 }

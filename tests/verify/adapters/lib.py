@@ -94,9 +94,10 @@ def load(trainer: str, *modules: str) -> list[types.ModuleType]:
 def both(trainer: str, call: Callable[[], Any], served: dict[str, int]) -> tuple[Any, Any]:
     """What a call gives with the adapter and without. ``served`` is how often our function serves each target."""
     adapter = integrations.adapter(trainer)
+    assert {row.state for row in adapter.report()} == {"left out"}
+    adapter.reset_status()
     theirs = call()
-    before = {row.target: row.state for row in adapter.report()}
-    assert set(before.values()) == {"left out"}
+    assert adapter.status() == {}, "theirs is not theirs"
     adapter.apply()
     adapter.reset_status()
     try:

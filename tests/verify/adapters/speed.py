@@ -42,6 +42,7 @@ def logits_of(rows: int, vocabulary: int, dtype: torch.dtype) -> tuple[torch.Ten
 def verl() -> dict[str, Call]:
     files = ("trainer.ppo.core_algos", "trainer.ppo.ray_trainer", "utils.torch_functional")
     core, trainer, tensors = lib.load("verl", *(f"verl.{name}" for name in files))
+    (heads,) = lib.load("verl", "verl.utils.experimental.torch_functional")
     from verl import DataProto
     from verl.trainer.config import AlgoConfig
     from verl.workers.config import ActorConfig
@@ -56,10 +57,15 @@ def verl() -> dict[str, Call]:
     def data() -> DataProto:
         return DataProto.from_dict(tensors=dict(batch), non_tensors={"uid": uids})
 
-    def policy() -> None:
+    hidden, weight = (lib.draw(n, 256, seed=n).requires_grad_() for n in (1024, 32000))
+
+    def policy(name: str) -> None:
         old, advantages, mask = (batch[k][:64] for k in ("ref_log_prob", "values", "response_mask"))
-        loss, _ = core.get_policy_loss_fn("vanilla")(old, new, advantages, mask.bool(), "token-mean", actor)
+        loss, _ = core.get_policy_loss_fn(name)(old, new, advantages, mask.bool(), "token-mean", actor)
         loss.backward()
+
+    def head() -> None:
+        sum(x.sum() for x in heads.FusedLinearForPPO()(hidden, weight, labels[0], 0.7)).backward()
 
     def logprobs() -> None:
         tensors.logprobs_from_logits(logits * 1, labels).sum().backward()
@@ -74,7 +80,9 @@ def verl() -> dict[str, Call]:
         f"apply_kl_penalty low_var_kl {shape}": lambda: trainer.apply_kl_penalty(
             data(), core.FixedKLController(0.1), "low_var_kl"
         ),
-        f"policy loss and its gradient [64, {length}]": policy,
+        f"policy loss and its gradient [64, {length}]": lambda: policy("vanilla"),
+        f"policy loss geo_mean and its gradient [64, {length}]": lambda: policy("geo_mean"),
+        "the fused head of FSDP and its gradient [1024, 256] x [256, 32000]": head,
         "logprobs_from_logits and its gradient [1024, 32000]": logprobs,
         "entropy_from_logits [1024, 32000]": lambda: tensors.entropy_from_logits(logits.detach()),
     }
@@ -185,10 +193,12 @@ def measure(adapter: integrations.Adapter, call: Call) -> tuple[float, float]:
         for ours in (True, False):
             if ours:
                 adapter.apply()
+            before = adapter.status()
             begin = time.perf_counter()
             call()
             if turn:
                 seconds[ours].append(time.perf_counter() - begin)
+            assert ours or adapter.status() == before, f"a call without the adapter reached ours: {adapter.status()}"
             adapter.revert()
     return statistics.median(seconds[True]), statistics.median(seconds[False])
 

@@ -24,7 +24,14 @@ utils, losses, maker, ray_actor, ray_critic, actors, experiences = load(
     "openrlhf.trainer.ppo_utils.experience",
 )
 V = 97
-CORRECTED = {"policy_loss_type": "gspo", "is_correction_level": "token"}
+SETTINGS = {
+    "ppo": {},
+    "gspo": {"policy_loss_type": "gspo"},
+    "gspo, corrected": {"policy_loss_type": "gspo", "is_correction_level": "token"},
+    "clip": {"is_correction_level": "token", "is_correction_mode": "clip"},
+    "mask": {"is_correction_level": "token"},
+    "mask rows": {"is_correction_level": "seq", "is_correction_threshold": (0.8, 1.6)},
+}
 COUNTS = ({}, {"dp_size": 4, "batch_num_tokens": torch.tensor(50.0), "global_batch_size": torch.tensor(7.0)})
 
 
@@ -108,12 +115,12 @@ def test_advantages_as_the_experience_maker_computes_them(estimator, kind):
 @pytest.mark.parametrize("counts", [0, 1])
 @pytest.mark.parametrize("token_level", [True, False])
 @pytest.mark.parametrize("dual_clip", [None, 1.5])
-@pytest.mark.parametrize("settings", [{}, {"policy_loss_type": "gspo"}, CORRECTED], ids=["ppo", "gspo", "corrected"])
+@pytest.mark.parametrize("settings", SETTINGS)
 def test_policy_loss(kind, counts, token_level, dual_clip, settings):
-    if kind is None and (counts or not token_level or settings):
+    if kind is None and (counts or not token_level or "gspo" in settings):
         pytest.skip("theirs needs a mask there")
     mask = None if kind is None else make_mask(kind).bool()
-    function = losses.PolicyLoss(0.1, 0.3, dual_clip, token_level, **settings)
+    function = losses.PolicyLoss(0.1, 0.3, dual_clip, token_level, **SETTINGS[settings])
 
     def call():
         leaf = (draw(B, T) + draw(B, T, seed=1, scale=0.7)).requires_grad_()
@@ -123,6 +130,8 @@ def test_policy_loss(kind, counts, token_level, dual_clip, settings):
 
     ours, theirs = both("openrlhf", call, {"PolicyLoss.forward": 1})
     assert theirs[0][1] > 0
+    if "clip" in settings or "mask" in settings:
+        assert 0.0 < theirs[0][4] < 1.0, "some are out of bounds"
     close(ours, theirs, rtol=1e-5, atol=5e-6)
 
 
@@ -262,14 +271,10 @@ def test_critic_steps_as_its_worker_takes_them():
     close(*both("openrlhf", call, {"ValueLoss.forward": 3}), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize(
-    ("settings", "reason"),
-    [
-        ({"is_correction_level": "token"}, "is_correction_level='token'"),
-    ],
-)
-def test_what_is_not_covered_is_left_to_openrlhf(settings, reason):
-    function = losses.PolicyLoss(**settings)
+@pytest.mark.parametrize("gating", ["tv", "binary_kl"])
+def test_what_is_not_covered_is_left_to_openrlhf(gating):
+    bounds = {"is_correction_level": "token", "is_correction_threshold": (0.0, 0.1)}
+    function = losses.PolicyLoss(**bounds, is_correction_gating=gating)
     leaf, mask = draw(B, T).requires_grad_(), make_mask("prefix")
     arguments = (leaf, draw(B, T, seed=1), draw(B, T, seed=2), mask, draw(B, T, seed=3))
     theirs = function(*arguments)
@@ -279,5 +284,5 @@ def test_what_is_not_covered_is_left_to_openrlhf(settings, reason):
     ours = function(*arguments)
     status = adapter.status()
     adapter.revert()
-    assert status == {"PolicyLoss.forward": {"served": 0, "not covered": {reason: 1}}}
+    assert status == {"PolicyLoss.forward": {"served": 0, "not covered": {f"is_correction_gating={gating!r}": 1}}}
     close(ours[0], theirs[0], rtol=0, atol=0)

@@ -92,31 +92,58 @@ LOSSES = {
     "gspo": "gspo_policy_loss",
     "cispo": "compute_policy_loss_cispo",
     "sapo": "sapo_policy_loss",
+    "dppo": "dppo_policy_loss",
+    "importance_sampling": "importance_sampling_loss",
 }
+
+
+#: Settings of the off-policy correction.
+CORRECTIONS = {
+    "without": {},
+    "token": {"tis_ratio_type": "token", "token_tis_ratio_clip_high": 1.2},
+    "sequence": {"tis_ratio_type": "sequence", "sequence_tis_ratio_clip_high": 1.5},
+    "token mask": {"token_mask_is_threshold_low": 0.5, "token_mask_is_threshold_high": 2.0},
+    "row mask": {"sequence_mask_metric": "geometric", "geo_mask_low": 0.8, "geo_mask_high": 1.3},
+    "outliers": {"outlier_token_is_threshold_high": 4.0, "tis_ratio_type": "token", "token_tis_ratio_clip_high": 1.2},
+}
+OFF = ("tis_ratio_type", "sequence_mask_metric", "outlier_token_is_threshold_low", "outlier_token_is_threshold_high")
+OFF += ("token_mask_is_threshold_low", "token_mask_is_threshold_high")
 
 
 @pytest.mark.parametrize("kind", [*MASKS, None])
 @pytest.mark.parametrize("loss_type", LOSSES)
-def test_policy_loss(kind, loss_type):
+@pytest.mark.parametrize("correction", [None, *CORRECTIONS])
+def test_policy_loss(kind, loss_type, correction):
+    if kind is None and correction is not None:
+        pytest.skip("theirs needs a mask there")
     mask = None if kind is None else make_mask(kind).float()
+    old = -draw(B, T).abs() - 0.02  # dppo takes them to probabilities
+    rollout = None if correction is None else (old + draw(B, T, seed=3, scale=0.5)).clamp(max=-0.01)
     config = SimpleNamespace(
         policy_loss_type=loss_type,
         eps_clip_low=0.1,
         eps_clip_high=0.3,
         clip_ratio_c=1.5,
-        off_policy_correction=None,
+        off_policy_correction=SimpleNamespace(**dict.fromkeys(OFF) | CORRECTIONS.get(correction, {})),
         cispo=SimpleNamespace(cispo_eps_clip_low=0.2, cispo_eps_clip_high=0.4),
         sapo=SimpleNamespace(tau_pos=1.1, tau_neg=1.3),
+        dppo=SimpleNamespace(
+            dppo_type="binary_kl" if kind == "interior" else "binary_tv", delta_low=0.1, delta_high=0.2
+        ),
         loss_reduction="sequence_mean",
     )
 
     def call():
-        leaf = (draw(B, T) + draw(B, T, seed=1, scale=0.7)).requires_grad_()
+        leaf = (old + draw(B, T, seed=1, scale=0.7)).clamp(max=-0.01).requires_grad_()
         advantages = draw(B, T, seed=2) / 40
-        loss, metrics = ppo.PolicyLossRegistry.get(loss_type)(leaf, draw(B, T), advantages, config, mask, None)
+        loss, metrics = ppo.PolicyLossRegistry.get(loss_type)(leaf, old, advantages, config, mask, rollout)
         return loss.detach(), metrics, grad(loss, leaf)
 
-    close(*both("skyrl", call, {LOSSES[loss_type]: 1}), rtol=1e-5, atol=5e-6)
+    ours, theirs = both("skyrl", call, {LOSSES[loss_type]: 1})
+    corrected = correction not in (None, "without") and loss_type != "importance_sampling"
+    assert (len(theirs[1]) > 1) == corrected, "it says what it has done"
+    assert loss_type in ("sapo", "importance_sampling") or theirs[1]["clip_ratio"] > 0
+    close(ours, theirs, rtol=1e-5, atol=5e-6)
 
 
 @pytest.mark.parametrize("kind", [*MASKS, "empty row", None])
@@ -144,13 +171,13 @@ def test_what_is_not_covered_is_left_to_skyrl():
     adapter.apply()
     adapter.reset_status()
     kl = ppo.compute_approx_kl(leaf, draw(B, T), mask)
-    ppo.ppo_policy_loss(leaf, draw(B, T), draw(B, T), config, mask, rollout_logprobs=draw(B, T))
+    ppo.ppo_policy_loss(leaf, draw(B, T), draw(B, T), config, mask * 0.5)
     status = adapter.status()
     adapter.revert()
     assert kl.requires_grad
     assert {name: list(counts["not covered"]) for name, counts in status.items()} == {
         "compute_approx_kl": ["the call is differentiated"],
-        "ppo_policy_loss": ["rollout_logprobs"],
+        "ppo_policy_loss": ["a mask of weights"],
     }
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import subprocess
 import sys
 import tomllib
-from itertools import product
 
 import numpy as np
 import pytest
@@ -18,12 +17,6 @@ from tests.verify.adapters.lib import FOLDERS, MASKS, B, T, both, close, draw, g
 load("verl", "verl.workers.utils.losses", "verl.trainer.ppo.ray_trainer")
 
 V = 97
-AGGREGATIONS = ("token-mean", "token-sum", "seq-mean-token-sum", "seq-mean-token-sum-norm", "seq-mean-token-mean")
-COUNTS = (
-    {},
-    {"dp_size": 4, "batch_num_tokens": 100, "global_batch_size": 24, "loss_scale_factor": None},
-    {"dp_size": 1, "batch_num_tokens": torch.tensor(50.0), "global_batch_size": 7, "loss_scale_factor": 40},
-)
 UIDS = np.array(["b", "a", "b", "c", "a", "b"], dtype=object)  # c stands alone
 
 
@@ -175,122 +168,6 @@ def test_kl_penalty_in_the_reward(kind, penalty, far):
 
     ours, theirs = both("verl", call, {"apply_kl_penalty": 1})
     close(ours, theirs, rtol=1e-5, atol=1e-5)
-
-
-def config(mode, counts, **changes):
-    from verl.workers.config import ActorConfig
-
-    actor = ActorConfig(strategy="fsdp", rollout_n=1, ppo_micro_batch_size_per_gpu=2, loss_agg_mode=mode, **changes)
-    actor.global_batch_info.update(counts)
-    return actor
-
-
-def compare_policy_loss(loss_mode, kind, mode, counts, weighted):
-    mask = make_mask(kind).bool()
-    old, new, advantages = draw(B, T), draw(B, T) + draw(B, T, seed=1, scale=0.7), draw(B, T, seed=2)
-    weights = draw(B, T, seed=3).abs() if weighted else None
-    actor = config(mode, COUNTS[counts], clip_ratio_low=0.1, clip_ratio_high=0.3, clip_ratio_c=1.5)
-
-    def call():
-        leaf = new.clone().requires_grad_()
-        loss, metrics = modules()[0].get_policy_loss_fn(loss_mode)(
-            old_log_prob=old,
-            log_prob=leaf,
-            advantages=advantages,
-            response_mask=mask,
-            loss_agg_mode=mode,
-            config=actor,
-            rollout_is_weights=weights,
-        )
-        loss *= 0.5  # its callers write to it
-        return loss.detach(), metrics, grad(loss, leaf)
-
-    ours, theirs = both("verl", call, {f"compute_policy_loss_{loss_mode}": 1})
-    assert loss_mode != "vanilla" or theirs[1]["actor/pg_clipfrac_lower"] > 0
-    assert loss_mode == "sapo" or theirs[1]["actor/pg_clipfrac"] > 0
-    close(ours, theirs, rtol=1e-5, atol=5e-6)
-
-
-@pytest.mark.parametrize("kind", MASKS)
-@pytest.mark.parametrize(("mode", "counts"), list(product(AGGREGATIONS, range(3))))
-@pytest.mark.parametrize("weighted", [False, True])
-def test_policy_loss(kind, mode, counts, weighted):
-    compare_policy_loss("vanilla", kind, mode, counts, weighted)
-
-
-@pytest.mark.parametrize("kind", MASKS)
-@pytest.mark.parametrize(("mode", "counts"), [("token-mean", 0), ("seq-mean-token-mean", 1), ("seq-mean-token-sum", 2)])
-@pytest.mark.parametrize("weighted", [False, True])
-@pytest.mark.parametrize("loss_mode", ["cispo", "gspo", "sapo"])
-def test_other_policy_losses(kind, mode, counts, weighted, loss_mode):
-    compare_policy_loss(loss_mode, kind, mode, counts, weighted)
-
-
-@pytest.mark.parametrize("kind", MASKS)
-@pytest.mark.parametrize(("mode", "counts"), list(product(AGGREGATIONS, range(3))))
-def test_value_loss(kind, mode, counts):
-    mask = make_mask(kind).bool()
-    old, new, returns = draw(B, T), draw(B, T, seed=1), draw(B, T, seed=2)
-
-    def call():
-        leaf = new.clone().requires_grad_()
-        loss, clipfrac = modules()[3].compute_value_loss(leaf, returns, old, mask, 0.3, mode, **COUNTS[counts])
-        return loss.detach(), clipfrac, grad(loss, leaf)
-
-    close(*both("verl", call, {"compute_value_loss": 1}), rtol=1e-5, atol=5e-6)
-
-
-def worker_batch(kind, dp_size=2):
-    """What an actor's worker is given: nested prompts and responses, and the model's packed outputs."""
-    from tensordict import TensorDict
-    from verl.utils import tensordict_utils as tu
-
-    mask = make_mask("prefix")
-    lengths = mask.sum(-1)
-    if kind == "interior":
-        mask = mask * make_mask("interior")
-    prompts = [torch.zeros(3, dtype=torch.int64)] * B
-    nested = lambda rows: torch.nested.as_nested_tensor(list(rows), layout=torch.jagged)  # noqa: E731
-
-    def rows(x):
-        return nested([row[:n] for row, n in zip(x, lengths, strict=True)])
-
-    fields = {
-        "prompts": nested(prompts),
-        "responses": rows(torch.zeros(B, T, dtype=torch.int64)),
-        "response_mask": rows(mask),
-        "old_log_probs": rows(draw(B, T)),
-        "ref_log_prob": rows(draw(B, T, seed=1)),
-        "advantages": rows(draw(B, T, seed=2)),
-        "values": rows(draw(B, T, seed=3)),
-        "returns": rows(draw(B, T, seed=4)),
-    }
-    data = TensorDict(fields, batch_size=[B])
-    tu.assign_non_tensor(data, dp_size=dp_size, batch_num_tokens=60, global_batch_size=2 * B)
-    return data, int((lengths + 3).sum())
-
-
-@pytest.mark.parametrize("kind", ["prefix", "interior"])
-@pytest.mark.parametrize("mode", AGGREGATIONS)
-@pytest.mark.parametrize("use_kl_loss", [False, True])
-def test_losses_as_the_workers_compute_them(kind, mode, use_kl_loss):
-    from verl.workers.config import CriticConfig
-
-    actor = config(mode, {}, use_kl_loss=use_kl_loss, entropy_coeff=0.01, loss_scale_factor=20)
-    critic = CriticConfig(strategy="fsdp", ppo_micro_batch_size_per_gpu=2, loss_agg_mode=mode)
-
-    def call():
-        losses = modules()[3]
-        data, n = worker_batch(kind)
-        logprobs, entropy, values = (draw(n, seed=i).requires_grad_() for i in (5, 6, 7))
-        loss, metrics = losses.ppo_loss(actor, {"log_probs": logprobs, "entropy": entropy}, data)
-        value_loss, value_metrics = losses.value_loss(critic, {"values": values}, data)
-        found = {name: getattr(m, "values", m) for name, m in (metrics | value_metrics).items()}
-        gradients = torch.autograd.grad(loss + value_loss, (logprobs, entropy, values))
-        return loss.detach(), value_loss.detach(), {name: torch.tensor(x) for name, x in found.items()}, gradients
-
-    served = {"compute_policy_loss_vanilla": 1, "compute_value_loss": 1}
-    close(*both("verl", call, served), rtol=1e-5, atol=5e-6)
 
 
 def test_what_is_not_covered_is_left_to_verl():

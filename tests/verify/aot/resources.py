@@ -33,7 +33,7 @@ LESS_IS_BETTER = (
     *("registers", "shared_bytes", "stack_bytes", "local_accesses", "instructions", "instructions_per_element"),
     *("odd_instructions_per_element", "barriers", "membars", "barriers_before_data"),
 )
-MORE_IS_BETTER = ("vector_loads", "vector_stores", "blocks_per_sm")
+MORE_IS_BETTER = ("vector_loads", "vector_stores", "blocks_per_sm", "loads_before_wait")
 
 
 def nvcc() -> str | None:
@@ -102,6 +102,11 @@ def measured(lines: list[str], path: paths.Path) -> dict[str, float]:
     """What the instructions of a kernel say, of the whole and of the hot ways through it."""
     found = {"local_accesses": sass.count(r"\b(LDL|STL)\b", lines)}
     found |= {"barriers": sass.count(sass.BARRIER, lines), "membars": sass.count(sass.MEMBAR, lines)}
+    if sass.count(sass.ALLOWS_DEPENDENT, lines):
+        found["dependent_launch"] = "allows"
+    waits = [i for i, line in enumerate(lines) if re.search(sass.WAITS_FOR_PRIMARY, line)]
+    if waits:
+        found |= {"dependent_launch": "waits", "loads_before_wait": sass.count(r"\bLDG\b", lines[: waits[-1]])}
     ways = {"": [], "odd_": []}
     if path.way == paths.LOOP:
         ways = {"": sass.hot_loop(lines), "odd_": sass.hot_loop(lines, r"\bLOP3\b")}

@@ -13,6 +13,7 @@ TARGET = re.compile(r"\bBRA(?:\.\w+)*\s+(?:!?U?P\d+,\s*)?(?:UR\d+,\s*)?`?\(?0x([
 VECTOR_LOAD, VECTOR_STORE, EXP2 = r"\bLDG\S*\.128\b", r"\bSTG\S*\.128\b", r"\bMUFU\.EX2\b"
 SCALAR_LOAD, SCALAR_STORE = r"\bLDG\.E(\.EF|\.EL)? R", r"\bSTG\.E(\.EF)? desc"
 BARRIER, MEMBAR = r"\bBAR\.|\bUCGABAR_ARV\b", r"\bMEMBAR\."
+ALLOWS_DEPENDENT, WAITS_FOR_PRIMARY = r"\bPREEXIT\b", r"\bACQBULK\b"
 WORD_LOAD = re.compile(r"\bLDG\.E(?:\.EF|\.EL|\.NA|\.64|\.CONSTANT)* R\d+,")
 TAKES_BYTES = re.compile(r"\bPRMT|\bLOP3.*\b0x(?:ff|ffff|ff00|ff0000|ff000000|1010101),|\bSHF\.R.*\b0x(?:8|10|18),")
 

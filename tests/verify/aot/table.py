@@ -17,6 +17,8 @@ same for every architecture, and `make verify PART=aot` fails where a kernel nee
 - *first use*: instructions from the last load of a tile's data (its vectors and the words of its mask) to the first
   instruction that reads any of them. **Negative: something waits for memory before all of the tile is asked for.**
 - *before data*: barriers that a block passes before it asks for the first vector.
+- *dependent launch*: the kernel allows the next one to begin, or waits for the one before it, and how many loads of
+  what was there before are in front of that wait (`csrc/cuda/dependent_launch.cuh`).
 """
 
 
@@ -50,10 +52,17 @@ def _cuda(kernels: dict) -> str:
         cells += [entry["threads"], _of_all(archs, "blocks_per_sm"), entry["instructions"]]
         cells += [entry.get("instructions_per_element"), odd and f"{odd} ({path.odd})", entry.get("first_use")]
         cells += [entry["barriers"], entry["membars"], entry.get("barriers_before_data")]
-        rows.append([*cells, f"{entry['vector_loads']} / {entry['vector_stores']}"])
+        rows.append([*cells, f"{entry['vector_loads']} / {entry['vector_stores']}", _dependent(entry)])
     header = ["kernel", "path", "registers", "spills, B", "shared, B", "threads", "blocks per SM", "instructions"]
     header += ["per element", "odd", "first use", "barriers", "membars", "before data", "vector loads / stores"]
+    header += ["dependent launch"]
     return _lines(header, rows)
+
+
+def _dependent(entry: dict) -> str:
+    if "loads_before_wait" in entry:
+        return f"waits, behind {entry['loads_before_wait']} loads"
+    return entry.get("dependent_launch", "")
 
 
 def _launches(calls: dict[str, list[str]]) -> str:

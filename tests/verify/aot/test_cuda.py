@@ -75,6 +75,27 @@ def test_the_record_names_every_kernel_and_holds_the_budgets(recorded):
             assert entry["vector_loads"] >= 4, kernel
 
 
+def test_a_kernel_that_may_begin_early_waits_and_the_one_before_it_allows_that(recorded):
+    sources = "".join(path.read_text() for path in (resources.ROOT / "csrc" / "cuda").glob("*.cu*"))
+    dependent = set(re.findall(r"launch\.dependent\((\w+)", sources))
+    assert dependent
+    for kernel, arch, entry in resources.entries(recorded):
+        name, before_sm_90 = kernel.partition("<")[0], arch == "sm_80"
+        waits = entry.get("dependent_launch") == "waits"
+        if name not in dependent or (name == "gae_segments_kernel" and kernel != f"{name}<2>"):
+            assert not waits, kernel
+            continue
+        assert waits != before_sm_90, kernel
+        reads_inputs = name in ("whiten_kernel", "gae_segments_kernel")  # beside the end of the primary
+        assert before_sm_90 or (entry["loads_before_wait"] > 0) == reads_inputs, (kernel, arch)
+    allowing = {
+        kernel.partition("<")[0]
+        for kernel, arch, entry in resources.entries(recorded)
+        if entry.get("dependent_launch") == "allows"
+    }
+    assert allowing == set(re.findall(r"(\w+_kernel)\([^{]*\{[^}]*?(?:allow_dependent_launch|load_block<)", sources))
+
+
 @pytest.mark.parametrize(
     ("key", "worse"),
     [

@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <cstring>
 #include <functional>
+#include <memory>
 #include <type_traits>
 
 #define __global__
@@ -46,7 +47,12 @@ struct Thread {
 extern thread_local Thread* current;
 extern unsigned block_size, grid_size;
 
-void run(unsigned blocks, unsigned threads, const std::function<void()>& kernel);
+using Kernel = std::function<void()>;
+// `dependent`: the kernel could begin beside the one before it. It is run behind it; that both say what such a pair has
+// to say is checked.
+void run(unsigned blocks, unsigned threads, bool dependent, std::shared_ptr<const Kernel> kernel);
+void allow_dependent();
+void wait_for_primary();
 // Notes a launch or a memset (of no kernel) where launches are recorded; false: it shall not be carried out.
 bool note(const void* kernel, unsigned blocks, unsigned threads);
 
@@ -94,6 +100,8 @@ inline constexpr HostBlockIdx blockIdx{};
 inline constexpr HostBlockDim blockDim{};
 inline constexpr HostGridDim gridDim{};
 
+inline void cudaTriggerProgrammaticLaunchCompletion() { host_cuda::allow_dependent(); }
+inline void cudaGridDependencySynchronize() { host_cuda::wait_for_primary(); }
 inline void __syncthreads() { host_cuda::sync_block(); }
 inline void __syncwarp(unsigned mask = ~0u) { host_cuda::sync_warp(mask); }
 
@@ -152,17 +160,28 @@ void __stcs(T* address, T value) {
 using cudaError_t = int;
 using cudaStream_t = void*;
 constexpr cudaError_t cudaSuccess = 0;
+enum cudaLaunchAttributeID { cudaLaunchAttributeProgrammaticStreamSerialization };
+union cudaLaunchAttributeValue {
+  int programmaticStreamSerializationAllowed;
+};
+struct cudaLaunchAttribute {
+  cudaLaunchAttributeID id;
+  cudaLaunchAttributeValue val;
+};
 struct cudaLaunchConfig_t {
   dim3 gridDim, blockDim;
   size_t dynamicSmemBytes = 0;
   cudaStream_t stream = nullptr;
+  cudaLaunchAttribute* attrs = nullptr;
+  unsigned numAttrs = 0;
 };
 
 template <class... Parameters, class... Arguments>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...), Arguments&&... args) {
   const unsigned blocks = config->gridDim.x, threads = config->blockDim.x;
   if (host_cuda::note(reinterpret_cast<const void*>(kernel), blocks, threads)) {
-    host_cuda::run(blocks, threads, [&] { kernel(static_cast<Parameters>(args)...); });
+    const auto call = [kernel, ... own = static_cast<Parameters>(args)] { kernel(own...); };
+    host_cuda::run(blocks, threads, config->numAttrs > 0, std::make_shared<const host_cuda::Kernel>(call));
   }
   return cudaSuccess;
 }
@@ -171,5 +190,11 @@ inline cudaError_t cudaMemsetAsync(void* address, int value, size_t bytes, cudaS
   if (host_cuda::note(nullptr, 0, 0)) std::memset(address, value, bytes);
   return cudaSuccess;
 }
+enum cudaDeviceAttr { cudaDevAttrComputeCapabilityMajor, cudaDevAttrComputeCapabilityMinor };
+inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
+  *value = attribute == cudaDevAttrComputeCapabilityMajor ? 9 : 0;
+  return cudaSuccess;
+}
+#define __CUDA_ARCH_LIST__ 900
 inline cudaError_t cudaGetLastError() { return cudaSuccess; }
 inline const char* cudaGetErrorString(cudaError_t) { return ""; }
