@@ -63,6 +63,9 @@ class Algorithm:
         if self.place == "loss" and self.estimator in ("k1", "abs"):
             raise ValueError(f"kl_in loss needs kl_estimator k2 or k3: {self.estimator} has no such gradient")
         self.mode = config.loss_aggregation or self.aggregation
+        for name in ("cliprange", "cliprange_high") if config.surrogate == "sapo" else ():
+            if getattr(config, name) != getattr(PPOConfig, name):
+                raise ValueError(f"surrogate sapo clips nothing and has no use for {name}; leave it out")
         if config.surrogate != "clip" or config.importance_sampling_level != "token":
             policy_loss(*torch.zeros(3, 1, 1), **self._surrogate)  # refuses what does not go together
 
@@ -134,6 +137,7 @@ class Algorithm:
             advantages,
             batch.mask,
             **self._surrogate,
+            weights=None if config.rollout_correction == "none" else batch.weights,
             ref_logprobs=batch.ref_logprobs if in_loss else None,
             kl_coef=self.kl.coef if in_loss else 0.0,
             kl_estimator=self.estimator if in_loss else "k2",

@@ -46,7 +46,7 @@ for _names, _test, _allowed in (
     ("seed", lambda x: 0 <= x < 1 << 32, "at least 0 and below 2**32"),
     (
         "weight_decay max_grad_norm cliprange cliprange_value vf_coef kl_coef cliprange_high ptx_coef"
-        " center_rewards_coefficient",
+        " center_rewards_coefficient rollout_correction_low rollout_correction_high",
         lambda x: 0 <= x < math.inf,
         "at least 0 and finite",
     ),

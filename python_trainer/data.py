@@ -141,6 +141,7 @@ class Experience:
     mask: torch.Tensor
     ended: torch.Tensor
     logprobs: torch.Tensor
+    rollout_logprobs: torch.Tensor  # by which the responses were drawn: another engine's where one draws
     ref_logprobs: torch.Tensor
     values: torch.Tensor
     raw_scores: torch.Tensor  # as a person reads them
@@ -148,6 +149,7 @@ class Experience:
     kl: torch.Tensor
     advantages: torch.Tensor
     returns: torch.Tensor
+    weights: torch.Tensor  # of the tokens in the policy's loss
 
     def __getitem__(self, rows: torch.Tensor) -> "Experience":
         return Experience(*(getattr(self, field.name)[rows] for field in fields(self)))
@@ -157,6 +159,7 @@ class Experience:
         cls,
         rollout: Rollout,
         logprobs: torch.Tensor,
+        rollout_logprobs: torch.Tensor,
         ref_logprobs: torch.Tensor,
         values: torch.Tensor,
         raw_scores: torch.Tensor,
@@ -169,6 +172,7 @@ class Experience:
             rollout.mask,
             rollout.ended,
             logprobs,
+            rollout_logprobs,
             ref_logprobs,
             values,
             raw_scores,
@@ -176,6 +180,7 @@ class Experience:
             kl=torch.zeros_like(raw_scores),
             advantages=torch.zeros_like(values),
             returns=torch.zeros_like(values),
+            weights=torch.ones_like(values),
         )
 
     @property

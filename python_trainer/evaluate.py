@@ -150,7 +150,7 @@ class Evaluator:
         """With the same noise at every call: two policies differ by themselves alone."""
         prompts, config = evaluation_prompts(self.prompts, self.config), self.config
         rows = config.local_rollout_forward_batch_size
-        rollout, logprobs = sample(
+        rollout, logprobs, _ = sample(
             policy,
             prompts,
             self.tokenizer,

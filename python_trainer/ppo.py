@@ -47,6 +47,7 @@ from .rollout import (
     shard,
     summary,
 )
+from .rollout_correction import corrected
 from .settings import save
 from .texts import Pretraining
 from .tokens import context_of, encode_prompts, refuse_missing_embeddings, vocabulary
@@ -134,14 +135,15 @@ class Trainer:
         learning_rate = self.trained["actor"].learning_rate  # the schedule moves on with each update
         learned = learned_from(experience, self.config, self.algorithm.group_size)
         self.whole = False
-        averages = self.update(learned)
+        weighted, of_engine = corrected(learned, self.config)
+        averages = self.update(weighted)
         for name, model in self.trained.items():
             model.refuse_non_finite_weights(name)
         self.done, self.whole = self.done + 1, True
         kl_coef = self.kl.coef
         group_size, score_clip = self.algorithm.group_size, self.config.score_clip
         figures = summary(experience, learned, group_size, kl_coef, score_clip, self.config.ops_impl)
-        figures |= means_of_parts(self.reward_fn)
+        figures |= means_of_parts(self.reward_fn) | of_engine
         self.kl.update(figures["objective/kl"], self.config.batch_size)
         return (
             figures
@@ -163,7 +165,7 @@ class Trainer:
         distinct, rows = config.batch_size // group, config.local_rollout_forward_batch_size
         chosen = shuffled_positions(len(self.train_prompts), config.seed, self.done * distinct, distinct)
         prompts = [self.train_prompts[index] for index in chosen for _ in range(group)]
-        rollout, logprobs = sample(
+        rollout, logprobs, rollout_logprobs = sample(
             self.actor,
             prompts,
             self.tokenizer,
@@ -181,7 +183,8 @@ class Trainer:
         refuse_non_finite_scores(raw)
         raw = self.shaping.penalised(raw, rollout.ended)
         self.shaping.observe(distributed.gather_rows(raw))
-        local = Experience.of(rollout, logprobs, ref_logprobs, values, raw, self.shaping.scaled(raw))
+        scaled = self.shaping.scaled(raw)
+        local = Experience.of(rollout, logprobs, rollout_logprobs, ref_logprobs, values, raw, scaled)
         # Rewards: the score at the last token, minus the penalty for leaving the reference. Then advantages.
         rewards = self.algorithm.token_rewards(local)
         self.algorithm.compute_advantages(local, rewards)

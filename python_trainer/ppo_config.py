@@ -22,6 +22,7 @@ USED_BY = {
     "loss_aggregation": PER_TOKEN,
     "surrogate": PER_TOKEN,
     "importance_sampling_level": PER_TOKEN,
+    "rollout_correction": PER_TOKEN,
     "cliprange": (*RATIO, "p3o"),
     "cliprange_high": RATIO,
     "dual_clip": RATIO,
@@ -92,6 +93,16 @@ class PPOConfig(SamplingConfig, OptimizerConfig):
     importance_sampling_level: Literal["token", "sequence", "sequence_token", "geometric"] = HfArg(
         default="token", help="Whose ratio: a token's, or its response's (sequence: GSPO; geometric: GMPO)."
     )
+    rollout_correction: Literal["none", "truncate", "mask", "icepop"] = HfArg(
+        default="none",
+        help="For generation_engine vllm: weigh each token's loss by how much likelier it is to the trainer than to "
+        "vLLM. truncate: bounded; mask: 0, and not counted, out of the bounds; icepop: 0 there, and counted.",
+    )
+    rollout_correction_level: Literal["token", "sequence", "geometric"] = HfArg(
+        default="token", help="Whose ratio that is: a token's, or its response's, as the product or the geometric mean."
+    )
+    rollout_correction_low: float | None = HfArg(default=None, help="Its lower bound; usual for mask: 0.5.")
+    rollout_correction_high: float = HfArg(default=2.0, help="Its upper bound.")
     cliprange: float = HfArg(default=0.2, help="Clip range of the policy ratio.")
     cliprange_high: float | None = HfArg(default=None, help="Clip range above 1 (DAPO: 0.28). Default: cliprange.")
     dual_clip: float | None = HfArg(
@@ -156,6 +167,7 @@ class PPOConfig(SamplingConfig, OptimizerConfig):
             raise SettingError(
                 f"batch_size {self.batch_size} must be a multiple of num_mini_batches {self.num_mini_batches}"
             )
+        self._refuse_a_correction_of_nothing()
         if self.critic_warmup_steps >= self.total_steps:
             raise SettingError(
                 f"critic_warmup_steps {self.critic_warmup_steps} must be below total_steps {self.total_steps}, or the "
@@ -171,6 +183,22 @@ class PPOConfig(SamplingConfig, OptimizerConfig):
             raise SettingError(
                 f"kl_horizon {self.kl_horizon} must be above a fifth of batch_size {self.batch_size}: "
                 "kl_coef could come to 0 or below in one step"
+            )
+
+    def _refuse_a_correction_of_nothing(self) -> None:
+        if self.rollout_correction == "none":
+            for name in ("rollout_correction_level", "rollout_correction_low", "rollout_correction_high"):
+                if getattr(self, name) != getattr(PPOConfig, name):
+                    raise SettingError(f"{name} is of rollout_correction: set that to truncate, mask or icepop")
+        elif self.generation_engine == "hf":
+            raise SettingError(
+                f"rollout_correction {self.rollout_correction} is for rollouts of another engine, and generation_engine"
+                " hf draws from the weights that are trained; set generation_engine vllm, or leave it out"
+            )
+        if (self.rollout_correction_low or 0.0) > self.rollout_correction_high:
+            raise SettingError(
+                f"rollout_correction_low {self.rollout_correction_low} is above rollout_correction_high"
+                f" {self.rollout_correction_high}"
             )
 
 

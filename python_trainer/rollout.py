@@ -47,11 +47,11 @@ def sample(
     response_length: int,
     score: Callable[[Rollout], torch.Tensor],
     seed: int,
-) -> tuple[Rollout, torch.Tensor]:
-    """Responses to this rank's share of `prompts`, the global batch, and their log-probabilities [B, T].
+) -> tuple[Rollout, torch.Tensor, torch.Tensor]:
+    """Responses to this rank's share of `prompts`, the global batch, and their log-probabilities [B, T], twice.
 
-    These are computed anew by `score`, of the weights that are trained, and compared with those that the generator drew
-    by: it has been handed a copy of the weights, or another engine has.
+    The first are computed anew by `score`, of the weights that are trained, and compared with the second, those that
+    the generator drew by: it has been handed a copy of the weights, or another engine has.
     """
     ids, attention = left_pad([prompt.ids for prompt in prompts], tokenizer.pad_token_id)
     noise = torch.Generator().manual_seed(seed)
@@ -66,7 +66,7 @@ def sample(
     rollout, drawn_at = rollout.cut(longest), drawn_at[:, :longest]  # nothing is computed of padding behind all of them
     logprobs = score(rollout)
     refuse_other_weights(policy, rollout, drawn_at, logprobs)
-    return rollout, logprobs
+    return rollout, logprobs, torch.where(rollout.mask, drawn_at, 0.0).to(logprobs)
 
 
 def refuse_other_weights(policy: Policy, rollout: Rollout, drawn_at: torch.Tensor, logprobs: torch.Tensor) -> None:
@@ -278,10 +278,16 @@ def learned_from(experience: Experience, config: PPOConfig, group_size: int) -> 
         kept = kept & experience.ended
     if config.mask_zero_variance_groups:
         kept = kept & ~alike(experience.raw_scores, group_size).repeat_interleave(group_size)
+    return restricted(experience, kept[:, None])
+
+
+def restricted(experience: Experience, kept: torch.Tensor) -> Experience:
+    """Without the tokens that are not kept."""
+    of_tokens = ("logprobs", "rollout_logprobs", "ref_logprobs", "advantages")
     return replace(
         experience,
-        mask=experience.mask & kept[:, None],
-        **{name: getattr(experience, name) * kept[:, None] for name in ("logprobs", "ref_logprobs", "advantages")},
+        mask=experience.mask & kept,
+        **{name: torch.where(kept, getattr(experience, name), 0.0) for name in of_tokens},
     )
 
 

@@ -64,7 +64,8 @@ def importance_weights(
     "geometric"   exp of the mean of d over them
     ============  ==========================================================
 
-    and, with ``bounds`` (low, high),
+    (``policy_loss(importance_sampling_level="sequence")``, GSPO's word, is the mean: "geometric" here.) With
+    ``bounds`` (low, high),
 
     ============  ================================================  ==================================
     mode          weight                                            keep

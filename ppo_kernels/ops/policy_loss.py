@@ -96,7 +96,8 @@ def policy_loss(
         mask: the tokens' shape; non-zero = valid. None means all valid.
         surrogate: "clip", "cispo", "sapo", "dppo_tv" or "dppo_kl".
         importance_sampling_level: whose ratio: "token"; "sequence", for every token exp of the mean log-ratio of its
-            row's valid tokens (GSPO); "sequence_token", the same as a constant, times ``pi / sg(pi)`` of the token
+            row's valid tokens (GSPO; ``importance_weights`` calls that mean "geometric", and "sequence" the product of
+            the row's ratios); "sequence_token", the same as a constant, times ``pi / sg(pi)`` of the token
             (GSPO-token); "geometric", that mean after each log-ratio is clipped to ``[-low, high]`` on the side of its
             advantage, and no other clip (GMPO, "clip" only). dppo takes "token".
         cliprange: a number, or ``(low, high)``; each >= 0, or None or inf (off).

@@ -26,7 +26,7 @@ def test_the_glossary_explains_what_is_recorded(tiny, tmp_path):
     recorded = {name for row in metric_rows(tmp_path / "run") for name in row} - {"step", "episode", "lr"}
     recorded |= {"time/rollout", "time/update"}
     sources = "".join(path.read_text() for path in PACKAGE.rglob("*.py"))
-    named = set(re.findall(r'"((?:objective|policy|val|loss|eval|exact|time)/[a-z_0-9]+)"', sources))
+    named = set(re.findall(r'"((?:objective|policy|val|loss|eval|exact|time|rollout)/[a-z_0-9]+)"', sources))
     assert {name for name in recorded | named if not name.endswith("_se")} == GLOSSARY
 
 

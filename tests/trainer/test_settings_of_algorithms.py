@@ -19,6 +19,7 @@ OTHER = {  # values that matter where the setting is read at all
     "loss_aggregation": ["seq-mean-token-sum", "seq-mean-token-mean"],
     "surrogate": ["cispo", "sapo", "dppo_tv", "dppo_kl"],
     "importance_sampling_level": ["sequence", "sequence_token", "geometric"],
+    "rollout_correction": ["truncate"],
     "cliprange": [0.01, 100.0],
     "cliprange_high": [0.01, 2.0],
     "dual_clip": [1.05],
@@ -32,7 +33,8 @@ OF_THE_CRITIC = {*USED_BY} - {*OTHER} - {*OF_THE_LOOP}
 
 
 def settings(algorithm, **given) -> PPOConfig:
-    return PPOConfig(algorithm=algorithm, num_generations=4, response_length=6, **given)
+    engine = "vllm" if "rollout_correction" in given else "hf"
+    return PPOConfig(algorithm=algorithm, num_generations=4, response_length=6, generation_engine=engine, **given)
 
 
 def outcome(config: PPOConfig) -> torch.Tensor:
@@ -43,8 +45,8 @@ def outcome(config: PPOConfig) -> torch.Tensor:
     logprobs, reference, values, step = (row * mask for row in rows)
     scores = torch.randn(8, generator=draw)
     experience = Experience(
-        torch.zeros(8, 8, dtype=torch.long), torch.ones(8, 8, dtype=torch.bool), mask, mask[:, -1], logprobs, reference,
-        values, scores, scores, torch.zeros(8), torch.zeros(8, 6), torch.zeros(8, 6),
+        torch.zeros(8, 8, dtype=torch.long), torch.ones(8, 8, dtype=torch.bool), mask, mask[:, -1], logprobs, logprobs,
+        reference, values, scores, scores, torch.zeros(8), torch.zeros(8, 6), torch.zeros(8, 6), values.exp(),
     )  # fmt: skip
     algorithm = load_algorithm(config, KlControl(config))
     algorithm.compute_advantages(experience, algorithm.token_rewards(experience))
@@ -90,6 +92,8 @@ def test_what_is_not_read_is_refused_or_named(algorithm, capsys):
     [
         ({"surrogate": "cispo", "dual_clip": 3.0}, "dual_clip"),
         ({"surrogate": "dppo_tv", "importance_sampling_level": "sequence"}, "dppo_tv"),
+        ({"surrogate": "sapo", "cliprange": 0.3}, "sapo clips nothing and has no use for cliprange;"),
+        ({"surrogate": "sapo", "cliprange_high": 0.28}, "no use for cliprange_high; leave it out"),
     ],
 )
 def test_what_does_not_go_together_is_refused_before_the_first_step(given, said):
