@@ -65,7 +65,7 @@ def speedups(results: Results, path: Path, groups: list[str]) -> Path:
         ax.barh(range(len(names)), values, color=[COLOURS.get(name, PLAIN) for name in names], height=0.72)
         mine = results.ours(group)
         for i, (name, value) in enumerate(zip(names, values, strict=True)):
-            ratio = "" if name == mine else f"  {times(value / seconds(rows[mine]))}"
+            ratio = "" if mine in (None, name) else f"  {times(value / seconds(rows[mine]))}"
             ax.text(value * 1.08, i, f"{duration(value)}{ratio}", va="center", fontsize=8)
         ax.set_xscale("log")
         ax.set_xlim(min(values) / 2, max(values) * 12)

@@ -16,6 +16,7 @@ __all__: list[str] = [
     "Experience",
     "GroupStats",
     "ImportanceStats",
+    "LogprobExtras",
     "P3OStats",
     "PolicyStats",
     "ValueStats",
@@ -52,7 +53,15 @@ except (Exception, SystemExit) as _error:  # `python -m ppo_kernels.env` must st
         raise AttributeError(f"module 'ppo_kernels' has no attribute {name!r}")
 
 else:
-    from ppo_kernels._types import Experience, GroupStats, ImportanceStats, P3OStats, PolicyStats, ValueStats
+    from ppo_kernels._types import (
+        Experience,
+        GroupStats,
+        ImportanceStats,
+        LogprobExtras,
+        P3OStats,
+        PolicyStats,
+        ValueStats,
+    )
     from ppo_kernels.backends import log_choice as _log_choice
     from ppo_kernels.backends import status
     from ppo_kernels.ops.aggregation_weights import aggregation_weights

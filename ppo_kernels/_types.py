@@ -75,6 +75,13 @@ class PolicyStats(NamedTuple):
     count: Tensor  # type: ignore[assignment]  #: number of valid tokens
 
 
+class LogprobExtras(NamedTuple):
+    """What ``token_logprobs`` says of each row on request (``extras=``), without a gradient; None where not asked."""
+
+    sum_sq_probs: Tensor | None  #: sum of the squares of the probabilities, 0 where masked
+    top1: Tensor | None  #: of the labels' shape, bool: no logit of the row is larger than the label's
+
+
 class ImportanceStats(NamedTuple):
     """Statistics of ``importance_weights``: 0-d tensors over the valid tokens, all 0 when there are none.
 

@@ -75,6 +75,18 @@ def test_report_and_targets(tiny, tmp_path):
     assert all((tmp_path / name).stat().st_size > 10000 for name in ("speed.png", "small_calls.png"))
 
 
+def test_a_report_of_rows_without_ours_is_written(tiny, tmp_path):
+    """As where ours is wrong, or a run ended before it."""
+    data = json.loads(tiny.read_text())
+    for row in [b for b in data["benchmarks"] if b["extra_info"]["provider"] in rows.OURS]:
+        data["benchmarks"].remove(row)
+        data["untimed"].append({"group": row["group"], "state": "wrong", "why": "it is off", **row["extra_info"]})
+    found = results.Results(data)
+    assert report.write(found, tmp_path)
+    assert "it is off" in (tmp_path / "report.md").read_text()
+    assert "WRONG, not timed: " in report.overview(data)
+
+
 def test_the_committed_results_meet_their_targets():
     """Rows that came after that run are named here until it is made again."""
     run = run_bench("--results", next((ROOT / "bench" / "results").glob("*/results.json")), "--check")

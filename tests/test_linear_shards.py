@@ -16,7 +16,12 @@ from tests.test_linear_token_logprobs import SMALLEST
 ROWS, WIDTH, VOCAB = 6, 8, 700
 #: Uneven, and so that one of them is smaller than a tile.
 SHARDS = {2: (0, 512, VOCAB), 3: (0, 40, 512, VOCAB)}
-OPTIONS = ({}, {"softcap": 3.0, "temperature": torch.linspace(0.5, 2.0, ROWS), "memory_mib": SMALLEST})
+IDS = torch.tensor([3, 40, 300, 511, 512, VOCAB - 1, -1]).expand(ROWS, 7)
+OPTIONS = (
+    {},
+    {"support": IDS, "memory_mib": SMALLEST},
+    {"softcap": 3.0, "temperature": torch.linspace(0.5, 2.0, ROWS), "memory_mib": SMALLEST},
+)
 
 
 def make():
@@ -30,7 +35,9 @@ def make():
 
 def outputs(tensors, labels, grads, impl, **options):
     leaves = {name: x.detach().clone().requires_grad_() for name, x in tensors.items()}
-    out = linear_token_logprobs(**leaves, labels=labels, entropy=True, impl=impl, **options)
+    *out, extras = linear_token_logprobs(
+        **leaves, labels=labels, entropy=True, extras=("sum_sq_probs", "top1"), impl=impl, **options
+    )
     torch.autograd.backward(out, list(grads))
     gradients = [x.grad for x in leaves.values()]
     row = {name: x[None] if name == "hidden" else x for name, x in tensors.items()}
@@ -40,7 +47,7 @@ def outputs(tensors, labels, grads, impl, **options):
         **row, labels=labels[None], old_logprobs=grads[:1] - 6, advantages=grads[1:], impl=impl, **options
     )[0]
     loss.backward()
-    return [*(x.detach() for x in out), *gradients, loss.detach(), *(x.grad for x in row.values())]
+    return [*(x.detach() for x in out), *gradients, loss.detach(), *(x.grad for x in row.values()), *extras]
 
 
 def make_logits():
@@ -63,6 +70,20 @@ def of_logits(logits, labels, grads, op=token_logprobs, **options):
         out = op(leaf * 1, labels, entropy=True, inplace_backward=inplace, **options)
         (grad,) = torch.autograd.grad(out, leaf, grads)
         found += [*(x.detach() for x in out), grad]
+    return found
+
+
+def of_supports(logits, labels, impl, **options):
+    """Ids of every shard, with padding, and a label that is in none."""
+    ids = torch.tensor([3, 39, 40, 511, 520, 699, -1]).expand(*logits.shape[:-1], 7)
+    leaf = logits.clone().requires_grad_()
+    found = []
+    for more in ({}, {"support": ids}):
+        logp, h, extras = token_logprobs(
+            leaf, labels, entropy=True, extras=("sum_sq_probs", "top1"), impl=impl, **options, **more
+        )
+        gradient = torch.autograd.grad((logp.nan_to_num(0.0) + h.nan_to_num(0.0)[..., None]).sum(), leaf)[0]
+        found += [logp.detach(), h.detach(), extras.sum_sq_probs, extras.top1, gradient]
     return found
 
 
@@ -96,6 +117,8 @@ def rank_of(rank, world, port, impls, folder):
                 for op in (token_logprobs, by_hand)
             ]
             torch.save(found, f"{folder}/logits-{impl}-{i}-{rank}.pt")
+        found = of_supports(logits[..., first:last].nan_to_num(0.0), several, **given)  # of several labels
+        torch.save(found, f"{folder}/supports-{impl}-{rank}.pt")
     torch.distributed.destroy_process_group()
 
 
@@ -112,7 +135,7 @@ def test_shards_give_what_the_whole_weight_gives(require_impl, world, tmp_path):
         for i, options in enumerate(OPTIONS):
             ranks = [torch.load(tmp_path / f"{impl}-{i}-{rank}.pt", weights_only=True) for rank in range(world)]
             want = outputs(tensors, labels, grads, impl, **options)
-            whole = (0, 1, 2, 5, 6)  # log p, entropy, of hidden, loss, of hidden: alike on every rank
+            whole = (0, 1, 2, 5, 6, 9, 10)  # log p, entropy, of hidden, loss, of hidden, extras: alike on every rank
             for at, truth in enumerate(want):
                 got = [found[at] for found in ranks]
                 assert at not in whole or all(bit_equal(x, got[0]) for x in got)
@@ -124,6 +147,12 @@ def test_shards_give_what_the_whole_weight_gives(require_impl, world, tmp_path):
             want = of_logits(logits, several, of_logprobs, impl=impl, **options)
             for found in zip(*ranks, strict=True):  # of both ways
                 check_logits(found, want)
+        ranks = [torch.load(tmp_path / f"supports-{impl}-{rank}.pt", weights_only=True) for rank in range(world)]
+        for at, truth in enumerate(of_supports(logits.nan_to_num(0.0), several, "cpu", **options)):
+            got = [found[at] for found in ranks]
+            together = torch.cat(got, -1) if at % 5 == 4 else got[0]
+            torch.testing.assert_close(together, truth, rtol=1e-5, atol=2e-6, equal_nan=True)
+            assert at % 5 == 4 or all(bit_equal(x, got[0]) for x in got)
 
 
 def check_logits(ranks, want):

@@ -293,11 +293,12 @@ def test_opcheck(require_impl):
     hidden, weight, bias = tensors.values()
     for kept in (False, True):
         mask = None if kept else torch.tensor([True, False, True])  # what is not kept is not written
-        inputs = (hidden, weight, bias, labels, mask, torch.ones(3).double())
+        support = torch.tensor([[1, 2, -1], [3, 4, 5], [6, 7, 8]]) if kept else None
+        inputs = (hidden, weight, bias, labels, mask, torch.ones(3).double(), support)
         options = (1.0, 4.0, 0.5, -100, None, 2**20, 0, "")
-        args = (*inputs, *options, True, kept, "cpu")
+        args = (*inputs, *options, True, kept, 2 * kept, "cpu")
         assert set(torch.library.opcheck(op(OP).kernel("cpu"), args).values()) == {"SUCCESS"}
-        saved = op(OP).kernel("cpu")(*args)
+        saved = op(OP).kernel("cpu")(*args)[:3]
         grads = (torch.ones(3), torch.ones(3))
         args = (*inputs, *options, *saved, *grads, True, kept, True, "cpu")
         assert set(torch.library.opcheck(op(f"{OP}_backward").kernel("cpu"), args).values()) == {"SUCCESS"}

@@ -105,6 +105,7 @@ def test_every_public_name_is_mentioned_or_reachable_from_one_that_is():
         "GroupStats": "group_advantages",
         "ImportanceStats": "importance_weights",
         "Experience": "prepare_experience",
+        "LogprobExtras": "token_logprobs",
     }
     for name in ppo_kernels.__all__:
         assert results.get(name, name) in text, f"README.md does not mention {name}"

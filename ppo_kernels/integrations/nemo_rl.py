@@ -79,7 +79,7 @@ class ClippedPGLoss:
         weight, normalizer = samples.float(), global_valid_toks + TINY
         if not cfg.token_level_loss:
             weight, normalizer = weight / (tokens.sum(-1) + TINY), global_valid_seqs + TINY
-        ratios, filtered = self._importance(old, generation, tokens, samples, global_valid_seqs, global_valid_toks)
+        ratios, filtered = self._importance(old, generation, live, samples, global_valid_seqs, global_valid_toks)
         loss, _ = policy_loss(
             logprobs,
             detached if cfg.disable_ppo_ratio else old,
@@ -92,9 +92,9 @@ class ClippedPGLoss:
         )
         metrics = {"loss": loss.detach()}
         if self.kl_coef != 0:
-            current = data.get("curr_logprobs_unfiltered", logprobs)
-            kl = self._kl(current, data["reference_policy_logprobs"][:, 1:], generation)
-            penalty = (torch.where(live != 0, kl, 0.0).sum(-1) * weight).sum() / normalizer
+            of_kl = data.get("curr_logprobs_unfiltered", logprobs), data["reference_policy_logprobs"][:, 1:], generation
+            kl = self._kl(*(torch.where(live != 0, x, 0.0) for x in of_kl))
+            penalty = (kl.sum(-1) * weight).sum() / normalizer
             loss = loss + self.kl_coef * penalty
             metrics = {"loss": loss.detach(), "kl_penalty": penalty.detach()}
         else:
@@ -122,24 +122,23 @@ class ClippedPGLoss:
         return clip | {"importance_sampling_level": level, "log_ratio_clamp": None}
 
     def _importance(
-        self, old: Tensor, generation: Tensor, tokens: Tensor, samples: Tensor, seqs: Tensor, toks: Tensor
+        self, old: Tensor, generation: Tensor, live: Tensor, samples: Tensor, seqs: Tensor, toks: Tensor
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Weights of the rollout, ``[B, T]``, and what share of tokens, or of rows, is out of bounds."""
         cfg, kind = self.cfg, self.cfg.truncated_importance_sampling_type
         bounds = (cfg.truncated_importance_sampling_ratio_min, cfg.truncated_importance_sampling_ratio)
         level = "sequence" if cfg.sequence_level_importance_ratios else "token"
         by_row = level == "sequence"
-        mask = tokens * (samples != 0)[:, None] if by_row else tokens
-        free, _, _ = importance_weights(old, generation, mask, level=level, bounds=None, log_ratio_clamp=None)
+        free, _, _ = importance_weights(old, generation, live, level=level, bounds=None, log_ratio_clamp=None)
         if by_row:  # a number for the row, at its masked tokens too
             free = free.amax(-1, keepdim=True).expand_as(free)
         if kind is None:
             return free, {}
         low = 0.0 if bounds[0] is None else bounds[0]
-        valid = tokens * samples[:, None]
+        valid = live * samples[:, None]
         if kind == "seq-mask-tis":
             _, kept, _ = importance_weights(
-                old, generation, tokens, level="geometric", mode="mask", bounds=bounds, log_ratio_clamp=None
+                old, generation, live, level="geometric", mode="mask", bounds=bounds, log_ratio_clamp=None
             )
             inside = kept.any(-1)
             share = (samples * ~inside).sum() / (seqs + TINY)

@@ -80,6 +80,13 @@ def compute_grpo_outcome_advantage(
     return advantages, advantages
 
 
+def compute_maxrl_advantage(
+    token_level_rewards: Tensor, response_mask: Tensor, index: Any, epsilon: float = 1e-6, **kwargs: Any
+) -> Pair:
+    advantages = over_groups(token_level_rewards, index, "maxrl", epsilon)[:, None] * response_mask
+    return advantages, advantages
+
+
 UTILS = "skyrl.backends.skyrl_train.utils.ppo_utils"
 Loss = tuple[Tensor, dict[str, float]]
 
@@ -294,6 +301,14 @@ def _targets() -> list[Target]:
             compute_grpo_outcome_advantage,
             "GRPO and Dr. GRPO",
             (f"{estimators}[grpo]",),
+        ),
+        Target(
+            ppo,
+            "compute_maxrl_advantage",
+            "(token_level_rewards, response_mask, index, epsilon=1e-06, **kwargs)",
+            compute_maxrl_advantage,
+            "MaxRL",
+            (f"{estimators}[maxrl]",),
         ),
         loss(
             "ppo_policy_loss", ppo_policy_loss, "the clipped policy loss, regular and dual_clip", "regular", "dual_clip"

@@ -47,7 +47,7 @@ def compute_advantages_and_returns(args: Namespace, rollout_data: dict[str, Any]
             values, lam, last = torch.cat(rollout_data["values"]), args.lambd, starts[1:] - 1
         else:
             mask = torch.cat(rollout_data["loss_masks"])
-            rewards = -args.kl_coef * kl * mask
+            rewards = -args.kl_coef * torch.where(mask != 0, kl, 0.0)
             values, lam, last = torch.zeros_like(kl), 1.0, _last_of_rows(mask, starts)
         rewards[last] += scores
         advantages, returns = gae(rewards, values, gamma=args.gamma, lam=lam, cu_seqlens=starts)

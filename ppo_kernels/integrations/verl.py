@@ -107,6 +107,23 @@ def compute_rloo_vectorized_outcome_advantage(
     return advantages, advantages
 
 
+def compute_gpg_outcome_advantage(
+    token_level_rewards: Tensor,
+    response_mask: Tensor,
+    index: Any,
+    epsilon: float = 1e-6,
+    f_norm: float = 1.0,
+    alpha: float = 1.0,
+    config: Any = None,
+    **kwargs: Any,
+) -> Pair:
+    """Whatever ``alpha`` is, verl takes the number of responses over that of scores other than 0."""
+    nonzero = torch.count_nonzero(token_level_rewards.sum(-1)).clamp(min=1)
+    scores = over_groups(token_level_rewards, index, "dr_grpo") * (response_mask.size(0) / nonzero / f_norm)
+    advantages = scores[:, None] * response_mask
+    return advantages, advantages
+
+
 def compute_reinforce_plus_plus_baseline_outcome_advantage(
     token_level_rewards: Tensor,
     response_mask: Tensor,
@@ -223,6 +240,13 @@ def _targets() -> list[Target]:
             compute_grpo_outcome_advantage,
             "GRPO and Dr. GRPO",
             "grpo_vectorized",
+        ),
+        estimator(
+            "compute_gpg_outcome_advantage",
+            f"({rewards}, index, epsilon=1e-06, f_norm=1.0, alpha=1.0, config=None, **kwargs)",
+            compute_gpg_outcome_advantage,
+            "GPG",
+            "gpg",
         ),
         estimator("compute_rloo_outcome_advantage", grouped, compute_rloo_outcome_advantage, "RLOO", "rloo"),
         estimator(

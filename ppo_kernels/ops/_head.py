@@ -107,16 +107,20 @@ class Head:
         """For the values of tiles."""
         return number / self.factor, None if rows is None else rows / self.factor
 
-    def tiling(self, rows: CountedRows, memory: int, *, all_columns: bool = False) -> Tiling:
+    def tiling(
+        self, rows: CountedRows, memory: int, *, all_columns: bool = False, support: Tensor | None = None
+    ) -> Tiling:
         """Tiles as large as ``memory`` bytes allow, together with all that is made beside them; the smallest there are
         where they do not. The same for the forward and the backward, so that the logits of both round alike: p is as
         near to 1 as its sum says. With ``all_columns`` a row of logits is whole, and ``columns`` those of a product.
         """
         n, columns = max(1, min(len(rows), _MOST_ROWS)), min(self.vocab, _MOST_COLUMNS)
         gathered = rows.flat is None
+        ids = 0 if support is None else support.size(-1)
 
         def fits() -> bool:
-            return self._bytes(n, columns, gathered, all_columns) <= memory
+            of_ids = n * (columns + 1 + 32 * ids) if ids else 0  # what is outside of it, and where the ids are
+            return self._bytes(n, columns, gathered, all_columns) + of_ids <= memory
 
         while not fits():
             if columns > _FEW_COLUMNS and (columns > n or n <= _FEW_ROWS) and not (all_columns and columns <= 1024):

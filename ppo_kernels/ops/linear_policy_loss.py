@@ -208,6 +208,7 @@ def linear_policy_loss(
     ignore_index: int = -100,
     group: ProcessGroup | None = None,
     vocab_start: int = 0,
+    support: Tensor | tuple[Tensor, Tensor] | None = None,
     logits_dtype: torch.dtype | None = None,
     memory_mib: float | None = None,
     impl: str = "auto",
@@ -222,7 +223,7 @@ def linear_policy_loss(
 
     Args:
         hidden: ``[B, T, H]``, or packed ``[N, H]`` with ``cu_seqlens``.
-        weight, labels, bias, temperature, softcap, logit_scale, group, vocab_start, logits_dtype: as in
+        weight, labels, bias, temperature, softcap, logit_scale, group, vocab_start, support, logits_dtype: as in
             ``linear_token_logprobs``; labels have the tokens' shape.
         old_logprobs, advantages: as in ``policy_loss``.
         mask: the tokens' shape; non-zero = valid. A token whose label is ``ignore_index`` is not valid either.
@@ -237,9 +238,9 @@ def linear_policy_loss(
     Returns:
         ``(loss, stats, logprobs)``: those of ``policy_loss``, and the log-probabilities ``[B, T]``, which take no
         gradient. Four products, by ``linear_token_logprobs`` and ``policy_loss`` one after the other, are computed
-        where a token's gradient needs others of its row (a ratio of the sequence), with ``group``, with impl="torch",
-        in a graph of torch.compile and under torch.func; one product where no gradient is asked for. On a GPU, finding
-        the rows that count waits for the device.
+        where a token's gradient needs others of its row (a ratio of the sequence), with ``group`` or ``support``, with
+        impl="torch", in a graph of torch.compile and under torch.func; one product where no gradient is asked for. On a
+        GPU, finding the rows that count waits for the device.
 
     Raises:
         TypeError: a dtype that is not listed. ValueError: shapes, devices, options or ``impl`` that do not fit.
@@ -267,12 +268,11 @@ def linear_policy_loss(
         check_values(op, labels, valid, numbers[0], ignore_index, weight.size(0) if group is None else ANY_LABEL)
     of_tokens = policy_options.get("importance_sampling_level", "token") == "token"
     eager = not (torch.compiler.is_compiling() or transformed() or has_tangent(hidden))
-    if impl == "torch" or group is not None or not (of_tokens and eager):
+    if impl == "torch" or group is not None or support is not None or not (of_tokens and eager):
         logprobs: Any = linear_token_logprobs(
             hidden, weight, labels, bias=bias, temperature=temperature, softcap=softcap, logit_scale=logit_scale,
-            mask=valid, ignore_index=ignore_index, group=group, vocab_start=vocab_start, logits_dtype=logits_dtype,
-            memory_mib=memory_mib, impl=impl,
-            validate=validate,
+            mask=valid, ignore_index=ignore_index, group=group, vocab_start=vocab_start, support=support,
+            logits_dtype=logits_dtype, memory_mib=memory_mib, impl=impl, validate=validate,
         )  # fmt: skip
         value, stats = policy_loss(logprobs, old_logprobs, advantages, valid, **options)
         return value, stats, logprobs.detach().clone().to(value.dtype)

@@ -23,7 +23,9 @@ def linear_token_logprobs(
     mask: Tensor | None = None,
     ignore_index: int = -100,
     entropy: bool | str = False,
-) -> Tensor | tuple[Tensor, Tensor]:
+    support: Tensor | None = None,
+) -> tuple[Tensor, ...]:
+    """And behind them the logits, -inf outside of ``support [..., S]``, padded with -1."""
     dtype = compute_dtype(hidden, weight, bias)
     live = labels != ignore_index
     if mask is not None:
@@ -34,7 +36,12 @@ def linear_token_logprobs(
     z = z * logit_scale
     if softcap is not None and not (isinstance(softcap, float) and math.isinf(softcap)):
         z = torch.where(torch.as_tensor(softcap) == math.inf, z, _capped(z, softcap))
-    return token_logprobs(z, labels, temperature=temperature, mask=live, ignore_index=ignore_index, entropy=entropy)
+    if support is not None:
+        allowed = torch.zeros(*z.shape[:-1], z.size(-1) + 1, dtype=torch.bool, device=z.device)
+        ids = torch.where((support >= 0) & (support < z.size(-1)), support, z.size(-1))
+        z = torch.where(allowed.scatter(-1, ids, True)[..., :-1], z, -torch.inf)
+    found = token_logprobs(z, labels, temperature=temperature, mask=live, ignore_index=ignore_index, entropy=entropy)
+    return (*found, z) if isinstance(found, tuple) else (found, z)
 
 
 def _capped(z: Tensor, softcap: float | Tensor) -> Tensor:

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import importlib
 import os
-import subprocess
 import sys
 
 import pytest
 
+import ppo_kernels
 from ppo_kernels import integrations
 from ppo_kernels.integrations.__main__ import main
 from ppo_kernels.integrations._target import difference, of_object, of_text, text
-from tests.lib.checkout import ROOT, environment
+from tests.lib.checkout import ROOT
 from tests.lib.fake_trainer import SIGNATURE, UTILS
 
 
@@ -93,10 +94,6 @@ from ppo_kernels import integrations
 print(sys.argv[1:], integrations.status()["deepspeed_chat"])
 """
 SERVED = "{'gather_log_probs': {'served': 1, 'not covered': {}}}"
-LIGHT = """
-import ppo_kernels, sys
-assert not {"trl", "verl", "openrlhf", "skyrl", "dschat", "ray", "transformers"} & set(sys.modules)
-"""
 
 
 @pytest.fixture
@@ -114,13 +111,17 @@ def chat(tmp_path, monkeypatch):
         del sys.modules[name]
 
 
-def test_the_environment_puts_adapters_in_place(chat):
-    command = [sys.executable, "-c", LIGHT + SCRIPT]
-    env = environment(PYTHONPATH=f"{ROOT}:{chat}", PPO_KERNELS_PATCH="deepspeed_chat")
-    done = subprocess.run(command, cwd=chat, env=env, capture_output=True, text=True)
-    assert done.stdout.strip() == f"[] {SERVED}", done.stderr
+def test_the_environment_puts_adapters_in_place(chat, monkeypatch, capsys, caplog):
+    """When ``ppo_kernels`` is imported: once more here, in a fresh process in ``tests/verify/adapters``."""
+    monkeypatch.setenv("PPO_KERNELS_PATCH", "deepspeed_chat")
+    monkeypatch.setattr(sys, "argv", ["script.py"])
+    before = set(sys.modules)
+    importlib.reload(ppo_kernels)
+    assert not [name for name in set(sys.modules) - before if name.partition(".")[0] != "ppo_kernels"]
+    exec(compile(SCRIPT, "script.py", "exec"), {})
+    assert capsys.readouterr().out.strip() == f"[] {SERVED}"
     absent = "compute_rewards is not replaced: dschat.rlhf.ppo_trainer has no DeepSpeedPPOTrainer.compute_rewards"
-    assert absent in done.stderr
+    assert any(absent in record.getMessage() for record in caplog.records)
 
 
 @pytest.mark.parametrize("what", [["script.py"], ["-m", "script"]])

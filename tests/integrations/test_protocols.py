@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from ppo_kernels.integrations import megatron, slime
+from tests.lib.helpers import NAN
 
 LENGTHS = (5, 1, 8, 3)
 
@@ -82,7 +83,13 @@ def test_the_advantages_of_slime(estimator, holes):
     if holes:
         masks[5][[1, 4]] = masks[8][[0, 5, 6, 7]] = 0.0
     data = rollout(masks)
-    slime.compute_advantages_and_returns(args, data)
+    garbage = [
+        torch.where((mask != 0) | (estimator == "ppo"), kl, NAN)
+        for kl, mask in zip(data["kl"], data["loss_masks"], strict=True)
+    ]
+    given = data | {"kl": garbage}
+    slime.compute_advantages_and_returns(args, given)
+    data |= {name: given[name] for name in ("advantages", "returns")}
     for i, n in enumerate(LENGTHS):
         kl, values = data["kl"][i].tolist(), [*data["values"][i].tolist(), 0.0]
         mask, ahead = masks[n].tolist(), 0.0
@@ -236,6 +243,7 @@ def nemo_loss(cfg, logprobs, data, seqs, toks):
         {},
         {"ratio_clip_c": 1.5, "reference_policy_kl_type": "k2"},
         {"token_level_loss": False, "reference_policy_kl_type": "k1", "use_on_policy_kl_approximation": True},
+        {"reference_policy_kl_type": "k1", "kl_input_clamp_value": 3.0, "kl_output_clamp_value": 99.0},
         BY_ROWS,
         BY_ROWS | {"use_importance_sampling_correction": True},
         BY_ROWS | truncated("tis", None, 1.1),
@@ -254,9 +262,13 @@ def test_the_clipped_loss_of_nemo_rl(nemo, settings, far):
     if loss_fn.cfg.force_on_policy_ratio:
         data["prev_logprobs"] = torch.cat([data["prev_logprobs"][:, :1], logprobs], 1)
     found = []
-    for call in (loss_fn, lambda *a: nemo_loss(loss_fn.cfg, *a)):
-        leaf = logprobs.clone().requires_grad_()
-        loss, metrics = call(leaf, data, torch.tensor(5.0), torch.tensor(31.0))
+    live = (data["token_mask"] * data["sample_mask"][:, None]) != 0
+    garbage = {
+        name: torch.where(live, x, NAN) if name.endswith(("logprobs", "advantages")) else x for name, x in data.items()
+    }
+    for call, given in ((loss_fn, garbage), (lambda *a: nemo_loss(loss_fn.cfg, *a), data)):
+        leaf = torch.where(live[:, 1:] | (given is data), logprobs, NAN).requires_grad_()
+        loss, metrics = call(leaf, given, torch.tensor(5.0), torch.tensor(31.0))
         found.append((loss.double(), torch.autograd.grad(loss, leaf)[0], metrics))
     (ours, our_grad, our_metrics), (theirs, their_grad, metrics) = found
     torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-7)

@@ -61,6 +61,7 @@ def test_whiten(kind, shift_mean):
 
 
 NAMES = {"gae": "gae_advantage_return", "rloo": "rloo_outcome_advantage", "grpo": "grpo_outcome_advantage"}
+NAMES["maxrl"] = "maxrl_advantage"
 
 
 @pytest.mark.parametrize("kind", MASKS)

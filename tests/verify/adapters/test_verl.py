@@ -119,6 +119,7 @@ def proto(kind, mask_dtype=torch.int64):
 ESTIMATORS = {
     "gae": "compute_gae_advantage_return",
     "grpo": "compute_grpo_outcome_advantage",
+    "gpg": "compute_gpg_outcome_advantage",
     "grpo_vectorized": "compute_grpo_vectorized_outcome_advantage",
     "rloo": "compute_rloo_outcome_advantage",
     "rloo_vectorized": "compute_rloo_vectorized_outcome_advantage",
@@ -209,6 +210,7 @@ tensors.logprobs_from_logits(torch.randn(3, 5), torch.zeros(3, dtype=torch.long)
 from ppo_kernels import integrations
 print(integrations.status())
 print({row.state for row in integrations.adapter("verl").report()})
+print("openrlhf", {row.state for row in integrations.adapter("openrlhf").report()})
 """
 
 
@@ -230,5 +232,8 @@ def test_import_verl_puts_ours_in_place(tmp_path):
     assert any(line.startswith("verl: replaced ") and "compute_value_loss" in line for line in lines)
     assert "core True" in lines
     assert "{'verl': {'logprobs_from_logits': {'served': 1, 'not covered': {}}}}" in lines
-    none = subprocess.run(command, cwd=tmp_path, env=env | {"PPO_KERNELS_PATCH": "trl"}, capture_output=True, text=True)
-    assert "core False" in none.stdout, "PPO_KERNELS_PATCH decides where it is set"
+    assert "openrlhf {'left out'}" in lines
+    env["PPO_KERNELS_PATCH"] = "openrlhf"
+    other = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert "core False" in other.stdout, "PPO_KERNELS_PATCH decides where it is set"
+    assert "openrlhf {'waiting'}" in other.stdout

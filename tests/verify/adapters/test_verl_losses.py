@@ -76,6 +76,29 @@ def test_other_policy_losses(kind, mode, counts, weighted, loss_mode):
     compare_policy_loss(loss_mode, kind, mode, counts, weighted)
 
 
+@pytest.mark.parametrize(
+    "loss_mode", ["vanilla", "cispo", "gspo", "sapo", "dppo_tv", "dppo_kl", "geo_mean", "gpg", "dro"]
+)
+def test_garbage_at_masked_tokens_reaches_nothing(loss_mode):
+    """Where verl's own losses would be NaN."""
+    mask, actor = make_mask("interior").bool(), config("token-mean", {})
+    old = -draw(B, T).abs() - 0.02
+    new, advantages = (old + draw(B, T, seed=1, scale=0.7)).clamp(max=-0.01), draw(B, T, seed=2)
+    weights = None if loss_mode == "dro" else draw(B, T, seed=3).abs()
+    found = []
+    adapter = integrations.adapter("verl")
+    adapter.apply()
+    for value in (0.0, torch.nan):
+        given = [x if x is None else torch.where(mask, x, value) for x in (old, new, advantages, weights)]
+        leaf = given[1].requires_grad_()
+        function = modules()[0].get_policy_loss_fn(loss_mode)
+        loss, metrics = function(given[0], leaf, given[2], mask, "token-mean", actor, given[3])
+        found.append((loss.detach(), metrics, grad(loss, leaf)))
+    adapter.revert()
+    close(*found, rtol=0, atol=0)
+    assert not found[1][2][~mask].any()
+
+
 @pytest.mark.parametrize("kind", MASKS)
 @pytest.mark.parametrize("loss_type", ["reinforce", "ppo_clip"])
 @pytest.mark.parametrize("rollout_is", [None, "token"])
