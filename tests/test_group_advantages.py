@@ -132,13 +132,13 @@ def test_the_advantages_of_a_group_add_up_to_zero(impl, mode):
     assert got.abs().max() > 0.5
 
 
-@pytest.mark.parametrize("bad", [NAN, float("inf"), -float("inf")])
+@pytest.mark.parametrize("bad", [NAN, float("inf")])
 def test_a_score_that_is_no_number_is_no_member_of_its_group(impl, bad):
     """Its advantage is 0, and those of the others are what they are without it."""
     scores, ids = torch.randn(9).abs(), torch.tensor([0, 1, 0, 1, 2, 0, 1, 0, 3])
     spoiled, keep = scores.clone(), torch.ones(9, dtype=torch.bool)
     for place in (2, 8):  # one of several, and the only one of its group
-        spoiled[place], keep[place] = bad, False
+        spoiled[place], keep[place] = bad if place == 2 else -bad, False
     for options in (*({"mode": mode} for mode in MODES), *SCALED):
         got, stats = group_advantages(spoiled, ids, stats=True, impl=impl, **options)
         want = group_advantages(scores[keep], ids[keep], impl=impl, **options)

@@ -84,6 +84,16 @@ def test_rejections(impl, level, mode, reject, reject_level, bounds):
     assert bounds is None or float(stats.rejectfrac) > 0.0
 
 
+@pytest.mark.parametrize(("reject_level", "bound"), [("sum", 1.0), ("mean", 3e-3), ("max", 1.0)])
+def test_a_late_token_rejects_its_row(impl, reject_level, bound):
+    logp = torch.full((3, 300), -3.0)
+    rollout = logp.clone()
+    rollout[1, 290] -= 2.0
+    options = {"reject": "k2", "reject_level": reject_level, "reject_bounds": bound}
+    _, keep, _ = check(impl, logp, rollout, bounds=None, **options)
+    assert keep.any(1).tolist() == [True, False, True]
+
+
 def test_equal_policies_have_weights_of_one(impl):
     logp, _ = make(4, 20)
     weights, keep, stats = importance_weights(logp, logp, impl=impl)

@@ -29,7 +29,9 @@ std::tuple<Tensor, Tensor> group_advantages(const Tensor& scores, const OptTenso
                        data_of<float>(advantages),
                        stats ? data_of<uint8_t>(heads) : nullptr};
   constexpr int64_t kPerBlock = kGroupThreads / kWarp;
-  launch(group_advantages_kernel, (places + kPerBlock - 1) / kPerBlock, kGroupThreads, in);
+  const bool by_others = mode == GroupBaseline::kRlooScaled;
+  launch(by_others ? group_advantages_kernel<true> : group_advantages_kernel<false>,
+         (places + kPerBlock - 1) / kPerBlock, kGroupThreads, in);
   return {advantages, heads};
 }
 

@@ -73,7 +73,9 @@ struct WarpGroup {
   }
 };
 
-static __global__ void __launch_bounds__(kGroupThreads) group_advantages_kernel(GroupInputs in) {
+// kByOthers: over the deviation of the others, which needs more registers than the rest.
+template <bool kByOthers>
+__global__ void __launch_bounds__(kGroupThreads, 4) group_advantages_kernel(GroupInputs in) {
   const int64_t place = blockIdx.x * int64_t{kGroupThreads / kWarp} + threadIdx.x / kWarp;
   if (place >= in.rewards * in.total) return;
   const int64_t row = place / in.total * in.total, begin = place - row;
@@ -87,24 +89,24 @@ static __global__ void __launch_bounds__(kGroupThreads) group_advantages_kernel(
   if (in.heads != nullptr && first_lane) in.heads[place] = range.head();
   GroupMean group{range.low};
   group.mean = mean_or_0(scores.sum([&](double score) { return group.difference(score); }), range.count);
-  const bool by_others = in.mode == GroupBaseline::kRlooScaled;
-  const double m2 = in.mode == GroupBaseline::kGrpo || by_others ? scores.sum_of_squares(group) : 0.0;
+  const double m2 = kByOthers || in.mode == GroupBaseline::kGrpo ? scores.sum_of_squares(group) : 0.0;
   const auto write = [&](const auto& scale) {
     scores.for_each([&](int64_t where, double score) {
       const double own = group.deviation(score);
       in.advantages[where] = is_score(score) ? static_cast<float>(product_or_0(own, scale(score, own))) : 0.0f;
     });
   };
-  if (!by_others) {
+  if constexpr (kByOthers) {
+    GroupOthers others(range, group);
+    others.far_count = scores.sum([&](double score) { return others.is_far(score) ? 1.0 : 0.0; });
+    others.mean =
+        mean_or_0(scores.sum([&](double score) { return others.difference(score); }), range.count - others.far_count);
+    others.m2 = scores.sum_of_squares(others);
+    write([&](double score, double own) { return others.scale(score, own, m2, in.eps); });
+  } else {
     const double scale = group_scale(in.mode, range.count, group, m2, in.eps);
-    return write([&](double, double) { return scale; });
+    write([&](double, double) { return scale; });
   }
-  GroupOthers others(range, group);
-  others.far_count = scores.sum([&](double score) { return others.is_far(score) ? 1.0 : 0.0; });
-  others.mean =
-      mean_or_0(scores.sum([&](double score) { return others.difference(score); }), range.count - others.far_count);
-  others.m2 = scores.sum_of_squares(others);
-  write([&](double score, double own) { return others.scale(score, own, m2, in.eps); });
 }
 
 }  // namespace ppo

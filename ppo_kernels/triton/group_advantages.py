@@ -128,6 +128,7 @@ def _group_advantages(
             scale = _inverse(origin + mean + eps)
         far = low
         squares_of_others = squares
+        of_others = tl.where(count > 2.0, 1.0 / tl.where(count > 2.0, count - 2.0, 1.0), 0.0)  # one has no deviation
         if MODE == 4:  # the squares of all less its own cancel for one score at most, the farthest from the mean
             above = high - origin - mean >= -(low - origin - mean)
             far = tl.where(above, high, low)
@@ -141,10 +142,8 @@ def _group_advantages(
             result = own * scale
             if MODE == 4:
                 rest = tl.where(x == far, squares_of_others, squares - own * own * over_others)
-                rest = tl.where(count > 2.0, rest, 0.0)
-                differ = rest > 0.0
-                spread = tl.sqrt(tl.where(differ, rest / tl.where(differ, count - 2.0, 1.0), 1.0)) + eps
-                result = own * (over_others / tl.where(differ, spread, 1.0))
+                rest *= of_others
+                result = own * over_others / tl.where(rest > 0.0, tl.sqrt(tl.maximum(rest, 0.0)) + eps, 1.0)
             tl.store(advantages + row + at, tl.where(own == 0.0, 0.0, result), mask=inside)
 
 
@@ -172,6 +171,7 @@ def group_advantages(
         ids=as_vector("sorted_ids", sorted_ids, (total,), torch.int64),
         order=as_vector("order", order, (total,), torch.int64),
         advantages=advantages, heads=heads if stats else None, total=total,
-        group_size=min(group_size, total), eps=eps, MODE=mode, BLOCK=64, num_warps=1,
+        group_size=min(group_size, total), eps=eps, MODE=mode, BLOCK=64,
+        num_warps=2 if mode == 4 else 1,  # the deviation of the others would spill in one
     )  # fmt: skip
     return advantages, heads

@@ -1,5 +1,8 @@
 """p3o_loss and group_advantages on random batches of every kind against the oracle."""
 
+import os
+import socket
+
 import numpy as np
 import pytest
 import torch
@@ -125,3 +128,31 @@ def test_any_groups_match_the_oracle(require_impl, impl, call):
     spread = float(scores.double().abs().max()) if len(scores) else 0.0
     noise = spread / divisors(scores.double().numpy(), ids.numpy(), **options)
     assert_close_to_oracle(got, want, ceiling=1.0, scale=4 * torch.finfo(got.dtype).eps * size + 1e-15 * noise)
+
+
+OF_THE_BATCH = ({"mode": "grpo", "scale_rewards": "batch"}, {"mode": "gdpo"}, {"mode": "reinforce++_baseline"})
+
+
+def _rank(rank, port, scores, ids, results):
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", rank=rank, world_size=2)
+    for i, options in enumerate(OF_THE_BATCH):
+        group = torch.distributed.group.WORLD
+        out = group_advantages(scores[rank], ids[rank], process_group=group, impl="cpu", **options)
+        torch.save(out, f"{results}/{rank}-{i}.pt")
+    torch.distributed.destroy_process_group()
+
+
+def test_ranks_share_the_statistics_of_the_batch(tmp_path):
+    """Groups on one rank each, several rewards, of which some are missing; one rank has fewer responses."""
+    scores, ids = torch.randn(30, 2), torch.arange(30) // 5
+    scores[3, 1], scores[21] = float("nan"), float("inf")
+    parts = [scores[:20], scores[20:]], [ids[:20], ids[20:]]
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    torch.multiprocessing.spawn(_rank, (port, *parts, str(tmp_path)), nprocs=2)
+    for i, options in enumerate(OF_THE_BATCH):
+        got = torch.cat([torch.load(tmp_path / f"{rank}-{i}.pt", weights_only=True) for rank in range(2)])
+        assert_close_to_oracle(got, oracle.group_advantages(scores, ids, **options), ceiling=1e-6, scale=4.0)
