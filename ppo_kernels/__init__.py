@@ -10,7 +10,7 @@ import os as _os
 
 from ppo_kernels._process import refuse_another_interpreter as _refuse_another_interpreter
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__: list[str] = [
     "Experience",
