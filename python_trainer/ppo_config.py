@@ -96,7 +96,7 @@ class PPOConfig(SamplingConfig, OptimizerConfig):
     rollout_correction: Literal["none", "truncate", "mask", "icepop"] = HfArg(
         default="none",
         help="For generation_engine vllm: weigh each token's loss by how much likelier it is to the trainer than to "
-        "vLLM. truncate: bounded; mask: 0, and not counted, out of the bounds; icepop: 0 there, and counted.",
+        "vLLM. truncate: bounded; mask: out of the bounds it is no token, nor for the critic; icepop: it counts as 0.",
     )
     rollout_correction_level: Literal["token", "sequence", "geometric"] = HfArg(
         default="token", help="Whose ratio that is: a token's, or its response's, as the product or the geometric mean."
@@ -194,6 +194,10 @@ class PPOConfig(SamplingConfig, OptimizerConfig):
             raise SettingError(
                 f"rollout_correction {self.rollout_correction} is for rollouts of another engine, and generation_engine"
                 " hf draws from the weights that are trained; set generation_engine vllm, or leave it out"
+            )
+        if self.rollout_correction_high <= 0.0:
+            raise SettingError(
+                f"rollout_correction_high {self.rollout_correction_high} leaves no token a weight: give one above 0"
             )
         if (self.rollout_correction_low or 0.0) > self.rollout_correction_high:
             raise SettingError(

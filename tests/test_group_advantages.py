@@ -219,6 +219,8 @@ def test_maxrl_is_for_scores_from_0(impl):
     got = group_advantages(success, group_size=4, mode="maxrl", eps=0.0, validate=True, impl=impl)
     assert got.tolist() == [3.0, -1.0, -1.0, -1.0, -1.0, -1.0, 1.0, 1.0]
     assert not group_advantages(success * 0, group_size=4, mode="maxrl", eps=0.0, impl=impl).any()
+    missing = torch.tensor([1.0, 0.0, -torch.inf, torch.nan])
+    assert group_advantages(missing, group_size=4, mode="maxrl", validate=True, impl=impl)[2:].tolist() == [0.0, 0.0]
     assert_raises(
         ValueError,
         lambda: group_advantages(success - 1, group_size=4, mode="maxrl", validate=True, impl=impl),

@@ -129,6 +129,16 @@ def test_ids_of_no_token_are_padding_and_ignored_labels_may_be_tokens(impl):
     assert want.tolist() == [0.0, 0.0]
 
 
+def test_a_label_of_no_column_is_nan_whatever_its_support_says(impl):
+    logits = torch.randn(2, 7, requires_grad=True)
+    logp, entropy = token_logprobs(
+        logits, torch.tensor([9, 1]), support=torch.tensor([[9, 2, 3], [1, 2, -1]]), entropy=True, impl=impl
+    )
+    assert logp.isnan().tolist() == entropy.isnan().tolist() == [True, False]
+    (grad,) = torch.autograd.grad(logp.sum(), logits)
+    assert grad.isnan().any(-1).tolist() == [True, False]
+
+
 def test_graphs_and_transforms(require_impl):
     require_impl(OP, "cpu")
     logits, labels, _ = make_supported()
@@ -169,6 +179,10 @@ def test_errors_say_what_is_allowed():
         ({"support": ids.float()}, TypeError, "support must be int32 or int64"),
         ({"support": ids[0]}, ValueError, "support must be ids [..., S], padded with -1, for the rows (2,)"),
         ({"support": (ids[0], ids[0])}, ValueError, "needs R = 2 rows; got (2,) and (2,)"),
+        *(
+            ({"support": (ids[0], torch.tensor(x)), "validate": True}, ValueError, "must rise from 0 to 2")
+            for x in ([0, 1, 9], [0, 2, 1], [1, 1, 2])
+        ),
         ({"support": ids, "validate": True}, ValueError, "every label must be in the support of its row; 1 are not"),
     ):
         assert_raises(kind, lambda more=more: token_logprobs(logits, labels, **more), "token_logprobs: ", words)

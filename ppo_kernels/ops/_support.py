@@ -17,13 +17,14 @@ def narrowed(
     op: str, logits: Tensor, labels: Tensor, ignore_index: int, support: Any, vocab_start: int, validate: bool
 ) -> tuple[Tensor, Tensor, int]:
     """The logits ``[..., S]`` of the support, -inf where there is no token or one of another shard, the labels' places
-    there, and the label that does not count.
+    there, and the label that does not count. Where a label's logit is another shard's, its place is none.
     """
     many = labels.dim() == logits.dim()
     ids, at = supported(op, labels if many else labels[..., None], ignore_index, support, logits, validate)
     local = ids - vocab_start
     here = (ids >= 0) & (local >= 0) & (local < logits.size(-1))
     chosen = torch.where(here, logits.gather(-1, torch.where(here, local, 0)), -torch.inf)
+    at = torch.where((at < 0) | here.gather(-1, at.clamp(min=0)), at, _LOST)  # one of another shard, or of none
     place = at if many else at[..., 0]
     return chosen, place, _IGNORED
 
@@ -33,7 +34,7 @@ def supported(
 ) -> tuple[Tensor, Tensor]:
     """The ids ``[..., S]``, each once and otherwise -1, of the rows of ``rows_of [..., anything]``; and the places
     there of labels ``[..., K]``, negative for those that are not there or do not count."""
-    ids = _padded(op, support, rows_of).sort(-1).values
+    ids = _padded(op, support, rows_of, validate).sort(-1).values
     before = torch.cat([ids.new_full((*ids.shape[:-1], 1), -1), ids[..., :-1]], -1)
     ids = torch.where(ids != before, ids.clamp(min=-1), -1)  # one that stands there twice counts once
     at = (ids[..., None, :] == y[..., None]) & (ids >= 0)[..., None, :]
@@ -67,11 +68,11 @@ def clear_outside_(tile: Tensor, ids: Tensor, first: int) -> None:
     tile.masked_fill_(outside[:, :columns], -torch.inf)
 
 
-def _padded(op: str, support: Any, logits: Tensor) -> Tensor:
+def _padded(op: str, support: Any, logits: Tensor, validate: bool) -> Tensor:
     """Ids ``[..., S]`` with S >= 1, -1 where there are fewer."""
     rows = logits.shape[:-1]
     if isinstance(support, (tuple, list)) and len(support) == 2:
-        ids = _from_offsets(op, support[0], support[1], logits)
+        ids = _from_offsets(op, support[0], support[1], logits, validate)
     else:
         ids = check_integer(op, "support", support).long()
         if ids.dim() != logits.dim() or ids.shape[:-1] != rows:
@@ -83,7 +84,7 @@ def _padded(op: str, support: Any, logits: Tensor) -> Tensor:
     return ids if ids.size(-1) else ids.new_full((*rows, 1), -1)
 
 
-def _from_offsets(op: str, ids: Any, offsets: Any, logits: Tensor) -> Tensor:
+def _from_offsets(op: str, ids: Any, offsets: Any, logits: Tensor, validate: bool) -> Tensor:
     ids, offsets = check_integer(op, "ids of support", ids).long(), check_integer(op, "offsets of support", offsets)
     rows = logits.shape[:-1]
     for name, x in (("ids of support", ids), ("offsets of support", offsets)):
@@ -98,6 +99,8 @@ def _from_offsets(op: str, ids: Any, offsets: Any, logits: Tensor) -> Tensor:
             f"{op}: support as (ids, offsets) has a length that a compiled graph cannot know; pass ids [..., S] padded"
             " with -1"
         )
+    if validate and not (offsets[0] == 0 and offsets[-1] == len(ids) and bool((offsets[:-1] <= offsets[1:]).all())):
+        raise ValueError(f"{op}: offsets of support must rise from 0 to {len(ids)}, the number of ids")
     first, last = (x.long().clamp(0, len(ids)) for x in (offsets[:-1], offsets[1:]))
     most = int((last - first).max()) if len(first) else 0  # waits for the device
     at = first[:, None] + torch.arange(max(most, 1), device=ids.device)

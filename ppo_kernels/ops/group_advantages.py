@@ -151,7 +151,7 @@ def group_advantages(
         scale_rewards: "group", "batch" or "none", for "grpo" and "rloo"; None is the mode's own.
         reward_weights: ``[R]``, floating, on the scores' device. None means 1 each.
         eps: >= 0; None means 1e-4, added to a standard deviation, 1e-6 ("maxrl") to the mean, or 1e-8
-            ("reinforce++_baseline") to the variance.
+            ("reinforce++_baseline") to the variance. What divides by nothing does not read it.
         process_group: the ranks that share the statistics of the batch, which "reinforce++_baseline", "gdpo" and
             ``scale_rewards="batch"`` have; see ``whiten``. The responses of one group must be on one rank.
         stats: return :class:`GroupStats` too.
@@ -190,7 +190,7 @@ def group_advantages(
     scores = scores.detach().to(compute_dtype(scores))
     by_reward = (scores.t() if scores.dim() == 2 else scores[None]).contiguous()
     weights = _weights(reward_weights, by_reward)
-    if validate and mode == "maxrl" and bool((by_reward < 0).any()):
+    if validate and mode == "maxrl" and bool(((by_reward < 0) & by_reward.isfinite()).any()):
         raise ValueError(
             f"{op}: mode='maxrl' divides by the mean of scores from 0 on; got one below, which flips signs"
         )

@@ -166,6 +166,8 @@ def check_parts(op: str, parts: Any, logits: Tensor, labels: Tensor, entropy: ob
         if any(part.shape != parts[0].shape for part in parts):
             raise ValueError(f"{op}: parts must be alike in shape, got {[tuple(part.shape) for part in parts]}")
         parts = torch.stack(list(parts))
+    elif not isinstance(parts, Tensor):
+        raise TypeError(f"{op}: parts must be a tensor [R, ...] or a sequence of R >= 1 tensors, got {parts!r:.60}")
     check_floating(op, "parts", parts)
     check_device(op, "parts", parts, logits.device)
     shape = (_numbers(logits, labels, entropy is not False), *logits.shape[:-1])

@@ -121,6 +121,7 @@ def test_without_a_correction_the_figures_alone(of_engine):
         ({"rollout_correction_high": 3.0}, "rollout_correction_high is of rollout_correction"),
         ({"rollout_correction_level": "sequence"}, "rollout_correction_level is of rollout_correction"),
         (ENGINE | {"rollout_correction_low": 2.5}, "rollout_correction_low 2.5 is above rollout_correction_high 2.0"),
+        (ENGINE | {"rollout_correction_high": 0.0}, "rollout_correction_high 0.0 leaves no token a weight"),
         (ENGINE | {"rollout_correction_low": -1.0}, "rollout_correction_low.*at least 0"),
     ],
 )
