@@ -3,8 +3,12 @@
     loss_fn = ClippedPGLoss(config.loss_fn)  # in your copy of its driver script, in place of ClippedPGLossFn
 
 The protocol is that of ``nemo_rl/algorithms/loss/interfaces.py``, and the loss is ``ClippedPGLossFn`` of
-``loss_functions.py`` beside it, with its settings and metrics (read in 0.7.0, of August 2026). Settings that our ops do
-not cover are refused.
+``loss_functions.py`` beside it, with its settings and metrics (read in 0.7.0, of August 2026). Settings that it
+refuses, that our ops do not cover, or that nothing would read are refused.
+
+Two values differ from its own. ``sampling_importance_ratio`` of sequence-level ratios is the mean over the sequences;
+``ClippedPGLossFn`` multiplies ``[B, 1]`` by ``[B]`` there, and so sums over all pairs of a weight and a sample. A
+weight of the KL penalty that is not finite is 0 and has a gradient of 0; there it has a gradient of NaN.
 """
 
 from __future__ import annotations
@@ -29,17 +33,8 @@ class ClippedPGLoss:
     def __init__(self, cfg: Any, use_fused_linear_logprobs: bool = False) -> None:
         from nemo_rl.algorithms.loss.interfaces import LossInputType, LossType, MetricNormalizer
 
-        if cfg.positive_example_nll_weight:
-            raise ValueError(
-                "ClippedPGLoss: positive_example_nll_weight is not covered; set it to 0 or take ClippedPGLossFn"
-            )
-        if cfg.disable_ppo_ratio and (cfg.ratio_clip_c is not None or cfg.sequence_level_importance_ratios):
-            raise ValueError(
-                "ClippedPGLoss: disable_ppo_ratio has no ratio to clip or to average; set ratio_clip_c to null and"
-                " sequence_level_importance_ratios to false"
-            )
-        if cfg.sequence_level_importance_ratios and cfg.token_level_loss:
-            raise ValueError("ClippedPGLoss: sequence_level_importance_ratios needs token_level_loss false")
+        _check_loss(cfg)
+        _check_truncation(cfg)
         self.cfg = cfg
         self.use_fused_linear_logprobs = use_fused_linear_logprobs
         self.input_type = LossInputType.LOGPROB
@@ -112,11 +107,11 @@ class ClippedPGLoss:
     def _options(self) -> dict[str, Any]:
         """Of ``policy_loss``, without a bound of the log-ratio, as it has none."""
         cfg, bounds = self.cfg, (self.cfg.ratio_clip_min, self.cfg.ratio_clip_max)
-        if cfg.disable_ppo_ratio:  # -A log p
+        on_policy = cfg.force_on_policy_ratio  # by token, and 1, also without the ratio of PPO
+        if cfg.disable_ppo_ratio and not on_policy:  # -A log p
             return {"surrogate": "cispo", "cliprange": None}
         if cfg.use_cispo:
             return {"surrogate": "cispo", "cliprange": bounds, "log_ratio_clamp": None}
-        on_policy = cfg.force_on_policy_ratio  # by token, and 1
         level = "sequence" if cfg.sequence_level_importance_ratios and not on_policy else "token"
         clip = {"cliprange": None if on_policy else bounds, "dual_clip": cfg.ratio_clip_c}
         return clip | {"importance_sampling_level": level, "log_ratio_clamp": None}
@@ -127,24 +122,22 @@ class ClippedPGLoss:
         """Weights of the rollout, ``[B, T]``, and what share of tokens, or of rows, is out of bounds."""
         cfg, kind = self.cfg, self.cfg.truncated_importance_sampling_type
         bounds = (cfg.truncated_importance_sampling_ratio_min, cfg.truncated_importance_sampling_ratio)
-        level = "sequence" if cfg.sequence_level_importance_ratios else "token"
-        by_row = level == "sequence"
-        free, _, _ = importance_weights(old, generation, live, level=level, bounds=None, log_ratio_clamp=None)
-        if by_row:  # a number for the row, at its masked tokens too
-            free = free.amax(-1, keepdim=True).expand_as(free)
+        if cfg.sequence_level_importance_ratios:  # a sample's weight multiplies its log-ratio
+            scale = samples[:, None].to(old.dtype)
+            free = _ratio_of_rows("sequence", old * scale, generation * scale, live).expand_as(old)
+        else:
+            free, _, _ = importance_weights(old, generation, live, bounds=None, log_ratio_clamp=None)
+        free = _finite(free)
         if kind is None:
             return free, {}
         low = 0.0 if bounds[0] is None else bounds[0]
-        valid = live * samples[:, None]
         if kind == "seq-mask-tis":
-            _, kept, _ = importance_weights(
-                old, generation, live, level="geometric", mode="mask", bounds=bounds, log_ratio_clamp=None
-            )
-            inside = kept.any(-1)
-            share = (samples * ~inside).sum() / (seqs + TINY)
-            return free * inside[:, None], {"is_oob_ratio": share}
+            mean = _ratio_of_rows("geometric", _finite(old - generation), torch.zeros_like(old), live)
+            inside = (mean >= low) & (mean <= bounds[1])
+            share = (samples * ~inside[:, 0]).sum() / (seqs + TINY)
+            return free * inside, {"is_oob_ratio": share}
         inside = (free >= low) & (free <= bounds[1])
-        share = (valid * ~inside).sum() / (toks + TINY)
+        share = (live * samples[:, None] * ~inside).sum() / (toks + TINY)
         weights = free.clamp(low, bounds[1]) if kind == "tis" else torch.where(inside, free, 0.0)
         return weights, {"is_oob_ratio": share}
 
@@ -153,7 +146,8 @@ class ClippedPGLoss:
         both gradients, which those of ``policy_loss`` do not."""
         cfg = self.cfg
         base = generation if cfg.use_on_policy_kl_approximation else logprobs.detach()
-        ratio = torch.nan_to_num((logprobs - base).exp(), nan=0.0, posinf=0.0, neginf=0.0)
+        log_ratio = logprobs - base
+        ratio = torch.where(log_ratio.detach().exp().isfinite(), log_ratio, -torch.inf).exp()
         difference = reference - logprobs
         if cfg.kl_input_clamp_value is not None:
             bounded = difference.clamp(-cfg.kl_input_clamp_value, cfg.kl_input_clamp_value)
@@ -200,12 +194,87 @@ class ClippedPGLoss:
         return found
 
 
+def _finite(x: Tensor) -> Tensor:
+    """With 0 for what is not finite."""
+    return torch.nan_to_num(x, nan=0.0, posinf=0.0, neginf=0.0)
+
+
+def _ratio_of_rows(level: str, logprobs: Tensor, base: Tensor, live: Tensor) -> Tensor:
+    """``[B, 1]``, where ``importance_weights`` has it at valid tokens alone: 1 for a row without one."""
+    ratio, _, _ = importance_weights(logprobs, base, live, level=level, bounds=None, log_ratio_clamp=None)
+    return torch.where(live.any(-1, keepdim=True), ratio.amax(-1, keepdim=True), 1.0)
+
+
 def _estimate(difference: Tensor, kind: str) -> Tensor:
     """Of the divergence, by the reference's log-probability less the policy's."""
     if kind == "k1":
         return -difference
     if kind == "k2":
         return difference.square() / 2
-    if kind == "k3":
-        return difference.exp() - 1 - difference
-    raise ValueError(f"ClippedPGLoss: reference_policy_kl_type must be k1, k2 or k3, got {kind!r}")
+    return difference.exp() - 1 - difference
+
+
+def _check_loss(cfg: Any) -> None:
+    """Refuse what ``ClippedPGLossFn`` refuses, here or at its first step, and what our ops do not cover."""
+    by_rows, dual_clip = cfg.sequence_level_importance_ratios, cfg.ratio_clip_c
+    if cfg.positive_example_nll_weight:
+        raise ValueError(
+            "ClippedPGLoss: positive_example_nll_weight is not covered; set it to 0 or take ClippedPGLossFn"
+        )
+    if cfg.use_cispo:
+        for name, needed, word in (
+            ("disable_ppo_ratio", False, "false"),
+            ("force_on_policy_ratio", False, "false"),
+            ("sequence_level_importance_ratios", False, "false"),
+            ("ratio_clip_c", None, "null"),
+            ("token_level_loss", True, "true"),
+        ):
+            if getattr(cfg, name) != needed:
+                raise ValueError(
+                    f"ClippedPGLoss: use_cispo needs {name} {word}, got {getattr(cfg, name)}; set it to {word}, or"
+                    " use_cispo to false"
+                )
+    if cfg.disable_ppo_ratio and (dual_clip is not None or by_rows):
+        raise ValueError(
+            "ClippedPGLoss: disable_ppo_ratio has no ratio to clip or to average; set ratio_clip_c to null and"
+            " sequence_level_importance_ratios to false"
+        )
+    if by_rows and cfg.token_level_loss:
+        raise ValueError("ClippedPGLoss: sequence_level_importance_ratios needs token_level_loss false")
+    if dual_clip is not None and not dual_clip > 1:
+        raise ValueError(f"ClippedPGLoss: ratio_clip_c must be above 1, or null for no dual clip, got {dual_clip}")
+    if cfg.reference_policy_kl_type not in ("k1", "k2", "k3"):
+        raise ValueError(
+            f"ClippedPGLoss: reference_policy_kl_type must be k1, k2 or k3, got {cfg.reference_policy_kl_type!r}"
+        )
+
+
+def _check_truncation(cfg: Any) -> None:
+    """Refuse a truncation that would not be done as it is set."""
+    prefix, kind = "truncated_importance_sampling", cfg.truncated_importance_sampling_type
+    low, high = cfg.truncated_importance_sampling_ratio_min, cfg.truncated_importance_sampling_ratio
+    if kind is None:
+        if low is not None or high is not None:
+            raise ValueError(
+                f"ClippedPGLoss: {prefix}_ratio {high} and {prefix}_ratio_min {low} are read with {prefix}_type alone;"
+                " set it to tis, icepop or seq-mask-tis, or both of them to null"
+            )
+        return
+    if kind not in ("tis", "icepop", "seq-mask-tis"):
+        raise ValueError(f"ClippedPGLoss: {prefix}_type must be tis, icepop, seq-mask-tis or null, got {kind!r}")
+    if not cfg.use_importance_sampling_correction:
+        raise ValueError(
+            f"ClippedPGLoss: {prefix}_type {kind} needs use_importance_sampling_correction true; set it, or the type to"
+            " null"
+        )
+    if high is None or not high > 0:
+        raise ValueError(f"ClippedPGLoss: {prefix}_ratio must be above 0 with {prefix}_type {kind}, got {high}")
+    if low is None and kind != "tis":
+        raise ValueError(f"ClippedPGLoss: {prefix}_ratio_min must be set with {prefix}_type {kind}, got None")
+    if low is not None and not low <= high:
+        raise ValueError(f"ClippedPGLoss: {prefix}_ratio_min must be at most {prefix}_ratio {high}, got {low}")
+    if kind == "seq-mask-tis" and cfg.sequence_level_importance_ratios:
+        raise ValueError(
+            f"ClippedPGLoss: {prefix}_type seq-mask-tis weighs by token, got sequence_level_importance_ratios true; set"
+            " it to false, or the type to tis or icepop"
+        )

@@ -24,7 +24,8 @@ def compute_advantages_and_returns(args: Namespace, rollout_data: dict[str, Any]
     """Fill in ``advantages`` and ``returns`` of "ppo" (GAE) and "reinforce_plus_plus" (discounted returns).
 
     The other estimators spread one number over a response: there is no function to pass for them. Responses that
-    context parallelism cuts into pieces are refused. slime whitens afterwards, if it is told to.
+    context parallelism cuts into pieces are refused, and so is one that has no token for its reward. slime whitens
+    afterwards, if it is told to.
     """
     estimator = args.advantage_estimator
     if estimator not in ("ppo", "reinforce_plus_plus"):
@@ -38,6 +39,16 @@ def compute_advantages_and_returns(args: Namespace, rollout_data: dict[str, Any]
             " --context-parallel-size 1 or leave --custom-advantage-function-path out"
         )
     lengths = [kl.numel() for kl in rollout_data["kl"]]
+    if 0 in lengths:
+        raise ValueError(
+            f"compute_advantages_and_returns: response {lengths.index(0)} of {len(lengths)} has no tokens to bear its"
+            " reward; leave it out of the rollout"
+        )
+    if len(rollout_data["rewards"]) != len(lengths):
+        raise ValueError(
+            f"compute_advantages_and_returns: {len(lengths)} responses need a reward each, got"
+            f" {len(rollout_data['rewards'])}"
+        )
     kl = torch.cat(rollout_data["kl"]).float()
     starts = torch.tensor([0, *accumulate(lengths)], device=kl.device)
     scores = torch.as_tensor(rollout_data["rewards"], dtype=kl.dtype, device=kl.device)
@@ -57,7 +68,14 @@ def compute_advantages_and_returns(args: Namespace, rollout_data: dict[str, Any]
 
 
 def _last_of_rows(mask: Tensor, starts: Tensor) -> Tensor:
-    """Where the last valid token of each row is."""
+    """Where the last valid token of each row is; this synchronises once, where slime does for every response."""
     positions = torch.arange(mask.numel(), device=mask.device)
     rows = torch.searchsorted(starts, positions, right=True) - 1
-    return starts[:-1].scatter_reduce(0, rows, torch.where(mask != 0, positions, 0), "amax")
+    nowhere = torch.full_like(starts[:-1], -1)
+    last = nowhere.scatter_reduce(0, rows, torch.where(mask != 0, positions, -1), "amax")
+    if masked := (last < 0).nonzero().flatten().tolist():
+        raise ValueError(
+            f"compute_advantages_and_returns: response {masked[0]} of {len(last)} is fully masked and has no token to"
+            " bear its reward; leave it out of the rollout"
+        )
+    return last
