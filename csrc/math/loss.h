@@ -19,7 +19,8 @@ PPO_INLINE NormalizedLoss normalize_loss(double total, double normalizer) {
 // The larger of two numbers, NaN if one of them is.
 template <class T>
 PPO_INLINE T max_or_nan(T a, T b) {
-  return !(b <= a) && a == a ? b : a;
+  const T larger = b <= a ? a : b;
+  return a == a ? larger : a;
 }
 
 }  // namespace ppo

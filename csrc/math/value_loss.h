@@ -15,19 +15,21 @@ struct ValueTerm {
 };
 
 // With an infinite clip the two terms are equal and the result is the plain squared error. Ties and NaN as autograd has
-// them: max gives each side half, or all of it if one is NaN, and clamp nothing beyond its bounds.
+// them: max gives each side half, or all of it if one is NaN, and clamp nothing beyond its bounds. Every choice is a
+// select between two values at hand: gcc turns no nested one into vectors.
 template <class T>
 PPO_INLINE ValueTerm<T> value_term(T value, T old, T target, T clip) {
   const bool off = clip == std::numeric_limits<T>::infinity();
   const T low = off ? -clip : old - clip, high = off ? clip : old + clip;
-  const T within = value < low ? low : (value > high ? high : value);
+  const T below_high = value > high ? high : value, within = value < low ? low : below_high;
   const T bounded = low == low ? within : low;  // a NaN among the old values must show
   const T error = value - target, bounded_error = bounded - target;
   const T plain = error * error, clipped = bounded_error * bounded_error;
-  const T share = plain < clipped ? T(0) : (plain == clipped ? T(0.5) : T(1));
-  const T bounded_share = clipped < plain ? T(0) : (plain == clipped ? T(0.5) : T(1));
-  const T from_bounded = value >= low ? (value <= high ? bounded_share * bounded_error : T(0)) : T(0);
-  return {T(0.5) * max_or_nan(plain, clipped), share * error + from_bounded, clipped > plain ? T(1) : T(0)};
+  const T tie = plain == clipped ? T(0.5) : T(0), less = plain < clipped ? T(1) : T(0),
+          more = plain > clipped ? T(1) : T(0);
+  const T slope = (T(1) - more - tie) * bounded_error, not_below = value >= low ? slope : T(0);
+  const T from_bounded = value <= high ? not_below : T(0);
+  return {T(0.5) * max_or_nan(plain, clipped), (T(1) - less - tie) * error + from_bounded, less};
 }
 
 // ValueStats, in its order.
