@@ -79,7 +79,9 @@ class Results:
         self.lines = [line for line in lines if line.axis != "threads"]
         self.threads = [line for line in lines if line.axis == "threads"]
         first = data["benchmarks"][0]["extra_info"] if data["benchmarks"] else {}
-        self.versions = {name: first.get(name, "") for name in ("torch", "ppo_kernels", "commit", "threads")}
+        self.versions = {name: first.get(name, "") for name in ("torch", "ppo_kernels", "threads")}
+        commits = dict.fromkeys(bench["extra_info"].get("commit", "") for bench in data["benchmarks"])
+        self.versions["commit"] = ", ".join(commits)  # rows that were measured again are of a later one
 
     @property
     def wrong(self) -> list[Bench]:
