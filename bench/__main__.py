@@ -35,7 +35,7 @@ def options() -> argparse.Namespace:
     for name, text in (
         ("small", "small shapes, 3 minutes; the default"),
         ("quick", "the shapes of the targets without other libraries, 2 minutes"),
-        ("full", "the shapes of the targets, and more points of the scaling lines, 5 minutes"),
+        ("full", "the shapes of the targets, and more points of the scaling lines, 20 minutes"),
         ("gpu", "the shapes of the GPU table"),
         ("tiny", "every row of the GPU table once at a tiny shape, on any device: its times mean nothing"),
     ):
