@@ -10,6 +10,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
+from matplotlib.ticker import NullFormatter, ScalarFormatter
 
 from bench.results import MIB, Line, Results, duration, exponents, seconds, small_call, times
 from bench.rows import OURS, PROVIDERS
@@ -74,10 +75,33 @@ def speedups(results: Results, path: Path, groups: list[str]) -> Path:
         ax.set_xlabel("time per call, seconds (log scale; shorter is better)", fontsize=7.5)
         ax.tick_params(labelsize=8)
         ax.spines[["top", "right"]].set_visible(False)
+        ax.xaxis.set_minor_formatter(NullFormatter())
         ax.set_yticks(range(len(names)), [f"ppo_kernels ({name})" if name in OURS else name for name in names])
         for label, name in zip(ax.get_yticklabels(), names, strict=True):
             label.set_fontweight("bold" if name in OURS else "normal")
     return _save(figure, path, f"Time per call, and how many times ours ({_caption(results)})", top=0.985)
+
+
+def overview(results: Results, path: Path, groups: list[str]) -> Path:
+    """All rows in one panel: how many times longer than ours everyone takes."""
+    figure, ax = plt.subplots(figsize=(10, 0.24 * len(groups) + 1.6))
+    names = [name for name in PROVIDERS if name in COLOURS and name not in (*OURS, "reference")]
+    for name in names:
+        points = [(results.ratio(group, name), i) for i, group in enumerate(groups)]
+        found = [(ratio, i) for ratio, i in points if ratio is not None]
+        if found:
+            xs, ys = zip(*found, strict=True)
+            ax.scatter(xs, ys, s=34, color=COLOURS[name], label=name, zorder=3)
+    ax.axvline(1.0, color=COLOURS["cpu"], lw=2)
+    ax.set_xscale("log")
+    ax.xaxis.set_major_formatter(ScalarFormatter())
+    ax.set_yticks(range(len(groups)), groups, fontsize=8)
+    ax.set_ylim(len(groups) - 0.4, -0.6)
+    ax.set_xlabel("times as long as ppo_kernels, log scale (the green line is ours)", fontsize=9)
+    ax.grid(axis="x", alpha=0.3)
+    ax.spines[["top", "right"]].set_visible(False)
+    ax.legend(fontsize=8, loc="lower right")
+    return _save(figure, path, f"How much longer others take ({_caption(results)})", top=0.99)
 
 
 def rooflines(results: Results, path: Path) -> Path:
@@ -135,6 +159,8 @@ def _log_axes(ax: Axes, title: str, x: str, y: str) -> None:
 def draw(results: Results, folder: Path) -> dict[str, Path]:
     """Every figure that the results have the rows for, by title."""
     figures = {}
+    if large := [group for group in results.groups if not small_call(group) and results.ours(group)]:
+        figures["How much longer others take"] = overview(results, folder / "overview.png", large)
     for title, name, small in (
         ("Speed against everyone else", "speed.png", False),
         ("Small calls: what a call costs when there is nothing to compute", "small_calls.png", True),

@@ -71,8 +71,8 @@ def test_report_and_targets(tiny, tmp_path):
     assert "not measured" in run.stdout
     written = (tmp_path / "report.md").read_text()
     assert "## Speed" in written
-    assert written.count("](") == 2  # figures of speed and of small calls: no scaling rows here
-    assert all((tmp_path / name).stat().st_size > 10000 for name in ("speed.png", "small_calls.png"))
+    assert written.count("](") == 3  # the overview, speed and small calls: no scaling rows here
+    assert all((tmp_path / name).stat().st_size > 10000 for name in ("overview.png", "speed.png", "small_calls.png"))
 
 
 def test_a_report_of_rows_without_ours_is_written(tiny, tmp_path):
