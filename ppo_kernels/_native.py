@@ -26,7 +26,7 @@ from ppo_kernels._source_hash import source_hash
 
 logger = logging.getLogger("ppo_kernels")
 
-REBUILD = "pip install --no-build-isolation -e ."
+REBUILD = "pip install -e ."
 
 CPU_ERROR: Exception | None = None
 CUDA_ERROR: Exception | None = None

@@ -118,7 +118,7 @@ def test_report_from_a_folder_that_was_never_built(tmp_path: Path) -> None:
     copy = copy_of_the_package(tmp_path, "*.so")
     report = run("-m", "ppo_kernels.env", cwd=tmp_path)
     assert "the C++ ops are not built in" in report
-    assert "build them with: pip install --no-build-isolation -e ." in report
+    assert "build them with: pip install -e ." in report
     assert "gae                  cpu: torch   cuda: triton > torch" in report
 
     (copy / "ops.cpp").unlink()
