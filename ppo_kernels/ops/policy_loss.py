@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ppo_kernels._types import KL_ESTIMATORS, RATIO_LEVELS, SURROGATES, PolicyStats, wide_dtype
+from ppo_kernels._types import KL_ESTIMATORS, RATIO_LEVELS, SURROGATES, PolicyStats
 from ppo_kernels.backends import register
 from ppo_kernels.ops import _fakes
 from ppo_kernels.ops._autograd import first_order_only, fused_loss, has_tangent
+from ppo_kernels.ops._entropy import with_entropy
 from ppo_kernels.ops._inputs import (
     Tokens,
     bound,
@@ -25,7 +26,6 @@ from ppo_kernels.ops._inputs import (
 )
 from ppo_kernels.ops._public import public
 from ppo_kernels.reference import policy_loss as reference
-from ppo_kernels.reference.rows import find_rows, scalar, scaled_or_off, spread, valid_tokens
 
 
 def _triton_kernel():
@@ -207,13 +207,15 @@ def policy_loss(
         number, on_device = number_or_tensor(op, "entropy_coef", entropy_coef, device)
         scale = tokens.normalizer(entropy_normalizer, "entropy_normalizer")
         of_entropy = {
-            "entropy": first_order_only(op, tokens.cast(entropy)),
+            "entropy": tokens.cast(entropy),
             "entropy_coef": number if on_device is None else on_device,
             "entropy_normalizer": normalizer if scale is None else scale,
         }
 
     impl = _POLICY_LOSS.choose(impl, logprobs.device.type, tokens.dtype)
     if impl == "torch" or has_tangent(logprobs):
+        if entropy is not None:
+            of_entropy["entropy"] = first_order_only(op, of_entropy["entropy"])
         return _POLICY_LOSS.reference(
             first_order_only(op, logprobs), old_logprobs, advantages, mask,
             surrogate=surrogate, importance_sampling_level=importance_sampling_level,
@@ -224,56 +226,15 @@ def policy_loss(
             row_weight=row_weight, normalizer=normalizer, cu_seqlens=tokens.cu_seqlens,
         )  # fmt: skip
     rows = (row_weight, normalizer, tokens.cu_seqlens, coef_tensor)
-    found = _fused(impl, logprobs, old_logprobs, advantages, mask, weights, ref_logprobs, *rows, *options)
-    return found if entropy is None else _with_entropy(found, tokens.cu_seqlens, mask, row_weight, **of_entropy)
+    loss, stats = _fused(impl, logprobs, old_logprobs, advantages, mask, weights, ref_logprobs, *rows, *options)
+    if entropy is None:
+        return loss, stats
+    return with_entropy(op, loss, stats, tokens.cu_seqlens, mask, row_weight, **of_entropy)
 
 
 def _fused(impl: str, logprobs: Tensor, *arguments: object) -> tuple[Tensor, PolicyStats]:
     loss, stats = fused_loss(_POLICY_LOSS, impl, logprobs, arguments)
     return loss, PolicyStats(*stats)
-
-
-def _with_entropy(
-    found: tuple[Tensor, PolicyStats],
-    cu_seqlens: Tensor | None,
-    mask: Tensor | None,
-    row_weight: Tensor | None,
-    *,
-    entropy: Tensor,
-    entropy_coef: float | Tensor,
-    entropy_normalizer: Tensor | None,
-) -> tuple[Tensor, PolicyStats]:
-    """Loss and statistics with those of the entropy. It is linear, so that two passes of torch's own operations are
-    all there is to it, under every transform; a kernel has nothing to add."""
-    loss, stats = found
-    weight = None
-    if cu_seqlens is None:
-        valid = None if mask is None else mask.bool()
-        if row_weight is not None:
-            weight = row_weight[:, None].expand_as(entropy)
-    else:
-        rows = find_rows(entropy, cu_seqlens)
-        valid = valid_tokens(entropy, mask, rows)
-        if row_weight is not None:
-            weight = spread(row_weight, rows)
-    x = entropy if valid is None else torch.where(valid, entropy, 0.0)
-    if weight is not None and valid is not None:
-        weight = torch.where(valid, weight, 0.0)
-    total = _total(x if weight is None else x * weight)
-    count = stats.count.to(total.dtype)
-    scale = count if entropy_normalizer is None else entropy_normalizer
-    bonus = torch.where(scale == 0, 0.0, total) * torch.where(scale == 0, 0.0, 1.0 / scale)
-    bonus = scaled_or_off(scalar(entropy_coef, loss).to(bonus.dtype), bonus)
-    with torch.no_grad():
-        mean = torch.where(count > 0, (total if weight is None else _total(x)) / count, 0.0)
-    return (loss - bonus).to(loss.dtype), stats._replace(entropy=mean.detach().to(loss.dtype))
-
-
-def _total(x: Tensor) -> Tensor:
-    """The sum of all elements, in pieces that do not depend on the number of threads."""
-    n = x.numel() // 1024
-    whole, rest = x.reshape(-1).split((n * 1024, x.numel() - n * 1024))
-    return whole.unflatten(0, (n, 1024)).sum(1).to(wide_dtype(x.device)).sum() + rest.sum()
 
 
 def _refuse_combinations(surrogate: str, level: str, dual_clip: float, delta: float, unbiased_kl: bool) -> None:
