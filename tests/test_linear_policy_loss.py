@@ -22,7 +22,7 @@ def make(dtype=torch.float32, seed=0):
     x = {name: t.to(dtype) for name, t in x.items()} | {"bias": torch.randn(V, generator=g).to(dtype)}
     labels = torch.randint(V, (B, T), generator=g)
     labels[0, :2], labels[1, 2] = torch.tensor([V - 1, 0]), -100
-    mask = torch.rand(B, T, generator=g) < 0.8
+    mask = torch.rand(B, T, generator=g) < 0.6  # fewer than H: the weight waits for the backward
     logp = linear_token_logprobs(**x, labels=labels, impl="torch").float()
     given = {"old_logprobs": logp + 0.3 * torch.randn(B, T, generator=g), "advantages": torch.randn(B, T, generator=g)}
     return x, labels, given, mask
@@ -191,6 +191,29 @@ def test_three_products_of_the_rows_that_count(require_impl, frozen):
     assert sorted(products(call)) == sorted(wanted)
     for name, x in leaves.items():
         assert (x.grad is None) == (name in frozen)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("width", [4, 64])
+def test_the_weight_waits_for_the_backward_where_the_logits_are_smaller(require_impl, width, dtype):
+    """Its product is then the third, and until then there is the gradient of the logits in place of that of it."""
+    require_impl(OP, "cpu")
+    rows, vocab, found = 16, 1000, []
+    hidden, weight = torch.randn(2, 8, width).to(dtype), torch.randn(vocab, width).to(dtype)
+    leaves = [hidden.requires_grad_(), weight.requires_grad_()]
+    labels, old = torch.randint(vocab, (2, 8)), torch.randn(2, 8) - 8
+
+    def call(**more):
+        return linear_policy_loss(*leaves, labels, old, old, impl="cpu", **more)[0]
+
+    assert len(products(lambda: found.append(call()))) == 3 - (width == 64)
+    assert len(products(lambda: found.append(torch.autograd.grad(found[0], leaves)))) == (width == 64)
+    blocks = torch.autograd.grad(call(memory_mib=0.1), leaves)
+    for x, y in zip(found[1], blocks, strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-4 if dtype == torch.float32 else 1e-2, atol=1e-6)
+    if dtype == torch.float32:  # else there is a copy of the weight
+        of_weight = vocab * width * 4 if width < rows else 0
+        assert peak_extra(lambda: found.append(call())) <= rows * vocab * 4 + of_weight + 2**16 < vocab * 64 * 4
 
 
 def test_what_is_masked_reaches_nothing(impl):

@@ -13,15 +13,15 @@ from ppo_kernels import backends
 from ppo_kernels._compositions import compose
 from ppo_kernels._registered import Refusal, not_a_graph
 from ppo_kernels._types import PolicyStats, compute_dtype, wide_dtype
-from ppo_kernels.ops._autograd import has_tangent, is_batch, once, recorded, transformed
-from ppo_kernels.ops._head import CountedRows, Gradients, Head, released, rounded, spread
+from ppo_kernels.ops._autograd import has_tangent, once, recorded, transformed
+from ppo_kernels.ops._head import CountedRows, Gradients, Head, product_of_rows, released, rounded, spread
 from ppo_kernels.ops._head_inputs import (
     check_head,
     check_logits_dtype,
     head_numbers,
     memory_bytes,
 )
-from ppo_kernels.ops._inputs import check_floating, to_mask
+from ppo_kernels.ops._inputs import check_floating, keepable, to_mask
 from ppo_kernels.ops._logits_inputs import ANY_LABEL, check_shard, check_values
 from ppo_kernels.ops._public import public, refuse_tangents
 from ppo_kernels.ops.linear_token_logprobs import linear_token_logprobs
@@ -92,12 +92,18 @@ def _in_blocks(
     loss: _Loss,
     needs: Sequence[bool],
     impl: str,
-) -> tuple[Tensor, Gradients]:
+) -> tuple[Tensor, Gradients, tuple[Tensor, Tensor] | None]:
     """Log-probabilities of the rows that count, and the gradients before the normalizer: all logits of some rows, then
-    in place what the loss makes of them, which asks for nothing but these rows."""
+    in place what the loss makes of them, which asks for nothing but these rows.
+
+    Where these are all rows, and fewer than the weight's columns, the gradient of the logits is kept for the backward,
+    with the hidden states, in place of that of the weight: it is smaller.
+    """
     temperatures, temperature, ignore_index = numbers
-    gradients = Gradients(head, rows, needs, rounded=False)
     tiling = head.tiling(rows, memory, all_columns=True)
+    later = needs[1] and 0 < len(rows) <= min(tiling.rows, head.width)
+    now = (needs[0], needs[1] and not later, needs[2])
+    gradients = Gradients(head, rows, now, rounded=False)
     buffer, y, found = head.buffer(tiling.rows, head.vocab), rows.pick(labels), []
     taus = rows.pick(temperatures)
     forward, backward = backends.op("token_logprobs"), backends.op("token_logprobs_backward_")
@@ -117,10 +123,11 @@ def _in_blocks(
         if slope is not None:
             tile.mul_(slope)
         del slope  # before there is another
-        for columns in tiling.slabs(head.vocab):
+        for columns in tiling.slabs(head.vocab) if any(now) else ():
             into = gradients.begin(columns)
             gradients.add(tile[:, columns], x, head.weight_of(columns), block, columns, into)
-    return torch.cat([*found, labels.new_empty(0, dtype=head.dtype)]), gradients
+    kept = (tile, keepable(x)) if later else None
+    return torch.cat([*found, labels.new_empty(0, dtype=head.dtype)]), gradients, kept
 
 
 def _computed(
@@ -136,11 +143,13 @@ def _computed(
     rows = CountedRows(hidden, labels, mask, numbers[-1])
     loss = _Loss(rows, *loss_inputs)
     with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
-        found, gradients = _in_blocks(head, rows, labels, numbers, memory, loss, needs, impl)
+        found, gradients, kept = _in_blocks(head, rows, labels, numbers, memory, loss, needs, impl)
         logprobs = hidden.new_zeros(labels.shape, dtype=head.dtype)
         rows.put(logprobs, found)
         value, stats = loss.whole(logprobs)
-    totals = (gradients.hidden, gradients.weight, gradients.bias, loss.inverse_normalizer(len(rows)))
+    totals = (
+        gradients.hidden, gradients.weight, gradients.bias, *(kept or (None, None)), loss.inverse_normalizer(len(rows)),
+    )  # fmt: skip
     return (value, stats, logprobs.to(value.dtype)), rows, totals
 
 
@@ -150,7 +159,7 @@ class _EagerLoss(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         needs = ctx.needs_input_grad[:3]
         (value, stats, logprobs), rows, totals = _computed(needs, hidden, weight, bias, *rest)
-        ctx.at, ctx.all = rows.at, rows.all
+        ctx.at, ctx.all, ctx.shape, ctx.dtype = rows.at, rows.all, weight.shape, compute_dtype(hidden, weight, bias)
         leaves = (x if needed else None for x, needed in zip((hidden, weight, bias), needs, strict=True))
         ctx.save_for_backward(*leaves, *totals)
         ctx.mark_non_differentiable(logprobs, *stats)
@@ -163,22 +172,21 @@ class _EagerLoss(torch.autograd.Function):
         if grad_loss is None:
             return None, None, None, *none
         refuse_tangents("linear_policy_loss", grad_loss)
-        *inputs, of_hidden, of_weight, of_bias, inverse = ctx.saved_tensors
+        *inputs, of_hidden, of_weight, of_bias, of_logits, x, inverse = ctx.saved_tensors
         hidden, weight, bias = inputs
-        if of_weight is not None and weight.shape != of_weight.shape:
+        if weight is not None and weight.shape != ctx.shape:
             raise RuntimeError(f"linear_policy_loss: {released(weight)}")
-        again = is_batch(grad_loss) or _may_come_again()
-        with torch.no_grad():
-            scale: Tensor | None = grad_loss * inverse
-            if not again:
-                for total in (of_hidden, of_weight, of_bias):
-                    if total is not None:
-                        total.mul_(scale)
-                scale = None
+        over = not _may_come_again()
+        with torch.no_grad(), torch.autocast(grad_loss.device.type, enabled=False):
+            scale = grad_loss * inverse
+            if of_logits is not None:
+                of_weight = product_of_rows(of_logits, x, ctx.shape, weight.dtype, ctx.dtype, scale)
+            elif of_weight is not None:
+                of_weight = rounded(of_weight, weight.dtype, scale, over=over)
             grads = (
-                None if of_hidden is None else spread(of_hidden, ctx.at, ctx.all, hidden, scale),
-                None if of_weight is None else rounded(of_weight, weight.dtype, scale),
-                None if of_bias is None else rounded(of_bias, bias.dtype, scale),
+                None if of_hidden is None else spread(of_hidden, ctx.at, ctx.all, hidden, scale, over=over),
+                of_weight,
+                None if of_bias is None else rounded(of_bias, bias.dtype, scale, over=over),
             )
         return *(None if g is None else once("linear_policy_loss", g, *inputs, grad_loss) for g in grads), *none
 
