@@ -174,7 +174,9 @@ def trl_loss(batch: Batch, loss_type: str, level: str = "token", of: str = "grpo
     weights = options.pop("weights", None)
     high = options.pop("epsilon_high", HIGH)
     beta, entropy_coef = options.pop("beta", 0.0), options.pop("entropy_coef", 0.0)
-    one_process = SimpleNamespace(gather=lambda x: x, reduce=lambda x, reduction: x, num_processes=1)
+    one_process = SimpleNamespace(
+        gather=lambda x: x, reduce=lambda x, reduction: x, num_processes=1, sync_gradients=False
+    )
     trainer = SimpleNamespace(
         aux_loss_enabled=False, top_entropy_quantile=1.0, off_policy_mask_threshold=None, use_vllm=weights is not None,
         vllm_importance_sampling_correction=True, _entropy_bonus_enabled=entropy_coef != 0, entropy_coef=entropy_coef,

@@ -44,7 +44,8 @@ def bonus_of(batch: Batch) -> dict:
 
 
 def bonus_by_tokens(batch: Batch) -> dict:
-    return bonus_of(batch) | {"entropy_normalizer": batch.mask.sum()}
+    """Its mean over the tokens, where every row has the weight 1 / T."""
+    return bonus_of(batch) | {"entropy_normalizer": batch.mask.sum() / batch.mask.size(1)}
 
 
 def at_1(batch: Batch) -> dict:
