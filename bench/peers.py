@@ -3,63 +3,124 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cache, partial
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import PackageNotFoundError, distribution, version
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
+from torch import Tensor
+
 from bench import peer_calls as calls
 from bench.cases import DEVICE, Inputs
-from bench.peer_calls import AbsentError, Call
+from bench.source import functions
 
 FOLDER = Path(__file__).parent.parent / "build" / "peers"
 if FOLDER.is_dir() and str(FOLDER) not in sys.path:
     sys.path.append(str(FOLDER))  # last: what the environment brings comes first
 
+Call = Callable[[], object]
+
+
+class AbsentError(Exception):
+    """Why a provider has no row."""
+
 
 @dataclass(frozen=True)
 class Peer:
     package: str  # on PyPI
-    load: Callable[[], SimpleNamespace | ModuleType]
-    how: str  # what is loaded
+    load: Callable[[], SimpleNamespace]
     works: dict[str, Callable[..., Call]]
+    how: str = "imported"  # what is loaded
     device: str | None = None  # the only device type that it serves
 
 
-def imported(module: str) -> Callable[[], ModuleType]:
-    return partial(importlib.import_module, module)
+def imported(*modules: str) -> SimpleNamespace:
+    """All names of these modules."""
+    return SimpleNamespace(
+        **{name: x for module in modules for name, x in vars(importlib.import_module(module)).items()}
+    )
 
 
-LOGPROBS, ENTROPY, BACKWARD = "token_logprobs", "token_logprobs + entropy", "token_logprobs fwd+bwd"
-FROM_LOGITS = "token_logprobs + policy_loss fwd+bwd"
-LINEAR, LINEAR_BACKWARD = "linear_token_logprobs", "linear_token_logprobs fwd+bwd"
-LINEAR_LOSS = "linear_policy_loss fwd+bwd"
+def read(package: str, files: dict[str, str], modules: str = "", **given: object) -> SimpleNamespace:
+    """Functions of files of a package that cannot be imported.
+
+    Each file has those of the files before it, by their names and as the ``modules`` that it imports them from.
+    """
+    found = SimpleNamespace()
+    given |= dict.fromkeys(modules.split(), found)
+    for file, names in files.items():
+        vars(found).update(functions(package, file, *names.split(), **given, **vars(found)))
+    return found
+
+
+def cross_entropy(name: str, **options: object) -> Callable[..., Call]:
+    """A library's function of this name: minus the log-probabilities of the labels."""
+
+    def work(library: SimpleNamespace, **inputs: Tensor) -> Call:
+        function, arguments = getattr(library, name), tuple(inputs.values())
+        return lambda: -function(*arguments, **options)
+
+    return work
+
+
+def load_trl() -> SimpleNamespace:
+    # What the backward imports of the package: a context for weights that ZeRO-3 has parted.
+    utils = sys.modules["bench_trl.trainer.utils"] = ModuleType("bench_trl.trainer.utils")
+    utils.maybe_gather_lm_head_ctx = lambda *_parameters: nullcontext()
+    given: dict[str, object] = {"__package__": "bench_trl.kernels"}
+    if importlib.util.find_spec("triton"):
+        # This file imports nothing of its package, and Triton wants its kernels in a real file.
+        path = distribution("trl").locate_file("trl/kernels/logprob_entropy.py")
+        spec = importlib.util.spec_from_file_location("bench_trl", path)
+        fused = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(fused)
+        given["_fused_logprob_entropy"] = fused.selective_log_softmax_and_entropy
+    files = {
+        "trl/kernels/chunked_logprob.py": "ChunkedLogProbFunction _use_triton",
+        "trl/trainer/utils.py": "selective_log_softmax entropy_from_logits selective_log_softmax_and_entropy",
+    }
+    return read("trl", files, **given)
+
+
+LOGPROBS = FORWARD, BACKWARD = "token_logprobs", "token_logprobs fwd+bwd"
+LINEAR = "linear_token_logprobs", "linear_token_logprobs fwd+bwd"
+ENTROPY, FROM_LOGITS = "token_logprobs + entropy", "token_logprobs + policy_loss fwd+bwd"
 
 #: In the order of the report's columns.
 PEERS = {
     "TRL": Peer(
         "trl",
-        calls.load_trl,
+        load_trl,
+        dict.fromkeys(LOGPROBS, calls.trl_logprobs)
+        | dict.fromkeys(LINEAR, calls.trl_linear)
+        | {ENTROPY: calls.trl_entropy, "linear_policy_loss fwd+bwd": calls.trl_linear_policy_loss},
         "functions of trl/trainer/utils.py and trl/kernels (the package imports accelerate and datasets)",
-        {
-            LOGPROBS: calls.trl_logprobs,
-            BACKWARD: calls.trl_logprobs,
-            ENTROPY: calls.trl_entropy,
-            LINEAR: calls.trl_linear,
-            LINEAR_BACKWARD: calls.trl_linear,
-            LINEAR_LOSS: calls.trl_linear_policy_loss,
-        },
     ),
     "verl": Peer(
         "verl",
-        calls.load_verl,
-        "functions of torch_functional.py, core_algos.py and ray_trainer.py (the package imports ray and tensordict)",
+        partial(
+            read,
+            "verl",
+            {
+                "verl/utils/torch_functional.py": "logprobs_from_logits entropy_from_logits masked_sum masked_mean "
+                "masked_whiten clip_by_value",
+                "verl/trainer/ppo/core_algos.py": "compute_gae_advantage_return compute_value_loss kl_penalty "
+                "compute_policy_loss_vanilla compute_policy_loss_gspo compute_policy_loss_dppo_tv FixedKLController "
+                "compute_grpo_outcome_advantage compute_gdpo_outcome_advantage",
+                "verl/trainer/ppo/rollout_corr_helper.py": "compute_rollout_correction_weights",
+                "verl/trainer/ppo/ray_trainer.py": "apply_kl_penalty",
+            },
+            modules="verl_F core_algos",
+            AlgoConfig=type("AlgoConfig", (), {}),  # what the config must not be
+            ActorConfig=calls.VerlConfig,  # what some want it to be
+        ),
         {
-            LOGPROBS: calls.verl_logprobs,
-            BACKWARD: calls.verl_logprobs,
+            **dict.fromkeys(LOGPROBS, calls.verl_logprobs),
             ENTROPY: calls.verl_entropy,
             FROM_LOGITS: calls.verl_from_logits,
             "gae + whiten": calls.verl_gae,
@@ -75,70 +136,83 @@ PEERS = {
             "group_advantages grpo": calls.verl_group_advantages,
             "group_advantages gdpo": calls.verl_group_advantages,
         },
+        "functions of torch_functional.py, core_algos.py and ray_trainer.py (the package imports ray and tensordict)",
     ),
     "OpenRLHF": Peer(
         "openrlhf",
-        calls.load_openrlhf,
-        "functions of models/utils.py, models/loss.py and experience_maker.py (the package imports deepspeed and vLLM)",
+        partial(
+            read,
+            "openrlhf",
+            {
+                "openrlhf/models/utils.py": "log_probs_from_logits compute_approx_kl compute_reward masked_mean",
+                "openrlhf/models/loss.py": "PolicyLoss ValueLoss",
+                "openrlhf/trainer/ppo_utils/experience_maker.py": "RemoteExperienceMaker.get_advantages_and_returns",
+            },
+        ),
         {
-            LOGPROBS: calls.openrlhf_logprobs,
-            BACKWARD: calls.openrlhf_logprobs,
+            **dict.fromkeys(LOGPROBS, calls.openrlhf_logprobs),
             "gae": calls.openrlhf_gae,
             "kl_rewards k1": partial(calls.openrlhf_rewards, estimator="k1"),
             "kl_rewards k3": partial(calls.openrlhf_rewards, estimator="k3"),
             "policy_loss fwd+bwd": calls.openrlhf_policy_loss,
             "value_loss fwd+bwd": calls.openrlhf_value_loss,
         },
+        "functions of models/utils.py, models/loss.py and experience_maker.py (the package imports deepspeed and vLLM)",
     ),
     "SkyRL": Peer(
         "skyrl",
-        calls.load_skyrl,
-        "functions of torch_utils.py and ppo_utils.py (the package imports ray)",
+        partial(
+            read,
+            "skyrl",
+            {
+                "skyrl/backends/skyrl_train/utils/torch_utils.py": "logprobs_from_logits masked_mean",
+                "skyrl/backends/skyrl_train/utils/ppo_utils.py": "compute_gae_advantage_return masked_whiten",
+            },
+            register_advantage_estimator=lambda name: lambda function: function,  # a registry of ray actors
+        ),
         {
-            LOGPROBS: calls.skyrl_logprobs,
+            FORWARD: calls.skyrl_logprobs,
             "gae + whiten": calls.skyrl_gae,
             "whiten": lambda skyrl, x, mask: lambda: skyrl.masked_whiten(x, mask),
         },
+        "functions of torch_utils.py and ppo_utils.py (the package imports ray)",
     ),
-    "torchrl": Peer("torchrl", imported("torchrl.objectives.value.functional"), "imported", {"gae": calls.torchrl_gae}),
+    "torchrl": Peer("torchrl", partial(imported, "torchrl.objectives.value.functional"), {"gae": calls.torchrl_gae}),
     "Liger": Peer(
         "liger-kernel",
-        calls.load_liger,
+        partial(imported, "liger_kernel.ops.cross_entropy", "liger_kernel.transformers.grpo_loss"),
+        {FORWARD: calls.liger_selective, BACKWARD: calls.liger_cross_entropy, FROM_LOGITS: calls.liger_grpo},
         "imported; its cross entropy writes the gradient over the logits, so each call gets a copy of them",
-        {LOGPROBS: calls.liger_selective, BACKWARD: calls.liger_cross_entropy, FROM_LOGITS: calls.liger_grpo},
         device="cuda",
     ),
     "flash-attn": Peer(
         "flash-attn",
-        imported("flash_attn.ops.triton.cross_entropy"),
-        "imported",
-        {LOGPROBS: calls.flash_attn_logprobs, BACKWARD: calls.flash_attn_logprobs},
+        partial(imported, "flash_attn.ops.triton.cross_entropy"),
+        dict.fromkeys(LOGPROBS, calls.flash_attn_logprobs),
         device="cuda",
     ),
     "QuACK": Peer(
         "quack-kernels",
-        imported("quack.cross_entropy"),
-        "imported",
-        {LOGPROBS: calls.quack_logprobs, BACKWARD: calls.quack_logprobs},
+        partial(imported, "quack.cross_entropy"),
+        dict.fromkeys(LOGPROBS, cross_entropy("cross_entropy", reduction="none")),
         device="cuda",
     ),
     "F.linear_cross_entropy": Peer(
         "torch",
-        imported("torch"),
+        partial(imported, "torch.nn.functional"),
+        dict.fromkeys(LINEAR, cross_entropy("linear_cross_entropy", reduction="none")),
         "imported; torch >= 2.13",
-        {LINEAR: calls.torch_linear, LINEAR_BACKWARD: calls.torch_linear},
     ),
     "F.cross_entropy": Peer(
         "torch",
-        imported("torch"),
-        "imported",
-        {LOGPROBS: calls.torch_logprobs, BACKWARD: calls.torch_logprobs},
+        partial(imported, "torch.nn.functional"),
+        dict.fromkeys(LOGPROBS, cross_entropy("cross_entropy", reduction="none")),
     ),
 }
 
 
 @cache
-def _loaded(name: str) -> SimpleNamespace | ModuleType:
+def _loaded(name: str) -> SimpleNamespace:
     peer = PEERS[name]
     if peer.device not in (None, DEVICE):
         raise AbsentError(f"{peer.package} serves {peer.device} tensors alone")
