@@ -41,9 +41,10 @@ class Peer:
 
 def imported(*modules: str) -> SimpleNamespace:
     """All names of these modules."""
-    return SimpleNamespace(
-        **{name: x for module in modules for name, x in vars(importlib.import_module(module)).items()}
-    )
+    found = SimpleNamespace()
+    for module in modules:
+        vars(found).update(vars(importlib.import_module(module)))
+    return found
 
 
 def read(package: str, files: dict[str, str], modules: str = "", **given: object) -> SimpleNamespace:
