@@ -63,7 +63,9 @@ def cross_entropy(name: str, **options: object) -> Callable[..., Call]:
     """A library's function of this name: minus the log-probabilities of the labels."""
 
     def work(library: SimpleNamespace, **inputs: Tensor) -> Call:
-        function, arguments = getattr(library, name), tuple(inputs.values())
+        function, arguments = getattr(library, name, None), tuple(inputs.values())
+        if function is None:
+            raise AbsentError(f"this version has no {name}")
         return lambda: -function(*arguments, **options)
 
     return work
