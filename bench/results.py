@@ -10,7 +10,7 @@ from typing import Any
 
 from bench import cases, clocks
 from bench.cases import Case, Shape, benchmarks
-from bench.rows import OURS, PROVIDERS
+from bench.rows import COMPILE, OURS, OWN, PRODUCTS, PROVIDERS
 
 #: The order of rows: what comes first in a training step.
 WORKS = tuple(dict.fromkeys(case.work for case in benchmarks()))
@@ -287,20 +287,10 @@ def works_table() -> Table:
 
 def sources_table(results: Results) -> Table:
     table = Table("Who is who", "", ["provider", "version", "what is called"])
-    said = {
-        "cpu": "ours, C++",
-        "cuda": "ours, CUDA C++",
-        "triton": "ours, Triton",
-        "bare op": "ours, the registered op without the public function's checks",
-        "reference": 'impl="torch": our eager reference, which computes in float32',
-        "eager": "the few lines that a trainer would write, in the dtype of the inputs",
-        "torch.compile": "torch.compile of the reference",
-    }
     for name in results.providers():
         info = next(rows[name]["extra_info"] for rows in results.groups.values() if name in rows)
-        own = name in said
-        version = f"ppo_kernels {info['ppo_kernels']}" if own and name != "torch.compile" else f"torch {info['torch']}"
-        table.lines.append([name, info.get("version", version), said.get(name, info.get("loaded", ""))])
+        by = "torch" if name in (COMPILE, PRODUCTS) else "ppo_kernels"
+        table.lines.append([name, info.get("version", f"{by} {info[by]}"), OWN.get(name) or info.get("loaded", "")])
     return table
 
 

@@ -17,11 +17,21 @@ from bench.peers import AbsentError
 from ppo_kernels import _native, backends
 
 OURS = ("cpu", "cuda", "triton")
-REFERENCE, EAGER, COMPILE, BARE = "reference", "eager", "torch.compile", "bare op"
-PRODUCTS = "matrix products"  # and nothing else: what they would be the least of
-PORTABLE = "portable loops"  # "cpu" as it is without AVX-512
-#: The order of columns.
-PROVIDERS = (*OURS, PORTABLE, BARE, PRODUCTS, REFERENCE, EAGER, COMPILE, *peers.PEERS)
+PORTABLE, BARE, PRODUCTS = "portable loops", "bare op", "matrix products"
+REFERENCE, EAGER, COMPILE = "reference", "eager", "torch.compile"
+#: Who is no other library, and what the report says of it.
+OWN = {
+    "cpu": "ours, C++",
+    "cuda": "ours, CUDA C++",
+    "triton": "ours, Triton",
+    PORTABLE: 'ours, "cpu" as it is without AVX-512',
+    BARE: "ours, the registered op without the public function's checks",
+    PRODUCTS: "the products by torch that the work consists of, and nothing else: what they would be the least of",
+    REFERENCE: 'impl="torch": our eager reference, which computes in float32',
+    EAGER: "the few lines that a trainer would write, in the dtype of the inputs",
+    COMPILE: "torch.compile of the reference",
+}
+PROVIDERS = (*OWN, *peers.PEERS)  # in the order of columns
 #: What a run may be cut into: our own rows first, as a machine with a GPU may be there for minutes.
 PHASES = ("ours", "others", "compile")
 #: Of shapes: small ones, those of the targets with other libraries (full) and without them (quick), those for a GPU,
