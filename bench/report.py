@@ -10,7 +10,7 @@ from bench import clocks
 from bench import results as tables
 from bench.cases import Target, benchmarks
 from bench.peers import PEERS
-from bench.results import Results, Table, mib, times
+from bench.results import Results, Table, duration, mib, seconds, spread, times
 
 WHAT = (
     "ppo_kernels is a library of fused kernels for the arithmetic of reinforcement learning from human feedback "
@@ -56,16 +56,32 @@ def sections(results: Results) -> list[Table]:
         tables.speed_table(results),
         tables.works_table(),
         tables.sources_table(results),
-        targets(results)[0] if results.run.get("size") in ("quick", "full") else None,
+        *([targets(results)[0]] if results.run.get("size") in ("quick", "full") else []),
         tables.device_table(results),
-        tables.memory_table(results),
-        tables.error_table(results),
+        tables.per_provider(
+            results,
+            "Extra memory, MiB",
+            "MiB that torch's allocator holds at once during a call, beyond the inputs; outputs included.",
+            lambda row: mib(row["extra_info"]["extra_bytes"]),
+        ),
+        tables.per_provider(
+            results,
+            "Error",
+            "Against the reference in float64: the largest error over the largest value of an output, worst of the "
+            "outputs that the provider returns. A result rounded to bf16 is off by up to 4e-3.",
+            tables.error,
+        ),
         tables.scaling_table(results),
         tables.threads_table(results),
-        tables.spread_table(results),
+        tables.per_provider(
+            results,
+            "Times",
+            "Medians and, in brackets, the interquartile range over them. Many above 25 %: run on a quieter machine.",
+            lambda row: f"{duration(seconds(row))} ({spread(row):.0%})",
+        ),
         tables.untimed_table(results),
     ]
-    return [table for table in found if table is not None and table.lines]
+    return [table for table in found if table.lines]
 
 
 def markdown(results: Results, figures: dict[str, Path]) -> str:
