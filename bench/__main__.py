@@ -64,16 +64,12 @@ def kept(file: Path | None, size: str) -> dict:
     return data if same and data.get("run", {}).get("size") == size else header()
 
 
-def run(rows: list[Row], size: str, seconds: float, file: Path | None, before: dict | None = None) -> dict:
-    """The results, in the form of pytest-benchmark's JSON. The file has them as far as they came.
-
-    Rows that ``before`` has are left out.
-    """
-    data = before or header()
+def run(rows: list[Row], data: dict, size: str, seconds: float | None, file: Path | None) -> dict:
+    """``data``, and the rows that it lacks, in the form of pytest-benchmark's JSON. The file has them as they come."""
     done = {row["fullname"] for row in data["benchmarks"]}
     done |= {f"{row['group']} {row['provider']}" for row in data.get("untimed", [])}
     rows = [row for row in rows if not {row.fullname, f"{row.group} {row.provider}"} & done]
-    session = measure.Session(rows, seconds)
+    session = measure.Session(rows, size, seconds)
     session.untimed += data.get("untimed", [])
     session.rates |= data.get("run", {}).get("GB/s", {})
     if rows:
@@ -85,15 +81,18 @@ def run(rows: list[Row], size: str, seconds: float, file: Path | None, before: d
                 benchmark = {"group": row.group, "name": row.name, "fullname": row.fullname}
                 benchmark |= {"extra_info": outcome.facts, "stats": statistics_of(outcome.samples)}
                 data["benchmarks"].append(benchmark)
-        data |= session.facts(size)
-        if file:
-            file.parent.mkdir(parents=True, exist_ok=True)
-            file.write_text(json.dumps(data, indent=1) + "\n")
+        write(data | session.facts(), file)
         print(".", end="", file=sys.stderr, flush=True)
     print(file=sys.stderr)
     if rows:
         session.measure_bandwidth()
-    return data | session.facts(size)
+    return data | session.facts()
+
+
+def write(data: dict, file: Path | None) -> None:
+    if file:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(data, indent=1) + "\n")
 
 
 def header() -> dict:
@@ -132,18 +131,17 @@ def main() -> int:
     else:
         rows = [row for row in all_of(chosen.size) if chosen.only in row.group]
         rows = [row for row in rows if phase(row.provider) in chosen.providers]
-        before = kept(chosen.json, chosen.size) if chosen.resume else None
-        data = run(rows, chosen.size, measure.seconds(chosen.size, chosen.seconds), chosen.json, before)
+        data = kept(chosen.json, chosen.size) if chosen.resume else header()
+        data = run(rows, data, chosen.size, chosen.seconds, chosen.json)
     if chosen.clocks:
         data["clocks"] = clocks.read(chosen.clocks) if chosen.clocks.is_file() else []
-    if chosen.json and not chosen.results:
-        chosen.json.write_text(json.dumps(data, indent=1) + "\n")
+    if not chosen.results:
+        write(data, chosen.json)
     results = Results(data)
     print(report.overview(data), "\n".join(report.facts(results)), sep="\n\n")
     if chosen.report:
         if chosen.clocks or not chosen.results:
-            chosen.report.mkdir(parents=True, exist_ok=True)
-            (chosen.report / "results.json").write_text(json.dumps(data, indent=1) + "\n")
+            write(data, chosen.report / "results.json")
         print("Written:", *report.write(results, chosen.report), sep="\n  ")
     table, missed = report.targets(results, chosen.only)
     if chosen.check or results.run.get("size") in ("quick", "full"):

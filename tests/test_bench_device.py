@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from bench import clocks, graphs, measure, report, results
+from bench import clocks, measure, report, results
 from bench.cases import DeviceTarget, benchmark, benchmarks
 from bench.rows import PHASES, PROVIDERS, Setup, phase
 
@@ -34,7 +34,7 @@ def test_a_graph_has_every_call_once_and_keeps_what_each_returned(cuda):
         made.append((i, torch.zeros(1)))
         return made[-1][1]
 
-    replay, why = graphs.captured([lambda i=i: call(i) for i in range(3)])
+    replay, why = measure.captured([lambda i=i: call(i) for i in range(3)])
     assert why == ""
     of_the_capture = [x for _, x in made[-3:]]
     assert [i for i, _ in made[-3:]] == [0, 1, 2]
@@ -45,7 +45,7 @@ def test_a_call_that_cannot_be_captured_says_why(cuda, monkeypatch):
     def waits():
         raise RuntimeError("operation not permitted when stream is capturing\nsecond line")
 
-    assert graphs.captured([waits]) == (None, "RuntimeError: operation not permitted when stream is capturing")
+    assert measure.captured([waits]) == (None, "RuntimeError: operation not permitted when stream is capturing")
 
 
 def test_outputs_of_a_round_are_kept_and_times_are_per_work():
