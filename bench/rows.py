@@ -131,13 +131,10 @@ class Row:
     point: tuple[str, int] | None = None  # of a scaling line: the axis and where on it
     file: str = ""  # the benchmark that it belongs to
 
-    def __str__(self) -> str:
-        where = f"{self.point[0]}={self.point[1]}" if self.point else self.group
-        return f"{where}-{self.provider}"
-
     @property
     def name(self) -> str:
-        return f"bench_{self.file}[{self}]"
+        where = f"{self.point[0]}={self.point[1]}" if self.point else self.group
+        return f"bench_{self.file}[{where}-{self.provider}]"
 
     @property
     def fullname(self) -> str:
@@ -190,16 +187,12 @@ def scaling(size: str) -> list[Row]:
     """
     rows = []
     for case in benchmarks() if size in ("small", "full") else ():
-
-        def row(axis: str, at: int, shape: Shape, threads: int, case: Case = case) -> Row:
-            setup = Setup(case, shape)
-            group, point = f"scaling: {case.work} against {axis}", (f"{case.work} {axis}", at)
-            return Row(group, setup, best(setup), threads, point, "scaling")
-
-        for axis in case.axes:
-            rows += [row(axis.letter, at, axis.shape(at), 1) for at in axis.points(size)]
+        points = [(axis.letter, at, axis.shape(at), 1) for axis in case.axes for at in axis.points(size)]
         if case.threads and DEVICE == "cpu":
-            rows += [row("threads", n, case.threads, n) for n in (1, 2)]
+            points += [("threads", n, case.threads, n) for n in (1, 2)]
+        for axis, at, shape, threads in points:
+            setup, group = Setup(case, shape), f"scaling: {case.work} against {axis}"
+            rows.append(Row(group, setup, best(setup), threads, (f"{case.work} {axis}", at), "scaling"))
     return rows
 
 
