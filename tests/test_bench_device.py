@@ -125,6 +125,12 @@ def row(provider: str, micros: float, begin: float, **more) -> dict:
     return {"group": case.group((512, 2048)), "extra_info": info, "stats": stats}
 
 
+def test_no_shape_of_the_gpu_is_a_small_call():
+    groups = [case.group(shape) for case in benchmarks() for shape in case.shapes.get("gpu", ())]
+    assert not [group for group in groups if results.small_call(group)]
+    assert results.small_call("token_logprobs bf16 [8, 1000]")
+
+
 def test_the_device_table_has_floor_target_verdict_and_clock(tmp_path):
     (tmp_path / "clocks.csv").write_text(LOG)
     samples = clocks.read(tmp_path / "clocks.csv")
