@@ -10,7 +10,7 @@ from bench import clocks
 from bench import results as tables
 from bench.cases import Target, benchmarks
 from bench.peers import PEERS
-from bench.results import Results, Table, duration, mib, seconds, spread, times
+from bench.results import ON_A_GPU, Results, Table, duration, mib, micros, seconds, spread, times
 
 WHAT = (
     "ppo_kernels is a library of fused kernels for the arithmetic of reinforcement learning from human feedback "
@@ -104,10 +104,12 @@ def write(results: Results, folder: Path) -> list[Path]:
 
 
 def targets(results: Results, only: str = "") -> tuple[Table, int]:
-    """What the library has to reach on a 2-core CPU, and how many targets were missed or not measured."""
+    """What the library has to reach on a 2-core CPU or on a GPU, and how many were missed or not measured."""
     table = Table("Targets", "For a 2-core CPU, one run.", ["work", "target", "measured", "verdict"])
     size = "quick" if results.run.get("size") == "quick" else "full"
-    for case in benchmarks():
+    if results.run.get("size") == "gpu":
+        table.lines = [_on_device(results, group) for group, (case, _) in ON_A_GPU.items() if case.device_target]
+    for case in benchmarks() if not table.lines else ():
         for shape in case.shapes.get(size, ()):
             wanted = [target for target in case.targets if size == "full" or target.provider not in PEERS]
             table.lines += [_against(results, case.group(shape), target) for target in wanted]
@@ -116,7 +118,14 @@ def targets(results: Results, only: str = "") -> tuple[Table, int]:
         if case.small_call and size == "quick":  # they take seconds, and every change may miss them
             table.lines += [_against(results, case.group(case.small_call), t) for t in case.small_call_targets]
     table.lines = [line for line in table.lines if only in line[0]]
-    return table, sum(line[-1] in ("not measured", "MISSED") for line in table.lines)
+    return table, sum(line[-1] in ("not measured", "MISSED", "call MISSED") for line in table.lines)
+
+
+def _on_device(results: Results, group: str) -> list[str]:
+    mine = results.ours(group)
+    if found := tables.device_target(results, group, mine):
+        return [group, f"{found[0]} µs", f"{micros(seconds(results.groups[group][mine]))} µs", found[1]]
+    return [group, "", "", "not measured"]
 
 
 def _against(results: Results, group: str, target: Target) -> list[str]:
@@ -141,4 +150,4 @@ def verdict(table: Table) -> str:
     return f"{len(table.lines)} targets: " + ", ".join(f"{n} {text}" for text, n in counts if n)
 
 
-VERDICTS = ("met", "refuted", "MISSED", "not measured")
+VERDICTS = ("met", "refuted", "MISSED", "call MISSED", "not measured")

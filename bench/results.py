@@ -202,26 +202,36 @@ def device_table(results: Results) -> Table:
             info = rows[name]["extra_info"] if name in rows else {}
             if "call_seconds" not in info:
                 continue
-            stats, floor = rows[name]["stats"], info["bytes"] / copy / 1e9 if copy else None
+            stats, floor = rows[name]["stats"], _floor(results, info)
             times = [info.get(f"{part}_seconds") for part in ("forward", "backward", "call", "l2_warm")]
-            cells = [_us(stats["min"]), _us(stats["median"]), f"{spread(rows[name]):.0%}", *map(_us, [*times, floor])]
-            cells += [_percent(info["GB/s"], copy), _device_target(group, rows[name], floor), _clock(results, info)]
+            cells = [micros(stats["min"]), micros(stats["median"]), f"{spread(rows[name]):.0%}"]
+            cells += [*map(micros, [*times, floor]), _percent(info["GB/s"], copy)]
+            cells += [" ".join(device_target(results, group, name)), _clock(results, info)]
             provider = f"{name} (events)" if info.get("by") == "events" else name
             table.lines.append([group, provider, *cells])
     return table
 
 
-def _us(seconds: float | None) -> str:
+def micros(seconds: float | None) -> str:
     return "" if seconds is None else f"{1e6 * seconds:.3g}"
 
 
-def _device_target(group: str, row: Bench, floor: float | None) -> str:
+def _floor(results: Results, info: Bench) -> float | None:
+    copy = results.run.get("GB/s", {}).get("copy")
+    return info["bytes"] / copy / 1e9 if copy else None
+
+
+def device_target(results: Results, group: str, provider: str | None) -> list[str]:
     """What the device may take, and what came of it: of our implementations alone."""
     case, shape = ON_A_GPU.get(group, (None, ()))
-    if case is None or case.device_target is None or floor is None or row["extra_info"]["provider"] not in OURS:
-        return ""
+    if case is None or case.device_target is None or provider not in OURS:
+        return []
+    row = results.groups[group][provider]
+    floor = _floor(results, row["extra_info"])
+    if floor is None:
+        return []
     verdict = case.device_target.verdict(shape, floor, seconds(row), row["extra_info"]["call_seconds"])
-    return f"≤ {_us(case.device_target.most(shape, floor))} {verdict}"
+    return [f"≤ {micros(case.device_target.most(shape, floor))}", verdict]
 
 
 def _clock(results: Results, info: Bench) -> str:

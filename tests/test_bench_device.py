@@ -143,4 +143,10 @@ def test_the_device_table_has_floor_target_verdict_and_clock(tmp_path):
     assert lines["TRL (events)"]["target"] == lines["TRL (events)"]["MHz"] == ""
     assert lines["cuda"]["MHz"] == "1200!"
     assert (lines["cuda"]["floor"], lines["cuda"]["min"], lines["cuda"]["IQR"]) == ("4.46", "5.31", "10%")
+    data["run"]["size"] = "gpu"
+    table, bad = report.targets(results.Results(data))
+    assert bad == len(table.lines) - 1  # the others were not measured
+    assert ["gae fp32 [512, 2048]", "≤ 6 µs", "5.9 µs", "met"] in table.lines
+    data["benchmarks"] = [row("cuda", 5.9, 0.0, call_seconds=16e-6)]
+    assert report.targets(results.Results(data))[1] == bad + 1
     assert "held down in 1" in "\n".join(report.facts(results.Results(data)))
