@@ -138,7 +138,7 @@ def main() -> int:
     if not chosen.results:
         write(data, chosen.json)
     results = Results(data)
-    print(report.overview(data), "\n".join(report.facts(results)), sep="\n\n")
+    print(report.overview(results), "\n".join(report.facts(results)), sep="\n\n")
     if chosen.report:
         if chosen.clocks or not chosen.results:
             write(data, chosen.report / "results.json")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from bench import measure, report
+from bench.results import Results
 from bench.rows import SIZES, Row
 
 
@@ -69,4 +70,4 @@ def pytest_terminal_summary(terminalreporter, config: pytest.Config) -> None:
     session = getattr(config, "_benchmarksession", None)
     if timed := [bench.as_dict(include_data=False) for bench in getattr(session, "benchmarks", []) if bench]:
         data = {"benchmarks": timed} | config.stash[SESSION].facts()
-        terminalreporter.write_line("\n" + report.overview(data))
+        terminalreporter.write_line("\n" + report.overview(Results(data)))

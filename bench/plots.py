@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import cycle
 from pathlib import Path
 
 import matplotlib
@@ -52,9 +53,8 @@ def _save(figure: plt.Figure, path: Path, title: str, top: float = 0.97) -> Path
 
 
 def _caption(results: Results) -> str:
-    gpu = results.machine.get("gpu")
-    cpu = f"{results.machine.get('cpu', {}).get('brand_raw', 'CPU')}, {results.versions['threads']} thread(s)"
-    return f"{gpu or cpu}, torch {results.versions['torch']}, {results.when[:10]}"
+    threads = "" if results.machine.get("gpu") else f", {results.versions['threads']} thread(s)"
+    return f"{results.device}{threads}, torch {results.versions['torch']}, {results.when[:10]}"
 
 
 def speedups(results: Results, path: Path, groups: list[str]) -> Path:
@@ -103,7 +103,6 @@ def rooflines(results: Results, path: Path) -> Path:
     """One panel per op: the rate that it reaches against the size of the data, and the limits."""
     works = list(dict.fromkeys(line.work for line in results.lines))
     figure, axes = _grid(len(works), 4, 3.7, 3.0)
-    read = results.run.get("GB/s", {}).get("read")
     for ax, work in zip(axes, works, strict=True):
         lines = [line for line in results.lines if line.work == work]
         for line, marker in zip(lines, "os^", strict=False):
@@ -111,7 +110,7 @@ def rooflines(results: Results, path: Path) -> Path:
             ax.plot(mib, line.rates(), marker=marker, ms=4, lw=1.2, label=f"against {line.axis}")
         if best := results.best_rate(work):
             ax.axhline(best, color="#0b6e4f", ls=":", lw=1.2, label=f"instructions: {best:.3g}")
-        if read:
+        if read := results.rate.get("read"):
             ax.axhline(read, color="#bc4749", ls="--", lw=1.2, label=f"memory read: {read:.3g}")
         if cache := results.machine.get("cache MiB"):
             ax.axvline(cache, color=PLAIN, ls=":", lw=0.9, label=f"last cache: {cache:g} MiB")
@@ -130,7 +129,7 @@ def scaling(results: Results, path: Path) -> Path:
         axes_of.setdefault(line.axis, []).append(line)
     figure, axes = _grid(len(axes_of), 3, 5.4, 4.6)
     for ax, (axis, lines) in zip(axes, axes_of.items(), strict=True):
-        for line, colour in zip(lines, LINES, strict=False):
+        for line, colour in zip(lines, cycle(LINES), strict=False):
             xs, ys = zip(*line.points, strict=True)
             label = f"{line.work}: {exponents(line)[0]:.2f}"
             ax.plot(xs, [y * 1e6 for y in ys], marker="o", ms=3.5, lw=1.3, color=colour, label=label)

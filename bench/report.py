@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 from pathlib import Path
-from typing import Any
 
 from bench import clocks
 from bench import results as tables
@@ -22,20 +21,17 @@ WHAT = (
 )
 
 
-def overview(data: dict[str, Any]) -> str:
-    """The table that a run of pytest ends with."""
-    results = Results(data)
+def overview(results: Results) -> str:
+    """The table that a run ends with."""
     lines = [tables.speed_table(results).markdown()] if results.groups else []
     lines += [f"WRONG, not timed: {row['group']}, {row['provider']}: {row['why']}" for row in results.wrong]
     return "\n".join(lines)
 
 
 def facts(results: Results) -> list[str]:
-    machine, run, versions = results.machine, results.run, results.versions
-    cpu = machine.get("cpu", {}).get("brand_raw") or "unknown CPU"
-    rate = run.get("GB/s", {})
+    machine, run, versions, rate = results.machine, results.run, results.versions, results.rate
     lines = [
-        f"Machine: {machine.get('gpu', '') or cpu}, {machine.get('cores')} cores, {versions['threads']} threads,"
+        f"Machine: {results.device}, {machine.get('cores')} cores, {versions['threads']} threads,"
         f" instruction set {machine.get('isa')}; torch reads {rate.get('read')} GB/s, copies {rate.get('copy')} GB/s",
         f"Versions: ppo_kernels {versions['ppo_kernels']}, commit {versions['commit']}, torch {versions['torch']},"
         f" Python {machine.get('python_version')}",

@@ -64,7 +64,9 @@ class Line:
 class Results:
     def __init__(self, data: dict[str, Any]) -> None:
         self.machine = data.get("machine_info", {})
+        self.device = self.machine.get("gpu") or self.machine.get("cpu", {}).get("brand_raw") or "unknown CPU"
         self.run = data.get("run", {})
+        self.rate = self.run.get("GB/s", {})  # at which torch reads and copies memory
         self.when = str(data.get("datetime", ""))[:16].replace("T", " ")
         self.untimed: list[Bench] = data.get("untimed", [])
         self.clocks = [clocks.Sample(*sample) for sample in data.get("clocks", [])]
@@ -148,7 +150,7 @@ def mib(size: float) -> str:
 
 def speed_table(results: Results) -> Table:
     others = [name for name in results.providers() if name not in OURS]
-    read = results.run.get("GB/s", {}).get("read")
+    read = results.rate.get("read")
     table = Table(
         "Speed",
         "× is how many times longer the other takes (medians of calls in turns). GB/s counts the bytes that our passes "
@@ -196,7 +198,7 @@ def device_table(results: Results) -> Table:
     )
     columns = ("min", "median", "IQR", "forward", "backward", "call", "in L2", "floor", "% of copy", "target", "MHz")
     table = Table("Device times, µs", note, ["work", "provider", *columns])
-    copy = results.run.get("GB/s", {}).get("copy")
+    copy = results.rate.get("copy")
     for group, rows in results.groups.items():
         for name in results.providers():
             info = rows[name]["extra_info"] if name in rows else {}
@@ -217,7 +219,7 @@ def micros(seconds: float | None) -> str:
 
 
 def _floor(results: Results, info: Bench) -> float | None:
-    copy = results.run.get("GB/s", {}).get("copy")
+    copy = results.rate.get("copy")
     return info["bytes"] / copy / 1e9 if copy else None
 
 

@@ -84,7 +84,7 @@ def test_a_report_of_rows_without_ours_is_written(tiny, tmp_path):
     found = results.Results(data)
     assert report.write(found, tmp_path)
     assert "it is off" in (tmp_path / "report.md").read_text()
-    assert "WRONG, not timed: " in report.overview(data)
+    assert "WRONG, not timed: " in report.overview(found)
 
 
 def test_the_committed_results_meet_their_targets():
