@@ -1,4 +1,4 @@
-"""How other libraries are called: what a trainer does with their functions.
+"""How other libraries are called where that is more than an expression (bench/peers.py).
 
 Each ``<library>_<work>`` takes the library's functions and the inputs of a case, does what the trainer does once per
 batch (casts of masks, shapes), and returns the call that is timed. Its outputs are the first of ours.
@@ -14,29 +14,14 @@ import torch
 from bench.cases import CLIP, GAMMA, KL_COEF, LAM, SCORE_CLIP
 
 
-def as_sequences(logits, labels):
-    """[B, T, V] and [B, T], as their callers have them: some of these functions loop over B."""
-    sequences = math.gcd(len(labels), 4)
-    return logits.view(sequences, -1, logits.size(-1)), labels.view(sequences, -1)
+def sequences(x):
+    """[B, T, V] and [B, T], as the callers of these functions have them: some loop over B."""
+    return x.unflatten(0, (math.gcd(len(x), 4), -1))
 
 
-def trl_logprobs(trl, logits, labels):
-    logits, labels = as_sequences(logits, labels)
-    return lambda: trl.selective_log_softmax(logits, labels).flatten()
-
-
-def trl_entropy(trl, logits, labels):
-    logits, labels = as_sequences(logits, labels)
-    return lambda: tuple(x.flatten() for x in trl.selective_log_softmax_and_entropy(logits, labels))
-
-
-def _trl_chunked(trl, hidden, weight, labels):
+def trl_chunked(trl, hidden, weight, labels):
     """In chunks as its trainers have them."""
     return trl.ChunkedLogProbFunction.apply(hidden, weight, None, labels, 1.0, 32768, None, 1.0, ())[0]
-
-
-def trl_linear(trl, hidden, weight, labels):
-    return lambda: _trl_chunked(trl, hidden, weight, labels)
 
 
 def trl_linear_policy_loss(trl, hidden, weight, labels, old_logprobs, advantages, mask):
@@ -45,7 +30,7 @@ def trl_linear_policy_loss(trl, hidden, weight, labels, old_logprobs, advantages
     a = advantages[:, None].expand_as(mask)[mask]
 
     def call():
-        ratio = (_trl_chunked(trl, hidden[mask], weight, y) - old).exp()
+        ratio = (trl_chunked(trl, hidden[mask], weight, y) - old).exp()
         return -torch.min(a * ratio, a * ratio.clamp(1 - CLIP, 1 + CLIP)).sum() / count
 
     return call
@@ -69,20 +54,8 @@ class _Batch(dict):
         return self["response_mask"].shape[:1]
 
 
-def verl_logprobs(verl, logits, labels):
-    return lambda: verl.logprobs_from_logits(logits, labels, inplace_backward=False)
-
-
-def verl_entropy(verl, logits, labels):
-    return lambda: (
-        verl.logprobs_from_logits(logits, labels, inplace_backward=False),
-        verl.entropy_from_logits(logits),
-    )
-
-
-def verl_gae(verl, rewards, values, mask):
-    mask = mask.long()
-    return lambda: verl.compute_gae_advantage_return(rewards, values, mask, GAMMA, LAM)
+def verl_logprobs(verl, x):
+    return verl.logprobs_from_logits(x.logits, x.labels, inplace_backward=False)
 
 
 def verl_penalty(verl, logprobs, ref_logprobs, scores, mask, estimator):
@@ -135,11 +108,6 @@ def verl_group_advantages(verl, scores, group_ids):
     return lambda: verl.compute_gdpo_outcome_advantage(mask, mask, index, **options)[0][:, 0]
 
 
-def verl_value_loss(verl, values, old_values, returns, mask):
-    mask = mask.long()
-    return lambda: verl.compute_value_loss(values, returns, old_values, mask, CLIP)[0]
-
-
 def verl_from_logits(verl, logits, labels, old_logprobs, advantages, mask):
     advantages, mask = advantages[:, None].expand_as(mask), mask.long()
 
@@ -148,20 +116,6 @@ def verl_from_logits(verl, logits, labels, old_logprobs, advantages, mask):
         return verl.compute_policy_loss_vanilla(old_logprobs, logprobs, advantages, mask, config=VERL_CLIP)[0]
 
     return call
-
-
-def openrlhf_logprobs(openrlhf, logits, labels):
-    logits, labels = as_sequences(logits, labels)
-    return lambda: openrlhf.log_probs_from_logits(logits, labels).flatten()
-
-
-def skyrl_logprobs(skyrl, logits, labels):
-    logits, labels = as_sequences(logits, labels)
-    return lambda: skyrl.logprobs_from_logits(logits, labels, False).flatten()
-
-
-def openrlhf_gae(openrlhf, rewards, values, mask):
-    return lambda: openrlhf.get_advantages_and_returns(None, values, rewards, mask, GAMMA, LAM)
 
 
 def openrlhf_rewards(openrlhf, logprobs, ref_logprobs, scores, mask, estimator):
@@ -222,7 +176,3 @@ def liger_grpo(liger, logits, labels, old_logprobs, advantages, mask):
         return (losses * mask).sum() / count
 
     return call
-
-
-def flash_attn_logprobs(flash_attn, logits, labels):
-    return lambda: -flash_attn.cross_entropy_loss(logits, labels, inplace_backward=False)[0]

@@ -16,7 +16,7 @@ from types import ModuleType, SimpleNamespace
 from torch import Tensor
 
 from bench import peer_calls as calls
-from bench.cases import DEVICE, Inputs
+from bench.cases import CLIP, DEVICE, GAMMA, LAM, Inputs
 from bench.source import functions
 
 FOLDER = Path(__file__).parent.parent / "build" / "peers"
@@ -24,6 +24,9 @@ if FOLDER.is_dir() and str(FOLDER) not in sys.path:
     sys.path.append(str(FOLDER))  # last: what the environment brings comes first
 
 Call = Callable[[], object]
+#: What a library does, by work: from its functions and the inputs of a case to the call that is timed.
+Works = dict[str, Callable[..., Call]]
+Expression = Callable[[SimpleNamespace, SimpleNamespace], object]
 
 
 class AbsentError(Exception):
@@ -34,16 +37,18 @@ class AbsentError(Exception):
 class Peer:
     package: str  # on PyPI
     load: Callable[[], SimpleNamespace]
-    works: dict[str, Callable[..., Call]]
+    works: Works
     how: str = "imported"  # what is loaded
     device: str | None = None  # the only device type that it serves
 
 
-def imported(*modules: str) -> SimpleNamespace:
+def imported(*modules: str, needs: str = "") -> SimpleNamespace:
     """All names of these modules."""
     found = SimpleNamespace()
     for module in modules:
         vars(found).update(vars(importlib.import_module(module)))
+    if needs and not hasattr(found, needs):
+        raise LookupError(f"it has no {needs}")
     return found
 
 
@@ -59,16 +64,14 @@ def read(package: str, files: dict[str, str], modules: str = "", **given: object
     return found
 
 
-def cross_entropy(name: str, **options: object) -> Callable[..., Call]:
-    """A library's function of this name: minus the log-probabilities of the labels."""
+def expressions(table: dict[tuple[str, ...], Expression], **ready: Callable[[Tensor], Tensor]) -> Works:
+    """Works that are one expression of the library and the inputs; ``ready`` makes some of the inputs ready, once."""
 
-    def work(library: SimpleNamespace, **inputs: Tensor) -> Call:
-        function, arguments = getattr(library, name, None), tuple(inputs.values())
-        if function is None:
-            raise AbsentError(f"this version has no {name}")
-        return lambda: -function(*arguments, **options)
+    def prepared(expression: Expression, library: SimpleNamespace, **inputs: Tensor) -> Call:
+        inputs |= {name: make(inputs[name]) for name, make in ready.items() if name in inputs}
+        return partial(expression, library, SimpleNamespace(**inputs))
 
-    return work
+    return {work: partial(prepared, expression) for works, expression in table.items() for work in works}
 
 
 def load_trl() -> SimpleNamespace:
@@ -92,16 +95,24 @@ def load_trl() -> SimpleNamespace:
 
 LOGPROBS = FORWARD, BACKWARD = "token_logprobs", "token_logprobs fwd+bwd"
 LINEAR = "linear_token_logprobs", "linear_token_logprobs fwd+bwd"
-ENTROPY, FROM_LOGITS = "token_logprobs + entropy", "token_logprobs + policy_loss fwd+bwd"
+ENTROPY, FROM_LOGITS = ("token_logprobs + entropy",), "token_logprobs + policy_loss fwd+bwd"
+SEQUENCES = {"logits": calls.sequences, "labels": calls.sequences}
+CROSS_ENTROPY = {LOGPROBS: lambda f, x: -f.cross_entropy(x.logits, x.labels, reduction="none")}
 
 #: In the order of the report's columns.
 PEERS = {
     "TRL": Peer(
         "trl",
         load_trl,
-        dict.fromkeys(LOGPROBS, calls.trl_logprobs)
-        | dict.fromkeys(LINEAR, calls.trl_linear)
-        | {ENTROPY: calls.trl_entropy, "linear_policy_loss fwd+bwd": calls.trl_linear_policy_loss},
+        expressions(
+            {
+                LOGPROBS: lambda f, x: f.selective_log_softmax(x.logits, x.labels).flatten(),
+                ENTROPY: lambda f, x: [y.flatten() for y in f.selective_log_softmax_and_entropy(x.logits, x.labels)],
+            },
+            **SEQUENCES,
+        )
+        | expressions({LINEAR: lambda f, x: calls.trl_chunked(f, x.hidden, x.weight, x.labels)})
+        | {"linear_policy_loss fwd+bwd": calls.trl_linear_policy_loss},
         "functions of trl/trainer/utils.py and trl/kernels (the package imports accelerate and datasets)",
     ),
     "verl": Peer(
@@ -122,11 +133,19 @@ PEERS = {
             AlgoConfig=type("AlgoConfig", (), {}),  # what the config must not be
             ActorConfig=calls.VerlConfig,  # what some want it to be
         ),
-        {
-            **dict.fromkeys(LOGPROBS, calls.verl_logprobs),
-            ENTROPY: calls.verl_entropy,
+        expressions(
+            {
+                LOGPROBS: calls.verl_logprobs,
+                ENTROPY: lambda f, x: (calls.verl_logprobs(f, x), f.entropy_from_logits(x.logits)),
+                ("gae + whiten",): lambda f, x: f.compute_gae_advantage_return(x.rewards, x.values, x.mask, GAMMA, LAM),
+                ("value_loss fwd+bwd",): lambda f, x: f.compute_value_loss(
+                    x.values, x.returns, x.old_values, x.mask, CLIP
+                )[0],
+            },
+            mask=Tensor.long,
+        )
+        | {
             FROM_LOGITS: calls.verl_from_logits,
-            "gae + whiten": calls.verl_gae,
             "kl_rewards k1": partial(calls.verl_penalty, estimator="k1"),
             "kl_rewards k3": partial(calls.verl_penalty, estimator="k3"),
             "kl_rewards + gae + whiten": calls.verl_experience,
@@ -134,7 +153,6 @@ PEERS = {
             "policy_loss fwd+bwd": calls.verl_policy_loss,
             "policy_loss GSPO-token fwd+bwd": partial(calls.verl_policy_loss, loss="gspo"),
             "policy_loss DPPO-TV fwd+bwd": partial(calls.verl_policy_loss, loss="dppo_tv"),
-            "value_loss fwd+bwd": calls.verl_value_loss,
             "importance_weights TIS": calls.verl_importance_weights,
             "group_advantages grpo": calls.verl_group_advantages,
             "group_advantages gdpo": calls.verl_group_advantages,
@@ -152,9 +170,14 @@ PEERS = {
                 "openrlhf/trainer/ppo_utils/experience_maker.py": "RemoteExperienceMaker.get_advantages_and_returns",
             },
         ),
-        {
-            **dict.fromkeys(LOGPROBS, calls.openrlhf_logprobs),
-            "gae": calls.openrlhf_gae,
+        expressions(
+            {
+                LOGPROBS: lambda f, x: f.log_probs_from_logits(x.logits, x.labels).flatten(),
+                ("gae",): lambda f, x: f.get_advantages_and_returns(None, x.values, x.rewards, x.mask, GAMMA, LAM),
+            },
+            **SEQUENCES,
+        )
+        | {
             "kl_rewards k1": partial(calls.openrlhf_rewards, estimator="k1"),
             "kl_rewards k3": partial(calls.openrlhf_rewards, estimator="k3"),
             "policy_loss fwd+bwd": calls.openrlhf_policy_loss,
@@ -173,8 +196,8 @@ PEERS = {
             },
             register_advantage_estimator=lambda name: lambda function: function,  # a registry of ray actors
         ),
-        {
-            FORWARD: calls.skyrl_logprobs,
+        expressions({(FORWARD,): lambda f, x: f.logprobs_from_logits(x.logits, x.labels, False).flatten()}, **SEQUENCES)
+        | {
             "gae + whiten": calls.skyrl_gae,
             "whiten": lambda skyrl, x, mask: lambda: skyrl.masked_whiten(x, mask),
         },
@@ -191,26 +214,17 @@ PEERS = {
     "flash-attn": Peer(
         "flash-attn",
         partial(imported, "flash_attn.ops.triton.cross_entropy"),
-        dict.fromkeys(LOGPROBS, calls.flash_attn_logprobs),
+        expressions({LOGPROBS: lambda f, x: -f.cross_entropy_loss(x.logits, x.labels, inplace_backward=False)[0]}),
         device="cuda",
     ),
-    "QuACK": Peer(
-        "quack-kernels",
-        partial(imported, "quack.cross_entropy"),
-        dict.fromkeys(LOGPROBS, cross_entropy("cross_entropy", reduction="none")),
-        device="cuda",
-    ),
+    "QuACK": Peer("quack-kernels", partial(imported, "quack.cross_entropy"), expressions(CROSS_ENTROPY), device="cuda"),
     "F.linear_cross_entropy": Peer(
         "torch",
-        partial(imported, "torch.nn.functional"),
-        dict.fromkeys(LINEAR, cross_entropy("linear_cross_entropy", reduction="none")),
+        partial(imported, "torch.nn.functional", needs="linear_cross_entropy"),
+        expressions({LINEAR: lambda f, x: -f.linear_cross_entropy(x.hidden, x.weight, x.labels, reduction="none")}),
         "imported; torch >= 2.13",
     ),
-    "F.cross_entropy": Peer(
-        "torch",
-        partial(imported, "torch.nn.functional"),
-        dict.fromkeys(LOGPROBS, cross_entropy("cross_entropy", reduction="none")),
-    ),
+    "F.cross_entropy": Peer("torch", partial(imported, "torch.nn.functional"), expressions(CROSS_ENTROPY)),
 }
 
 

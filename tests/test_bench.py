@@ -120,11 +120,13 @@ def test_other_libraries_are_asked_for_works_that_are_timed():
     assert asked <= {case.work for case in cases.benchmarks()}
 
 
-def test_a_function_that_torch_does_not_have_yet_is_absent_and_not_wrong():
+def test_a_function_that_torch_does_not_have_yet_is_absent_and_not_wrong(monkeypatch):
     """``F.linear_cross_entropy`` is of 2.13, and 2.11 is allowed."""
-    of_an_older_torch = SimpleNamespace()
-    with pytest.raises(peers.AbsentError, match="has no linear_cross_entropy"):
-        peers.PEERS["F.linear_cross_entropy"].works["linear_token_logprobs"](of_an_older_torch)
+    monkeypatch.delattr(torch.nn.functional, "linear_cross_entropy", raising=False)
+    peers._loaded.cache_clear()
+    with pytest.raises(peers.AbsentError, match="it has no linear_cross_entropy"):
+        peers.call("F.linear_cross_entropy", "linear_token_logprobs", {})
+    peers._loaded.cache_clear()
 
 
 def test_a_wrong_row_is_never_timed():
