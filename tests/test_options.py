@@ -23,6 +23,10 @@ def policy(x, impl, **options):
     return pk.policy_loss(x, OLD, ADV, impl=impl, **(POLICY | options))
 
 
+def bonus(x, impl, **options):
+    return pk.policy_loss(x, OLD, ADV, entropy=REF, impl=impl, **({"entropy_coef": 0.3} | options))
+
+
 def rewards(x, impl, **options):
     return pk.kl_rewards(x, REF, SCORES, kl_estimator="k3", impl=impl, **options)
 
@@ -73,6 +77,8 @@ CLIPS = {
 NUMBERS = {
     "kl_coef": (policy, 0.25),
     "normalizer": (policy, 8.0),
+    "entropy_coef": (bonus, 0.25),
+    "entropy_normalizer": (bonus, 8.0),
     "rewards kl_coef": (rewards, 0.25),
     "p3o kl_coef": (p3o, 0.25),
     "gamma": (gae, 0.75),
@@ -87,6 +93,7 @@ FORMS = (np.float32, np.float64, np.array, torch.tensor, lambda x: torch.tensor(
 
 #: One of each op, which `make test` compiles for: a second each.
 COMPILED = ("dual_clip", "score_clip", "cliprange_value", "weight_clip", "gamma", "eps", "groups eps", "temperature")
+COMPILED += ("entropy_coef",)
 
 
 def compiled_for(options):
@@ -164,6 +171,7 @@ def test_no_cuda_graph_keeps_a_value():
 #: A call of each op with floats among its options.
 CALLS = (
     lambda x, impl: policy(x, impl, normalizer=3.0, dual_clip=2.0),
+    lambda x, impl: bonus(x, impl, entropy_normalizer=3.0),
     lambda x, impl: rewards(x, impl, score_clip=2.0),
     lambda x, impl: pk.p3o_loss(x, OLD, REF, SCORES, variant="joint", normalizer=3.0, impl=impl),
     p3o,

@@ -81,6 +81,10 @@ def contract_inputs(g, dtype, batch, length):
     return x | {"normalizer": torch.tensor(17.0)}
 
 
+def entropy_inputs(g, dtype, batch, length):
+    return {"entropy": tokens(g, dtype, batch, length, "entropy")["entropy"], "entropy_normalizer": torch.tensor(11.0)}
+
+
 def inputs_from_logits(g, dtype, batch, columns, vocab):
     """The last column predicts no token. Log-ratios are within 0.1 or of size 0.5: rounding clips none of them."""
     logits = normal(g, batch, columns + 1, vocab).to(dtype)
@@ -135,6 +139,17 @@ LEVEL = replace(
     options={"importance_sampling_level": "sequence", "cliprange": (0.2, 0.3), "kl_coef": 0.1, "kl_estimator": "k3"},
     choices={"importance_sampling_level": ("geometric", "sequence_token", "sequence")},
 )
+#: The entropy is a second input with a gradient.
+ENTROPY = replace(
+    CONTRACT,
+    variant="entropy",
+    inputs=lambda *args: contract_inputs(*args) | entropy_inputs(*args),
+    options={"entropy_coef": 0.1},
+    leaf="entropy",
+    choices={},
+    bare_options={"entropy_coef": 0.0},
+    meetings={},
+)
 
 
 def gspo(logprobs, old_logprobs, advantages, mask):
@@ -174,6 +189,7 @@ CASES = (
     packed(CONTRACT),
     SURROGATE,
     LEVEL,
+    ENTROPY,
     replace(
         TIMED,
         work="policy_loss GSPO-token fwd+bwd",

@@ -304,19 +304,18 @@ class Tokens:
         check_device(self.op, name, x, self.like.device)
         return x.to(self.dtype).contiguous()
 
-    def normalizer(self, value: object) -> Tensor | None:
+    def normalizer(self, value: object, name: str = "normalizer") -> Tensor | None:
         if value is None:
             return None
         device = self.like.device
         if isinstance(value, Tensor):
             if value.numel() != 1 or value.is_complex():
                 raise ValueError(
-                    f"{self.op}: normalizer must be a number or one real element,"
-                    f" got {tuple(value.shape)} {value.dtype}"
+                    f"{self.op}: {name} must be a number or one real element, got {tuple(value.shape)} {value.dtype}"
                 )
-            refuse_gradient(self.op, "normalizer", value)
+            refuse_gradient(self.op, name, value)
             return value.detach().to(device=device, dtype=wide_dtype(device)).reshape(())
-        value = check_number(self.op, "normalizer", value, least=0.0)
+        value = check_number(self.op, name, value, least=0.0)
         if torch.compiler.is_compiling():
             return element(value).to(device, wide_dtype(device))
         return torch.full((), value, dtype=wide_dtype(device), device=device)
