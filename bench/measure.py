@@ -235,8 +235,9 @@ def _parts(row: Row, rounds: int, whole: list[Call], halves: list[Call], copies:
         "call_seconds": statistics.median(synchronized() for _ in range(rounds)),
         "l2_warm_seconds": median(whole[:1], len(whole)),
     }
-    if leaf := row.setup.case.leaf:
-        losses = [(flat(half())[0], copy.inputs[leaf]) for half, copy in zip(halves[:2], copies, strict=False)]
+    if row.setup.leaves and row.provider != PRODUCTS:
+        few = zip(halves[:2], copies, strict=False)
+        losses = [(flat(half())[0], [copy.inputs[name] for name in copy.leaves]) for half, copy in few]
         ones = torch.ones_like(losses[0][0])
         backward = [lambda y=y, x=x: torch.autograd.grad(y, x, ones, retain_graph=True) for y, x in losses]
         facts |= {"forward_seconds": median(halves, len(halves)), "backward_seconds": median(backward, len(backward))}

@@ -10,7 +10,7 @@ import torch
 
 from bench import clocks, measure, report, results
 from bench.cases import DeviceTarget, benchmark, benchmarks
-from bench.rows import PHASES, PROVIDERS, Setup, phase
+from bench.rows import PHASES, PRODUCTS, PROVIDERS, Row, Setup, call_of, phase
 
 pytestmark = pytest.mark.host
 
@@ -67,6 +67,23 @@ def test_no_timed_gradient_sums_up_or_fills():
     ran = {event.key for event in profile.key_averages()}
     assert any("policy_loss" in name for name in ran)
     assert not ran & {"aten::sum", "aten::ones_like", "aten::fill_"}
+
+
+@pytest.mark.parametrize("provider", ["cpu", PRODUCTS])
+def test_the_backward_that_is_timed_alone_is_that_of_every_leaf(cuda, monkeypatch, provider):
+    """Of the hidden states and of the weight; matrix products alone have none."""
+    setup = Setup(benchmark("linear_policy_loss fwd+bwd", torch.bfloat16), (3, 4, 16, 96))
+    half = call_of(setup, provider)(setup.inputs)
+    timed, grad = [], torch.autograd.grad
+
+    def spy(outputs, inputs, *given, **more):
+        timed.extend([len(inputs)] if "retain_graph" in more else [])
+        return grad(outputs, inputs, *given, **more)
+
+    monkeypatch.setattr(torch.autograd, "grad", spy)
+    facts = measure._parts(Row("g", setup, provider), 1, [half], [half], [setup])
+    assert ("backward_seconds" in facts) == bool(timed) == (provider == "cpu")
+    assert set(timed) <= {2}
 
 
 @pytest.mark.parametrize("work", ["policy_loss fwd+bwd", "value_loss fwd+bwd", "p3o_loss of 2 fwd+bwd"])
