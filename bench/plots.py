@@ -11,8 +11,9 @@ import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.ticker import NullFormatter, ScalarFormatter
 
+from bench.peers import PEERS
 from bench.results import MIB, Line, Results, duration, exponents, seconds, small_call, times
-from bench.rows import OURS, PROVIDERS
+from bench.rows import COMPILE, EAGER, OURS, PROVIDERS
 
 matplotlib.use("Agg")
 plt.rcParams |= {"axes.titlesize": 9, "axes.titleweight": "bold", "axes.labelsize": 8}
@@ -30,6 +31,10 @@ COLOURS = {
     "OpenRLHF": "#9b5de5",
     "SkyRL": "#4cc9f0",
     "torchrl": "#bc4749",
+    "Liger": "#c77dff",
+    "flash-attn": "#80b918",
+    "QuACK": "#e5989b",
+    "F.linear_cross_entropy": "#7f5539",
     "F.cross_entropy": "#33415c",
 }
 PLAIN = "#6c757d"
@@ -84,7 +89,7 @@ def speedups(results: Results, path: Path, groups: list[str]) -> Path:
 def overview(results: Results, path: Path, groups: list[str]) -> Path:
     """All rows in one panel: how many times longer than ours everyone takes."""
     figure, ax = plt.subplots(figsize=(10, 0.24 * len(groups) + 1.6))
-    names = [name for name in PROVIDERS if name in COLOURS and name not in (*OURS, "reference")]
+    names = [name for name in (EAGER, COMPILE, *PEERS) if name in results.providers()]
     for name in names:
         if found := {i: ratio for i, group in enumerate(groups) if (ratio := results.ratio(group, name)) is not None}:
             ax.scatter([*found.values()], [*found], s=34, color=COLOURS[name], label=name, zorder=3)
