@@ -25,20 +25,14 @@ if "--accuracy" in sys.argv and not torch.cuda.is_available():
 from bench import clocks, measure, report, trainers
 from bench.accuracy import main as accuracy
 from bench.results import Results
-from bench.rows import PHASES, Row, all_of, phase
+from bench.rows import PHASES, SIZES, Row, all_of, phase
 from ppo_kernels import _native
 
 
 def options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__, allow_abbrev=False)
     size = parser.add_mutually_exclusive_group()
-    for name, text in (
-        ("small", "small shapes, 3 minutes; the default"),
-        ("quick", "the shapes of the targets without other libraries, 2 minutes"),
-        ("full", "the shapes of the targets, and more points of the scaling lines, 20 minutes"),
-        ("gpu", "the shapes of the GPU table"),
-        ("tiny", "every row of the GPU table once at a tiny shape, on any device: its times mean nothing"),
-    ):
+    for name, text in SIZES.items():
         size.add_argument(f"--{name}", dest="size", action="store_const", const=name, default="small", help=text)
     size.add_argument("--accuracy", action="store_true", help="errors against float64 beside those of eager code")
     size.add_argument("--trainers", action="store_true", help="a step of our trainer beside TRL's")

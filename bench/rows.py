@@ -34,9 +34,14 @@ OWN = {
 PROVIDERS = (*OWN, *peers.PEERS)  # in the order of columns
 #: What a run may be cut into: our own rows first, as a machine with a GPU may be there for minutes.
 PHASES = ("ours", "others", "compile")
-#: Of shapes: small ones, those of the targets with other libraries (full) and without them (quick), those for a GPU,
-#: and tiny ones, which show that every row for a GPU runs.
-SIZES = (*MEASURED, "gpu", "tiny")
+#: Of shapes, with what the command line says of them.
+SIZES = {
+    "small": "small shapes, 3 minutes; the default",
+    "quick": "the shapes of the targets without other libraries, 2 minutes",
+    "full": "the shapes of the targets, and more points of the scaling lines, 20 minutes",
+    "gpu": "the shapes of the GPU table",
+    "tiny": "every row of the GPU table once at a tiny shape, on any device: its times mean nothing",
+}
 
 
 def phase(provider: str) -> str:

@@ -86,6 +86,14 @@ def test_the_backward_that_is_timed_alone_is_that_of_every_leaf(cuda, monkeypatc
     assert set(timed) <= {2}
 
 
+def test_a_backward_that_runs_once_leaves_the_other_times(cuda):
+    setup = Setup(benchmark("policy_loss fwd+bwd"), (4, 40))
+    gone = [lambda: torch.zeros(())]  # nothing to differentiate
+    facts = measure._parts(Row("g", setup, "torch.compile"), 1, gone, gone, [setup])
+    assert facts["call_seconds"] > 0
+    assert "does not require grad" in facts["no_halves"]
+
+
 @pytest.mark.parametrize("work", ["policy_loss fwd+bwd", "value_loss fwd+bwd", "p3o_loss of 2 fwd+bwd"])
 def test_a_loss_has_to_move_17_bytes_per_token(work):
     """Three inputs in float32 and a mask are read, and a gradient is written: once each."""
