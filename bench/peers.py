@@ -64,6 +64,14 @@ def read(package: str, files: dict[str, str], modules: str = "", **given: object
     return found
 
 
+def reading(
+    package: str, imports: str, files: dict[str, str], works: Works, modules: str = "", **given: object
+) -> Peer:
+    """One whose package cannot be imported, for what it imports in turn."""
+    how = f"functions of {', '.join(Path(file).name for file in files)} (the package imports {imports})"
+    return Peer(package, partial(read, package, files, modules, **given), works, how)
+
+
 def expressions(table: dict[tuple[str, ...], Expression], **ready: Callable[[Tensor], Tensor]) -> Works:
     """Works that are one expression of the library and the inputs; ``ready`` makes some of the inputs ready, once."""
 
@@ -115,24 +123,18 @@ PEERS = {
         | {"linear_policy_loss fwd+bwd": calls.trl_linear_policy_loss},
         "functions of trl/trainer/utils.py and trl/kernels (the package imports accelerate and datasets)",
     ),
-    "verl": Peer(
+    "verl": reading(
         "verl",
-        partial(
-            read,
-            "verl",
-            {
-                "verl/utils/torch_functional.py": "logprobs_from_logits entropy_from_logits masked_sum masked_mean "
-                "masked_whiten clip_by_value",
-                "verl/trainer/ppo/core_algos.py": "compute_gae_advantage_return compute_value_loss kl_penalty "
-                "compute_policy_loss_vanilla compute_policy_loss_gspo compute_policy_loss_dppo_tv FixedKLController "
-                "compute_grpo_outcome_advantage compute_gdpo_outcome_advantage",
-                "verl/trainer/ppo/rollout_corr_helper.py": "compute_rollout_correction_weights",
-                "verl/trainer/ppo/ray_trainer.py": "apply_kl_penalty",
-            },
-            modules="verl_F core_algos",
-            AlgoConfig=type("AlgoConfig", (), {}),  # what the config must not be
-            ActorConfig=calls.VerlConfig,  # what some want it to be
-        ),
+        "ray and tensordict",
+        {
+            "verl/utils/torch_functional.py": "logprobs_from_logits entropy_from_logits masked_sum masked_mean "
+            "masked_whiten clip_by_value",
+            "verl/trainer/ppo/core_algos.py": "compute_gae_advantage_return compute_value_loss kl_penalty "
+            "compute_policy_loss_vanilla compute_policy_loss_gspo compute_policy_loss_dppo_tv FixedKLController "
+            "compute_grpo_outcome_advantage compute_gdpo_outcome_advantage",
+            "verl/trainer/ppo/rollout_corr_helper.py": "compute_rollout_correction_weights",
+            "verl/trainer/ppo/ray_trainer.py": "apply_kl_penalty",
+        },
         expressions(
             {
                 LOGPROBS: calls.verl_logprobs,
@@ -157,19 +159,18 @@ PEERS = {
             "group_advantages grpo": calls.verl_group_advantages,
             "group_advantages gdpo": calls.verl_group_advantages,
         },
-        "functions of torch_functional.py, core_algos.py and ray_trainer.py (the package imports ray and tensordict)",
+        modules="verl_F core_algos",
+        AlgoConfig=type("AlgoConfig", (), {}),  # what the config must not be
+        ActorConfig=calls.VerlConfig,  # what some want it to be
     ),
-    "OpenRLHF": Peer(
+    "OpenRLHF": reading(
         "openrlhf",
-        partial(
-            read,
-            "openrlhf",
-            {
-                "openrlhf/models/utils.py": "log_probs_from_logits compute_approx_kl compute_reward masked_mean",
-                "openrlhf/models/loss.py": "PolicyLoss ValueLoss",
-                "openrlhf/trainer/ppo_utils/experience_maker.py": "RemoteExperienceMaker.get_advantages_and_returns",
-            },
-        ),
+        "deepspeed and vLLM",
+        {
+            "openrlhf/models/utils.py": "log_probs_from_logits compute_approx_kl compute_reward masked_mean",
+            "openrlhf/models/loss.py": "PolicyLoss ValueLoss",
+            "openrlhf/trainer/ppo_utils/experience_maker.py": "RemoteExperienceMaker.get_advantages_and_returns",
+        },
         expressions(
             {
                 LOGPROBS: lambda f, x: f.log_probs_from_logits(x.logits, x.labels).flatten(),
@@ -183,25 +184,20 @@ PEERS = {
             "policy_loss fwd+bwd": calls.openrlhf_policy_loss,
             "value_loss fwd+bwd": calls.openrlhf_value_loss,
         },
-        "functions of models/utils.py, models/loss.py and experience_maker.py (the package imports deepspeed and vLLM)",
     ),
-    "SkyRL": Peer(
+    "SkyRL": reading(
         "skyrl",
-        partial(
-            read,
-            "skyrl",
-            {
-                "skyrl/backends/skyrl_train/utils/torch_utils.py": "logprobs_from_logits masked_mean",
-                "skyrl/backends/skyrl_train/utils/ppo_utils.py": "compute_gae_advantage_return masked_whiten",
-            },
-            register_advantage_estimator=lambda name: lambda function: function,  # a registry of ray actors
-        ),
+        "ray",
+        {
+            "skyrl/backends/skyrl_train/utils/torch_utils.py": "logprobs_from_logits masked_mean",
+            "skyrl/backends/skyrl_train/utils/ppo_utils.py": "compute_gae_advantage_return masked_whiten",
+        },
         expressions({(FORWARD,): lambda f, x: f.logprobs_from_logits(x.logits, x.labels, False).flatten()}, **SEQUENCES)
         | {
             "gae + whiten": calls.skyrl_gae,
             "whiten": lambda skyrl, x, mask: lambda: skyrl.masked_whiten(x, mask),
         },
-        "functions of torch_utils.py and ppo_utils.py (the package imports ray)",
+        register_advantage_estimator=lambda name: lambda function: function,  # a registry of ray actors
     ),
     "torchrl": Peer("torchrl", partial(imported, "torchrl.objectives.value.functional"), {"gae": calls.torchrl_gae}),
     "Liger": Peer(
