@@ -11,7 +11,7 @@ from types import SimpleNamespace
 
 import torch
 
-from bench.cases import CLIP, GAMMA, KL_COEF, LAM, SCORE_CLIP
+from bench.cases import CLIP, ENTROPY_COEF, GAMMA, KL_COEF, LAM, SCORE_CLIP
 
 
 def sequences(x):
@@ -43,7 +43,9 @@ class VerlConfig(SimpleNamespace):
         return getattr(self, name, default)
 
 
-VERL_CLIP = VerlConfig(clip_ratio=CLIP, clip_ratio_low=CLIP, clip_ratio_high=CLIP, global_batch_info={})
+VERL_CLIP = VerlConfig(
+    clip_ratio=CLIP, clip_ratio_low=CLIP, clip_ratio_high=CLIP, tau_pos=1.0, tau_neg=1.05, global_batch_info={}
+)
 
 
 class _Batch(dict):
@@ -85,9 +87,20 @@ def verl_experience(verl, values, **rollout):
     return call
 
 
+def verl_sapo_loss(verl, logprobs, old_logprobs, advantages, mask, row_weight, normalizer):
+    """Whatever mode it is given, it takes the mean over rows of the mean over tokens."""
+    return verl_policy_loss(verl, logprobs, old_logprobs, advantages, mask, loss="sapo")
+
+
 def verl_policy_loss(verl, logprobs, old_logprobs, advantages, mask, loss="vanilla"):
     mask, compute = mask.long(), getattr(verl, f"compute_policy_loss_{loss}")
     return lambda: compute(old_logprobs, logprobs, advantages, mask, "token-mean", config=VERL_CLIP)[0]
+
+
+def verl_policy_loss_with_entropy(verl, logprobs, old_logprobs, advantages, mask, entropy):
+    """As ``ppo_loss`` of its workers ends."""
+    policy_loss, mask = verl_policy_loss(verl, logprobs, old_logprobs, advantages, mask), mask.long()
+    return lambda: policy_loss() - ENTROPY_COEF * verl.agg_loss(entropy, mask, "token-mean")
 
 
 def verl_importance_weights(verl, logprobs, rollout_logprobs, mask):

@@ -130,8 +130,8 @@ PEERS = {
             "verl/utils/torch_functional.py": "logprobs_from_logits entropy_from_logits masked_sum masked_mean "
             "masked_whiten clip_by_value",
             "verl/trainer/ppo/core_algos.py": "compute_gae_advantage_return compute_value_loss kl_penalty "
-            "compute_policy_loss_vanilla compute_policy_loss_gspo compute_policy_loss_dppo_tv FixedKLController "
-            "compute_grpo_outcome_advantage compute_gdpo_outcome_advantage",
+            "compute_policy_loss_vanilla compute_policy_loss_gspo compute_policy_loss_sapo compute_policy_loss_dppo_tv "
+            "agg_loss FixedKLController compute_grpo_outcome_advantage compute_gdpo_outcome_advantage",
             "verl/trainer/ppo/rollout_corr_helper.py": "compute_rollout_correction_weights",
             "verl/trainer/ppo/ray_trainer.py": "apply_kl_penalty",
         },
@@ -154,7 +154,9 @@ PEERS = {
             "whiten": lambda verl, x, mask: lambda: verl.masked_whiten(x, mask),
             "policy_loss fwd+bwd": calls.verl_policy_loss,
             "policy_loss GSPO-token fwd+bwd": partial(calls.verl_policy_loss, loss="gspo"),
+            "policy_loss SAPO fwd+bwd": calls.verl_sapo_loss,
             "policy_loss DPPO-TV fwd+bwd": partial(calls.verl_policy_loss, loss="dppo_tv"),
+            "policy_loss + entropy bonus fwd+bwd": calls.verl_policy_loss_with_entropy,
             "importance_weights TIS": calls.verl_importance_weights,
             "group_advantages grpo": calls.verl_group_advantages,
             "group_advantages gdpo": calls.verl_group_advantages,

@@ -136,7 +136,9 @@ def test_sources_that_hide_an_installed_package_say_so(tmp_path: Path) -> None:
     code = "import warnings; warnings.simplefilter('error'); import ppo_kernels"
     code = f"try:\n {code}\nexcept UserWarning as warning: print(warning)"
     said = run("-c", code, cwd=sources, PYTHONPATH=str(installed.parent))
-    assert f"the C++ ops are not built in {sources}/ppo_kernels, which hides {installed}; run Python from another" in said
+    assert (
+        f"the C++ ops are not built in {sources}/ppo_kernels, which hides {installed}; run Python from another" in said
+    )
 
 
 def test_schemas_are_read_as_cpp_reads_them(tmp_path: Path) -> None:

@@ -149,6 +149,36 @@ def test_a_new_value_compiles_nothing_anew(impl, option):
         assert counter.frame_count <= 2  # the first makes a constant of the float
 
 
+#: Options that a call does not read: what nothing in a graph needs, AOTAutograd makes a constant.
+UNREAD = {
+    "sapo_temperature_pos": policy,
+    "sapo_temperature_neg": lambda x, impl, **given: policy(x, impl, surrogate="cispo", **given),
+    "cliprange": lambda x, impl, **given: policy(x, impl, surrogate="sapo", **given),
+    "kl_log_clamp": bonus,
+    "kl_clamp": bonus,
+    "entropy_normalizer": policy,
+    "eps": lambda x, impl, **given: (pk.group_advantages(x[:, 0], group_size=2, impl=impl, **given),),
+    "dr_grpo eps": lambda x, impl, **given: (
+        pk.group_advantages(x[:, 0], group_size=2, mode="grpo", scale_rewards="none", impl=impl, **given),
+    ),
+    "max_length": lambda x, impl, **given: pk.aggregation_weights(x > 0, "seq-mean-token-mean", **given),
+}
+
+
+@pytest.mark.parametrize(
+    "option", [x if x in ("eps", "max_length") else pytest.param(x, marks=pytest.mark.rest) for x in UNREAD]
+)
+def test_what_is_not_read_compiles_nothing_anew(option):
+    """The other implementations take all numbers as one tensor."""
+    torch._dynamo.reset()
+    counter, name = CompileCounterWithBackend("aot_eager"), option.split()[-1]
+    call = lambda x, v: flat(UNREAD[option](x, "torch", **{name: v}))  # noqa: E731
+    step = torch.compile(call, fullgraph=True, backend=counter)
+    for i in range(6):
+        torch.testing.assert_close(step(LOGP, 1.5 + 0.1 * i), call(LOGP, 1.5 + 0.1 * i))
+    assert counter.frame_count <= 3  # a constant, an input, and a graph without it
+
+
 @pytest.mark.large
 @pytest.mark.parametrize("form", [np.float32, np.float64, np.array])
 def test_numpy_numbers_are_compiled(impl, form):

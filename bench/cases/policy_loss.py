@@ -10,6 +10,7 @@ import torch
 import ppo_kernels
 from bench.cases import (
     CLIP,
+    ENTROPY_COEF,
     ESTIMATORS,
     GPU,
     KL_COEF,
@@ -73,6 +74,20 @@ def inputs(g, dtype, *shape, ref=False):
 
 def inputs_with_reference(*args):
     return inputs(*args, ref=True)
+
+
+def inputs_by_row(*args):
+    x = inputs(*args)
+    row_weight, normalizer = ppo_kernels.aggregation_weights(x["mask"], "seq-mean-token-mean")
+    return x | {"row_weight": row_weight, "normalizer": normalizer}
+
+
+def inputs_with_entropy(g, dtype, *shape):
+    return inputs(g, dtype, *shape) | {"entropy": 4 * uniform(g, *shape)}
+
+
+def eager_with_entropy(logprobs, old_logprobs, advantages, mask, entropy):
+    return eager(logprobs, old_logprobs, advantages, mask)[0] - ENTROPY_COEF * mean(entropy, mask)
 
 
 def contract_inputs(g, dtype, batch, length):
@@ -160,10 +175,11 @@ def gspo(logprobs, old_logprobs, advantages, mask):
     return mean(torch.max(-advantages * ratio, -advantages * ratio.clamp(1 - CLIP, 1 + CLIP)), mask)
 
 
-def sapo(logprobs, old_logprobs, advantages, mask):
+def sapo(logprobs, old_logprobs, advantages, mask, row_weight, normalizer):
     ratio = (logprobs - old_logprobs).clamp(-20.0, 20.0).exp()
     tau = torch.where(advantages > 0, 1.0, 1.05)
-    return mean(-advantages * torch.sigmoid(tau * (ratio - 1.0)) * 4.0 / tau, mask)
+    losses = -advantages * torch.sigmoid(tau * (ratio - 1.0)) * 4.0 / tau
+    return ((losses * mask).sum(-1) / mask.sum(-1)).mean()
 
 
 def dppo(logprobs, old_logprobs, advantages, mask):
@@ -202,6 +218,7 @@ CASES = (
     replace(
         TIMED,
         work="policy_loss SAPO fwd+bwd",
+        inputs=inputs_by_row,
         options={"surrogate": "sapo"},
         eager=sapo,
         targets=(Target("eager", 5, reached=4, limit="one sigmoid and a product: seven passes"),),
@@ -230,6 +247,17 @@ CASES = (
         threads=(64, 8192),
         targets=(Target("eager", 10), Target("torch.compile", 1.5)),
         accuracy=accuracy,
+    ),
+    replace(
+        TIMED,
+        work="policy_loss + entropy bonus fwd+bwd",
+        inputs=inputs_with_entropy,
+        options={"cliprange": CLIP, "entropy_coef": ENTROPY_COEF},
+        also=("entropy",),
+        eager=eager_with_entropy,
+        moved=lambda x: 6 * x["logprobs"].nbytes + 2 * x["mask"].nbytes,
+        device_target=None,
+        shapes={size: shapes for size, shapes in MINIBATCH.items() if size != "gpu"},
     ),
     Case(
         op="policy_loss",

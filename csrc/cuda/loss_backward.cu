@@ -2,7 +2,6 @@
 #include "cuda/launch.cuh"
 
 namespace ppo {
-namespace {
 
 struct LossBackwardInputs {
   TokenInput<float> grad;
@@ -10,7 +9,7 @@ struct LossBackwardInputs {
   int64_t total;
 };
 
-__global__ void __launch_bounds__(kLossThreads) loss_backward_kernel(LossBackwardInputs in, float* out) {
+static __global__ void __launch_bounds__(kLossThreads) loss_backward_kernel(LossBackwardInputs in, float* out) {
   const TokenRows all{nullptr, 1, in.total, in.total, 0.0};
   float grad[kLossVectors][kTokens];
 #pragma unroll
@@ -25,6 +24,8 @@ __global__ void __launch_bounds__(kLossThreads) loss_backward_kernel(LossBackwar
     store_tokens(out, first_token(g), in.total, grad[g]);
   }
 }
+
+namespace {
 
 Tensor loss_backward(const Tensor& grad, const Tensor& grad_loss, const Tensor& inv_normalizer) {
   PPO_COUNT("loss_backward");

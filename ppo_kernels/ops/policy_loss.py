@@ -151,8 +151,9 @@ def policy_loss(
     low, high = cliprange if isinstance(cliprange, (tuple, list)) else (cliprange, cliprange)
     kind = check_choice(op, "surrogate", surrogate, SURROGATES)
     level = check_choice(op, "importance_sampling_level", importance_sampling_level, RATIO_LEVELS)
-    low = bound(op, "cliprange (low)", low, least=0.0)
-    high = bound(op, "cliprange (high)", high, least=0.0)
+    is_sapo, has_ref = surrogate == "sapo", ref_logprobs is not None
+    low = bound(op, "cliprange (low)", low, least=0.0, read=not is_sapo)
+    high = bound(op, "cliprange (high)", high, least=0.0, read=not is_sapo)
     dual_bound = bound(op, "dual_clip", dual_clip, above=1.0)
     coef, coef_tensor = number_or_tensor(op, "kl_coef", kl_coef, device)
     if ref_logprobs is None and (isinstance(kl_coef, Tensor) or kl_coef != 0):
@@ -161,13 +162,16 @@ def policy_loss(
         raise ValueError(f"policy_loss: entropy_coef={entropy_coef} needs entropy; pass it or set entropy_coef=0")
     code = check_choice(op, "kl_estimator", kl_estimator, KL_ESTIMATORS)
     log_bound = bound(op, "log_ratio_clamp", log_ratio_clamp, least=0.0)
-    kl_bounds = bound(op, "kl_log_clamp", kl_log_clamp, least=0.0), bound(op, "kl_clamp", kl_clamp, least=0.0)
+    kl_bounds = (
+        bound(op, "kl_log_clamp", kl_log_clamp, least=0.0, read=has_ref),
+        bound(op, "kl_clamp", kl_clamp, least=0.0, read=has_ref),
+    )
     ratio_bound = bound(op, "delta", delta, above=1.0)
     if level or kind or delta is not None or unbiased_kl:
         _refuse_combinations(surrogate, importance_sampling_level, dual_bound, ratio_bound, unbiased_kl)
     taus = (
-        check_number(op, "sapo_temperature_pos", sapo_temperature_pos, above=0.0),
-        check_number(op, "sapo_temperature_neg", sapo_temperature_neg, above=0.0),
+        check_number(op, "sapo_temperature_pos", sapo_temperature_pos, above=0.0, read=is_sapo),
+        check_number(op, "sapo_temperature_neg", sapo_temperature_neg, above=0.0, read=is_sapo),
     )
     codes = (bool(unbiased_kl), kind, level)
     options = (low, high, dual_bound, log_bound, coef, code, *kl_bounds, *codes, ratio_bound, *taus)
