@@ -72,7 +72,7 @@ $(BUILT): $(INSTALLED) $(SOURCES) $(if $(wildcard ppo_kernels/_C.*.so),,missing)
 	@touch $@
 
 test: build
-	OMP_NUM_THREADS=1 $(RUN) -m pytest tests --ignore tests/verify -q --numprocesses 2 --dist loadfile $(ARGS)
+	OMP_NUM_THREADS=1 $(RUN) -m pytest tests --ignore tests/verify -q --numprocesses 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 lint: $(INSTALLED)
 	$(RUN) -m ruff check .

@@ -20,7 +20,7 @@ def find_torch() -> Path:
     """The folder of the torch to build against: an importable one, else the one outside pip's isolation."""
     spec = find_spec("torch") or PathFinder.find_spec("torch", [*map(sysconfig.get_path, ("purelib", "platlib"))])
     if spec is None or spec.origin is None:
-        sys.exit("no torch here to build against: install 2.11 or later, then: pip install --no-build-isolation .")
+        sys.exit("no torch here to build against: install 2.11 or later, then: pip install .")
     return Path(spec.origin).parent
 
 

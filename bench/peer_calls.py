@@ -17,7 +17,7 @@ from types import ModuleType, SimpleNamespace
 import torch
 from torch import Tensor
 
-from bench.cases import CLIP, GAMMA, KL_COEF, LAM, SCORE_CLIP
+from bench.cases import CLIP, ENTROPY_COEF, GAMMA, KL_COEF, LAM, SCORE_CLIP
 from bench.source import functions
 
 Call = Callable[[], object]
@@ -105,7 +105,8 @@ def load_verl() -> SimpleNamespace:
         "verl",
         "verl/trainer/ppo/core_algos.py",
         *("compute_gae_advantage_return", "compute_policy_loss_vanilla", "compute_value_loss", "kl_penalty"),
-        *("compute_policy_loss_gspo", "compute_policy_loss_dppo_tv", "FixedKLController"),
+        *("compute_policy_loss_gspo", "compute_policy_loss_sapo", "compute_policy_loss_dppo_tv", "agg_loss"),
+        "FixedKLController",
         *("compute_grpo_outcome_advantage", "compute_gdpo_outcome_advantage"),
         verl_F=SimpleNamespace(**tensors),
         AlgoConfig=type("AlgoConfig", (), {}),  # what the config must not be
@@ -127,7 +128,9 @@ def load_verl() -> SimpleNamespace:
     return SimpleNamespace(**tensors, **core, **correction, **penalty)
 
 
-VERL_CLIP = _Config(clip_ratio=CLIP, clip_ratio_low=CLIP, clip_ratio_high=CLIP, global_batch_info={})
+VERL_CLIP = _Config(
+    clip_ratio=CLIP, clip_ratio_low=CLIP, clip_ratio_high=CLIP, tau_pos=1.0, tau_neg=1.05, global_batch_info={}
+)
 
 
 class _Batch(dict):
@@ -181,9 +184,20 @@ def verl_experience(verl, values, **rollout):
     return call
 
 
+def verl_sapo_loss(verl, logprobs, old_logprobs, advantages, mask, row_weight, normalizer):
+    """Whatever mode it is given, it takes the mean over rows of the mean over tokens."""
+    return verl_policy_loss(verl, logprobs, old_logprobs, advantages, mask, loss="sapo")
+
+
 def verl_policy_loss(verl, logprobs, old_logprobs, advantages, mask, loss="vanilla"):
     mask, compute = mask.long(), getattr(verl, f"compute_policy_loss_{loss}")
     return lambda: compute(old_logprobs, logprobs, advantages, mask, "token-mean", config=VERL_CLIP)[0]
+
+
+def verl_policy_loss_with_entropy(verl, logprobs, old_logprobs, advantages, mask, entropy):
+    """As ``ppo_loss`` of its workers ends."""
+    policy_loss, mask = verl_policy_loss(verl, logprobs, old_logprobs, advantages, mask), mask.long()
+    return lambda: policy_loss() - ENTROPY_COEF * verl.agg_loss(entropy, mask, "token-mean")
 
 
 def verl_importance_weights(verl, logprobs, rollout_logprobs, mask):

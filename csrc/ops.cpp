@@ -56,6 +56,8 @@ policy_loss(Tensor logprobs, Tensor old_logprobs, Tensor advantages, Tensor? mas
 value_loss(Tensor values, Tensor old_values, Tensor returns, Tensor? mask, Tensor? row_weight,
     Tensor? normalizer, Tensor? cu_seqlens, float cliprange_value, bool grad)
     -> (Tensor loss, Tensor stats, Tensor grad, Tensor inv_normalizer)
+// grad and inv_normalizer as a loss returns them, grad_loss 0-d: their product.
+loss_backward(Tensor grad, Tensor grad_loss, Tensor inv_normalizer) -> Tensor
 
 // weights and keep like logprobs, keep bool; stats as in the Python tuple. level: 0 token, 1 sequence, 2 geometric; mode:
 // 0 truncate, 1 mask, 2 icepop; reject: 0 by nothing, 1 k1, 2 k2, 3 k3; reject_level: 0 token, 1 sum, 2 mean, 3 max.

@@ -10,6 +10,7 @@ import ctypes
 import importlib
 import logging
 import struct
+import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,7 +26,7 @@ from ppo_kernels._source_hash import source_hash
 
 logger = logging.getLogger("ppo_kernels")
 
-REBUILD = "pip install --no-build-isolation -e ."
+REBUILD = "pip install -e ."
 
 CPU_ERROR: Exception | None = None
 CUDA_ERROR: Exception | None = None
@@ -95,12 +96,24 @@ def _off(error: str) -> NativeError:
     return NativeError(error)
 
 
+def _hidden_copy() -> Path | None:
+    """An installed package with its libraries, which Python would find if it did not begin in a checkout."""
+    for entry in sys.path:
+        other = Path(entry).resolve() / "ppo_kernels"
+        if other != PACKAGE and any((other / f"_C{suffix}").exists() for suffix in EXTENSION_SUFFIXES):
+            return other
+    return None
+
+
 def _load_cpu() -> ModuleType:
     suffixes = [suffix for suffix in EXTENSION_SUFFIXES if (PACKAGE / f"_C{suffix}").exists()]
     if not suffixes:
         others = sorted(path.name for path in PACKAGE.glob("_C.*so"))
         found = f"only for another Python ({', '.join(others)})" if others else "not"
-        raise NativeError(f"the C++ ops are {found} built in {PACKAGE}; build them with: {REBUILD}")
+        found = f"the C++ ops are {found} built in {PACKAGE}"
+        if (hidden := _hidden_copy()) is not None:
+            raise _off(f"{found}, which hides {hidden}; run Python from another folder, or build them with: {REBUILD}")
+        raise NativeError(f"{found}; build them with: {REBUILD}")
     path = PACKAGE / f"_C{suffixes[0]}"
     try:
         _check_whole(path)

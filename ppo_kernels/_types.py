@@ -72,6 +72,8 @@ class PolicyStats(NamedTuple):
     dual_clipfrac: Tensor  #: share whose loss dual_clip or delta lowered; for dppo, whose ratio delta bounded
     ref_kl: Tensor  #: mean KL estimate against ref_logprobs (0 without them)
     clamp_frac: Tensor  #: share whose log-ratio, the token's or the row's, lies beyond log_ratio_clamp
+    ess: Tensor  #: effective sample size of the weights over the number of tokens: (sum w)^2 / (n sum w^2)
+    entropy: Tensor  #: mean entropy (0 without it)
     count: Tensor  # type: ignore[assignment]  #: number of valid tokens
 
 

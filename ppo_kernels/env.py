@@ -10,6 +10,7 @@ import os
 import platform
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -150,4 +151,5 @@ def without_home(text: str) -> str:
 if __name__ == "__main__":
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="backslashreplace")  # a terminal may know ASCII alone
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` is no error
     print(without_home(report()))  # to nowhere where standard output is closed

@@ -187,9 +187,15 @@ def demo(path: str, overrides: Sequence[str]) -> None:
         load("train", path, overrides, PPOConfig),
     )
     started = time.perf_counter()
+    _say(f"demo: three stages on the task {shared.task}, into {shared.output_dir};")
+    _say(f"about three minutes on two CPU cores with {DEMO_CONFIG} as it is")
+    _say("1/3 sft: a first policy, from texts")
     _say(_figures("sft", sft(settings[0])) + f"  ({time.perf_counter() - started:.0f} s so far)")
+    _say("2/3 reward: a model that says which of two texts is better")
     _say(_figures("reward", reward(settings[1])) + f"  ({time.perf_counter() - started:.0f} s so far)")
-    trainer = Trainer(settings[2])
+    train = settings[2]
+    _say(f"3/3 train: {train.total_steps} steps of {train.algorithm}, {train.batch_size} responses each")
+    trainer = Trainer(train)
     before, after = trainer.train()
     _report(trainer.task, before, after)
     _say(f"curves: {trainer.folder / 'curves.png'}   time: {time.perf_counter() - started:.0f} s")

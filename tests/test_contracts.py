@@ -39,7 +39,7 @@ def test_gradcheck(impl_of, name):
 def test_gradcheck_without_an_optional_input(impl_of, name):
     impl, case = impl_of(name), cases.make(name, torch.float64, batch=3, length=5, seed=3)
     needed = recorded.bare_inputs(REGISTERED[name], case.tensors)
-    for without in case.tensors.keys() - needed.keys() - {"ref_logprobs"}:  # which a KL penalty needs
+    for without in case.tensors.keys() - needed.keys() - {"ref_logprobs", "entropy"}:  # which coefficients need
         tensors = {k: v for k, v in case.tensors.items() if k != without}
         leaf = tensors[case.leaf].clone().requires_grad_()
         fn = lambda x, tensors=tensors: case.call(tensors | {case.leaf: x}, impl)[0]  # noqa: E731

@@ -118,13 +118,26 @@ def test_report_from_a_folder_that_was_never_built(tmp_path: Path) -> None:
     copy = copy_of_the_package(tmp_path, "*.so")
     report = run("-m", "ppo_kernels.env", cwd=tmp_path)
     assert "the C++ ops are not built in" in report
-    assert "build them with: pip install --no-build-isolation -e ." in report
+    assert "build them with: pip install -e ." in report
     assert "gae                  cpu: torch   cuda: triton > torch" in report
 
     (copy / "ops.cpp").unlink()
     code = "try: import ppo_kernels\nexcept ImportError as error: print(error)"
     assert "has no ops.cpp, which holds the schemas of the ops: install ppo_kernels again" in run(
         "-c", code, cwd=tmp_path
+    )
+
+
+@pytest.mark.skipif(_native.CPU_ERROR is not None, reason="the C++ ops are not built")
+def test_sources_that_hide_an_installed_package_say_so(tmp_path: Path) -> None:
+    """Whoever has installed from a checkout and stays in it gets the reference: not without a word."""
+    sources = copy_of_the_package(tmp_path / "sources", "*.so").parent
+    installed = copy_of_the_package(tmp_path / "installed")
+    code = "import warnings; warnings.simplefilter('error'); import ppo_kernels"
+    code = f"try:\n {code}\nexcept UserWarning as warning: print(warning)"
+    said = run("-c", code, cwd=sources, PYTHONPATH=str(installed.parent))
+    assert (
+        f"the C++ ops are not built in {sources}/ppo_kernels, which hides {installed}; run Python from another" in said
     )
 
 

@@ -22,7 +22,7 @@ def make(dtype=torch.float32, seed=0):
     x = {name: t.to(dtype) for name, t in x.items()} | {"bias": torch.randn(V, generator=g).to(dtype)}
     labels = torch.randint(V, (B, T), generator=g)
     labels[0, :2], labels[1, 2] = torch.tensor([V - 1, 0]), -100
-    mask = torch.rand(B, T, generator=g) < 0.8
+    mask = torch.rand(B, T, generator=g) < 0.6  # fewer than H: the weight waits for the backward
     logp = linear_token_logprobs(**x, labels=labels, impl="torch").float()
     given = {"old_logprobs": logp + 0.3 * torch.randn(B, T, generator=g), "advantages": torch.randn(B, T, generator=g)}
     return x, labels, given, mask
@@ -47,6 +47,11 @@ OPTIONS = (
     {"surrogate": "sapo", "row_weight": some("row_weight")},
     {"surrogate": "dppo_kl", "ref_logprobs": some("ref_logprobs"), "kl_coef": 0.25, "unbiased_kl": True},
     {"importance_sampling_level": "sequence", "softcap": 4.0},
+    {"entropy": True, "normalizer": 7.0},
+    {"entropy": True, "entropy_coef": 0.3, "normalizer": 7.0, "row_weight": some("row_weight"), "softcap": 4.0},
+    {"entropy": True, "entropy_coef": torch.tensor(0.3), "entropy_normalizer": 2.5, "temperature": some("temperature")},
+    {"entropy": "detached", "entropy_coef": 0.3},
+    {"entropy": True, "entropy_coef": 0.3, "importance_sampling_level": "sequence"},
 )
 
 
@@ -59,9 +64,11 @@ def run(impl, head, labels, given, mask, upstream=1.0, function=linear_policy_lo
 
 def one_after_the_other(hidden, weight, labels, old_logprobs, advantages, mask, *, impl, **options):
     of_head = {k: options.pop(k) for k in ("bias", "temperature", "softcap", "logit_scale") if k in options}
-    logprobs = linear_token_logprobs(hidden, weight, labels, mask=mask, impl=impl, **of_head)
+    entropy = options.pop("entropy", False)
+    found = linear_token_logprobs(hidden, weight, labels, mask=mask, impl=impl, entropy=entropy, **of_head)
+    logprobs, of_tokens = found if entropy else (found, None)
     valid = mask & (labels != -100)
-    return *policy_loss(logprobs, old_logprobs, advantages, valid, impl=impl, **options), logprobs
+    return *policy_loss(logprobs, old_logprobs, advantages, valid, entropy=of_tokens, impl=impl, **options), logprobs
 
 
 @pytest.mark.large
@@ -114,15 +121,13 @@ def test_packed_sequences_are_padded_ones(impl):
     lengths = [5, 0, 3]
     mask = torch.arange(T) < torch.tensor(lengths)[:, None]
     labels[labels == -100] = 3
-    row_weight = some("row_weight")
-    want = run(impl, head, labels, given, mask, row_weight=row_weight)
+    more = {"row_weight": some("row_weight"), "entropy": True, "entropy_coef": 0.3}
+    want = run(impl, head, labels, given, mask, **more)
     pack = lambda x: x[mask]  # noqa: E731
     packed = head | {"hidden": pack(head["hidden"])}
     others = {name: pack(x) for name, x in given.items()}
     for memory in (None, SMALLEST):
-        got = run(
-            impl, packed, pack(labels), others, None, row_weight=row_weight, cu_seqlens=cu(lengths), memory_mib=memory
-        )
+        got = run(impl, packed, pack(labels), others, None, cu_seqlens=cu(lengths), memory_mib=memory, **more)
         for x, y in zip(got, want, strict=True):
             y = y[mask] if y.shape[:2] == (B, T) else y
             torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-5)
@@ -130,6 +135,48 @@ def test_packed_sequences_are_padded_ones(impl):
     want = run(impl, head, labels, given | {"advantages": per_row}, mask)
     got = run(impl, packed, pack(labels), others | {"advantages": per_row}, None, cu_seqlens=cu(lengths))
     torch.testing.assert_close(got[-2], want[-2], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("normalizers", [(0.0, 3.0), (5.0, 0.0), (torch.tensor(0), None), (None, 2.0)])
+def test_each_sum_has_its_normalizer(impl, normalizers):
+    """Where one is 0 its part of the loss is, and the other's is not."""
+    head, labels, given, mask = make()
+    bonus = {"entropy": True, "entropy_coef": 0.3, "row_weight": some("row_weight")}
+    bonus |= {
+        name: x for name, x in zip(("normalizer", "entropy_normalizer"), normalizers, strict=True) if x is not None
+    }
+    for of_mask in (mask, torch.zeros_like(mask)):
+        want = run(impl, head, labels, given, of_mask, 2.0, one_after_the_other, **bonus)
+        for memory in (None, SMALLEST):
+            got = run(impl, head, labels, given, of_mask, 2.0, memory_mib=memory, **bonus)
+            for x, y in zip(got, want, strict=True):
+                torch.testing.assert_close(x, y, rtol=2e-5, atol=1e-5)
+    assert not any(x.any() for x in got)
+
+
+def test_an_entropy_costs_no_product_and_has_the_same_in_a_graph(require_impl):
+    require_impl(OP, "cpu")
+    head, labels, given, mask = make()
+    hidden, found = head["hidden"].requires_grad_(), []
+
+    def call(x, **options):
+        return linear_policy_loss(x, head["weight"], labels, **given, mask=mask, entropy=True, impl="cpu", **options)
+
+    for options in ({}, {"entropy_coef": 0.3, "entropy_normalizer": torch.tensor(4.0)}):
+        loss, stats, _ = call(hidden, **options)
+        assert (
+            len(products(lambda options=options: found.append(torch.autograd.grad(call(hidden, **options)[0], hidden))))
+            == 2
+        )
+        compiled = torch.compile(call, backend="aot_eager", fullgraph=True)(hidden, **options)
+        torch.testing.assert_close((compiled[0], compiled[1].entropy), (loss, stats.entropy))
+        torch.testing.assert_close(torch.autograd.grad(compiled[0], hidden), found[-1])
+    bare = linear_policy_loss(hidden, head["weight"], labels, **given, mask=mask, impl="cpu")
+    assert torch.equal(torch.autograd.grad(bare[0], hidden)[0], found[0][0])
+    with pytest.raises(ValueError, match="entropy must be"):
+        linear_policy_loss(hidden, head["weight"], labels, **given, entropy="mean")
+    with pytest.raises(ValueError, match="entropy_coef=0.1 needs entropy"):
+        linear_policy_loss(hidden, head["weight"], labels, **given, entropy_coef=0.1)
 
 
 def test_offsets_that_lead_elsewhere_read_nothing_outside(require_impl):
@@ -191,6 +238,29 @@ def test_three_products_of_the_rows_that_count(require_impl, frozen):
     assert sorted(products(call)) == sorted(wanted)
     for name, x in leaves.items():
         assert (x.grad is None) == (name in frozen)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("width", [4, 64])
+def test_the_weight_waits_for_the_backward_where_the_logits_are_smaller(require_impl, width, dtype):
+    """Its product is then the third, and until then there is the gradient of the logits in place of that of it."""
+    require_impl(OP, "cpu")
+    rows, vocab, found = 16, 1000, []
+    hidden, weight = torch.randn(2, 8, width).to(dtype), torch.randn(vocab, width).to(dtype)
+    leaves = [hidden.requires_grad_(), weight.requires_grad_()]
+    labels, old = torch.randint(vocab, (2, 8)), torch.randn(2, 8) - 8
+
+    def call(**more):
+        return linear_policy_loss(*leaves, labels, old, old, impl="cpu", **more)[0]
+
+    assert len(products(lambda: found.append(call()))) == 3 - (width == 64)
+    assert len(products(lambda: found.append(torch.autograd.grad(found[0], leaves)))) == (width == 64)
+    blocks = torch.autograd.grad(call(memory_mib=0.1), leaves)
+    for x, y in zip(found[1], blocks, strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-4 if dtype == torch.float32 else 1e-2, atol=1e-6)
+    if dtype == torch.float32:  # else there is a copy of the weight
+        of_weight = vocab * width * 4 if width < rows else 0
+        assert peak_extra(lambda: found.append(call())) <= rows * vocab * 4 + of_weight + 2**16 < vocab * 64 * 4
 
 
 def test_what_is_masked_reaches_nothing(impl):

@@ -23,6 +23,10 @@ def policy(x, impl, **options):
     return pk.policy_loss(x, OLD, ADV, impl=impl, **(POLICY | options))
 
 
+def bonus(x, impl, **options):
+    return pk.policy_loss(x, OLD, ADV, entropy=REF, impl=impl, **({"entropy_coef": 0.3} | options))
+
+
 def rewards(x, impl, **options):
     return pk.kl_rewards(x, REF, SCORES, kl_estimator="k3", impl=impl, **options)
 
@@ -73,6 +77,8 @@ CLIPS = {
 NUMBERS = {
     "kl_coef": (policy, 0.25),
     "normalizer": (policy, 8.0),
+    "entropy_coef": (bonus, 0.25),
+    "entropy_normalizer": (bonus, 8.0),
     "rewards kl_coef": (rewards, 0.25),
     "p3o kl_coef": (p3o, 0.25),
     "gamma": (gae, 0.75),
@@ -87,6 +93,7 @@ FORMS = (np.float32, np.float64, np.array, torch.tensor, lambda x: torch.tensor(
 
 #: One of each op, which `make test` compiles for: a second each.
 COMPILED = ("dual_clip", "score_clip", "cliprange_value", "weight_clip", "gamma", "eps", "groups eps", "temperature")
+COMPILED += ("entropy_coef",)
 
 
 def compiled_for(options):
@@ -142,6 +149,36 @@ def test_a_new_value_compiles_nothing_anew(impl, option):
         assert counter.frame_count <= 2  # the first makes a constant of the float
 
 
+#: Options that a call does not read: what nothing in a graph needs, AOTAutograd makes a constant.
+UNREAD = {
+    "sapo_temperature_pos": policy,
+    "sapo_temperature_neg": lambda x, impl, **given: policy(x, impl, surrogate="cispo", **given),
+    "cliprange": lambda x, impl, **given: policy(x, impl, surrogate="sapo", **given),
+    "kl_log_clamp": bonus,
+    "kl_clamp": bonus,
+    "entropy_normalizer": policy,
+    "eps": lambda x, impl, **given: (pk.group_advantages(x[:, 0], group_size=2, impl=impl, **given),),
+    "dr_grpo eps": lambda x, impl, **given: (
+        pk.group_advantages(x[:, 0], group_size=2, mode="grpo", scale_rewards="none", impl=impl, **given),
+    ),
+    "max_length": lambda x, impl, **given: pk.aggregation_weights(x > 0, "seq-mean-token-mean", **given),
+}
+
+
+@pytest.mark.parametrize(
+    "option", [x if x in ("eps", "max_length") else pytest.param(x, marks=pytest.mark.rest) for x in UNREAD]
+)
+def test_what_is_not_read_compiles_nothing_anew(option):
+    """The other implementations take all numbers as one tensor."""
+    torch._dynamo.reset()
+    counter, name = CompileCounterWithBackend("aot_eager"), option.split()[-1]
+    call = lambda x, v: flat(UNREAD[option](x, "torch", **{name: v}))  # noqa: E731
+    step = torch.compile(call, fullgraph=True, backend=counter)
+    for i in range(6):
+        torch.testing.assert_close(step(LOGP, 1.5 + 0.1 * i), call(LOGP, 1.5 + 0.1 * i))
+    assert counter.frame_count <= 3  # a constant, an input, and a graph without it
+
+
 @pytest.mark.large
 @pytest.mark.parametrize("form", [np.float32, np.float64, np.array])
 def test_numpy_numbers_are_compiled(impl, form):
@@ -164,6 +201,7 @@ def test_no_cuda_graph_keeps_a_value():
 #: A call of each op with floats among its options.
 CALLS = (
     lambda x, impl: policy(x, impl, normalizer=3.0, dual_clip=2.0),
+    lambda x, impl: bonus(x, impl, entropy_normalizer=3.0),
     lambda x, impl: rewards(x, impl, score_clip=2.0),
     lambda x, impl: pk.p3o_loss(x, OLD, REF, SCORES, variant="joint", normalizer=3.0, impl=impl),
     p3o,

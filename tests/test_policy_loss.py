@@ -30,7 +30,7 @@ OP = "policy_loss"
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 FIELDS = (
     "approx_kl_k1 approx_kl_k2 approx_kl_k3 ratio_mean ratio_var ratio_max clipfrac_high clipfrac_low dual_clipfrac"
-    " ref_kl clamp_frac count"
+    " ref_kl clamp_frac ess entropy count"
 )
 
 
@@ -54,7 +54,7 @@ def extras(batch, length, dtype=torch.float32, seed=7):
 def check(impl, logp, old, adv, mask=None, grad_output=None, **options):
     (loss, stats), grad = grad_of(lambda x: policy_loss(x, old, adv, mask, impl=impl, **options), logp, grad_output)
     want, want_stats, want_grad = oracle.policy_loss(logp, old, adv, mask, **options)
-    tensors = (logp, old, adv, options.get("weights"), options.get("ref_logprobs"))
+    tensors = (logp, old, adv, *(options.get(name) for name in ("weights", "ref_logprobs", "entropy")))
     dtype = out_dtype(*(x.dtype for x in tensors if x is not None))
     assert isinstance(stats, PolicyStats)
     assert " ".join(stats._fields) == FIELDS
@@ -239,7 +239,7 @@ def test_the_first_update_has_ratio_one(impl):
         "clamp_frac",
     ):
         assert float(getattr(stats, name)) == 0.0, name
-    assert float(stats.ratio_mean) == float(stats.ratio_max) == 1.0
+    assert float(stats.ratio_mean) == float(stats.ratio_max) == float(stats.ess) == 1.0
 
 
 def test_kl_k3_keeps_its_digits_near_zero(impl):
@@ -280,7 +280,7 @@ def test_empty_and_all_masked_batches_give_zeros(impl, shape):
     x = torch.full(shape, NAN)
     (loss, stats), grad = grad_of(lambda leaf: policy_loss(leaf, x, x, torch.zeros(shape), impl=impl), x)
     assert loss.item() == 0.0
-    assert [float(s) for s in stats] == [0.0] * 12
+    assert [float(s) for s in stats] == [0.0] * 14
     assert grad.shape == shape
     assert not grad.any()
 
@@ -355,6 +355,10 @@ WRONG = [
     ({"log_ratio_clamp": -1.0}, ValueError, ("log_ratio_clamp", "-1.0")),
     ({"kl_estimator": "k9"}, ValueError, ("kl_estimator", "k3", "k9")),
     ({"kl_coef": 0.1}, ValueError, ("kl_coef", "ref_logprobs")),
+    ({"entropy_coef": 0.1}, ValueError, ("entropy_coef=0.1", "needs entropy", "set entropy_coef=0")),
+    ({"entropy": torch.ones(4, 3)}, ValueError, ("entropy", "(3, 4)", "(4, 3)")),
+    ({"entropy": torch.ones(3, 4), "entropy_coef": "much"}, TypeError, ("entropy_coef", "number", "str")),
+    ({"entropy": torch.ones(3, 4), "entropy_normalizer": -1.0}, ValueError, ("entropy_normalizer", "0", "-1.0")),
     ({"advantages": torch.randn(4)}, ValueError, ("advantages", "[3]", "(4,)")),
     ({"advantages": torch.randn(1, 4)}, ValueError, ("advantages", "(3, 4)", "(1, 4)")),
     ({"advantages": 1.0}, TypeError, ("advantages", "Tensor", "float")),

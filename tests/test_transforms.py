@@ -123,7 +123,7 @@ def test_a_call_without_a_tangent_within_forward_mode_is_computed():
 def learned(op, impl, option, value):
     options = {option: (0.2, value) if option == "cliprange" and op == "policy_loss" else value}
     if op == "policy_loss":
-        options["ref_logprobs"] = REF
+        options |= {"ref_logprobs": REF, "entropy": REF}
     if op != "aggregation_weights":
         options["impl"] = impl
     if option == "reject_bounds":

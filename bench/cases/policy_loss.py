@@ -10,6 +10,7 @@ import torch
 import ppo_kernels
 from bench.cases import (
     CLIP,
+    ENTROPY_COEF,
     ESTIMATORS,
     GPU,
     KL_COEF,
@@ -75,10 +76,28 @@ def inputs_with_reference(*args):
     return inputs(*args, ref=True)
 
 
+def inputs_by_row(*args):
+    x = inputs(*args)
+    row_weight, normalizer = ppo_kernels.aggregation_weights(x["mask"], "seq-mean-token-mean")
+    return x | {"row_weight": row_weight, "normalizer": normalizer}
+
+
+def inputs_with_entropy(g, dtype, *shape):
+    return inputs(g, dtype, *shape) | {"entropy": 4 * uniform(g, *shape)}
+
+
+def eager_with_entropy(logprobs, old_logprobs, advantages, mask, entropy):
+    return eager(logprobs, old_logprobs, advantages, mask)[0] - ENTROPY_COEF * mean(entropy, mask)
+
+
 def contract_inputs(g, dtype, batch, length):
     names = ("logprobs", "old_logprobs", "advantages", "weights", "ref_logprobs")
     x = tokens(g, dtype, batch, length, *names) | rows(g, dtype, batch, "row_weight")
     return x | {"normalizer": torch.tensor(17.0)}
+
+
+def entropy_inputs(g, dtype, batch, length):
+    return {"entropy": tokens(g, dtype, batch, length, "entropy")["entropy"], "entropy_normalizer": torch.tensor(11.0)}
 
 
 def inputs_from_logits(g, dtype, batch, columns, vocab):
@@ -135,6 +154,17 @@ LEVEL = replace(
     options={"importance_sampling_level": "sequence", "cliprange": (0.2, 0.3), "kl_coef": 0.1, "kl_estimator": "k3"},
     choices={"importance_sampling_level": ("geometric", "sequence_token", "sequence")},
 )
+#: The entropy is a second input with a gradient.
+ENTROPY = replace(
+    CONTRACT,
+    variant="entropy",
+    inputs=lambda *args: contract_inputs(*args) | entropy_inputs(*args),
+    options={"entropy_coef": 0.1},
+    leaf="entropy",
+    choices={},
+    bare_options={"entropy_coef": 0.0},
+    meetings={},
+)
 
 
 def gspo(logprobs, old_logprobs, advantages, mask):
@@ -145,10 +175,11 @@ def gspo(logprobs, old_logprobs, advantages, mask):
     return mean(torch.max(-advantages * ratio, -advantages * ratio.clamp(1 - CLIP, 1 + CLIP)), mask)
 
 
-def sapo(logprobs, old_logprobs, advantages, mask):
+def sapo(logprobs, old_logprobs, advantages, mask, row_weight, normalizer):
     ratio = (logprobs - old_logprobs).clamp(-20.0, 20.0).exp()
     tau = torch.where(advantages > 0, 1.0, 1.05)
-    return mean(-advantages * torch.sigmoid(tau * (ratio - 1.0)) * 4.0 / tau, mask)
+    losses = -advantages * torch.sigmoid(tau * (ratio - 1.0)) * 4.0 / tau
+    return ((losses * mask).sum(-1) / mask.sum(-1)).mean()
 
 
 def dppo(logprobs, old_logprobs, advantages, mask):
@@ -174,6 +205,7 @@ CASES = (
     packed(CONTRACT),
     SURROGATE,
     LEVEL,
+    ENTROPY,
     replace(
         TIMED,
         work="policy_loss GSPO-token fwd+bwd",
@@ -186,6 +218,7 @@ CASES = (
     replace(
         TIMED,
         work="policy_loss SAPO fwd+bwd",
+        inputs=inputs_by_row,
         options={"surrogate": "sapo"},
         eager=sapo,
         targets=(Target("eager", 5, reached=4, limit="one sigmoid and a product: seven passes"),),
@@ -214,6 +247,17 @@ CASES = (
         threads=(64, 8192),
         targets=(Target("eager", 10), Target("torch.compile", 1.5)),
         accuracy=accuracy,
+    ),
+    replace(
+        TIMED,
+        work="policy_loss + entropy bonus fwd+bwd",
+        inputs=inputs_with_entropy,
+        options={"cliprange": CLIP, "entropy_coef": ENTROPY_COEF},
+        also=("entropy",),
+        eager=eager_with_entropy,
+        moved=lambda x: 6 * x["logprobs"].nbytes + 2 * x["mask"].nbytes,
+        device_target=None,
+        shapes={size: shapes for size, shapes in MINIBATCH.items() if size != "gpu"},
     ),
     Case(
         op="policy_loss",

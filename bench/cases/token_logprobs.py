@@ -6,6 +6,7 @@ import torch
 
 from bench import oracle
 from bench.cases import LOGITS_AXES, SMALL_CALL_TARGETS, Case, Data, DeviceTarget, Target, normal, with_holes
+from ppo_kernels import merge, partial
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 SIZES = {"quick": (256, 151936), "small": (64, 32000), "full": (1024, 151936)}
@@ -53,6 +54,14 @@ def eager_with_extras(logits, labels):
     log_p = torch.log_softmax(logits.float(), -1)
     top = logits.gather(-1, labels[..., None])[..., 0] == logits.amax(-1)
     return log_p.gather(-1, labels[..., None])[..., 0], log_p.exp().square().sum(-1), top
+
+
+def of_shards(logits, labels, impl="auto"):
+    """Two of them, in one process."""
+    half = logits.size(-1) // 2
+    shards = {0: logits[:, :half], half: logits[:, half:]}
+    parts = [partial(z, labels, vocab_start=first, impl=impl) for first, z in shards.items()]
+    return merge(parts, shards[0], labels, impl=impl)
 
 
 def eager_of_support(logits, labels, support):
@@ -145,6 +154,7 @@ def beside(name, given=inputs, **more):
         eager_tolerance=3e-2,
         shapes={size: [SIZES[size]] for size in ("small", "full")},
         compiled=(),
+        targets=(Target("eager", 3),),
         **more,
     )
 
@@ -240,6 +250,7 @@ CASES = (
         eager=eager_of_support,
         moved=lambda x: x["support"].nbytes + x["support"].numel() * x["logits"].element_size(),
     ),
+    beside(" of two shards", function=of_shards, eager=eager, moved=lambda x: x["logits"].nbytes),
     work(BF16, many=True, compiled=("full", "gpu"), targets=(Target("eager", 3),)),
     work(BF16, many=True, backward=True, compiled=("full", "gpu"), targets=(Target("eager", 3),)),
 )

@@ -85,6 +85,12 @@ def per_token(x, like, rows) -> list[float]:
     return out
 
 
+def effective_share(weights) -> float:
+    """The effective sample size over the number of weights."""
+    squares = total(w * w for w in weights)
+    return total(weights) ** 2 / squares / len(weights) if squares else 0.0
+
+
 def mean_of(values) -> float:
     values = list(values)
     return total(values) / len(values) if values else 0.0

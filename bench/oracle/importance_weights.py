@@ -6,7 +6,18 @@ import math
 
 import numpy as np
 
-from bench.oracle._tokens import bools, clamp, exp, expm1, floats, mean_of, rows_of, shaped, total
+from bench.oracle._tokens import (
+    bools,
+    clamp,
+    effective_share,
+    exp,
+    expm1,
+    floats,
+    mean_of,
+    rows_of,
+    shaped,
+    total,
+)
 
 ESTIMATES = {"k1": lambda d: -d, "k2": lambda d: 0.5 * d * d, "k3": lambda d: expm1(d) - d, None: lambda d: 0.0}
 
@@ -53,10 +64,9 @@ def importance_weights(
         ds += d
     n = max(len(owned), 1)
     used = [weights[t] for t in owned]
-    squares = total(w * w for w in used)
     some = float(bool(owned))
     stats = {
-        "ess": total(used) ** 2 / squares / n if squares else 0.0,
+        "ess": effective_share(used),
         "kl_k1": -mean_of(ds),
         "kl_k3": mean_of(expm1(d) - d for d in ds),
         "chi2": mean_of(expm1(2.0 * d) for d in ds),

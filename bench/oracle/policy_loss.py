@@ -11,6 +11,7 @@ from bench.oracle._kl import kl_token
 from bench.oracle._tokens import (
     bools,
     clamp,
+    effective_share,
     exp,
     expm1,
     floats,
@@ -127,6 +128,9 @@ def policy_loss(
     kl_log_clamp=20.0,
     kl_clamp=None,
     unbiased_kl=False,
+    entropy=None,
+    entropy_coef=0.0,
+    entropy_normalizer=None,
     row_weight=None,
     normalizer=None,
     cu_seqlens=None,
@@ -190,6 +194,24 @@ def policy_loss(
         "dual_clipfrac": sum(f.lowered for f in flags) / n,
         "ref_kl": mean_of(kls),
         "clamp_frac": clamped_n / n,
+        "ess": effective_share([w[t] for _, t in owned]),
+        "entropy": mean_of(floats(entropy)[t] for _, t in owned) if entropy is not None else 0.0,
         "count": float(len(owned)),
     }
-    return (total(terms) * inverse if scale else 0.0), stats, shaped(grad, logprobs)
+    loss = total(terms) * inverse if scale else 0.0
+    if entropy is not None:
+        scale = scale if entropy_normalizer is None else float(entropy_normalizer)
+        loss -= entropy_bonus(entropy, mask, entropy_coef, row_weight, scale, cu_seqlens)[0]
+    return loss, stats, shaped(grad, logprobs)
+
+
+def entropy_bonus(entropy, mask, coef, row_weight, normalizer, cu_seqlens=None) -> tuple[float, np.ndarray]:
+    """What is taken from the loss, and the gradient of the loss with respect to the entropy."""
+    values, valid, slopes = floats(entropy), bools(mask, entropy), [0.0] * entropy.numel()
+    if float(coef) and normalizer:
+        for b, row in enumerate(rows_of(entropy, cu_seqlens)):
+            for t in row:
+                if valid[t]:
+                    slopes[t] = float(coef) * (1.0 if row_weight is None else float(row_weight[b])) / normalizer
+    bonus = total(slope * value for slope, value in zip(slopes, values, strict=True) if slope)
+    return bonus, -shaped(slopes, entropy)

@@ -112,6 +112,21 @@ PPO_CLONES PolicySums policy_block(const PolicyBlock<T>& in, const R given, T* g
   return all;
 }
 
+// Adds the weights of one block and their squares, which may be beyond what T holds.
+template <class T>
+PPO_CLONES void add_weights(const PolicyBlock<T>& in, double (&sums)[PolicySum::kCount]) {
+  double weight = 0.0, squared = 0.0;
+  const T *weights = in.weights, *valid = in.valid;
+#pragma omp simd reduction(+ : weight, squared)
+  for (int64_t i = 0; i < in.n; ++i) {
+    const double w = static_cast<double>(valid[i] != T(0) ? weights[i] : T(0));
+    weight += w;
+    squared += w * w;
+  }
+  sums[PolicySum::kWeight] += weight;
+  sums[PolicySum::kSquaredWeight] += squared;
+}
+
 // What a row's ratio is made of, of one block.
 template <class T>
 PPO_CLONES RowSums row_block(const PolicyBlock<T>& in, const LevelOptions<T> o) {
@@ -224,6 +239,7 @@ PolicySums policy_chunk(const PolicyInputs<T>& in, const Rows& rows, const Chunk
   for_policy_blocks(in, rows, chunk, [&](const PolicyBlock<T>& block, int64_t begin, T* grads) {
     PolicySums sums = policy_block<kSurrogate>(block, ratio, grads);
     double& loss = sums.sums[PolicySum::kLoss];
+    if (in.weights.data != nullptr) add_weights(block, sums.sums);
     if (in.ref.data != nullptr) {
       const auto [penalty, ref_kl] = kl_penalty(block, in.ref.row(rows, chunk.row) + begin, kl, log_ratio_clamp, grads);
       sums.sums[PolicySum::kRefKl] = ref_kl;
@@ -313,7 +329,7 @@ LossResult policy_loss(const Tensor& logprobs, const Tensor& old_logprobs, const
     const PolicySums s = dispatch_surrogate(
         surrogate, [&](auto kind) { return policy_sums<kind()>(in, rows, logprobs.numel(), options, levels, kl); });
     const Tensor stats = empty({PolicyStat::kCount}, dtype_of<T>(), logprobs);
-    policy_stats<false>(s.sums, s.excess, s.ratio_max, data_of<T>(stats));
+    policy_stats<false>(s.sums, s.excess, s.ratio_max, weights.has_value(), data_of<T>(stats));
     return finish_loss<T>(s.sums[PolicySum::kLoss], s.excess.count, normalizer, stats, gradient);
   });
 }

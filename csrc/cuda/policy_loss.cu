@@ -70,12 +70,13 @@ LossResult policy_loss(const Tensor& logprobs, const Tensor& old_logprobs, const
              in.row_slope, in.mask);
   };
   in.needs_row = of_all([](const auto&... all) { return any_needs_row(all...); });
-  const bool flat = of_all([&](const auto&... all) { return flat_and_aligned(rows, all...); });
+  const bool flat = of_all([&](const auto&... all) { return flat_and_aligned(rows, all...) && !weights.has_value(); });
   const int64_t blocks = loss_blocks(logprobs.numel());
-  const LossTensors out(logprobs, blocks, PolicyLoss::Partials::kCount, PolicyStat::kCount, normalizer, grad);
+  const LossTensors out(logprobs, blocks, PolicyPartials::kCount, PolicyStat::kCount, normalizer, grad);
   const PolicyKernel kernel = dispatch_surrogate(
       surrogate, [&](auto kind) { return loss_kernel<kind()>(flat, ref_logprobs.has_value(), unbiased_kl); });
-  return out.run<PolicyLoss>(launch, kernel, blocks, in);
+  return weights.has_value() ? out.run<PolicyLoss<true>>(launch, kernel, blocks, in)
+                             : out.run<PolicyLoss<false>>(launch, kernel, blocks, in);
 }
 
 }  // namespace

@@ -21,17 +21,19 @@ struct PolicyInputs {
 
 // The sums of PolicySum, of which the last four are counts, as is the number of tokens; the moments of ratio - 1 and
 // the largest ratio.
+template <bool kHasWeights>
 struct PolicyLoss {
   using Partials = Columns<PolicySum::kClippedHigh, PolicySum::kCount - PolicySum::kClippedHigh + 1, 1, true>;
   static constexpr int kTotal = PolicySum::kLoss;
 
   __device__ static double count(const double* totals) { return totals[Partials::kTokens]; }
   __device__ static void stats(const double* totals, float* out) {
-    policy_stats<true>(totals, Partials::moments(totals, 0), totals[Partials::kMax], out);
+    policy_stats<true>(totals, Partials::moments(totals, 0), totals[Partials::kMax], kHasWeights, out);
   }
 };
 
-using PolicyCounts = WarpCounts<PolicyLoss::Partials::kCounts>;
+using PolicyPartials = PolicyLoss<true>::Partials;
+using PolicyCounts = WarpCounts<PolicyPartials::kCounts>;
 
 // What is added to the surrogate: nothing, an estimate of the KL divergence, or that times the ratio. Flat kernels have
 // one for each, as the last needs registers that the second has not; in the others a flag chooses between the two.
@@ -50,7 +52,7 @@ struct PolicyTokens {
     load_tokens<kWhole>(in.logprobs, tokens, 0.0f, logp);
     load_tokens<kWhole>(in.old_logprobs, tokens, 0.0f, old);
     load_tokens<kWhole>(in.advantages, tokens, 0.0f, advantage);
-    load_tokens<kWhole>(in.weights, tokens, 1.0f, weight);
+    load_tokens<kWhole>(kFlat ? TokenInput<float>{} : in.weights, tokens, 1.0f, weight);
     if constexpr (kPenalty != kNoPenalty) load_tokens<kWhole>(in.ref_logprobs, tokens, 0.0f, ref);
     load_tokens<kWhole>(kFlat ? TokenInput<float>{} : in.row_weight, tokens, 1.0f, row_weight);
     if constexpr (kFlat) return;
@@ -75,7 +77,7 @@ __device__ PolicyTerm<float> term_of(const PolicyInputs& in, const PolicyTokens&
 // Adds what a vector adds to the sums; its gradients take the place of logp, the excesses over a ratio of 1 of old.
 template <Surrogate kSurrogate, bool kFlat, Penalty kPenalty>
 __device__ void policy_tokens(const PolicyInputs& in, PolicyTokens& t, float kl_coef, float (&sums)[PolicySum::kCount],
-                              PolicyCounts& counts, float& max) {
+                              double (&weights)[2], PolicyCounts& counts, float& max) {
 #pragma unroll
   for (int k = 0; k < kTokens; ++k) {
     const float logp = t.logp[k], old = t.old[k];
@@ -102,10 +104,14 @@ __device__ void policy_tokens(const PolicyInputs& in, PolicyTokens& t, float kl_
     sums[PolicySum::kLogRatio] += term.log_ratio;
     sums[PolicySum::kSquaredLogRatio] += term.log_ratio * term.log_ratio;
     sums[PolicySum::kK3] += term.k3;
-    sums[PolicyLoss::Partials::kSums] += term.ratio_minus_1;
+    if constexpr (!kFlat) {  // a square may be beyond what a float holds
+      const double weight = t.weight[k];
+      weights[0] += weight, weights[1] += weight * weight;
+    }
+    sums[PolicyPartials::kSums] += term.ratio_minus_1;
     const float flags[] = {term.clipped_high, term.clipped_low, term.dual_clipped, term.clamped, 1.0f};
 #pragma unroll
-    for (int i = 0; i < PolicyLoss::Partials::kCounts; ++i) counts.add(i, flags[i] != 0.0f);
+    for (int i = 0; i < PolicyPartials::kCounts; ++i) counts.add(i, flags[i] != 0.0f);
   }
 }
 
@@ -150,7 +156,7 @@ constexpr int policy_blocks(bool flat, Penalty penalty, Surrogate surrogate) {
   return penalty == kKlPenalty && surrogate == Surrogate::kClip ? 4 - kFewerBlocks : 3;
 }
 
-// kFlat: every input has its tokens in flat, aligned vectors, and none is one for each row.
+// kFlat: every input has its tokens in flat, aligned vectors, none is one for each row, and there are no weights.
 template <bool kFlat, Penalty kPenalty, Surrogate kSurrogate>
 __global__ void __launch_bounds__(kLossThreads, policy_blocks(kFlat, kPenalty, kSurrogate))
     policy_loss_kernel(PolicyInputs in, LossOutputs out) {
@@ -161,16 +167,18 @@ __global__ void __launch_bounds__(kLossThreads, policy_blocks(kFlat, kPenalty, k
   });
   const float kl_coef = in.kl_coef_tensor != nullptr ? static_cast<float>(*in.kl_coef_tensor) : in.kl_coef;
   float sums[PolicySum::kCount] = {}, max = -1.0f;
+  double weights[2] = {};  // and their squares
   PolicyCounts counts;
 #pragma unroll
   for (int g = 0; g < kLossVectors; ++g) {
-    policy_tokens<kSurrogate, kFlat, kPenalty>(in, tokens[g], kl_coef, sums, counts, max);
+    policy_tokens<kSurrogate, kFlat, kPenalty>(in, tokens[g], kl_coef, sums, weights, counts, max);
     if (out.grad != nullptr) store_tokens(out.grad, first_token(g), in.rows.total, tokens[g].logp);
   }
   double wide[8] = {};
 #pragma unroll
-  for (int i = 0; i <= PolicyLoss::Partials::kSums; ++i) wide[i] = sums[i];
-  write_partials<PolicyLoss::Partials, kLossThreads>(
+  for (int i = 0; i <= PolicyPartials::kSums; ++i) wide[i] = sums[i];
+  wide[PolicySum::kWeight] = weights[0], wide[PolicySum::kSquaredWeight] = weights[1];
+  write_partials<PolicyPartials, kLossThreads>(
       wide, counts, warp_max_or_nan(max) + 1.0f, out.partials, [&](int, double mean) {
         double squares = 0.0;
 #pragma unroll

@@ -4,6 +4,7 @@
 
 #include "kl.h"
 #include "loss.h"
+#include "moments.h"
 
 namespace ppo {
 
@@ -116,10 +117,10 @@ struct ImportanceStat {
 template <class T>
 PPO_INLINE void importance_stats(const double* sums, double ratio_max, T* stats) {
   const double count = sums[ImportanceSum::kTokens], inverse = count > 0.0 ? 1.0 / count : 0.0;
-  const double weight = sums[ImportanceSum::kWeight], squared = sums[ImportanceSum::kSquaredWeight];
+  const double weight = sums[ImportanceSum::kWeight];
   double all[ImportanceStat::kCount] = {};
   if (count > 0.0) {
-    all[ImportanceStat::kEss] = squared == 0.0 ? 0.0 : weight * weight / squared * inverse;
+    all[ImportanceStat::kEss] = effective_share(weight, sums[ImportanceSum::kSquaredWeight], inverse);
     all[ImportanceStat::kKlK1] = -sums[ImportanceSum::kLogRatio] * inverse;
     all[ImportanceStat::kKlK3] = sums[ImportanceSum::kK3] * inverse;
     all[ImportanceStat::kChi2] = sums[ImportanceSum::kChi2] * inverse;

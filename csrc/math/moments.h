@@ -20,6 +20,11 @@ struct Moments {
   PPO_INLINE double variance(bool unbiased) const { return count > 1.0 ? m2 / (unbiased ? count - 1.0 : count) : 0.0; }
 };
 
+// The effective sample size of weights over their number, of which `inverse` is the inverse.
+PPO_INLINE double effective_share(double sum, double squares, double inverse) {
+  return squares == 0.0 ? 0.0 : sum * sum / squares * inverse;
+}
+
 PPO_INLINE double mean_of(double sum, double count) { return count > 0.0 ? sum / count : 0.0; }
 
 }  // namespace ppo

@@ -121,7 +121,20 @@ PPO_INLINE PolicyTerm<T> term_in_row(PolicyTerm<T> term, T logp, T old, T adv, T
 
 // What is summed over valid tokens.
 struct PolicySum {
-  enum { kLoss, kLogRatio, kSquaredLogRatio, kK3, kRefKl, kClippedHigh, kClippedLow, kDualClipped, kClamped, kCount };
+  enum {
+    kLoss,
+    kLogRatio,
+    kSquaredLogRatio,
+    kK3,
+    kRefKl,
+    kWeight,
+    kSquaredWeight,
+    kClippedHigh,
+    kClippedLow,
+    kDualClipped,
+    kClamped,
+    kCount
+  };
 };
 
 // PolicyStats, in its order.
@@ -138,15 +151,17 @@ struct PolicyStat {
     kDualClipfrac,
     kRefKl,
     kClampFrac,
+    kEss,
+    kEntropy,  // which the caller adds: it is linear, and no kernel looks at it
     kTokenCount,
     kCount
   };
 };
 
-// `excess` are the moments of ratio - 1 over the valid tokens. A GPU divides float64 by a long routine, and so it takes
-// the means by the inverse of the count.
+// `excess` are the moments of ratio - 1 over the valid tokens. Without weights all are 1. A GPU divides float64 by a
+// long routine, and so it takes the means by the inverse of the count.
 template <bool kByInverse, class T>
-PPO_INLINE void policy_stats(const double* sums, const Moments& excess, double ratio_max, T* stats) {
+PPO_INLINE void policy_stats(const double* sums, const Moments& excess, double ratio_max, bool has_weights, T* stats) {
   const double count = excess.count, inverse = 1.0 / count;
   const auto mean = [&](double sum) { return kByInverse ? sum * inverse : sum / count; };
   double all[PolicyStat::kCount] = {};
@@ -162,6 +177,9 @@ PPO_INLINE void policy_stats(const double* sums, const Moments& excess, double r
     all[PolicyStat::kDualClipfrac] = mean(sums[PolicySum::kDualClipped]);
     all[PolicyStat::kRefKl] = mean(sums[PolicySum::kRefKl]);
     all[PolicyStat::kClampFrac] = mean(sums[PolicySum::kClamped]);
+    all[PolicyStat::kEss] = 1.0;
+    if (has_weights)
+      all[PolicyStat::kEss] = effective_share(sums[PolicySum::kWeight], sums[PolicySum::kSquaredWeight], inverse);
     all[PolicyStat::kTokenCount] = count;
   }
   for (int i = 0; i < PolicyStat::kCount; ++i) stats[i] = static_cast<T>(all[i]);

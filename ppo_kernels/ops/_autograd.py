@@ -15,10 +15,20 @@ from torch.autograd import forward_ad
 
 from ppo_kernels._registered import forward_mode_message, not_a_graph
 from ppo_kernels._types import constant_of_a_graph
-from ppo_kernels.backends import Op
+from ppo_kernels.backends import Op, register
+from ppo_kernels.ops._fakes import like_first
 from ppo_kernels.ops._public import any_tangent, differentiates_forward
 
 Transform = torch._C._functorch.TransformType
+
+
+def _triton_kernel():
+    from ppo_kernels.triton.loss_backward import loss_backward
+
+    return loss_backward
+
+
+_LOSS_BACKWARD = register("loss_backward", fake=like_first, triton_kernel=_triton_kernel)
 
 
 def transformed() -> bool:
@@ -224,7 +234,7 @@ class _EagerLoss(torch.autograd.Function):
     def forward(ctx, op, impl, x, arguments):
         ctx.set_materialize_grads(False)
         loss, stats, grad, inv_normalizer = op.run(impl, x, *arguments, ctx.needs_input_grad[2])
-        ctx.op = op.name
+        ctx.op, ctx.impl = op.name, impl
         ctx.save_for_backward(grad, inv_normalizer)
         ctx.mark_non_differentiable(stats)
         # An output, so that it depends on x for who differentiates twice. Nothing keeps x, or its memory, for that.
@@ -236,7 +246,11 @@ class _EagerLoss(torch.autograd.Function):
         if grad_loss is None:
             return None, None, None, None
         grad, inv_normalizer = ctx.saved_tensors
-        return None, None, once(ctx.op, grad * (grad_loss * inv_normalizer), grad), None
+        if is_batch(grad_loss):
+            scaled = grad * (grad_loss * inv_normalizer)
+        else:
+            scaled = _LOSS_BACKWARD.run(ctx.impl, grad, grad_loss, inv_normalizer)
+        return None, None, once(ctx.op, scaled, grad), None
 
 
 class _TransformedLoss(torch.autograd.Function):

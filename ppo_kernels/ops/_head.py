@@ -26,6 +26,7 @@ from ppo_kernels.ops._autograd import is_batch
 
 _MOST_ROWS, _FEW_ROWS = 2048, 256
 _MOST_COLUMNS, _FEW_COLUMNS = 8192, 256
+_CACHED_COLUMNS = 1024  # whose copy a CPU's product finds in the cache
 _OF_A_PART = 120  # bytes for each row, when the parts of a row are merged in float64
 _PAD = 16  # columns: rows of a tile begin at the same alignment
 _AT_ONCE = 2**16  # numbers that are rounded at a time, where all of them would take memory that is not counted
@@ -114,7 +115,8 @@ class Head:
         where they do not. The same for the forward and the backward, so that the logits of both round alike: p is as
         near to 1 as its sum says. With ``all_columns`` a row of logits is whole, and ``columns`` those of a product.
         """
-        n, columns = max(1, min(len(rows), _MOST_ROWS)), min(self.vocab, _MOST_COLUMNS)
+        most = _CACHED_COLUMNS if all_columns and self.copied and not self.is_cuda else _MOST_COLUMNS
+        n, columns = max(1, min(len(rows), _MOST_ROWS)), min(self.vocab, most)
         gathered = rows.flat is None
         ids = 0 if support is None else support.size(-1)
 
@@ -123,7 +125,11 @@ class Head:
             return self._bytes(n, columns, gathered, all_columns) + of_ids <= memory
 
         while not fits():
-            if columns > _FEW_COLUMNS and (columns > n or n <= _FEW_ROWS) and not (all_columns and columns <= 1024):
+            if (
+                columns > _FEW_COLUMNS
+                and (columns > n or n <= _FEW_ROWS)
+                and not (all_columns and columns <= _CACHED_COLUMNS)
+            ):
                 columns = -(-columns // 2)
             elif n > 1:
                 n = -(-n // 2)
@@ -176,10 +182,7 @@ class Head:
 
     def write(self, x: Tensor, weight: Tensor, columns: slice, tile: Tensor) -> Tensor:
         """The tile of these operands."""
-        if tile.dtype == x.dtype:
-            torch.mm(x, weight.t(), out=tile)
-        else:
-            torch.mm(x, weight.t(), out_dtype=tile.dtype, out=tile)
+        write_product(tile, x, weight.t())
         if self.bias is not None:
             tile += self.bias[columns].to(tile.dtype)
         return tile.mul_(self.inner).tanh_() if self.capped else tile
@@ -197,7 +200,8 @@ class Gradients:
         self.head = head
         self.hidden = weight.new_zeros((len(rows), head.width), dtype=head.dtype) if needs[0] else None
         of_weight = weight.dtype if rounded else head.dtype
-        self.weight = weight.new_zeros(weight.shape, dtype=of_weight) if needs[1] else None
+        make = weight.new_empty if len(rows) else weight.new_zeros  # tiles of the first rows write to it
+        self.weight = make(weight.shape, dtype=of_weight) if needs[1] else None
         self.bias = bias.new_zeros(bias.shape, dtype=head.dtype) if needs[2] and bias is not None else None
         self._slab: Tensor | None = None
 
@@ -208,7 +212,7 @@ class Gradients:
         rows = self.weight[columns]
         if self._slab is None:
             self._slab = rows.new_empty(rows.shape, dtype=self.head.dtype)
-        return self._slab[: len(rows)].zero_()
+        return self._slab[: len(rows)]
 
     def end(self, columns: slice) -> None:
         """Round what has been added up, once."""
@@ -217,13 +221,13 @@ class Gradients:
             rows.copy_(self._slab[: len(rows)])
 
     def add(self, tile: Tensor, x: Tensor, weight: Tensor, block: slice, columns: slice, into: Tensor | None) -> None:
-        """What the gradient of a tile adds; ``into`` is what it adds to for the weight."""
+        """What the gradient of a tile adds; ``into`` is what it adds to for the weight, and the first rows write to."""
         if tile.dtype != self.head.operand_dtype:
             tile = tile.to(self.head.operand_dtype)
         if self.hidden is not None:
             add_product(self.hidden[block], tile, weight)
         if into is not None:
-            add_product(into, tile.t(), x)
+            (add_product if block.start else write_product)(into, tile.t(), x)
         if self.bias is not None:
             self.bias[columns] += tile.sum(0, dtype=self.head.dtype)
 
@@ -256,10 +260,12 @@ def _multiplied_in_place(x: Tensor) -> bool:
     return (across == 1 and down >= max(1, columns)) or (down == 1 and across >= max(1, rows))
 
 
-def spread(x: Tensor, at: tuple[Tensor, ...], every: bool, like: Tensor, scale: Tensor | None) -> Tensor:
-    """See ``CountedRows.spread``, of which ``at`` and ``every`` are."""
+def spread(
+    x: Tensor, at: tuple[Tensor, ...], every: bool, like: Tensor, scale: Tensor | None, *, over: bool = False
+) -> Tensor:
+    """See ``CountedRows.spread``, of which ``at`` and ``every`` are, and ``rounded``."""
     if every:
-        return rounded(x, like.dtype, scale).view(like.shape)
+        return rounded(x, like.dtype, scale, over=over).view(like.shape)
     if is_batch(scale):
         return torch.index_put(like.new_zeros(like.shape), at, rounded(x, like.dtype, scale))
     out, some = like.new_zeros(like.shape), max(1, _AT_ONCE // max(1, x.size(1)))
@@ -269,17 +275,51 @@ def spread(x: Tensor, at: tuple[Tensor, ...], every: bool, like: Tensor, scale: 
     return out
 
 
-def rounded(x: Tensor, dtype: torch.dtype, scale: Tensor | None = None) -> Tensor:
-    """``x``, times ``scale``, in ``dtype``."""
+def rounded(x: Tensor, dtype: torch.dtype, scale: Tensor | None = None, *, over: bool = False) -> Tensor:
+    """``x``, times ``scale``, in ``dtype``; with ``over`` in the memory of ``x`` where it has this dtype."""
     if scale is None:
         return x.to(dtype)
-    if x.dtype == dtype or is_batch(scale):
+    if is_batch(scale):
         return (x * scale).to(dtype)
+    if x.dtype == dtype:
+        return x.mul_(scale) if over else x * scale
     out = x.new_empty(x.shape, dtype=dtype)
     some = max(1, _AT_ONCE // max(1, x[:1].numel()))
     for i in range(0, len(x), some):
         torch.mul(x[i : i + some], scale, out=out[i : i + some])
     return out
+
+
+def product_of_rows(
+    tile: Tensor, x: Tensor, shape: torch.Size, dtype: torch.dtype, wide: torch.dtype, scale: Tensor | None
+) -> Tensor:
+    """``tile.t() @ x`` times ``scale`` in ``dtype``, added up in ``wide`` and rounded once: the gradient of a weight of
+    this shape from that of all logits."""
+    if is_batch(scale):
+        return rounded(product_of_rows(tile, x, shape, wide, wide, None), dtype, scale)
+    if scale is not None and x.dtype == wide:
+        x, scale = x * scale, None  # fewer numbers
+    out, some = x.new_empty(shape, dtype=dtype), _MOST_COLUMNS if dtype == wide else _CACHED_COLUMNS
+    slab = None if dtype == wide else x.new_empty((min(some, len(out)), x.size(1)), dtype=wide)
+    for i in range(0, len(out), some):
+        rows, of_rows = out[i : i + some], tile[:, i : i + some].t().to(x.dtype)
+        into = rows if slab is None else slab[: len(rows)]
+        write_product(into, of_rows, x)
+        if scale is not None:
+            into.mul_(scale)
+        if slab is not None:
+            rows.copy_(into)
+    return out
+
+
+def write_product(out: Tensor, a: Tensor, b: Tensor) -> None:
+    """``out = a @ b``; see ``add_product``."""
+    if a.dtype == out.dtype:
+        torch.mm(a, b, out=out)
+    elif a.is_cuda:
+        torch.mm(a, b, out_dtype=out.dtype, out=out)
+    else:
+        out.copy_(torch.mm(a, b))
 
 
 def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:

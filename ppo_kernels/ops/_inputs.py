@@ -81,12 +81,20 @@ def check_choice(op: str, name: str, value: object, allowed: Sequence[str]) -> i
 
 
 def check_number(
-    op: str, name: str, value: object, *, above: float = -math.inf, least: float = -math.inf, most: float = math.inf
+    op: str,
+    name: str,
+    value: object,
+    *,
+    above: float = -math.inf,
+    least: float = -math.inf,
+    most: float = math.inf,
+    read: bool = True,
 ) -> float:
     """A float option as a Python number: given as one, as a NumPy scalar or as one element on the CPU.
 
     While tracing it becomes a 0-d tensor: a float would become a constant of the graph, and every new value a
-    compilation. The value of one that was a tensor is not looked at: a graph outlives it.
+    compilation. The value of one that was a tensor is not looked at: a graph outlives it. One that the call does not
+    ``read`` stays a float: AOTAutograd makes a constant of a float whose tensor nothing needs.
     """
     if type(value) is not float:
         value = _as_number(op, name, value)
@@ -96,7 +104,7 @@ def check_number(
         limits = [f"> {above}"] * (above > -math.inf) + [f">= {least}"] * (least > -math.inf)
         limits += [f"<= {most}"] * (most < math.inf)
         raise ValueError(f"{op}: {name} must be {' and '.join(limits) or 'finite'}, got {value}")
-    if torch.compiler.is_compiling() and not torch.compiler.is_exporting():
+    if read and torch.compiler.is_compiling() and not torch.compiler.is_exporting():
         return element(value)  # type: ignore[return-value]
     return value
 
@@ -194,7 +202,9 @@ def number_or_tensor(op: str, name: str, value: object, device: torch.device) ->
     return value, None
 
 
-def bound(op: str, name: str, value: object, *, above: float = -math.inf, least: float = -math.inf) -> float:
+def bound(
+    op: str, name: str, value: object, *, above: float = -math.inf, least: float = -math.inf, read: bool = True
+) -> float:
     """A clip or clamp as kernels take it: infinity where None or infinity switches it off."""
     if value is None:
         return math.inf
@@ -203,7 +213,7 @@ def bound(op: str, name: str, value: object, *, above: float = -math.inf, least:
     if type(value) is not float:
         value = _as_number(op, name, value)
     if isinstance(value, Tensor) or value != math.inf:
-        return check_number(op, name, value, above=above, least=least)
+        return check_number(op, name, value, above=above, least=least, read=read)
     return math.inf
 
 
@@ -304,19 +314,18 @@ class Tokens:
         check_device(self.op, name, x, self.like.device)
         return x.to(self.dtype).contiguous()
 
-    def normalizer(self, value: object) -> Tensor | None:
+    def normalizer(self, value: object, name: str = "normalizer") -> Tensor | None:
         if value is None:
             return None
         device = self.like.device
         if isinstance(value, Tensor):
             if value.numel() != 1 or value.is_complex():
                 raise ValueError(
-                    f"{self.op}: normalizer must be a number or one real element,"
-                    f" got {tuple(value.shape)} {value.dtype}"
+                    f"{self.op}: {name} must be a number or one real element, got {tuple(value.shape)} {value.dtype}"
                 )
-            refuse_gradient(self.op, "normalizer", value)
+            refuse_gradient(self.op, name, value)
             return value.detach().to(device=device, dtype=wide_dtype(device)).reshape(())
-        value = check_number(self.op, "normalizer", value, least=0.0)
+        value = check_number(self.op, name, value, least=0.0)
         if torch.compiler.is_compiling():
             return element(value).to(device, wide_dtype(device))
         return torch.full((), value, dtype=wide_dtype(device), device=device)

@@ -89,7 +89,7 @@ def aggregation_weights(
     if mask.dim() != (2 if cu_seqlens is None else 1):
         raise ValueError(f"{op}: mask must be [B, T], or [N] with cu_seqlens; got shape {tuple(mask.shape)}")
     if max_length is not None:
-        max_length = check_number(op, "max_length", max_length, least=1.0)
+        max_length = check_number(op, "max_length", max_length, least=1.0, read=mode == "seq-mean-token-sum-norm")
     if mode == "seq-mean-token-sum-norm" and max_length is None and cu_seqlens is not None:
         raise ValueError(f"{op}: a packed mask needs max_length for {mode!r}")
     check_choice(op, "count", count, COUNTS)

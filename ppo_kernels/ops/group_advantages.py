@@ -178,8 +178,9 @@ def group_advantages(
     baseline, default_eps = MODES[mode]
     if scale_rewards is not None:
         baseline = _scaled(mode, scale_rewards)
-    eps = default_eps if eps is None else check_number(op, "eps", eps, least=0.0)
     whole_batch = mode in OF_THE_BATCH or scale_rewards == "batch"
+    adds_eps = whole_batch or baseline not in ("rloo", "dr_grpo")
+    eps = default_eps if eps is None else check_number(op, "eps", eps, least=0.0, read=adds_eps)
     if process_group is not None:
         check_group(op, "process_group", process_group)
         if not whole_batch:

@@ -13,16 +13,16 @@ from ppo_kernels import backends
 from ppo_kernels._compositions import compose
 from ppo_kernels._registered import Refusal, not_a_graph
 from ppo_kernels._types import PolicyStats, compute_dtype, wide_dtype
-from ppo_kernels.ops._autograd import has_tangent, is_batch, once, recorded, transformed
-from ppo_kernels.ops._head import CountedRows, Gradients, Head, released, rounded, spread
+from ppo_kernels.ops._autograd import has_tangent, once, recorded, transformed
+from ppo_kernels.ops._head import CountedRows, Gradients, Head, product_of_rows, released, rounded, spread
 from ppo_kernels.ops._head_inputs import (
     check_head,
     check_logits_dtype,
     head_numbers,
     memory_bytes,
 )
-from ppo_kernels.ops._inputs import check_floating, to_mask
-from ppo_kernels.ops._logits_inputs import ANY_LABEL, check_shard, check_values
+from ppo_kernels.ops._inputs import check_floating, keepable, to_mask
+from ppo_kernels.ops._logits_inputs import ANY_LABEL, check_entropy, check_shard, check_values
 from ppo_kernels.ops._public import public, refuse_tangents
 from ppo_kernels.ops.linear_token_logprobs import linear_token_logprobs
 from ppo_kernels.ops.policy_loss import policy_loss
@@ -35,15 +35,23 @@ _LINEAR_POLICY_LOSS = compose(
 )
 #: Options of ``policy_loss`` with a number for each token or, as advantages may have, for each row; and for each row.
 _OF_TOKENS, _OF_ROWS = ("weights", "ref_logprobs"), ("row_weight",)
+#: Options that a block of tokens has no use for, or values of its own.
+_OF_ALL = ("cu_seqlens", "validate", "normalizer", "entropy_coef", "entropy_normalizer")
 
 
 class _Loss:
     """``policy_loss`` with its inputs: of all tokens, and of a block of them, each a row of its own."""
 
     def __init__(
-        self, rows: CountedRows, old_logprobs: Tensor, advantages: Tensor, valid: Tensor | None, options: dict
+        self,
+        rows: CountedRows,
+        old_logprobs: Tensor,
+        advantages: Tensor,
+        valid: Tensor | None,
+        entropy: bool | str,
+        options: dict,
     ):
-        self.inputs, self.options = (old_logprobs, advantages, valid), options
+        self.inputs, self.options, self.entropy = (old_logprobs, advantages, valid), options, entropy is not False
         cu_seqlens, at = options.get("cu_seqlens"), rows.at
         row = at[0]
         if cu_seqlens is not None:  # offsets that lead elsewhere are taken for the nearest row
@@ -56,31 +64,47 @@ class _Loss:
         given = {name: options[name] for name in (*_OF_TOKENS, *_OF_ROWS) if options.get(name) is not None}
         self.of_tokens = {name: of_tokens(given[name]) for name in _OF_TOKENS if name in given}
         self.of_rows = {name: given[name].detach()[row] for name in _OF_ROWS if name in given}
-        self.rest = {name: x for name, x in options.items() if name not in (*given, "cu_seqlens", "validate")}
+        self.rest = {name: x for name, x in options.items() if name not in (*given, *_OF_ALL)}
+        coef = options.get("entropy_coef", 0.0)
+        self.bonus = entropy is True and (isinstance(coef, Tensor) or coef != 0)
+        self.divisor = self._number("normalizer", len(rows))
+        self.rest["normalizer"] = 1.0
+        if self.bonus:
+            self._share_divisor(coef)
 
-    def whole(self, logprobs: Tensor) -> tuple[Tensor, PolicyStats]:
-        return policy_loss(logprobs, *self.inputs, **self.options)
+    def _share_divisor(self, coef: float | Tensor) -> None:
+        """What all gradients are divided by in the end is the normalizer of the loss, or that of the entropy where
+        the loss's leaves nothing of it; blocks divide by what is left."""
+        own = self.divisor
+        of_entropy = own if self.options.get("entropy_normalizer") is None else self._number("entropy_normalizer", 0)
+        usable = (own != 0) & ~own.isinf()
+        self.divisor = torch.where(usable, own, of_entropy)
+        left = torch.where(self.divisor != 0, of_entropy / self.divisor, 0.0)
+        self.rest |= {"normalizer": usable.to(own.dtype), "entropy_coef": coef, "entropy_normalizer": left}
 
-    def gradient(self, logprobs: Tensor, block: slice) -> Tensor:
-        """Of the sum that the normalizer divides, by the log-probabilities of a block."""
+    def _number(self, name: str, default: int) -> Tensor:
+        device, value = self.old.device, self.options.get(name)
+        value, wide = default if value is None else value, wide_dtype(device)
+        if isinstance(value, Tensor):
+            return value.detach().to(device, wide).reshape(())
+        return torch.full((), float(value), dtype=wide, device=device)
+
+    def whole(self, logprobs: Tensor, entropy: Tensor | None) -> tuple[Tensor, PolicyStats]:
+        return policy_loss(logprobs, *self.inputs, entropy=entropy, **self.options)
+
+    def gradients(self, logprobs: Tensor, entropy: Tensor, block: slice) -> tuple[Tensor, Tensor | None]:
+        """Of what the divisor divides, by the log-probabilities of a block and by its entropies."""
         per_token = {name: x[block, None] for name, x in self.of_tokens.items()}
         per_row = {name: x[block] for name, x in self.of_rows.items()}
         old, advantages = self.old[block, None], self.advantages[block, None]
+        leaves = [x.detach().requires_grad_() for x in ((logprobs, entropy) if self.bonus else (logprobs,))]
         with torch.enable_grad():
-            leaf = logprobs.detach().requires_grad_()
+            of_entropy = {"entropy": leaves[1][:, None]} if self.bonus else {}
             loss, _ = policy_loss(
-                leaf[:, None], old, advantages, **self.rest | per_token | per_row | {"normalizer": 1.0}
+                leaves[0][:, None], old, advantages, **self.rest, **per_token, **per_row, **of_entropy
             )
-            return torch.autograd.grad(loss, leaf)[0]
-
-    def inverse_normalizer(self, count: int) -> Tensor:
-        device, value = self.old.device, self.options.get("normalizer")
-        value, wide = count if value is None else value, wide_dtype(device)
-        if isinstance(value, Tensor):
-            n = value.detach().to(device, wide).reshape(())
-        else:
-            n = torch.full((), float(value), dtype=wide, device=device)
-        return torch.where(n != 0, 1.0 / n, 0.0)
+            found = [g.to(logprobs.dtype) for g in torch.autograd.grad(loss, leaves)]
+        return found[0], found[1] if self.bonus else None
 
 
 def _in_blocks(
@@ -92,12 +116,18 @@ def _in_blocks(
     loss: _Loss,
     needs: Sequence[bool],
     impl: str,
-) -> tuple[Tensor, Gradients]:
-    """Log-probabilities of the rows that count, and the gradients before the normalizer: all logits of some rows, then
-    in place what the loss makes of them, which asks for nothing but these rows."""
+) -> tuple[Tensor, Gradients, tuple[Tensor, Tensor] | None]:
+    """Log-probabilities and entropies of the rows that count, and the gradients before the divisor: all logits of some
+    rows, then in place what the loss makes of them, which asks for nothing but these rows.
+
+    Where these are all rows, and fewer than the weight's columns, the gradient of the logits is kept for the backward,
+    with the hidden states, in place of that of the weight: it is smaller.
+    """
     temperatures, temperature, ignore_index = numbers
-    gradients = Gradients(head, rows, needs, rounded=False)
     tiling = head.tiling(rows, memory, all_columns=True)
+    later = needs[1] and 0 < len(rows) <= min(tiling.rows, head.width)
+    now = (needs[0], needs[1] and not later, needs[2])
+    gradients = Gradients(head, rows, now, rounded=False)
     buffer, y, found = head.buffer(tiling.rows, head.vocab), rows.pick(labels), []
     taus = rows.pick(temperatures)
     forward, backward = backends.op("token_logprobs"), backends.op("token_logprobs_backward_")
@@ -107,27 +137,29 @@ def _in_blocks(
         for columns in tiling.slabs(head.vocab):
             head.write(x, head.weight_of(columns), columns, tile[:, columns])
         tau, of_rows = head.temperature(temperature, None if taus is None else taus[block])
-        logp, stats = forward.run(impl, tile, y[block], None, of_rows, tau, ignore_index, False)
-        found.append(logp)
+        logp, stats = forward.run(impl, tile, y[block], None, of_rows, tau, ignore_index, loss.entropy)
+        found.append(torch.stack([logp, *stats[2:]]))
         if not any(needs):
             continue
-        grad = loss.gradient(logp, block).to(logp.dtype)
+        grads = loss.gradients(logp, stats[-1], block)
         slope = head.slope(tile)
-        backward.run(impl, tile, y[block], of_rows, grad, None, logp, stats, tau, ignore_index)
+        backward.run(impl, tile, y[block], of_rows, *grads, logp, stats, tau, ignore_index)
         if slope is not None:
             tile.mul_(slope)
         del slope  # before there is another
-        for columns in tiling.slabs(head.vocab):
+        for columns in tiling.slabs(head.vocab) if any(now) else ():
             into = gradients.begin(columns)
             gradients.add(tile[:, columns], x, head.weight_of(columns), block, columns, into)
-    return torch.cat([*found, labels.new_empty(0, dtype=head.dtype)]), gradients
+    kept = (tile, keepable(x)) if later else None
+    nothing = labels.new_empty((1 + loss.entropy, 0), dtype=head.dtype)
+    return torch.cat([*found, nothing], 1), gradients, kept
 
 
 def _computed(
     needs: Sequence[bool], hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, mask: Tensor | None,
     numbers: tuple, head_options: tuple, loss_inputs: tuple, impl: str,
 ) -> tuple[tuple[Tensor, PolicyStats, Tensor], CountedRows, tuple]:  # fmt: skip
-    """Loss, statistics and log-probabilities, the rows that count, and the gradients' totals with 1 / normalizer."""
+    """Loss, statistics and log-probabilities, the rows that count, and the gradients' totals with their divisor."""
     softcap, logit_scale, logits_dtype, memory = head_options
     try:
         head = Head(hidden, weight, bias, softcap, logit_scale, logits_dtype)
@@ -136,11 +168,14 @@ def _computed(
     rows = CountedRows(hidden, labels, mask, numbers[-1])
     loss = _Loss(rows, *loss_inputs)
     with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
-        found, gradients = _in_blocks(head, rows, labels, numbers, memory, loss, needs, impl)
-        logprobs = hidden.new_zeros(labels.shape, dtype=head.dtype)
-        rows.put(logprobs, found)
-        value, stats = loss.whole(logprobs)
-    totals = (gradients.hidden, gradients.weight, gradients.bias, loss.inverse_normalizer(len(rows)))
+        found, gradients, kept = _in_blocks(head, rows, labels, numbers, memory, loss, needs, impl)
+        of_tokens = hidden.new_zeros((len(found), *labels.shape), dtype=head.dtype)
+        rows.put(of_tokens, found, 1)
+        logprobs = of_tokens[0]
+        value, stats = loss.whole(logprobs, of_tokens[1] if loss.entropy else None)
+    totals = (
+        gradients.hidden, gradients.weight, gradients.bias, *(kept or (None, None)), loss.divisor,
+    )  # fmt: skip
     return (value, stats, logprobs.to(value.dtype)), rows, totals
 
 
@@ -150,7 +185,7 @@ class _EagerLoss(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         needs = ctx.needs_input_grad[:3]
         (value, stats, logprobs), rows, totals = _computed(needs, hidden, weight, bias, *rest)
-        ctx.at, ctx.all = rows.at, rows.all
+        ctx.at, ctx.all, ctx.shape, ctx.dtype = rows.at, rows.all, weight.shape, compute_dtype(hidden, weight, bias)
         leaves = (x if needed else None for x, needed in zip((hidden, weight, bias), needs, strict=True))
         ctx.save_for_backward(*leaves, *totals)
         ctx.mark_non_differentiable(logprobs, *stats)
@@ -163,22 +198,21 @@ class _EagerLoss(torch.autograd.Function):
         if grad_loss is None:
             return None, None, None, *none
         refuse_tangents("linear_policy_loss", grad_loss)
-        *inputs, of_hidden, of_weight, of_bias, inverse = ctx.saved_tensors
+        *inputs, of_hidden, of_weight, of_bias, of_logits, x, divisor = ctx.saved_tensors
         hidden, weight, bias = inputs
-        if of_weight is not None and weight.shape != of_weight.shape:
+        if weight is not None and weight.shape != ctx.shape:
             raise RuntimeError(f"linear_policy_loss: {released(weight)}")
-        again = is_batch(grad_loss) or _may_come_again()
-        with torch.no_grad():
-            scale: Tensor | None = grad_loss * inverse
-            if not again:
-                for total in (of_hidden, of_weight, of_bias):
-                    if total is not None:
-                        total.mul_(scale)
-                scale = None
+        over = not _may_come_again()
+        with torch.no_grad(), torch.autocast(grad_loss.device.type, enabled=False):
+            scale = grad_loss * torch.where(divisor != 0, 1.0 / divisor, 0.0)
+            if of_logits is not None:
+                of_weight = product_of_rows(of_logits, x, ctx.shape, weight.dtype, ctx.dtype, scale)
+            elif of_weight is not None:
+                of_weight = rounded(of_weight, weight.dtype, scale, over=over)
             grads = (
-                None if of_hidden is None else spread(of_hidden, ctx.at, ctx.all, hidden, scale),
-                None if of_weight is None else rounded(of_weight, weight.dtype, scale),
-                None if of_bias is None else rounded(of_bias, bias.dtype, scale),
+                None if of_hidden is None else spread(of_hidden, ctx.at, ctx.all, hidden, scale, over=over),
+                of_weight,
+                None if of_bias is None else rounded(of_bias, bias.dtype, scale, over=over),
             )
         return *(None if g is None else once("linear_policy_loss", g, *inputs, grad_loss) for g in grads), *none
 
@@ -206,6 +240,7 @@ def linear_policy_loss(
     softcap: float | None = None,
     logit_scale: float = 1.0,
     ignore_index: int = -100,
+    entropy: bool | str = False,
     group: ProcessGroup | None = None,
     vocab_start: int = 0,
     support: Tensor | tuple[Tensor, Tensor] | None = None,
@@ -217,9 +252,10 @@ def linear_policy_loss(
 ) -> tuple[Tensor, PolicyStats, Tensor]:
     r"""``policy_loss`` of ``linear_token_logprobs``: loss and gradient from three matrix products in place of four.
 
-    The loss of a token needs that token's log-probability alone. So for a block of rows at a time there are all logits,
-    the log-probabilities, the gradient of the loss in their place, and what that adds to the gradients of ``hidden``
-    and ``weight``; the backward multiplies these by the incoming gradient over the normalizer, on the device.
+    The loss of a token needs that token's log-probability and entropy alone. So for a block of rows at a time there are
+    all logits, the log-probabilities, the gradient of the loss in their place, and what that adds to the gradients of
+    ``hidden`` and ``weight``; the backward multiplies these by the incoming gradient over the normalizer, on the
+    device. Where one block holds all rows, and they are no more than H, the product for the weight is the backward's.
 
     Args:
         hidden: ``[B, T, H]``, or packed ``[N, H]`` with ``cu_seqlens``.
@@ -227,11 +263,14 @@ def linear_policy_loss(
             ``linear_token_logprobs``; labels have the tokens' shape.
         old_logprobs, advantages: as in ``policy_loss``.
         mask: the tokens' shape; non-zero = valid. A token whose label is ``ignore_index`` is not valid either.
+        entropy: True takes the entropy of each token to ``policy_loss``: it costs no product, and with
+            ``entropy_coef=0`` it is a metric, ``stats.entropy``. "detached" takes it there without a gradient.
         memory_mib: what a call may take beside inputs, results and the gradients of ``hidden`` and ``weight`` in
-            float32, which there are from the forward to the backward. None is 256 on a CPU and 1024 elsewhere. Each
+            float32, which there are from the forward to the backward; in place of that of the weight the gradient of
+            all logits, where that is smaller and within ``memory_mib``. None is 256 on a CPU and 1024 elsewhere. Each
             block of rows reads and writes the gradient of the weight, so that fewer and larger ones are faster. All
             logits of one row are made whatever it is.
-        policy_options: every keyword of ``policy_loss``.
+        policy_options: every other keyword of ``policy_loss``, ``entropy_coef`` and ``entropy_normalizer`` among them.
         impl: "auto", "cuda", "triton", "cpu" or "torch".
         validate: also check labels, temperatures and ``cu_seqlens`` (synchronises with the device).
 
@@ -250,6 +289,7 @@ def linear_policy_loss(
     check_head(op, hidden, weight, labels, bias)
     check_logits_dtype(op, logits_dtype, hidden, weight, bias)
     check_shard(op, group, vocab_start, hidden)
+    check_entropy(op, entropy)
     numbers = head_numbers(op, temperature, softcap, logit_scale, ignore_index, hidden)
     memory, mask = memory_bytes(op, memory_mib, hidden.device, 256), to_mask(op, mask, labels)
     impl = _LINEAR_POLICY_LOSS.choose(impl, hidden.device.type, compute_dtype(hidden, weight, bias))
@@ -269,20 +309,23 @@ def linear_policy_loss(
     of_tokens = policy_options.get("importance_sampling_level", "token") == "token"
     eager = not (torch.compiler.is_compiling() or transformed() or has_tangent(hidden))
     if impl == "torch" or group is not None or support is not None or not (of_tokens and eager):
-        logprobs: Any = linear_token_logprobs(
+        found: Any = linear_token_logprobs(
             hidden, weight, labels, bias=bias, temperature=temperature, softcap=softcap, logit_scale=logit_scale,
-            mask=valid, ignore_index=ignore_index, group=group, vocab_start=vocab_start, support=support,
-            logits_dtype=logits_dtype, memory_mib=memory_mib, impl=impl, validate=validate,
+            mask=valid, ignore_index=ignore_index, entropy=entropy, group=group, vocab_start=vocab_start,
+            support=support, logits_dtype=logits_dtype, memory_mib=memory_mib, impl=impl, validate=validate,
         )  # fmt: skip
-        value, stats = policy_loss(logprobs, old_logprobs, advantages, valid, **options)
+        logprobs, of_tokens = (found, None) if entropy is False else found
+        value, stats = policy_loss(logprobs, old_logprobs, advantages, valid, entropy=of_tokens, **options)
         return value, stats, logprobs.detach().clone().to(value.dtype)
     with torch.no_grad():  # refuses what does not fit before anything is multiplied
-        policy_loss(torch.zeros_like(old_logprobs), old_logprobs, advantages, valid, **options)
+        zero = torch.zeros_like(old_logprobs)
+        of_tokens = None if entropy is False else zero
+        policy_loss(zero, old_logprobs, advantages, valid, entropy=of_tokens, **options)
     rows, tau, cap, scale, _ = numbers
     inputs: Any = (hidden, weight, bias)
     rest: Any = (
         labels.long(), valid, (rows, tau, ignore_index), (cap, scale, logits_dtype, memory),
-        (old_logprobs, advantages, valid, options), impl,
+        (old_logprobs, advantages, valid, entropy, options), impl,
     )  # fmt: skip
     if not any(x is not None and recorded(x) for x in inputs):
         return _computed((False,) * 3, *inputs, *rest)[0]

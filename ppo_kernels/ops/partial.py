@@ -83,7 +83,8 @@ def partial(
     .. math:: m = \max_v z_v,\quad s = \log \sum_v e^{(z_v - m)/\tau},\quad H = -\sum_v q_v \log q_v,\quad z_y
 
     over the shard's logits, with q their own softmax. ``token_logprobs(group=...)`` is this, an all-gather, and
-    ``merge``.
+    ``merge``. There is no ``support`` and there are no ``extras`` here, as these take parts of another width and at
+    another temperature: call ``token_logprobs`` with ``group`` for them, or make the logits outside of a support -inf.
 
     Args:
         logits: ``[..., V]``, this shard's, as in ``token_logprobs``.

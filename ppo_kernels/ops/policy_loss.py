@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,6 +13,7 @@ from ppo_kernels._types import KL_ESTIMATORS, RATIO_LEVELS, SURROGATES, PolicySt
 from ppo_kernels.backends import register
 from ppo_kernels.ops import _fakes
 from ppo_kernels.ops._autograd import first_order_only, fused_loss, has_tangent
+from ppo_kernels.ops._entropy import with_entropy
 from ppo_kernels.ops._inputs import (
     Tokens,
     bound,
@@ -59,13 +61,16 @@ def policy_loss(
     kl_log_clamp: float | None = 20.0,
     kl_clamp: float | None = None,
     unbiased_kl: bool = False,
+    entropy: Tensor | None = None,
+    entropy_coef: float | Tensor = 0.0,
+    entropy_normalizer: float | Tensor | None = None,
     row_weight: Tensor | None = None,
     normalizer: float | Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     impl: str = "auto",
     validate: bool = False,
 ) -> tuple[Tensor, PolicyStats]:
-    r"""Policy loss of PPO and its relatives, differentiable in ``logprobs``: a surrogate of a ratio.
+    r"""Policy loss of PPO and its relatives, differentiable in ``logprobs`` and ``entropy``: a surrogate of a ratio.
 
     .. math::
         \rho = \exp(\mathrm{clamp}(\log\pi - \log\pi_{old})),\quad
@@ -74,7 +79,9 @@ def policy_loss(
     With ``dual_clip`` c, where A < 0, ``L_t = min(L_t, -c A)``. Then ``L_t`` is multiplied by ``weights_t`` and
     ``kl_coef * k_t(logprobs, ref_logprobs)`` is added, and
 
-    .. math:: \mathrm{loss} = \sum m\,w_b\,L_t / \mathrm{normalizer}
+    .. math::
+        \mathrm{loss} = \sum m\,w_b\,L_t / \mathrm{normalizer}
+        - \mathrm{entropy\_coef} \sum m\,w_b\,H_t / \mathrm{entropy\_normalizer}
 
     The other surrogates, with sg the stop-gradient:
 
@@ -90,7 +97,7 @@ def policy_loss(
 
     Args:
         logprobs, old_logprobs: ``[B, T]`` with any row stride, or packed ``[N]`` with ``cu_seqlens``; floating; nats.
-            The gradient flows to ``logprobs`` alone.
+            The gradient flows to ``logprobs``, and to ``entropy``.
         advantages: the tokens' shape, or one per row ``[B]`` or ``[B, 1]`` (where N = B in a packed
             batch, ``[N]`` is token-level).
         mask: the tokens' shape; non-zero = valid. None means all valid.
@@ -111,6 +118,11 @@ def policy_loss(
         kl_estimator, kl_log_clamp, kl_clamp: see ``kl_rewards``.
         unbiased_kl: multiply the penalty by the ratio, with the gradient of both. With "k3" the gradient is then
             ``rho (logp - ref)``, whose expectation is that of the divergence. Level "token" only.
+        entropy: H, one per token, such as ``token_logprobs(..., entropy=True)`` returns it. Where it is a metric and no
+            bonus, pass it detached.
+        entropy_coef: weight of the entropy bonus, a number or a one-element tensor. 0 is off: an entropy that is not
+            finite then reaches neither the loss nor a gradient.
+        entropy_normalizer: what the sum of the entropies is divided by, as ``normalizer``. None means the loss's.
         row_weight: ``[B]``, one weight per row.
         normalizer: what the sum is divided by, a number or a one-element tensor such as a count over all ranks.
             None means the number of valid tokens. 0 gives loss 0.
@@ -139,25 +151,31 @@ def policy_loss(
     low, high = cliprange if isinstance(cliprange, (tuple, list)) else (cliprange, cliprange)
     kind = check_choice(op, "surrogate", surrogate, SURROGATES)
     level = check_choice(op, "importance_sampling_level", importance_sampling_level, RATIO_LEVELS)
-    low = bound(op, "cliprange (low)", low, least=0.0)
-    high = bound(op, "cliprange (high)", high, least=0.0)
+    is_sapo, has_ref = surrogate == "sapo", ref_logprobs is not None
+    low = bound(op, "cliprange (low)", low, least=0.0, read=not is_sapo)
+    high = bound(op, "cliprange (high)", high, least=0.0, read=not is_sapo)
     dual_bound = bound(op, "dual_clip", dual_clip, above=1.0)
     coef, coef_tensor = number_or_tensor(op, "kl_coef", kl_coef, device)
     if ref_logprobs is None and (isinstance(kl_coef, Tensor) or kl_coef != 0):
         raise ValueError(f"policy_loss: kl_coef={kl_coef} needs ref_logprobs; pass them or set kl_coef=0")
+    if entropy is None and (isinstance(entropy_coef, Tensor) or entropy_coef != 0):
+        raise ValueError(f"policy_loss: entropy_coef={entropy_coef} needs entropy; pass it or set entropy_coef=0")
     code = check_choice(op, "kl_estimator", kl_estimator, KL_ESTIMATORS)
     log_bound = bound(op, "log_ratio_clamp", log_ratio_clamp, least=0.0)
-    kl_bounds = bound(op, "kl_log_clamp", kl_log_clamp, least=0.0), bound(op, "kl_clamp", kl_clamp, least=0.0)
+    kl_bounds = (
+        bound(op, "kl_log_clamp", kl_log_clamp, least=0.0, read=has_ref),
+        bound(op, "kl_clamp", kl_clamp, least=0.0, read=has_ref),
+    )
     ratio_bound = bound(op, "delta", delta, above=1.0)
     if level or kind or delta is not None or unbiased_kl:
         _refuse_combinations(surrogate, importance_sampling_level, dual_bound, ratio_bound, unbiased_kl)
     taus = (
-        check_number(op, "sapo_temperature_pos", sapo_temperature_pos, above=0.0),
-        check_number(op, "sapo_temperature_neg", sapo_temperature_neg, above=0.0),
+        check_number(op, "sapo_temperature_pos", sapo_temperature_pos, above=0.0, read=is_sapo),
+        check_number(op, "sapo_temperature_neg", sapo_temperature_neg, above=0.0, read=is_sapo),
     )
     codes = (bool(unbiased_kl), kind, level)
     options = (low, high, dual_bound, log_bound, coef, code, *kl_bounds, *codes, ratio_bound, *taus)
-    usual = not validate and weights is row_weight is normalizer is cu_seqlens is coef_tensor is None
+    usual = not validate and weights is entropy is row_weight is normalizer is cu_seqlens is coef_tensor is None
     ref = logprobs if ref_logprobs is None else ref_logprobs
     usual = usual and _POLICY_LOSS.shortcut(impl, mask, logprobs, old_logprobs, advantages, ref)
     if usual and logprobs.dtype == torch.float32 and advantages.dim() == 2:
@@ -172,6 +190,8 @@ def policy_loss(
     tensors = {"logprobs": logprobs, "old_logprobs": old_logprobs}
     if ref_logprobs is not None:
         tensors["ref_logprobs"] = ref_logprobs
+    if entropy is not None:
+        tensors["entropy"] = entropy
     tokens = Tokens(op, cu_seqlens, **tensors, extra=(advantages, weights, row_weight))
     mask = tokens.mask(mask)
     advantages = tokens.per_token("advantages", advantages.detach())
@@ -186,19 +206,34 @@ def policy_loss(
     if ref_logprobs is not None:
         ref_logprobs = tokens.constant(ref_logprobs)
 
+    of_entropy: dict[str, Any] = {}
+    if entropy is not None:
+        number, on_device = number_or_tensor(op, "entropy_coef", entropy_coef, device)
+        scale = tokens.normalizer(entropy_normalizer, "entropy_normalizer")
+        of_entropy = {
+            "entropy": tokens.cast(entropy),
+            "entropy_coef": number if on_device is None else on_device,
+            "entropy_normalizer": normalizer if scale is None else scale,
+        }
+
     impl = _POLICY_LOSS.choose(impl, logprobs.device.type, tokens.dtype)
     if impl == "torch" or has_tangent(logprobs):
+        if entropy is not None:
+            of_entropy["entropy"] = first_order_only(op, of_entropy["entropy"])
         return _POLICY_LOSS.reference(
             first_order_only(op, logprobs), old_logprobs, advantages, mask,
             surrogate=surrogate, importance_sampling_level=importance_sampling_level,
             cliprange=(low, high), dual_clip=dual_bound, delta=ratio_bound, sapo_temperature_pos=taus[0],
             sapo_temperature_neg=taus[1], log_ratio_clamp=log_bound, weights=weights,
             ref_logprobs=ref_logprobs, kl_coef=coef if coef_tensor is None else coef_tensor, kl_estimator=kl_estimator,
-            kl_log_clamp=kl_bounds[0], kl_clamp=kl_bounds[1], unbiased_kl=unbiased_kl,
+            kl_log_clamp=kl_bounds[0], kl_clamp=kl_bounds[1], unbiased_kl=unbiased_kl, **of_entropy,
             row_weight=row_weight, normalizer=normalizer, cu_seqlens=tokens.cu_seqlens,
         )  # fmt: skip
     rows = (row_weight, normalizer, tokens.cu_seqlens, coef_tensor)
-    return _fused(impl, logprobs, old_logprobs, advantages, mask, weights, ref_logprobs, *rows, *options)
+    loss, stats = _fused(impl, logprobs, old_logprobs, advantages, mask, weights, ref_logprobs, *rows, *options)
+    if entropy is None:
+        return loss, stats
+    return with_entropy(op, loss, stats, tokens.cu_seqlens, mask, row_weight, **of_entropy)
 
 
 def _fused(impl: str, logprobs: Tensor, *arguments: object) -> tuple[Tensor, PolicyStats]:

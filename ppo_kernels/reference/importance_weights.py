@@ -9,7 +9,16 @@ from torch import Tensor
 
 from ppo_kernels._types import ImportanceStats, compute_dtype
 from ppo_kernels.reference.kl_rewards import clamp
-from ppo_kernels.reference.rows import find_rows, how_many, masked_mean, row_sum, select, spread, valid_tokens
+from ppo_kernels.reference.rows import (
+    effective_share,
+    find_rows,
+    how_many,
+    masked_mean,
+    row_sum,
+    select,
+    spread,
+    valid_tokens,
+)
 
 
 def row_max(x: Tensor, row: Tensor, batch: int) -> Tensor:
@@ -60,11 +69,9 @@ def importance_weights(
     weights = ratio.clamp(min=low).clamp(max=high) if mode == "truncate" else torch.where(inside, ratio, 0.0)
     weights = torch.where(keep, weights, 0.0)
 
-    wide = weights.to(number.dtype)
-    squares = wide.square().sum()
     excess = torch.expm1(d)
     stats = ImportanceStats(
-        ess=torch.where(squares == 0, 0.0, wide.sum().square() / squares / number.clamp(min=1.0)),
+        ess=effective_share(weights, number),
         kl_k1=masked_mean(-d, valid, number),
         kl_k3=masked_mean(torch.expm1(d) - d, valid, number),
         chi2=masked_mean(excess * (excess + 2.0), valid, number),

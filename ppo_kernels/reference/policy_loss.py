@@ -11,6 +11,7 @@ from ppo_kernels._types import PolicyStats, compute_dtype
 from ppo_kernels.reference.kl_rewards import clamp, kl_estimate
 from ppo_kernels.reference.rows import (
     Rows,
+    effective_share,
     find_rows,
     how_many,
     masked_mean,
@@ -18,6 +19,7 @@ from ppo_kernels.reference.rows import (
     reduce_loss,
     row_sum,
     scalar,
+    scaled_or_off,
     select,
     spread,
     valid_tokens,
@@ -117,11 +119,14 @@ def policy_loss(
     kl_log_clamp: float | None = 20.0,
     kl_clamp: float | None = None,
     unbiased_kl: bool = False,
+    entropy: Tensor | None = None,
+    entropy_coef: float | Tensor = 0.0,
+    entropy_normalizer: float | Tensor | None = None,
     row_weight: Tensor | None = None,
     normalizer: float | Tensor | None = None,
     cu_seqlens: Tensor | None = None,
 ) -> tuple[Tensor, PolicyStats]:
-    dtype = compute_dtype(logprobs, old_logprobs, advantages, weights, ref_logprobs)
+    dtype = compute_dtype(logprobs, old_logprobs, advantages, weights, ref_logprobs, entropy)
     low, high = cliprange if isinstance(cliprange, tuple) else (cliprange, cliprange)
     rows = find_rows(logprobs, cu_seqlens)
     valid = valid_tokens(logprobs, mask, rows)
@@ -150,8 +155,10 @@ def policy_loss(
         loss, is_high, is_low, dual = sapo(d, adv, sapo_temperature_pos, sapo_temperature_neg)
     else:
         loss, is_high, is_low, dual = dppo(ratio, adv, logp, old, low, high, delta, surrogate == "dppo_kl")
+    weight = None
     if weights is not None:
-        loss = loss * torch.where(valid, per_token(weights.detach(), logprobs, rows, dtype), 0.0)
+        weight = torch.where(valid, per_token(weights.detach(), logprobs, rows, dtype), 0.0)
+        loss = loss * weight
     ref_kl = torch.zeros_like(loss)
     if ref_logprobs is not None:
         ref = select(ref_logprobs.detach(), valid, dtype)
@@ -162,6 +169,12 @@ def policy_loss(
         penalty = kl_estimate(x, y, kl_estimator, kl_log_clamp, kl_clamp)
         loss = loss + coef * (penalty * torch.where(coef != 0, ratio, 0.0) if unbiased_kl else penalty)
     total, count = reduce_loss(loss, valid, rows, row_weight, normalizer)
+    of_entropy = None
+    if entropy is not None:
+        of_entropy = select(entropy, valid, dtype)
+        scale = normalizer if entropy_normalizer is None else entropy_normalizer
+        bonus, _ = reduce_loss(of_entropy, valid, rows, row_weight, scale)
+        total = total - scaled_or_off(scalar(entropy_coef, bonus), bonus)
 
     with torch.no_grad():
         number = how_many(valid)
@@ -184,6 +197,8 @@ def policy_loss(
                 valid,
                 number,
             ),
+            ess=(number > 0) if weight is None else effective_share(weight, number),
+            entropy=torch.zeros_like(count) if of_entropy is None else masked_mean(of_entropy.detach(), valid, number),
             count=count,
         )
         return total, PolicyStats(*(s.to(dtype) for s in stats))

@@ -111,6 +111,13 @@ def how_many(valid: Tensor) -> Tensor:
     return valid.sum().to(wide_dtype(valid.device))
 
 
+def effective_share(weights: Tensor, number: Tensor) -> Tensor:
+    """The effective sample size of weights, 0 where they do not count, over the ``number`` of those that do."""
+    wide = weights.to(number.dtype)
+    squares = wide.square().sum()
+    return torch.where(squares == 0, 0.0, wide.sum().square() / squares / number.clamp(min=1.0))
+
+
 def masked_mean(x: Tensor, valid: Tensor, number: Tensor) -> Tensor:
     """The mean over the valid elements, ``number`` of them; 0 if there are none."""
     total = torch.where(valid, x.to(number.dtype), 0.0).sum()

@@ -76,13 +76,15 @@ def new_parts(like: Tensor, chunk: int, columns: int) -> Tensor:
     return torch.empty(triton.cdiv(like.numel(), chunk), columns, dtype=torch.float64, device=like.device)
 
 
-def launch_fold(kernel: triton.JITFunction, parts: Tensor, normalizer: Tensor | None, out: Outputs) -> None:
+def launch_fold(
+    kernel: triton.JITFunction, parts: Tensor, normalizer: Tensor | None, out: Outputs, **constants: Any
+) -> None:
     normalizer = as_vector("normalizer", normalizer, (), torch.float64)
     launch(
         kernel, 1,
         parts_ptr=parts, normalizer_ptr=normalizer, loss_ptr=out.loss, stats_ptr=out.stats,
         inverse_ptr=out.inv_normalizer, P=parts.size(0),
-        FOLD=FOLD, num_warps=8,
+        FOLD=FOLD, num_warps=8, **constants,
     )  # fmt: skip
 
 
@@ -181,10 +183,10 @@ def finish(total, count, normalizer_ptr, loss_ptr, inverse_ptr):
 @triton.jit
 def fold_loss(
     parts_ptr, normalizer_ptr, loss_ptr, inverse_ptr, P, q,
-    COUNT: tl.constexpr, LOSS: tl.constexpr, FOLD: tl.constexpr, Q: tl.constexpr,
+    COUNT: tl.constexpr, LOSS: tl.constexpr, USED: tl.constexpr, FOLD: tl.constexpr, Q: tl.constexpr,
 ):  # fmt: skip
-    """Write the loss; return the sums and maxima of the columns up to LOSS, the last, and the number of tokens."""
-    sums, peak = fold_sums(parts_ptr, P, q, LOSS + 1, FOLD, Q)
+    """Write the loss; return the sums and maxima of the columns before USED, and the number of tokens."""
+    sums, peak = fold_sums(parts_ptr, P, q, USED, FOLD, Q)
     count = pick(sums, q, COUNT)
     finish(pick(sums, q, LOSS), count, normalizer_ptr, loss_ptr, inverse_ptr)
     return sums, peak, count

@@ -65,11 +65,11 @@ from ppo_kernels.triton._surrogate import (
 
 # One binary for every size and stride.
 INTEGERS = ("N", "T", "B", *(f"{name}_stride" for name in ("logp", "old", "adv", "mask", "weights", "ref")))
-# Columns of a line of partial sums: the statistics, then the loss.
+# Columns of a line of partial sums: the statistics, then the loss, and what the effective sample size is made of.
 (
     K1, K2, K3, RATIO_MEAN, RATIO_VAR, RATIO_MAX, ABOVE, BELOW, DUAL, REF_KL, CLAMPED, COUNT,
-    LOSS, COLUMNS,
-) = columns(*PolicyStats._fields, "loss")  # fmt: skip
+    LOSS, WEIGHT, SQUARES, COLUMNS,
+) = columns(*PolicyStats._fields[:-3], "count", "loss", "weights", "their squares")  # fmt: skip
 
 
 @triton.jit(do_not_specialize=("length", "adv_row_stride", "weights_row_stride", *INTEGERS[3:]))
@@ -220,21 +220,37 @@ def policy_chunks(
     tl.store(line + BELOW, tl.sum(below.to(logp.dtype), 0))
     tl.store(line + DUAL, tl.sum(dual.to(logp.dtype), 0))
     tl.store(line + CLAMPED, tl.sum(clamped.to(logp.dtype), 0))
+    if weights_ptr is not None:
+        wide = weight.to(tl.float64)  # a square may be beyond what float32 holds
+        tl.store(line + WEIGHT, tl.sum(wide, 0))
+        tl.store(line + SQUARES, tl.sum(wide * wide, 0))
     tl.store(line + COUNT, count)
     tl.store(line + LOSS, tl.sum(loss, 0))
 
 
 @triton.jit(do_not_specialize=("P",))
-def policy_fold(parts_ptr, normalizer_ptr, loss_ptr, stats_ptr, inverse_ptr, P, FOLD: tl.constexpr):
+def policy_fold(
+    parts_ptr, normalizer_ptr, loss_ptr, stats_ptr, inverse_ptr, P, WEIGHTED: tl.constexpr, FOLD: tl.constexpr
+):
     q = tl.arange(0, COLUMNS)
-    sums, peak, count = fold_loss(parts_ptr, normalizer_ptr, loss_ptr, inverse_ptr, P, q, COUNT, LOSS, FOLD, COLUMNS)
+    USED: tl.constexpr = SQUARES + 1 if WEIGHTED else LOSS + 1
+    sums, peak, count = fold_loss(
+        parts_ptr, normalizer_ptr, loss_ptr, inverse_ptr, P, q, COUNT, LOSS, USED, FOLD, COLUMNS
+    )
     n = tl.where(count == 0.0, 1.0, count)
     excess = pick(sums, q, RATIO_MEAN) / n
     m2 = fold_m2(parts_ptr, P, excess, COUNT, RATIO_MEAN, RATIO_VAR, FOLD, COLUMNS)
     stats = sums / n
     stats = tl.where(q == RATIO_MEAN, 1.0 + excess, tl.where(q == RATIO_VAR, m2 / n, stats))
-    stats = tl.where((q == RATIO_MAX) & (sums == sums), peak, tl.where(q == COUNT, count, stats))
-    tl.store(stats_ptr + q, tl.where(count == 0.0, 0.0, stats), mask=q <= COUNT)
+    stats = tl.where((q == RATIO_MAX) & (sums == sums), peak, stats)
+    tl.store(stats_ptr + q, tl.where(count == 0.0, 0.0, stats), mask=q < COUNT)
+    ess = tl.where(count == 0.0, 0.0, 1.0)
+    if WEIGHTED:
+        weight, squares = pick(sums, q, WEIGHT), pick(sums, q, SQUARES)
+        ess = tl.where(squares == 0.0, 0.0, weight * weight / tl.where(squares == 0.0, 1.0, squares) / n)
+    tl.store(stats_ptr + COUNT, ess)
+    tl.store(stats_ptr + COUNT + 1, 0.0)  # the entropy, which the caller adds: it is linear, and no kernel looks at it
+    tl.store(stats_ptr + COUNT + 2, count)
 
 
 def policy_loss(
@@ -321,7 +337,7 @@ def policy_loss(
         UNBIASED=unbiased_kl and ref_logprobs is not None, SURROGATE=surrogate, LEVEL=level,
         CHUNK=chunk, num_warps=num_warps,
     )  # fmt: skip
-    launch_fold(policy_fold, parts, normalizer, out)
+    launch_fold(policy_fold, parts, normalizer, out, WEIGHTED=weights is not None)
     return out
 
 

@@ -98,7 +98,9 @@ def value_chunks(
 @triton.jit(do_not_specialize=("P",))
 def value_fold(parts_ptr, normalizer_ptr, loss_ptr, stats_ptr, inverse_ptr, P, FOLD: tl.constexpr):
     q = tl.arange(0, COLUMNS)
-    sums, _, count = fold_loss(parts_ptr, normalizer_ptr, loss_ptr, inverse_ptr, P, q, COUNT, LOSS, FOLD, COLUMNS)
+    sums, _, count = fold_loss(
+        parts_ptr, normalizer_ptr, loss_ptr, inverse_ptr, P, q, COUNT, LOSS, LOSS + 1, FOLD, COLUMNS
+    )
     n = tl.where(count == 0.0, 1.0, count)
     error_m2 = fold_m2(parts_ptr, P, pick(sums, q, ERROR) / n, COUNT, ERROR, ERROR_M2, FOLD, COLUMNS)
     target_m2 = fold_m2(parts_ptr, P, pick(sums, q, TARGET) / n, COUNT, TARGET, TARGET_M2, FOLD, COLUMNS)

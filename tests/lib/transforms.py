@@ -74,6 +74,8 @@ NUMBERS = {
         "kl_coef",
         "kl_log_clamp",
         "kl_clamp",
+        "entropy_coef",
+        "entropy_normalizer",
         "normalizer",
     ),
     "value_loss": ("cliprange_value", "normalizer"),

@@ -30,6 +30,7 @@ class Batch(NamedTuple):
     rollout: Tensor
     advantages: Tensor  # [B]
     mask: Tensor  # bool
+    entropy: Tensor
 
     @property
     def spread(self) -> Tensor:
@@ -75,6 +76,12 @@ def verl_loss(batch: Batch, loss: str, mode: str = "token-mean", weights: Tensor
     return compute(batch.old, batch.logprobs, batch.spread, batch.mask.float(), mode, **given)[0]
 
 
+def verl_loss_with_entropy(batch: Batch, coef: float, mode: str) -> Tensor:
+    """As ``ppo_loss`` of its workers ends."""
+    bonus = verl().agg_loss(loss_mat=batch.entropy, loss_mask=batch.mask, loss_agg_mode=mode)
+    return verl_loss(batch, "vanilla", mode) - coef * bonus
+
+
 @cache
 def verl_correction() -> SimpleNamespace:
     tensors = _load("verl", "verl/utils/torch_functional.py", "masked_mean", "masked_sum")
@@ -95,12 +102,17 @@ def openrlhf() -> SimpleNamespace:
     utils = _load("openrlhf", "openrlhf/models/utils.py", "masked_mean", "compute_approx_kl")
     given = {"masked_mean": utils.masked_mean}
     losses = _load("openrlhf", "openrlhf/models/loss.py", "PolicyLoss", "aggregate_loss", **given)
-    return SimpleNamespace(compute_approx_kl=utils.compute_approx_kl, PolicyLoss=losses.PolicyLoss)
+    return SimpleNamespace(compute_approx_kl=utils.compute_approx_kl, **vars(losses))
 
 
 def openrlhf_loss(batch: Batch, **options: object) -> Tensor:
     loss = openrlhf().PolicyLoss(clip_eps_low=LOW, clip_eps_high=HIGH, **options)
     return loss(batch.logprobs, batch.old, batch.spread, batch.mask.float(), rollout_log_probs=batch.rollout)[0]
+
+
+def openrlhf_loss_with_entropy(batch: Batch, coef: float) -> Tensor:
+    """As ``training_step`` of its actor ends."""
+    return openrlhf_loss(batch) - openrlhf().aggregate_loss(batch.entropy, batch.mask.float()) * coef
 
 
 @cache
@@ -113,11 +125,12 @@ def skyrl() -> SimpleNamespace:
         **{name: name for name in ("REGULAR", "DUAL_CLIP", "SAPO", "GSPO", "CISPO", "ROLLOUT_IS", "DPPO")},
         IMPORTANCE_SAMPLING="",
     )
-    return _load(
+    losses = _load(
         "skyrl", f"{folder}/ppo_utils.py", *names, "apply_loss_reduction_to_advantages_minibatch",
         **vars(tensors), register_policy_loss=_registered, PolicyLossType=types,
         apply_off_policy_correction=lambda loss, old, rollout, mask, config: (loss, mask, {}),
     )  # fmt: skip
+    return SimpleNamespace(masked_mean=tensors.masked_mean, **vars(losses))
 
 
 def skyrl_loss(batch: Batch, loss: str, reduction: str = "token_mean", **options: object) -> Tensor:
@@ -134,6 +147,12 @@ def skyrl_loss(batch: Batch, loss: str, reduction: str = "token_mean", **options
     bounds = [(i, i + 2) for i in range(0, len(mask), 2)]
     advantages = scale(batch.spread, mask, reduction, len(mask), length, bounds)
     return getattr(skyrl(), loss)(batch.logprobs, batch.old, advantages, config, mask, batch.rollout)[0]
+
+
+def skyrl_loss_with_entropy(batch: Batch, coef: float, reduction: str) -> Tensor:
+    """As its worker's step ends, of one micro-batch and one process."""
+    loss = skyrl_loss(batch, "ppo_policy_loss", reduction, policy_loss_type="regular")
+    return loss - coef * skyrl().masked_mean(batch.entropy, batch.mask.float())
 
 
 @cache
@@ -154,15 +173,18 @@ def trl_loss(batch: Batch, loss_type: str, level: str = "token", of: str = "grpo
     arguments |= {"sapo_temperature_neg": 1.05, "steps_per_generation": 1}
     weights = options.pop("weights", None)
     high = options.pop("epsilon_high", HIGH)
-    beta = options.pop("beta", 0.0)
-    one_process = SimpleNamespace(gather=lambda x: x, reduce=lambda x, reduction: x, num_processes=1)
+    beta, entropy_coef = options.pop("beta", 0.0), options.pop("entropy_coef", 0.0)
+    one_process = SimpleNamespace(
+        gather=lambda x: x, reduce=lambda x, reduction: x, num_processes=1, sync_gradients=False
+    )
     trainer = SimpleNamespace(
         aux_loss_enabled=False, top_entropy_quantile=1.0, off_policy_mask_threshold=None, use_vllm=weights is not None,
-        vllm_importance_sampling_correction=True, _entropy_bonus_enabled=False, current_gradient_accumulation_steps=1,
+        vllm_importance_sampling_correction=True, _entropy_bonus_enabled=entropy_coef != 0, entropy_coef=entropy_coef,
+        use_adaptive_entropy=False, current_gradient_accumulation_steps=1,
         loss_type=loss_type, importance_sampling_level=level, epsilon_low=LOW, epsilon_high=high, beta=beta,
         max_completion_length=batch.mask.size(1), model=SimpleNamespace(training=True), accelerator=one_process,
         args=SimpleNamespace(**(arguments | options)), _metrics={"train": defaultdict(list)},
-        _get_per_token_logps_and_entropies=lambda *_, **__: (batch.logprobs, torch.zeros_like(batch.logprobs), None),
+        _get_per_token_logps_and_entropies=lambda *_, **__: (batch.logprobs, batch.entropy, None),
     )  # fmt: skip
     ids = torch.zeros_like(batch.mask, dtype=torch.long)
     inputs = {"prompt_ids": ids[:, :1], "prompt_mask": ids[:, :1] + 1, "completion_ids": ids}

@@ -20,7 +20,7 @@ from tests.lib.checkout import copy_sources
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = Path(ppo_kernels.__file__).parent
 BINARIES = [*PACKAGE.glob("_C.*so"), *PACKAGE.glob("_C_cuda.so")]
-REBUILD = "pip install --no-build-isolation -e ."
+REBUILD = "pip install -e ."
 SO = f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"
 
 pytestmark = pytest.mark.skipif(not (ROOT / "csrc").is_dir(), reason="the sources are not here")

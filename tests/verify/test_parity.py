@@ -38,6 +38,16 @@ class Row(NamedTuple):
     more: Callable[[Batch], dict] = lambda batch: {}  # options that are tensors
 
 
+def bonus_of(batch: Batch) -> dict:
+    """The entropy bonus, by the loss's own denominator."""
+    return {"entropy": batch.entropy, "entropy_coef": 0.05}
+
+
+def bonus_by_tokens(batch: Batch) -> dict:
+    """Its mean over the tokens, where every row has the weight 1 / T."""
+    return bonus_of(batch) | {"entropy_normalizer": batch.mask.sum() / batch.mask.size(1)}
+
+
 def at_1(batch: Batch) -> dict:
     """The ratio is 1, and its gradient that of logp."""
     return {"old_logprobs": batch.logprobs.detach()}
@@ -47,6 +57,9 @@ ROWS = (
     Row("verl", "vanilla", lambda b: verl_loss(b, "vanilla"), CLIP | {"dual_clip": 3.0}),
     Row("verl", "vanilla, rollout_is_weights", lambda b: verl_loss(b, "vanilla", weights=weights_of(b)),
         CLIP | {"dual_clip": 3.0}, more=lambda b: {"weights": weights_of(b)}),
+    Row("verl", "vanilla, entropy_coeff",
+        lambda b: parity.verl_loss_with_entropy(b, 0.05, "seq-mean-token-mean"),
+        CLIP | {"dual_clip": 3.0}, "seq-mean-token-mean", more=bonus_of),
     Row("verl", "gspo", lambda b: verl_loss(b, "gspo", "seq-mean-token-mean"),
         CLIP | {"importance_sampling_level": "sequence_token"}, "seq-mean-token-mean"),
     Row("verl", "sapo", lambda b: verl_loss(b, "sapo", tau_pos=1.0, tau_neg=1.05),
@@ -62,6 +75,7 @@ ROWS = (
         FREE | {"surrogate": "cispo", "kl_coef": 0.3, "kl_estimator": "k2", "kl_log_clamp": None},
         more=lambda b: at_1(b) | {"ref_logprobs": b.old}),
     Row("OpenRLHF", "ppo", lambda b: openrlhf_loss(b, dual_clip=3.0), CLIP | {"dual_clip": 3.0}),
+    Row("OpenRLHF", "ppo, entropy_coef", lambda b: parity.openrlhf_loss_with_entropy(b, 0.05), CLIP, more=bonus_of),
     Row("OpenRLHF", "ppo, is_correction clip",
         lambda b: openrlhf_loss(b, is_correction_level="token", is_correction_mode="clip",
                                 is_correction_threshold=[0.5, 1.2]),
@@ -69,6 +83,9 @@ ROWS = (
     Row("OpenRLHF", "gspo", lambda b: openrlhf_loss(b, policy_loss_type="gspo"),
         CLIP | {"importance_sampling_level": "sequence"}, "seq-mean-token-mean"),
     Row("SkyRL", "regular", lambda b: skyrl_loss(b, "ppo_policy_loss", policy_loss_type="regular"), CLIP),
+    Row("SkyRL", "regular, use_entropy_loss",
+        lambda b: parity.skyrl_loss_with_entropy(b, 0.05, "seq_mean_token_sum_norm"),
+        CLIP, "seq-mean-token-sum-norm", more=bonus_by_tokens),
     Row("SkyRL", "dual_clip", lambda b: skyrl_loss(b, "ppo_policy_loss", policy_loss_type="dual_clip"),
         CLIP | {"dual_clip": 3.0}),
     Row("SkyRL", "gspo", lambda b: skyrl_loss(b, "gspo_policy_loss", "sequence_mean"),
@@ -101,6 +118,8 @@ ROWS = (
     Row("TRL", "dapo, importance_sampling_ratio", lambda b: trl_loss(b, "dapo", weights=weights_of(b)),
         CLIP, more=lambda b: {"weights": weights_of(b)}),
     Row("TRL", "dr_grpo", lambda b: trl_loss(b, "dr_grpo"), CLIP, "seq-mean-token-sum-norm"),
+    Row("TRL", "dr_grpo, entropy_coef", lambda b: trl_loss(b, "dr_grpo", entropy_coef=0.05), CLIP,
+        "seq-mean-token-sum-norm", more=bonus_by_tokens),
     Row("TRL", "luspo", lambda b: trl_loss(b, "luspo", "sequence"),
         CLIP | {"importance_sampling_level": "sequence"}, "seq-mean-token-sum"),
     Row("TRL", "cispo", lambda b: trl_loss(b, "cispo", epsilon_high=1.25),
@@ -123,7 +142,8 @@ def batch_of(interior: bool, dtype: torch.dtype = torch.float64) -> Batch:
     if interior:  # such as what a tool wrote
         mask &= (torch.rand(shape, generator=g) < 0.7) | (torch.arange(23) == 0)
     advantages = torch.randn(6, generator=g, dtype=dtype)
-    return Batch(near(0.3).requires_grad_(), old, near(0.3), near(0.2), advantages, mask)
+    batch = near(0.3).requires_grad_(), old, near(0.3), near(0.2), advantages, mask
+    return Batch(*batch, 3.0 * torch.rand(shape, generator=g, dtype=dtype).requires_grad_())
 
 
 def installed(trainer: str) -> None:
@@ -141,7 +161,8 @@ def test_the_loss_of_a_trainer_is_policy_loss_with_arguments(row, interior):
     installed(row.trainer)
     batch = batch_of(interior)
     theirs = row.theirs(batch)
-    want = torch.autograd.grad(theirs, batch.logprobs)[0] * batch.mask
+    inputs = (batch.logprobs, batch.entropy) if "entropy" in row.more(batch) else (batch.logprobs,)
+    want = [grad * batch.mask for grad in torch.autograd.grad(theirs, inputs)]
     groups = {"group_size": 2} if row.mode == "prompt-mean" else {}
     row_weight, normalizer = pk.aggregation_weights(batch.mask, row.mode, **groups)
     given = {"old_logprobs": batch.old, "row_weight": row_weight, "normalizer": normalizer} | row.more(batch)
@@ -149,8 +170,8 @@ def test_the_loss_of_a_trainer_is_policy_loss_with_arguments(row, interior):
         ours, _ = pk.policy_loss(
             batch.logprobs, advantages=batch.advantages, mask=batch.mask, **given, **row.options, impl=impl
         )
-        got = torch.autograd.grad(ours, batch.logprobs)[0]
-        torch.testing.assert_close(got, want, rtol=2e-6, atol=1e-9)  # some of theirs compute in float32
+        got = torch.autograd.grad(ours, inputs)
+        torch.testing.assert_close([*got], want, rtol=2e-6, atol=1e-9)  # some of theirs compute in float32
         torch.testing.assert_close(ours, theirs.to(ours.dtype), rtol=2e-6, atol=1e-9)
 
 

@@ -33,6 +33,7 @@ PATHS = (
     Path(r"prepare_packed_kernel", "packed: bounds", REST),
     Path(r"(policy|value)_loss_kernel<true", "flat", STRAIGHT, 8),
     Path(r"(policy|value)_loss_kernel<false", "generic", STRAIGHT, 8, "unaligned"),
+    Path(r"loss_backward_kernel", "gradient, scaled", STRAIGHT, 8),
     Path(r"(policy|importance)_rows_kernel", "ratios of rows", REST),
     Path(r"importance_weights_kernel<true", "flat", STRAIGHT, 8),
     Path(r"importance_weights_kernel<false", "generic", STRAIGHT, 8, "unaligned"),
