@@ -3,6 +3,8 @@
 The layouts of its optimizers are in zero_state.py; distributed.py makes whole what it has split over the ranks.
 """
 
+import contextlib
+import ctypes
 import hashlib
 import logging
 import math
@@ -20,15 +22,20 @@ import torch
 import torch.distributed as dist
 import transformers
 from transformers import get_scheduler
+from transformers.activations import ACT2FN, GELUTanh
 
 from . import distributed, files, zero_state
 from .cache import cache_folder, make_cache_folder
 from .config import OptimizerConfig, RunConfig, UserError
 from .deepspeed_file import deepspeed_file
 
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of mallopt
+
 
 def init_distributed(seed: int, timeout_s: int) -> None:
     """Join the process group, seed the generators and keep the libraries' chatter off the terminal."""
+    # Both are the tanh approximation that GELUTanh has in one operation: transformers writes them out in eight.
+    ACT2FN.update(gelu_new=GELUTanh, gelu_fast=GELUTanh)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     warnings.filterwarnings("ignore", module="deepspeed|torch")
@@ -39,6 +46,7 @@ def init_distributed(seed: int, timeout_s: int) -> None:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     else:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
+        _keep_freed_memory()
     _find_build_tools()
     with distributed.quiet():
         import deepspeed
@@ -265,6 +273,17 @@ def frozen(model: torch.nn.Module, config: RunConfig) -> Any:
     }
     with distributed.quiet():
         return _initialized(config.deepspeed, model=model, config=settings)
+
+
+def _keep_freed_memory() -> None:
+    """glibc gives large blocks back to the system at once, and each page of one that is taken anew is a fault.
+
+    Those of logits and their gradient are a tenth of a step on the CPU; what a step has freed, the next one takes.
+    """
+    with contextlib.suppress(AttributeError):  # another C library
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(M_MMAP_MAX, 0)
+        mallopt(M_TRIM_THRESHOLD, -1)
 
 
 def _find_build_tools() -> None:

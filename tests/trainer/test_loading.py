@@ -7,6 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers.activations import GELUTanh
 
 from python_trainer.config import UserError
 from python_trainer.models import load_scalar, save_model
@@ -140,6 +141,16 @@ def test_attention_is_computed_as_asked_for(tiny, saved):
         trainer = tiny(attn_implementation="eager", sft_model_path=path)
         for model in (trainer.actor.module, trainer.reference.module, trainer.critic.module.model):
             assert model.config._attn_implementation == "eager"
+
+
+@pytest.mark.parametrize("name", ["gelu_new", "gelu_fast"])
+def test_an_activation_that_transformers_writes_out_is_one_operation(tiny, name):
+    policy = tiny(algorithm="rloo", model_config=json.dumps(TINY_MODEL | {"activation_function": name})).actor.module
+    assert policy.config.activation_function == name  # as it is saved
+    x = torch.linspace(-8, 8, 1001)
+    exact = x.double() * (1 + torch.tanh((2 / torch.pi) ** 0.5 * (x.double() + 0.044715 * x.double() ** 3))) / 2
+    assert type(policy.transformer.h[0].mlp.act) is GELUTanh
+    torch.testing.assert_close(policy.transformer.h[0].mlp.act(x), exact.float(), atol=1e-6, rtol=0)
 
 
 def test_a_precision_to_read_and_save_in(tiny, saved, tmp_path):

@@ -4,14 +4,17 @@ import io
 import json
 import os
 import pwd
+import resource
 import subprocess
 import sys
 
 import pytest
+import torch
 
 from python_trainer import __main__ as commands
 from python_trainer import cache, logging
 from python_trainer.config import UserError
+from python_trainer.deepspeed_engine import init_distributed
 from tests.lib.trainer import ROOT
 
 
@@ -147,3 +150,17 @@ def test_a_cache_that_cannot_be_written_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "access", lambda *_: False)
     with pytest.raises(UserError, match=f"the cache {tmp_path}/closed cannot be written"):
         cache.make_cache_folder()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a step's memory is the GPU's")
+def test_memory_that_was_freed_is_taken_again():
+    """Blocks of this size come from the system, page by page, each time that they are asked for."""
+    init_distributed(0, 60)
+
+    def faults(numbers: int) -> int:
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        torch.ones(numbers)
+        return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+    faults(1 << 24)
+    assert faults(1 << 23) < 1000  # of 8,192 pages: half of what was freed, as a small block may lie in it by now
