@@ -137,7 +137,9 @@ def test_packed_sequences_are_padded_ones(impl):
     torch.testing.assert_close(got[-2], want[-2], rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("normalizers", [(0.0, 3.0), (5.0, 0.0), (torch.tensor(0), None), (None, 2.0)])
+@pytest.mark.parametrize(
+    "normalizers", [(0.0, 3.0), (5.0, 0.0), (torch.tensor(0), None), (None, 2.0), (torch.tensor(float("inf")), None)]
+)
 def test_each_sum_has_its_normalizer(impl, normalizers):
     """Where one is 0 its part of the loss is, and the other's is not."""
     head, labels, given, mask = make()
@@ -175,7 +177,7 @@ def test_an_entropy_costs_no_product_and_has_the_same_in_a_graph(require_impl):
     assert torch.equal(torch.autograd.grad(bare[0], hidden)[0], found[0][0])
     with pytest.raises(ValueError, match="entropy must be"):
         linear_policy_loss(hidden, head["weight"], labels, **given, entropy="mean")
-    with pytest.raises(ValueError, match="entropy_coef=0.1 needs entropy"):
+    with pytest.raises(ValueError, match="entropy_coef=0.1 needs the entropy; pass entropy=True"):
         linear_policy_loss(hidden, head["weight"], labels, **given, entropy_coef=0.1)
 
 

@@ -167,6 +167,19 @@ def test_transforms_of_the_entropy(impl, row):
         torch.testing.assert_close(of.run(f, x, "eager"), of.want(f, x))
 
 
+def test_a_mask_and_weights_of_inference_mode(impl):
+    """Constants may be made there, and autograd saves none of them."""
+    data, leaf = make(4, 9), entropies(4, 9).requires_grad_()
+    with torch.inference_mode():
+        constants = {"mask": holey_mask(4, 9), "row_weight": torch.rand(4)}
+    for names in (("mask",), ("row_weight",), ("mask", "row_weight")):
+        given = {name: constants[name] for name in names}
+        loss, _ = policy_loss(*data, **given, entropy=leaf, entropy_coef=0.3, impl=impl)
+        copies = {name: x.clone() for name, x in given.items()}
+        want, _ = policy_loss(*data, **copies, entropy=leaf, entropy_coef=0.3, impl=impl)
+        assert bit_equal(*(torch.autograd.grad(x, leaf)[0] for x in (loss, want)))
+
+
 def test_a_tangent_of_the_entropy_is_refused():
     with pytest.raises(RuntimeError, match="policy_loss: forward-mode"):
         transforms.tangent(lambda x: policy_loss(*make(2, 3), entropy=x, entropy_coef=0.3)[0], entropies(2, 3))

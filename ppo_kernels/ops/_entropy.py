@@ -10,6 +10,7 @@ from torch.nn.functional import pad
 from ppo_kernels._registered import not_a_graph
 from ppo_kernels._types import PolicyStats, wide_dtype
 from ppo_kernels.ops._autograd import first_order_only, once, recorded, transformed
+from ppo_kernels.ops._inputs import keepable
 from ppo_kernels.reference.rows import find_rows, scalar, scaled_or_off, spread, valid_tokens
 
 
@@ -55,7 +56,7 @@ class _EagerBonus(torch.autograd.Function):
         # An output, so that a gradient depends on the entropy for who differentiates twice.
         origin = loss.new_empty(0)
         ctx.op, ctx.shape = op, entropy.shape
-        ctx.save_for_backward(factor, valid, weight, origin)
+        ctx.save_for_backward(factor, keepable(valid), keepable(weight), origin)
         return (loss - bonus).to(loss.dtype), origin
 
     @staticmethod

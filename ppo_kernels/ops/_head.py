@@ -163,6 +163,11 @@ class Head:
             total += max(rows, columns) * self.width * of_tile
         return total
 
+    def keeps_less(self, rows: int) -> bool:
+        """Whether the gradient of so many rows of logits, and their hidden states, are less than that of the weight."""
+        of_rows = rows * (self.vocab * self.tile_dtype.itemsize + self.width * self.operand_dtype.itemsize)
+        return of_rows < self.vocab * self.width * self.dtype.itemsize
+
     def buffer(self, rows: int, columns: int) -> Tensor:
         """Memory for tiles, with a column more than there are logits."""
         pitch = (columns // _PAD + 1) * _PAD

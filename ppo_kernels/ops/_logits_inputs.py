@@ -28,7 +28,8 @@ ANY_LABEL = 2**63 - 1
 
 def check_entropy(op: str, entropy: object) -> None:
     if not (entropy is False or entropy is True or (isinstance(entropy, str) and entropy == "detached")):
-        raise ValueError(f'{op}: entropy must be False, True or "detached", got {entropy!r}')
+        given = f"a tensor {tuple(entropy.shape)}" if isinstance(entropy, Tensor) else repr(entropy)
+        raise ValueError(f'{op}: entropy must be False, True or "detached", got {given}')
 
 
 def check_ignore_index(op: str, ignore_index: object) -> int:

@@ -79,7 +79,7 @@ class _Loss:
         of_entropy = own if self.options.get("entropy_normalizer") is None else self._number("entropy_normalizer", 0)
         usable = (own != 0) & ~own.isinf()
         self.divisor = torch.where(usable, own, of_entropy)
-        left = torch.where(self.divisor != 0, of_entropy / self.divisor, 0.0)
+        left = torch.where(usable, of_entropy / own, (of_entropy != 0).to(own.dtype))
         self.rest |= {"normalizer": usable.to(own.dtype), "entropy_coef": coef, "entropy_normalizer": left}
 
     def _number(self, name: str, default: int) -> Tensor:
@@ -119,12 +119,12 @@ def _in_blocks(
     """Log-probabilities and entropies of the rows that count, and the gradients before the divisor: all logits of some
     rows, then in place what the loss makes of them, which asks for nothing but these rows.
 
-    Where these are all rows, and fewer than the weight's columns, the gradient of the logits is kept for the backward,
-    with the hidden states, in place of that of the weight: it is smaller.
+    Where these are all rows, the gradient of the logits and the hidden states are kept for the backward in place of the
+    gradient of the weight, if they are smaller.
     """
     temperatures, temperature, ignore_index = numbers
     tiling = head.tiling(rows, memory, all_columns=True)
-    later = needs[1] and 0 < len(rows) <= min(tiling.rows, head.width)
+    later = needs[1] and 0 < len(rows) <= tiling.rows and head.keeps_less(len(rows))
     now = (needs[0], needs[1] and not later, needs[2])
     gradients = Gradients(head, rows, now, rounded=False)
     buffer, y, found = head.buffer(tiling.rows, head.vocab), rows.pick(labels), []
@@ -254,7 +254,7 @@ def linear_policy_loss(
     The loss of a token needs that token's log-probability and entropy alone. So for a block of rows at a time there are
     all logits, the log-probabilities, the gradient of the loss in their place, and what that adds to the gradients of
     ``hidden`` and ``weight``; the backward multiplies these by the incoming gradient over the normalizer, on the
-    device. Where one block holds all rows, and they are no more than H, the product for the weight is the backward's.
+    device. Where one block holds all rows, and they are fewer than H, the product for the weight is the backward's.
 
     Args:
         hidden: ``[B, T, H]``, or packed ``[N, H]`` with ``cu_seqlens``.
@@ -289,6 +289,9 @@ def linear_policy_loss(
     check_logits_dtype(op, logits_dtype, hidden, weight, bias)
     check_shard(op, group, vocab_start, hidden)
     check_entropy(op, entropy)
+    coef = policy_options.get("entropy_coef", 0.0)
+    if entropy is False and (isinstance(coef, Tensor) or coef != 0):
+        raise ValueError(f"{op}: entropy_coef={coef} needs the entropy; pass entropy=True or set entropy_coef=0")
     numbers = head_numbers(op, temperature, softcap, logit_scale, ignore_index, hidden)
     memory, mask = memory_bytes(op, memory_mib, hidden.device, 256), to_mask(op, mask, labels)
     impl = _LINEAR_POLICY_LOSS.choose(impl, hidden.device.type, compute_dtype(hidden, weight, bias))
