@@ -225,15 +225,15 @@ def _counts_since(before):
 @pytest.mark.parametrize("name", DIFFERENTIABLE)
 @pytest.mark.parametrize("impl", KERNELS)
 def test_status_counts_backward_kernels(require_impl, name, impl):
-    """A loss has its gradient from the forward."""
+    """A loss has its gradient from the forward, and scales it."""
     case = cases.make(name)
     before = _counts()
     run(case, require_impl(case.op, impl))
     if REGISTERED[name].composed:
         assert _counts_since(before).get(("token_logprobs_backward_", impl))
         return
-    extra = {(f"{case.op}_backward", impl): 1} if REGISTERED[name].vocabulary else {}
-    assert _counts_since(before) == {(case.op, impl): 1} | extra
+    backward = f"{case.op}_backward" if REGISTERED[name].vocabulary else "loss_backward"
+    assert _counts_since(before) == {(case.op, impl): 1, (backward, impl): 1}
 
 
 def refused(case, impl):
