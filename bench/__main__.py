@@ -25,20 +25,14 @@ if "--accuracy" in sys.argv and not torch.cuda.is_available():
 from bench import clocks, measure, report, trainers
 from bench.accuracy import main as accuracy
 from bench.results import Results
-from bench.rows import PHASES, Row, all_of, phase
+from bench.rows import PHASES, SIZES, Row, all_of, phase
 from ppo_kernels import _native
 
 
 def options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__, allow_abbrev=False)
     size = parser.add_mutually_exclusive_group()
-    for name, text in (
-        ("small", "small shapes, 3 minutes; the default"),
-        ("quick", "the shapes of the targets without other libraries, 2 minutes"),
-        ("full", "the shapes of the targets, and more points of the scaling lines, 20 minutes"),
-        ("gpu", "the shapes of the GPU table"),
-        ("tiny", "every row of the GPU table once at a tiny shape, on any device: its times mean nothing"),
-    ):
+    for name, text in SIZES.items():
         size.add_argument(f"--{name}", dest="size", action="store_const", const=name, default="small", help=text)
     size.add_argument("--accuracy", action="store_true", help="errors against float64 beside those of eager code")
     size.add_argument("--trainers", action="store_true", help="a step of our trainer beside TRL's")
@@ -64,16 +58,12 @@ def kept(file: Path | None, size: str) -> dict:
     return data if same and data.get("run", {}).get("size") == size else header()
 
 
-def run(rows: list[Row], size: str, seconds: float, file: Path | None, before: dict | None = None) -> dict:
-    """The results, in the form of pytest-benchmark's JSON. The file has them as far as they came.
-
-    Rows that ``before`` has are left out.
-    """
-    data = before or header()
+def run(rows: list[Row], data: dict, size: str, seconds: float | None, file: Path | None) -> dict:
+    """``data``, and the rows that it lacks, in the form of pytest-benchmark's JSON. The file has them as they come."""
     done = {row["fullname"] for row in data["benchmarks"]}
     done |= {f"{row['group']} {row['provider']}" for row in data.get("untimed", [])}
     rows = [row for row in rows if not {row.fullname, f"{row.group} {row.provider}"} & done]
-    session = measure.Session(rows, seconds)
+    session = measure.Session(rows, size, seconds)
     session.untimed += data.get("untimed", [])
     session.rates |= data.get("run", {}).get("GB/s", {})
     if rows:
@@ -85,15 +75,18 @@ def run(rows: list[Row], size: str, seconds: float, file: Path | None, before: d
                 benchmark = {"group": row.group, "name": row.name, "fullname": row.fullname}
                 benchmark |= {"extra_info": outcome.facts, "stats": statistics_of(outcome.samples)}
                 data["benchmarks"].append(benchmark)
-        data |= session.facts(size)
-        if file:
-            file.parent.mkdir(parents=True, exist_ok=True)
-            file.write_text(json.dumps(data, indent=1) + "\n")
+        write(data | session.facts(), file)
         print(".", end="", file=sys.stderr, flush=True)
     print(file=sys.stderr)
     if rows:
         session.measure_bandwidth()
-    return data | session.facts(size)
+    return data | session.facts()
+
+
+def write(data: dict, file: Path | None) -> None:
+    if file:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(data, indent=1) + "\n")
 
 
 def header() -> dict:
@@ -132,18 +125,17 @@ def main() -> int:
     else:
         rows = [row for row in all_of(chosen.size) if chosen.only in row.group]
         rows = [row for row in rows if phase(row.provider) in chosen.providers]
-        before = kept(chosen.json, chosen.size) if chosen.resume else None
-        data = run(rows, chosen.size, measure.seconds(chosen.size, chosen.seconds), chosen.json, before)
+        data = kept(chosen.json, chosen.size) if chosen.resume else header()
+        data = run(rows, data, chosen.size, chosen.seconds, chosen.json)
     if chosen.clocks:
         data["clocks"] = clocks.read(chosen.clocks) if chosen.clocks.is_file() else []
-    if chosen.json and not chosen.results:
-        chosen.json.write_text(json.dumps(data, indent=1) + "\n")
+    if not chosen.results:
+        write(data, chosen.json)
     results = Results(data)
-    print(report.overview(data), "\n".join(report.facts(results)), sep="\n\n")
+    print(report.overview(results), "\n".join(report.facts(results)), sep="\n\n")
     if chosen.report:
         if chosen.clocks or not chosen.results:
-            chosen.report.mkdir(parents=True, exist_ok=True)
-            (chosen.report / "results.json").write_text(json.dumps(data, indent=1) + "\n")
+            write(data, chosen.report / "results.json")
         print("Written:", *report.write(results, chosen.report), sep="\n  ")
     table, missed = report.targets(results, chosen.only)
     if chosen.check or results.run.get("size") in ("quick", "full"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from bench import measure, report
+from bench.results import Results
 from bench.rows import SIZES, Row
 
 
@@ -28,8 +29,7 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_collection_finish(session: pytest.Session) -> None:
     config = session.config
     rows = [item.callspec.params["row"] for item in session.items if getattr(item, "originalname", "") == "bench_row"]
-    seconds = measure.seconds(config.getoption("bench_size"), config.getoption("bench_seconds"))
-    config.stash[SESSION] = measure.Session(rows, seconds)
+    config.stash[SESSION] = measure.Session(rows, config.getoption("bench_size"), config.getoption("bench_seconds"))
 
 
 @pytest.fixture
@@ -59,7 +59,7 @@ def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: di
 def pytest_benchmark_update_json(config: pytest.Config, benchmarks: list, output_json: dict) -> None:
     session = config.stash[SESSION]
     session.measure_bandwidth()
-    output_json |= session.facts(config.getoption("bench_size"))
+    output_json |= session.facts()
     for row in output_json["benchmarks"]:
         row["params"] = row["param"] = None  # its name says it
         row["stats"].pop("data", None)
@@ -69,5 +69,5 @@ def pytest_benchmark_update_json(config: pytest.Config, benchmarks: list, output
 def pytest_terminal_summary(terminalreporter, config: pytest.Config) -> None:
     session = getattr(config, "_benchmarksession", None)
     if timed := [bench.as_dict(include_data=False) for bench in getattr(session, "benchmarks", []) if bench]:
-        data = {"benchmarks": timed} | config.stash[SESSION].facts(config.getoption("bench_size"))
-        terminalreporter.write_line("\n" + report.overview(data))
+        data = {"benchmarks": timed} | config.stash[SESSION].facts()
+        terminalreporter.write_line("\n" + report.overview(Results(data)))

@@ -7,7 +7,7 @@ what torch's allocator holds at once beyond the inputs and beyond the two gradie
 from __future__ import annotations
 
 import sys
-import time
+import timeit
 from collections.abc import Callable
 
 import matplotlib
@@ -47,12 +47,7 @@ def measured(call: Callable, tokens: int, vocabulary: int) -> tuple[float, float
         torch.autograd.grad(call(*x.values()), leaves)
 
     extra = peak_extra(both) - sum(leaf.nbytes for leaf in leaves)
-    times = []
-    for _ in range(3):
-        begin = time.perf_counter()
-        both()
-        times.append(time.perf_counter() - begin)
-    return extra / 2**20, min(times)
+    return extra / 2**20, min(timeit.repeat(both, number=1, repeat=3))
 
 
 def main(file: str) -> None:

@@ -18,7 +18,6 @@ os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler reports its own 
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from bench import graphs
 from bench.cases import DEVICE, flat
 from bench.peers import AbsentError
 from bench.rows import PORTABLE, PRODUCTS, Row, Setup, call_of, describe, tolerance
@@ -31,11 +30,6 @@ SHORT = 1e-3  # seconds; a shorter call is repeated within one sample
 SLOW = 0.1  # seconds; a call that takes longer gets fewer samples
 LEAST, LEAST_SLOW, MOST = 15, 3, 200  # samples
 SLEEP_CYCLES = 1.9e9  # per second, of torch.cuda._sleep: no less than any clock of today's GPUs needs
-
-
-def seconds(size: str, asked: float | None) -> float:
-    """Of timing per group."""
-    return SECONDS[size] if asked is None else asked
 
 
 @dataclass
@@ -97,7 +91,7 @@ def in_turns(timed: dict[Hashable, Timed], seconds: float) -> None:
         share = seconds / len(timed) / (cost * one.repeats)
         least = LEAST if cost < SLOW else LEAST_SLOW
         rounds[key] = min(MOST, max(least, int(share))) if seconds else 1
-    total = max(rounds.values())
+    total = max(rounds.values(), default=0)
     gc.collect()
     gc.disable()
     try:
@@ -125,33 +119,33 @@ def measure(rows: list[Row], seconds: float) -> dict[Row, Outcome]:
     outcomes = {row: Outcome() for row in rows}
     copies: dict[Setup, list[Setup]] = {}
     exact: dict[Setup, list[torch.Tensor]] = {}
-    halves: dict[Row, list[Call]] = {}  # up to the outputs, without the gradient
-    whole: dict[Row, list[Call]] = {}
-    timed: dict[Row, Timed] = {}
+    ready: dict[Row, tuple[Timed, list[Call], list[Call]]] = {}
     begin = time.time()
-    for row in rows:
-        setup, outcome = row.setup, outcomes[row]
+    for row, outcome in outcomes.items():
+        setup = row.setup
         try:
             if setup not in exact:
                 copies[setup], exact[setup] = _copies(setup), setup.exact()
             call = call_of(setup, row.provider)
-            halves[row] = [call(copy.inputs) for copy in copies[setup]]
-            ready = [_whole(row, copy, half) for copy, half in zip(copies[setup], halves[row], strict=True)]
-            _check(row, ready, exact[setup], outcome)
-            whole[row], timed[row] = ready, _timed(row, ready, outcome)
+            halves = [call(copy.inputs) for copy in copies[setup]]  # up to the outputs, without the gradient
+            whole = [_whole(row, copy, half) for copy, half in zip(copies[setup], halves, strict=True)]
+            _check(row, whole, exact[setup], outcome)
+            ready[row] = _timed(row, whole, outcome), whole, halves
         except AbsentError as reason:
             outcome.absent = str(reason)
         except Exception as error:  # of any library: its row is red, the others go on
             outcome.wrong = f"{type(error).__name__}: {error}"
     exact.clear()
-    if timed:
-        in_turns(timed, seconds)
-    for row, one in timed.items():
-        outcomes[row].samples = one.samples
-        outcomes[row].facts |= _speed(row, one)
+    in_turns({row: timed for row, (timed, *_) in ready.items()}, seconds)
+    for row, (timed, whole, halves) in ready.items():
+        outcome, moved = outcomes[row], row.setup.moved
+        outcome.samples = timed.samples
+        rate = round(moved / statistics.median(timed.samples) / 1e9, 3)
+        outcome.facts |= {"bytes": moved, "GB/s": rate, "repeats": timed.repeats}
+        outcome.facts["threads"] = row.threads or torch.get_num_threads()
         if DEVICE == "cuda":
-            outcomes[row].facts["between"] = [round(begin, 2), round(time.time(), 2)]  # to find its clocks by
-            outcomes[row].facts |= _parts(row, len(one.samples), whole[row], halves[row], copies[row.setup])
+            outcome.facts["between"] = [round(begin, 2), round(time.time(), 2)]  # to find its clocks by
+            outcome.facts |= _parts(row, len(timed.samples), whole, halves, copies[row.setup])
     for many in copies.values():
         for setup in many:
             setup.release()
@@ -171,10 +165,36 @@ def _timed(row: Row, ready: list[Call], outcome: Outcome) -> Timed:
     """On a GPU as a graph of all copies, where the calls can be captured."""
     if DEVICE == "cpu":
         return Timed(ready, row.threads)
-    graph, why = graphs.captured(ready)
+    graph, why = captured(ready)
     outcome.facts |= {"by": "events", "no_graph": why} if graph is None else {"by": "graph"}
     outcome.facts["ring_bytes"] = len(ready) * row.setup.moved
     return Timed(ready, row.threads) if graph is None else Timed([graph], row.threads, works=len(ready))
+
+
+def captured(calls: list[Call]) -> tuple[Call | None, str]:
+    """A CUDA graph of all calls in turn, without what the host does between two launches; or None, and why.
+
+    What they return is kept while it lasts, so each has outputs of its own and a whole round passes before memory comes
+    round again. A library that waits for the device, or takes memory by other means than torch, cannot be captured.
+    """
+    graph, side = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+    try:
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for call in calls[:1] * 3 + calls:
+                call()
+        torch.cuda.synchronize()
+        with torch.cuda.graph(graph, stream=side):
+            kept = [call() for call in calls]
+    except Exception as error:  # of any library: its row is timed by events
+        torch.cuda.synchronize()
+        return None, f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+
+    def replay() -> object:
+        graph.replay()
+        return kept
+
+    return replay, ""
 
 
 def _whole(row: Row, setup: Setup, call: Call) -> Call:
@@ -198,16 +218,7 @@ def _check(row: Row, ready: list[Call], exact: list[torch.Tensor], outcome: Outc
     outcome.facts["extra_bytes"] = peak_extra(ready[0])
 
 
-def _speed(row: Row, one: Timed) -> dict[str, object]:
-    return {
-        "bytes": row.setup.moved,
-        "GB/s": round(row.setup.moved / statistics.median(one.samples) / 1e9, 3),
-        "repeats": one.repeats,
-        "threads": row.threads or torch.get_num_threads(),
-    }
-
-
-def _parts(row: Row, rounds: int, whole: list[Call], halves: list[Call], copies: list[Setup]) -> dict[str, float]:
+def _parts(row: Row, rounds: int, whole: list[Call], halves: list[Call], copies: list[Setup]) -> dict[str, object]:
     """On a GPU also: the call as the host sees it, on one memory within the L2 cache, and a gradient's two halves."""
 
     def median(calls: list[Call], repeats: int) -> float:
@@ -220,15 +231,22 @@ def _parts(row: Row, rounds: int, whole: list[Call], halves: list[Call], copies:
         torch.cuda.synchronize()
         return time.perf_counter() - start
 
-    facts = {
+    facts: dict[str, object] = {
         "call_seconds": statistics.median(synchronized() for _ in range(rounds)),
         "l2_warm_seconds": median(whole[:1], len(whole)),
     }
-    if leaf := row.setup.case.leaf:
-        losses = [(flat(half())[0], copy.inputs[leaf]) for half, copy in zip(halves[:2], copies, strict=False)]
+    if row.setup.leaves and row.provider != PRODUCTS:
+        few = zip(halves[:2], copies, strict=False)
+        losses = [(flat(half())[0], [copy.inputs[name] for name in copy.leaves]) for half, copy in few]
         ones = torch.ones_like(losses[0][0])
         backward = [lambda y=y, x=x: torch.autograd.grad(y, x, ones, retain_graph=True) for y, x in losses]
-        facts |= {"forward_seconds": median(halves, len(halves)), "backward_seconds": median(backward, len(backward))}
+        try:
+            facts |= {
+                "forward_seconds": median(halves, len(halves)),
+                "backward_seconds": median(backward, len(backward)),
+            }
+        except RuntimeError as error:  # of a library whose backward runs once, as a compiled one that reuses buffers
+            facts["no_halves"] = str(error)
     return facts
 
 
@@ -307,8 +325,9 @@ def commit() -> str:
 class Session:
     """The groups of one run as they are measured, and the facts that their rows share."""
 
-    def __init__(self, rows: list[Row], seconds: float) -> None:
-        self.seconds, self.commit = seconds, commit()
+    def __init__(self, rows: list[Row], size: str, seconds: float | None) -> None:
+        self.size, self.commit = size, commit()
+        self.seconds = SECONDS[size] if seconds is None else seconds
         self.rates: dict[str, float] = {}
         self.outcomes: dict[Row, Outcome] = {}
         self.untimed: list[dict[str, object]] = []
@@ -323,17 +342,16 @@ class Session:
         if row not in self.outcomes:
             self.outcomes = measure(self.groups[row.group], self.seconds)
         outcome = self.outcomes[row]
-        facts = describe(row) | outcome.facts | {"commit": self.commit}
+        outcome.facts = describe(row) | outcome.facts | {"commit": self.commit}
         if why := outcome.absent or outcome.wrong:
             state = "absent" if outcome.absent else "wrong"
-            self.untimed.append({"group": row.group, "why": why, **facts, "state": state})
-        outcome.facts = facts
+            self.untimed.append({"group": row.group, "why": why, **outcome.facts, "state": state})
         return outcome
 
     def measure_bandwidth(self) -> None:
         """Before and after the rows; the better of the two."""
         self.rates = {name: max(rate, self.rates.get(name, 0.0)) for name, rate in bandwidth().items()}
 
-    def facts(self, size: str) -> dict[str, object]:
+    def facts(self) -> dict[str, object]:
         load = [round(load, 2) for load in os.getloadavg()]
-        return {"untimed": self.untimed, "run": {"size": size, "load": load, "GB/s": self.rates}}
+        return {"untimed": self.untimed, "run": {"size": self.size, "load": load, "GB/s": self.rates}}

@@ -1,4 +1,4 @@
-"""How other libraries are called: what to load of them, and what a trainer does with it.
+"""How other libraries are called where that is more than an expression (bench/peers.py).
 
 Each ``<library>_<work>`` takes the library's functions and the inputs of a case, does what the trainer does once per
 batch (casts of masks, shapes), and returns the call that is timed. Its outputs are the first of ours.
@@ -6,129 +6,44 @@ batch (casts of masks, shapes), and returns the call that is timed. Its outputs 
 
 from __future__ import annotations
 
-import importlib.util
 import math
-import sys
-from collections.abc import Callable
-from contextlib import nullcontext
-from importlib.metadata import distribution
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 
 import torch
-from torch import Tensor
 
 from bench.cases import CLIP, ENTROPY_COEF, GAMMA, KL_COEF, LAM, SCORE_CLIP
-from bench.source import functions
-
-Call = Callable[[], object]
 
 
-class AbsentError(Exception):
-    """Why a provider has no row."""
+def sequences(x):
+    """[B, T, V] and [B, T], as the callers of these functions have them: some loop over B."""
+    return x.unflatten(0, (math.gcd(len(x), 4), -1))
 
 
-def _module(package: str, file: str) -> ModuleType:
-    """A file that imports nothing of its package (Triton wants its kernels in a real file)."""
-    spec = importlib.util.spec_from_file_location(f"bench_{package}", distribution(package).locate_file(file))
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def load_trl() -> SimpleNamespace:
-    try:
-        import transformers.utils
-    except ImportError as error:
-        raise AbsentError(f"needs transformers: {error}") from error
-    given: dict[str, object] = {"_use_triton": lambda device: device.type == "cuda"}
-    if transformers.utils.is_triton_available():
-        fused = _module("trl", "trl/kernels/logprob_entropy.py")
-        given["_fused_logprob_entropy"] = fused.selective_log_softmax_and_entropy
-    names = ("selective_log_softmax", "entropy_from_logits", "selective_log_softmax_and_entropy")
-    # What the backward imports of the package: a context for weights that ZeRO-3 has parted.
-    utils = sys.modules["bench_trl.trainer.utils"] = ModuleType("bench_trl.trainer.utils")
-    utils.maybe_gather_lm_head_ctx = lambda *_parameters: nullcontext()
-    chunked = functions(
-        "trl", "trl/kernels/chunked_logprob.py", "ChunkedLogProbFunction", __package__="bench_trl.kernels"
-    )
-    return SimpleNamespace(**functions("trl", "trl/trainer/utils.py", *names, **given), **chunked)
-
-
-def as_sequences(logits, labels):
-    """[B, T, V] and [B, T], as their callers have them: some of these functions loop over B."""
-    sequences = math.gcd(len(labels), 4)
-    return logits.view(sequences, -1, logits.size(-1)), labels.view(sequences, -1)
-
-
-def trl_logprobs(trl, logits, labels):
-    logits, labels = as_sequences(logits, labels)
-    return lambda: trl.selective_log_softmax(logits, labels).flatten()
-
-
-def trl_entropy(trl, logits, labels):
-    logits, labels = as_sequences(logits, labels)
-    return lambda: tuple(x.flatten() for x in trl.selective_log_softmax_and_entropy(logits, labels))
-
-
-def trl_linear(trl, hidden, weight, labels):
-    apply, chunk = trl.ChunkedLogProbFunction.apply, 32768  # as its trainers have it
-    return lambda: apply(hidden, weight, None, labels, 1.0, chunk, None, 1.0, ())[0]
+def trl_chunked(trl, hidden, weight, labels):
+    """In chunks as its trainers have them."""
+    return trl.ChunkedLogProbFunction.apply(hidden, weight, None, labels, 1.0, 32768, None, 1.0, ())[0]
 
 
 def trl_linear_policy_loss(trl, hidden, weight, labels, old_logprobs, advantages, mask):
     """Its GRPO loss: log-probabilities of the rows that count, then a few lines of PyTorch."""
     y, old, count = labels[mask], old_logprobs[mask], mask.sum()
     a = advantages[:, None].expand_as(mask)[mask]
-    apply, chunk = trl.ChunkedLogProbFunction.apply, 32768
 
     def call():
-        ratio = (apply(hidden[mask], weight, None, y, 1.0, chunk, None, 1.0, ())[0] - old).exp()
+        ratio = (trl_chunked(trl, hidden[mask], weight, y) - old).exp()
         return -torch.min(a * ratio, a * ratio.clamp(1 - CLIP, 1 + CLIP)).sum() / count
 
     return call
 
 
-class _Config(SimpleNamespace):
+class VerlConfig(SimpleNamespace):
     """verl's actor config: attributes and ``get``."""
 
     def get(self, name: str, default: object) -> object:
         return getattr(self, name, default)
 
 
-def load_verl() -> SimpleNamespace:
-    tensors = functions(
-        "verl",
-        "verl/utils/torch_functional.py",
-        *("logprobs_from_logits", "entropy_from_logits", "masked_sum", "masked_mean", "masked_whiten", "clip_by_value"),
-    )
-    core = functions(
-        "verl",
-        "verl/trainer/ppo/core_algos.py",
-        *("compute_gae_advantage_return", "compute_policy_loss_vanilla", "compute_value_loss", "kl_penalty"),
-        *("compute_policy_loss_gspo", "compute_policy_loss_sapo", "compute_policy_loss_dppo_tv", "agg_loss"),
-        "FixedKLController",
-        *("compute_grpo_outcome_advantage", "compute_gdpo_outcome_advantage"),
-        verl_F=SimpleNamespace(**tensors),
-        AlgoConfig=type("AlgoConfig", (), {}),  # what the config must not be
-        ActorConfig=_Config,  # what some want it to be
-    )
-    correction = functions(
-        "verl",
-        "verl/trainer/ppo/rollout_corr_helper.py",
-        "compute_rollout_correction_weights",
-        verl_F=SimpleNamespace(**tensors),
-    )
-    penalty = functions(
-        "verl",
-        "verl/trainer/ppo/ray_trainer.py",
-        "apply_kl_penalty",
-        core_algos=SimpleNamespace(**core),
-        masked_mean=tensors["masked_mean"],
-    )
-    return SimpleNamespace(**tensors, **core, **correction, **penalty)
-
-
-VERL_CLIP = _Config(
+VERL_CLIP = VerlConfig(
     clip_ratio=CLIP, clip_ratio_low=CLIP, clip_ratio_high=CLIP, tau_pos=1.0, tau_neg=1.05, global_batch_info={}
 )
 
@@ -141,26 +56,14 @@ class _Batch(dict):
         return self["response_mask"].shape[:1]
 
 
-def verl_logprobs(verl, logits, labels):
-    return lambda: verl.logprobs_from_logits(logits, labels, inplace_backward=False)
-
-
-def verl_entropy(verl, logits, labels):
-    return lambda: (
-        verl.logprobs_from_logits(logits, labels, inplace_backward=False),
-        verl.entropy_from_logits(logits),
-    )
-
-
-def verl_gae(verl, rewards, values, mask):
-    mask = mask.long()
-    return lambda: verl.compute_gae_advantage_return(rewards, values, mask, GAMMA, LAM)
+def verl_logprobs(verl, x):
+    return verl.logprobs_from_logits(x.logits, x.labels, inplace_backward=False)
 
 
 def verl_penalty(verl, logprobs, ref_logprobs, scores, mask, estimator):
     batch = _Batch(
         response_mask=mask.long(),
-        token_level_scores=_at_last_token(scores, mask),
+        token_level_scores=torch.zeros_like(logprobs).scatter_(1, mask.sum(1, keepdim=True) - 1, scores[:, None]),
         old_log_probs=logprobs,
         ref_log_prob=ref_logprobs,
     )
@@ -218,11 +121,6 @@ def verl_group_advantages(verl, scores, group_ids):
     return lambda: verl.compute_gdpo_outcome_advantage(mask, mask, index, **options)[0][:, 0]
 
 
-def verl_value_loss(verl, values, old_values, returns, mask):
-    mask = mask.long()
-    return lambda: verl.compute_value_loss(values, returns, old_values, mask, CLIP)[0]
-
-
 def verl_from_logits(verl, logits, labels, old_logprobs, advantages, mask):
     advantages, mask = advantages[:, None].expand_as(mask), mask.long()
 
@@ -231,30 +129,6 @@ def verl_from_logits(verl, logits, labels, old_logprobs, advantages, mask):
         return verl.compute_policy_loss_vanilla(old_logprobs, logprobs, advantages, mask, config=VERL_CLIP)[0]
 
     return call
-
-
-def load_openrlhf() -> SimpleNamespace:
-    names = ("log_probs_from_logits", "compute_approx_kl", "compute_reward", "masked_mean")
-    utils = functions("openrlhf", "openrlhf/models/utils.py", *names)
-    losses = functions(
-        "openrlhf", "openrlhf/models/loss.py", "PolicyLoss", "ValueLoss", masked_mean=utils["masked_mean"]
-    )
-    maker, method = "openrlhf/trainer/ppo_utils/experience_maker.py", "get_advantages_and_returns"
-    return SimpleNamespace(**utils, **losses, **functions("openrlhf", maker, f"RemoteExperienceMaker.{method}"))
-
-
-def openrlhf_logprobs(openrlhf, logits, labels):
-    logits, labels = as_sequences(logits, labels)
-    return lambda: openrlhf.log_probs_from_logits(logits, labels).flatten()
-
-
-def skyrl_logprobs(skyrl, logits, labels):
-    logits, labels = as_sequences(logits, labels)
-    return lambda: skyrl.logprobs_from_logits(logits, labels, False).flatten()
-
-
-def openrlhf_gae(openrlhf, rewards, values, mask):
-    return lambda: openrlhf.get_advantages_and_returns(None, values, rewards, mask, GAMMA, LAM)
 
 
 def openrlhf_rewards(openrlhf, logprobs, ref_logprobs, scores, mask, estimator):
@@ -273,21 +147,6 @@ def openrlhf_policy_loss(openrlhf, logprobs, old_logprobs, advantages, mask):
 def openrlhf_value_loss(openrlhf, values, old_values, returns, mask):
     loss = openrlhf.ValueLoss(CLIP)
     return lambda: loss(values, old_values, returns, mask)
-
-
-def load_skyrl() -> SimpleNamespace:
-    tensors = functions(
-        "skyrl", "skyrl/backends/skyrl_train/utils/torch_utils.py", "logprobs_from_logits", "masked_mean"
-    )
-    ppo = functions(
-        "skyrl",
-        "skyrl/backends/skyrl_train/utils/ppo_utils.py",
-        "compute_gae_advantage_return",
-        "masked_whiten",
-        masked_mean=tensors["masked_mean"],
-        register_advantage_estimator=lambda name: lambda function: function,  # a registry of ray actors
-    )
-    return SimpleNamespace(**tensors, **ppo)
 
 
 def skyrl_gae(skyrl, rewards, values, mask):
@@ -309,59 +168,24 @@ def torchrl_gae(torchrl, rewards, values, mask):
     return call
 
 
-def load_liger() -> SimpleNamespace:
-    from liger_kernel.ops.cross_entropy import LigerCrossEntropyFunction
-    from liger_kernel.ops.grpo_loss import fused_selective_log_softmax
-    from liger_kernel.transformers.grpo_loss import triton_grpo_loss
-
-    cross_entropy = LigerCrossEntropyFunction.apply
-    return SimpleNamespace(selective=fused_selective_log_softmax, grpo=triton_grpo_loss, cross_entropy=cross_entropy)
-
-
 def liger_selective(liger, logits, labels):
     """It leaves out the last position, so one more row follows."""
     padded = torch.nn.functional.pad(logits, (0, 0, 0, 1))[None]
-    return lambda: liger.selective(padded, labels[None], temperature=1.0)[0]
+    return lambda: liger.fused_selective_log_softmax(padded, labels[None], temperature=1.0)[0]
 
 
 def liger_cross_entropy(liger, logits, labels):
     """In place it would overwrite the logits of the next call; a clone is what its caller would need then."""
-    return lambda: -liger.cross_entropy(logits.clone(), labels, None, -100, 0.0, 0.0, "none")[0]
+    cross_entropy = liger.LigerCrossEntropyFunction.apply
+    return lambda: -cross_entropy(logits.clone(), labels, None, -100, 0.0, 0.0, "none")[0]
 
 
 def liger_grpo(liger, logits, labels, old_logprobs, advantages, mask):
     count = mask.sum()
+    options = {"temperature": 1.0, "beta": 0.0, "eps_low": CLIP, "eps_high": CLIP, "inplace": False}
 
     def call():
-        losses = liger.grpo(
-            logits,
-            *(old_logprobs, None, labels, advantages, mask),
-            temperature=1.0,
-            beta=0.0,
-            eps_low=CLIP,
-            eps_high=CLIP,
-            inplace=False,
-        )[0]
+        losses = liger.triton_grpo_loss(logits, old_logprobs, None, labels, advantages, mask, **options)[0]
         return (losses * mask).sum() / count
 
     return call
-
-
-def flash_attn_logprobs(flash_attn, logits, labels):
-    return lambda: -flash_attn.cross_entropy_loss(logits, labels, inplace_backward=False)[0]
-
-
-def quack_logprobs(quack, logits, labels):
-    return lambda: -quack.cross_entropy(logits, labels, reduction="none")
-
-
-def torch_logprobs(_, logits, labels):
-    return lambda: -torch.nn.functional.cross_entropy(logits, labels, reduction="none")
-
-
-def torch_linear(_, hidden, weight, labels):
-    return lambda: -torch.nn.functional.linear_cross_entropy(hidden, weight, labels, reduction="none")
-
-
-def _at_last_token(scores: Tensor, mask: Tensor) -> Tensor:
-    return torch.zeros_like(mask, dtype=scores.dtype).scatter_(1, mask.sum(1, keepdim=True) - 1, scores[:, None])

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import math
+from itertools import cycle
 from pathlib import Path
 
 import matplotlib
-
-matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.ticker import NullFormatter, ScalarFormatter
 
+from bench.peers import PEERS
 from bench.results import MIB, Line, Results, duration, exponents, seconds, small_call, times
-from bench.rows import OURS, PROVIDERS
+from bench.rows import COMPILE, EAGER, OURS, PROVIDERS
+
+matplotlib.use("Agg")
+plt.rcParams |= {"axes.titlesize": 9, "axes.titleweight": "bold", "axes.labelsize": 8}
+plt.rcParams |= {"figure.titlesize": 11, "savefig.dpi": 110}
 
 COLOURS = {
     "cpu": "#0b6e4f",
@@ -27,6 +31,10 @@ COLOURS = {
     "OpenRLHF": "#9b5de5",
     "SkyRL": "#4cc9f0",
     "torchrl": "#bc4749",
+    "Liger": "#c77dff",
+    "flash-attn": "#80b918",
+    "QuACK": "#e5989b",
+    "F.linear_cross_entropy": "#7f5539",
     "F.cross_entropy": "#33415c",
 }
 PLAIN = "#6c757d"
@@ -36,24 +44,22 @@ LINES = ("#0b6e4f", "#2176ae", "#ee6c4d", "#9b5de5", "#f2b134", "#bc4749", "#4cc
 def _grid(count: int, columns: int, width: float, height: float) -> tuple[plt.Figure, list[Axes]]:
     rows = max(1, math.ceil(count / columns))
     figure, axes = plt.subplots(rows, columns, figsize=(width * columns, height * rows), squeeze=False)
-    flat = list(axes.flat)
-    for spare in flat[count:]:
+    for spare in axes.flat[count:]:
         spare.set_visible(False)
-    return figure, flat[:count]
+    return figure, list(axes.flat[:count])
 
 
 def _save(figure: plt.Figure, path: Path, title: str, top: float = 0.97) -> Path:
-    figure.suptitle(title, fontsize=11)
+    figure.suptitle(title)
     figure.tight_layout(rect=(0, 0, 1, top))
-    figure.savefig(path, dpi=110)
+    figure.savefig(path)
     plt.close(figure)
     return path
 
 
 def _caption(results: Results) -> str:
-    gpu = results.machine.get("gpu")
-    cpu = f"{results.machine.get('cpu', {}).get('brand_raw', 'CPU')}, {results.versions['threads']} thread(s)"
-    return f"{gpu or cpu}, torch {results.versions['torch']}, {results.when[:10]}"
+    threads = "" if results.machine.get("gpu") else f", {results.versions['threads']} thread(s)"
+    return f"{results.device}{threads}, torch {results.versions['torch']}, {results.when[:10]}"
 
 
 def speedups(results: Results, path: Path, groups: list[str]) -> Path:
@@ -68,10 +74,8 @@ def speedups(results: Results, path: Path, groups: list[str]) -> Path:
         for i, (name, value) in enumerate(zip(names, values, strict=True)):
             ratio = "" if mine in (None, name) else f"  {times(value / seconds(rows[mine]))}"
             ax.text(value * 1.08, i, f"{duration(value)}{ratio}", va="center", fontsize=8)
-        ax.set_xscale("log")
-        ax.set_xlim(min(values) / 2, max(values) * 12)
-        ax.set_ylim(max(len(names), 5) - 0.4, -0.6)
-        ax.set_title(group, fontsize=9, fontweight="bold")
+        ylim = max(len(names), 5) - 0.4, -0.6
+        ax.set(xscale="log", xlim=(min(values) / 2, max(values) * 12), ylim=ylim, title=group)
         ax.set_xlabel("time per call, seconds (log scale; shorter is better)", fontsize=7.5)
         ax.tick_params(labelsize=8)
         ax.spines[["top", "right"]].set_visible(False)
@@ -85,18 +89,14 @@ def speedups(results: Results, path: Path, groups: list[str]) -> Path:
 def overview(results: Results, path: Path, groups: list[str]) -> Path:
     """All rows in one panel: how many times longer than ours everyone takes."""
     figure, ax = plt.subplots(figsize=(10, 0.24 * len(groups) + 1.6))
-    names = [name for name in PROVIDERS if name in COLOURS and name not in (*OURS, "reference")]
+    names = [name for name in (EAGER, COMPILE, *PEERS) if name in results.providers()]
     for name in names:
-        points = [(results.ratio(group, name), i) for i, group in enumerate(groups)]
-        found = [(ratio, i) for ratio, i in points if ratio is not None]
-        if found:
-            xs, ys = zip(*found, strict=True)
-            ax.scatter(xs, ys, s=34, color=COLOURS[name], label=name, zorder=3)
+        if found := {i: ratio for i, group in enumerate(groups) if (ratio := results.ratio(group, name)) is not None}:
+            ax.scatter([*found.values()], [*found], s=34, color=COLOURS[name], label=name, zorder=3)
     ax.axvline(1.0, color=COLOURS["cpu"], lw=2)
-    ax.set_xscale("log")
+    ax.set(xscale="log", ylim=(len(groups) - 0.4, -0.6))
     ax.xaxis.set_major_formatter(ScalarFormatter())
     ax.set_yticks(range(len(groups)), groups, fontsize=8)
-    ax.set_ylim(len(groups) - 0.4, -0.6)
     ax.set_xlabel("times as long as ppo_kernels, log scale (the green line is ours)", fontsize=9)
     ax.grid(axis="x", alpha=0.3)
     ax.spines[["top", "right"]].set_visible(False)
@@ -108,7 +108,6 @@ def rooflines(results: Results, path: Path) -> Path:
     """One panel per op: the rate that it reaches against the size of the data, and the limits."""
     works = list(dict.fromkeys(line.work for line in results.lines))
     figure, axes = _grid(len(works), 4, 3.7, 3.0)
-    read = results.run.get("GB/s", {}).get("read")
     for ax, work in zip(axes, works, strict=True):
         lines = [line for line in results.lines if line.work == work]
         for line, marker in zip(lines, "os^", strict=False):
@@ -116,7 +115,7 @@ def rooflines(results: Results, path: Path) -> Path:
             ax.plot(mib, line.rates(), marker=marker, ms=4, lw=1.2, label=f"against {line.axis}")
         if best := results.best_rate(work):
             ax.axhline(best, color="#0b6e4f", ls=":", lw=1.2, label=f"instructions: {best:.3g}")
-        if read:
+        if read := results.rate.get("read"):
             ax.axhline(read, color="#bc4749", ls="--", lw=1.2, label=f"memory read: {read:.3g}")
         if cache := results.machine.get("cache MiB"):
             ax.axvline(cache, color=PLAIN, ls=":", lw=0.9, label=f"last cache: {cache:g} MiB")
@@ -135,7 +134,7 @@ def scaling(results: Results, path: Path) -> Path:
         axes_of.setdefault(line.axis, []).append(line)
     figure, axes = _grid(len(axes_of), 3, 5.4, 4.6)
     for ax, (axis, lines) in zip(axes, axes_of.items(), strict=True):
-        for line, colour in zip(lines, LINES, strict=False):
+        for line, colour in zip(lines, cycle(LINES), strict=False):
             xs, ys = zip(*line.points, strict=True)
             label = f"{line.work}: {exponents(line)[0]:.2f}"
             ax.plot(xs, [y * 1e6 for y in ys], marker="o", ms=3.5, lw=1.3, color=colour, label=label)
@@ -148,25 +147,23 @@ def scaling(results: Results, path: Path) -> Path:
 
 def _log_axes(ax: Axes, title: str, x: str, y: str) -> None:
     ax.set_xscale("log", base=2)
-    ax.set_yscale("log")
-    ax.set_title(title, fontsize=9, fontweight="bold")
-    ax.set_xlabel(x, fontsize=8)
-    ax.set_ylabel(y, fontsize=8)
+    ax.set(yscale="log", title=title, xlabel=x, ylabel=y)
     ax.tick_params(labelsize=8)
     ax.grid(alpha=0.25)
 
 
 def draw(results: Results, folder: Path) -> dict[str, Path]:
     """Every figure that the results have the rows for, by title."""
+    small = [group for group in results.groups if small_call(group)]
+    large = [group for group in results.groups if not small_call(group)]
     figures = {}
-    if large := [group for group in results.groups if not small_call(group) and results.ours(group)]:
-        figures["How much longer others take"] = overview(results, folder / "overview.png", large)
-    for title, name, small in (
-        ("Speed against everyone else", "speed.png", False),
-        ("Small calls: what a call costs when there is nothing to compute", "small_calls.png", True),
-    ):
-        if groups := [group for group in results.groups if small_call(group) == small]:
-            figures[title] = speedups(results, folder / name, groups)
+    if ours := [group for group in large if results.ours(group)]:
+        figures["How much longer others take"] = overview(results, folder / "overview.png", ours)
+    if large:
+        figures["Speed against everyone else"] = speedups(results, folder / "speed.png", large)
+    if small:
+        title = "Small calls: what a call costs when there is nothing to compute"
+        figures[title] = speedups(results, folder / "small_calls.png", small)
     if results.lines:
         figures["Rate and limits of each op"] = rooflines(results, folder / "roofline.png")
         figures["Growth with size"] = scaling(results, folder / "scaling.png")

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import importlib.util
 from pathlib import Path
-from typing import Any
 
 from bench import clocks
 from bench import results as tables
 from bench.cases import Target, benchmarks
 from bench.peers import PEERS
-from bench.results import Results, Table, mib, times
+from bench.results import ON_A_GPU, Results, Table, duration, mib, micros, seconds, spread, times
 
 WHAT = (
     "ppo_kernels is a library of fused kernels for the arithmetic of reinforcement learning from human feedback "
@@ -22,20 +21,17 @@ WHAT = (
 )
 
 
-def overview(data: dict[str, Any]) -> str:
-    """The table that a run of pytest ends with."""
-    results = Results(data)
+def overview(results: Results) -> str:
+    """The table that a run ends with."""
     lines = [tables.speed_table(results).markdown()] if results.groups else []
     lines += [f"WRONG, not timed: {row['group']}, {row['provider']}: {row['why']}" for row in results.wrong]
     return "\n".join(lines)
 
 
 def facts(results: Results) -> list[str]:
-    machine, run, versions = results.machine, results.run, results.versions
-    cpu = machine.get("cpu", {}).get("brand_raw") or "unknown CPU"
-    rate = run.get("GB/s", {})
+    machine, run, versions, rate = results.machine, results.run, results.versions, results.rate
     lines = [
-        f"Machine: {machine.get('gpu', '') or cpu}, {machine.get('cores')} cores, {versions['threads']} threads,"
+        f"Machine: {results.device}, {machine.get('cores')} cores, {versions['threads']} threads,"
         f" instruction set {machine.get('isa')}; torch reads {rate.get('read')} GB/s, copies {rate.get('copy')} GB/s",
         f"Versions: ppo_kernels {versions['ppo_kernels']}, commit {versions['commit']}, torch {versions['torch']},"
         f" Python {machine.get('python_version')}",
@@ -56,16 +52,32 @@ def sections(results: Results) -> list[Table]:
         tables.speed_table(results),
         tables.works_table(),
         tables.sources_table(results),
-        targets(results)[0] if results.run.get("size") in ("quick", "full") else None,
+        *([targets(results)[0]] if results.run.get("size") in ("quick", "full") else []),
         tables.device_table(results),
-        tables.memory_table(results),
-        tables.error_table(results),
+        tables.per_provider(
+            results,
+            "Extra memory, MiB",
+            "MiB that torch's allocator holds at once during a call, beyond the inputs; outputs included.",
+            lambda row: mib(row["extra_info"]["extra_bytes"]),
+        ),
+        tables.per_provider(
+            results,
+            "Error",
+            "Against the reference in float64: the largest error over the largest value of an output, worst of the "
+            "outputs that the provider returns. A result rounded to bf16 is off by up to 4e-3.",
+            tables.error,
+        ),
         tables.scaling_table(results),
         tables.threads_table(results),
-        tables.spread_table(results),
+        tables.per_provider(
+            results,
+            "Times",
+            "Medians and, in brackets, the interquartile range over them. Many above 25 %: run on a quieter machine.",
+            lambda row: f"{duration(seconds(row))} ({spread(row):.0%})",
+        ),
         tables.untimed_table(results),
     ]
-    return [table for table in found if table is not None and table.lines]
+    return [table for table in found if table.lines]
 
 
 def markdown(results: Results, figures: dict[str, Path]) -> str:
@@ -88,10 +100,12 @@ def write(results: Results, folder: Path) -> list[Path]:
 
 
 def targets(results: Results, only: str = "") -> tuple[Table, int]:
-    """What the library has to reach on a 2-core CPU, and how many targets were missed or not measured."""
+    """What the library has to reach on a 2-core CPU or on a GPU, and how many were missed or not measured."""
     table = Table("Targets", "For a 2-core CPU, one run.", ["work", "target", "measured", "verdict"])
     size = "quick" if results.run.get("size") == "quick" else "full"
-    for case in benchmarks():
+    if results.run.get("size") == "gpu":
+        table.lines = [_on_device(results, group) for group, (case, _) in ON_A_GPU.items() if case.device_target]
+    for case in benchmarks() if not table.lines else ():
         for shape in case.shapes.get(size, ()):
             wanted = [target for target in case.targets if size == "full" or target.provider not in PEERS]
             table.lines += [_against(results, case.group(shape), target) for target in wanted]
@@ -100,7 +114,14 @@ def targets(results: Results, only: str = "") -> tuple[Table, int]:
         if case.small_call and size == "quick":  # they take seconds, and every change may miss them
             table.lines += [_against(results, case.group(case.small_call), t) for t in case.small_call_targets]
     table.lines = [line for line in table.lines if only in line[0]]
-    return table, sum(line[-1] in ("not measured", "MISSED") for line in table.lines)
+    return table, sum(line[-1] in ("not measured", "MISSED", "call MISSED") for line in table.lines)
+
+
+def _on_device(results: Results, group: str) -> list[str]:
+    mine = results.ours(group)
+    if found := tables.device_target(results, group, mine):
+        return [group, f"{found[0]} µs", f"{micros(seconds(results.groups[group][mine]))} µs", found[1]]
+    return [group, "", "", "not measured"]
 
 
 def _against(results: Results, group: str, target: Target) -> list[str]:
@@ -125,4 +146,4 @@ def verdict(table: Table) -> str:
     return f"{len(table.lines)} targets: " + ", ".join(f"{n} {text}" for text, n in counts if n)
 
 
-VERDICTS = ("met", "refuted", "MISSED", "not measured")
+VERDICTS = ("met", "refuted", "MISSED", "call MISSED", "not measured")

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import math
+import re
+import statistics
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
 
 from bench import cases, clocks
-from bench.cases import Case, Shape, benchmarks
-from bench.rows import OURS, PROVIDERS
+from bench.cases import benchmarks
+from bench.rows import COMPILE, OURS, OWN, PRODUCTS, PROVIDERS
 
 #: The order of rows: what comes first in a training step.
 WORKS = tuple(dict.fromkeys(case.work for case in benchmarks()))
+ON_A_GPU = {case.group(shape): (case, shape) for case in benchmarks() for shape in case.shapes.get("gpu", ())}
 MIB = 2**20
 NOISY = 0.25  # spread
 
@@ -28,15 +31,14 @@ class Table:
     lines: list[list[str]] = field(default_factory=list)
 
     def markdown(self) -> str:
-        body = [self.header, *self.lines]
-        widths = [max(len(line[i]) for line in body) for i in range(len(self.header))]
+        widths = [max(map(len, column)) for column in zip(self.header, *self.lines, strict=True)]
 
         def text(line: list[str]) -> str:
-            cells = [c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(line, widths, strict=True))]
+            cells = [f"{c:>{w}}" if i else f"{c:<{w}}" for i, (c, w) in enumerate(zip(line, widths, strict=True))]
             return "| " + " | ".join(cells) + " |"
 
-        rule = "|" + "|".join("-" * (w + 2) if i == 0 else "-" * (w + 1) + ":" for i, w in enumerate(widths)) + "|"
-        return "\n".join([text(self.header), rule, *map(text, self.lines)])
+        rule = "|".join(["-" * (widths[0] + 2), *("-" * (w + 1) + ":" for w in widths[1:])])
+        return "\n".join([text(self.header), f"|{rule}|", *map(text, self.lines)])
 
 
 @dataclass
@@ -62,7 +64,9 @@ class Line:
 class Results:
     def __init__(self, data: dict[str, Any]) -> None:
         self.machine = data.get("machine_info", {})
+        self.device = self.machine.get("gpu") or self.machine.get("cpu", {}).get("brand_raw") or "unknown CPU"
         self.run = data.get("run", {})
+        self.rate = self.run.get("GB/s", {})  # at which torch reads and copies memory
         self.when = str(data.get("datetime", ""))[:16].replace("T", " ")
         self.untimed: list[Bench] = data.get("untimed", [])
         self.clocks = [clocks.Sample(*sample) for sample in data.get("clocks", [])]
@@ -93,15 +97,13 @@ class Results:
 
     def ours(self, group: str) -> str | None:
         """Our fastest implementation in this group."""
-        mine = [name for name in OURS if name in self.groups[group]]
-        return min(mine, key=lambda name: seconds(self.groups[group][name]), default=None)
+        rows = self.groups.get(group, {})
+        return min([name for name in OURS if name in rows], key=lambda name: seconds(rows[name]), default=None)
 
     def ratio(self, group: str, provider: str) -> float | None:
         """How many times longer the provider takes than we do."""
-        rows, mine = self.groups.get(group, {}), self.ours(group) if group in self.groups else None
-        if mine is None or provider not in rows:
-            return None
-        return seconds(rows[provider]) / seconds(rows[mine])
+        rows, mine = self.groups.get(group, {}), self.ours(group)
+        return seconds(rows[provider]) / seconds(rows[mine]) if mine and provider in rows else None
 
     def best_rate(self, work: str) -> float | None:
         """GB/s of one thread at the best size of the scaling lines: in cache, where instructions are the limit."""
@@ -113,17 +115,13 @@ def seconds(bench: Bench) -> float:
 
 
 def small_call(group: str) -> bool:
-    """Next to nothing to compute: 8 rows."""
-    return "[8, " in group
+    """Next to nothing to compute: 8 rows, and not 8 sequences of hidden states."""
+    return re.search(r"\[8, \d+\]$", group) is not None
 
 
 def spread(bench: Bench) -> float:
     """The interquartile range over the median."""
     return bench["stats"]["iqr"] / bench["stats"]["median"]
-
-
-def noisy(bench: Bench) -> bool:
-    return spread(bench) > NOISY
 
 
 def _place(item: tuple[str, dict[str, Bench]]) -> tuple[bool, int]:
@@ -152,7 +150,7 @@ def mib(size: float) -> str:
 
 def speed_table(results: Results) -> Table:
     others = [name for name in results.providers() if name not in OURS]
-    read = results.run.get("GB/s", {}).get("read")
+    read = results.rate.get("read")
     table = Table(
         "Speed",
         "× is how many times longer the other takes (medians of calls in turns). GB/s counts the bytes that our passes "
@@ -167,7 +165,7 @@ def speed_table(results: Results) -> Table:
             continue
         rate, best = rows[mine]["extra_info"]["GB/s"], results.best_rate(rows[mine]["extra_info"]["work"])
         ours = duration(seconds(rows[mine])) + (f" ({mine})" if mine != "cpu" else "")
-        blurred = {name: "~" for name in rows if noisy(rows[name]) or noisy(rows[mine])}
+        blurred = {name: "~" for name in rows if max(spread(rows[name]), spread(rows[mine])) > NOISY}
         ratios = [times(results.ratio(group, name)) + blurred.get(name, "") for name in others]
         in_cache = f"{best:.3g}" if best else ""
         table.lines.append([group, ours, f"{rate:.3g}", _percent(rate, read), in_cache, *ratios])
@@ -178,28 +176,15 @@ def _percent(rate: float, whole: float | None) -> str:
     return f"{100 * rate / whole:.0f} %" if whole else ""
 
 
-def _per_provider(results: Results, title: str, note: str, show: Callable[[Bench], str]) -> Table:
+def per_provider(results: Results, title: str, note: str, show: Callable[[Bench], str]) -> Table:
     table = Table(title, note, ["work", *results.providers()])
     for group, rows in results.groups.items():
         table.lines.append([group, *(show(rows[name]) if name in rows else "" for name in results.providers())])
     return table
 
 
-def memory_table(results: Results) -> Table:
-    note = "MiB that torch's allocator holds at once during a call, beyond the inputs; outputs included."
-    return _per_provider(results, "Extra memory, MiB", note, lambda row: mib(row["extra_info"]["extra_bytes"]))
-
-
-def error_table(results: Results) -> Table:
-    note = (
-        "Against the reference in float64: the largest error over the largest value of an output, worst of the outputs "
-        "that the provider returns. A result rounded to bf16 is off by up to 4e-3."
-    )
-
-    def show(row: Bench) -> str:
-        return f"{row['extra_info']['error']:.0e}" if "error" in row["extra_info"] else ""
-
-    return _per_provider(results, "Error", note, show)
+def error(row: Bench) -> str:
+    return f"{row['extra_info']['error']:.0e}" if "error" in row["extra_info"] else ""
 
 
 def device_table(results: Results) -> Table:
@@ -213,58 +198,48 @@ def device_table(results: Results) -> Table:
     )
     columns = ("min", "median", "IQR", "forward", "backward", "call", "in L2", "floor", "% of copy", "target", "MHz")
     table = Table("Device times, µs", note, ["work", "provider", *columns])
-    copy = results.run.get("GB/s", {}).get("copy")
+    copy = results.rate.get("copy")
     for group, rows in results.groups.items():
         for name in results.providers():
             info = rows[name]["extra_info"] if name in rows else {}
             if "call_seconds" not in info:
                 continue
-            stats = rows[name]["stats"]
-            times = [info.get("forward_seconds"), info.get("backward_seconds")]
-            times += [info["call_seconds"], info["l2_warm_seconds"], _floor(info, copy)]
-            cells = [_us(stats["min"]), _us(stats["median"]), f"{spread(rows[name]):.0%}", *map(_us, times)]
-            cells += [_percent(info["GB/s"], copy), _device_target(group, rows[name], copy), _clock(results, info)]
+            stats, floor = rows[name]["stats"], _floor(results, info)
+            times = [info.get(f"{part}_seconds") for part in ("forward", "backward", "call", "l2_warm")]
+            cells = [micros(stats["min"]), micros(stats["median"]), f"{spread(rows[name]):.0%}"]
+            cells += [*map(micros, [*times, floor]), _percent(info["GB/s"], copy)]
+            cells += [" ".join(device_target(results, group, name)), _clock(results, info)]
             provider = f"{name} (events)" if info.get("by") == "events" else name
             table.lines.append([group, provider, *cells])
     return table
 
 
-def _us(seconds: float | None) -> str:
+def micros(seconds: float | None) -> str:
     return "" if seconds is None else f"{1e6 * seconds:.3g}"
 
 
-def _floor(info: Bench, copy: float | None) -> float | None:
+def _floor(results: Results, info: Bench) -> float | None:
+    copy = results.rate.get("copy")
     return info["bytes"] / copy / 1e9 if copy else None
 
 
-def _device_target(group: str, row: Bench, copy: float | None) -> str:
+def device_target(results: Results, group: str, provider: str | None) -> list[str]:
     """What the device may take, and what came of it: of our implementations alone."""
-    found, floor = _case_of(group), _floor(row["extra_info"], copy)
-    target = found[0].device_target if found else None
-    if found is None or target is None or floor is None or row["extra_info"]["provider"] not in OURS:
-        return ""
-    verdict = target.verdict(found[1], floor, seconds(row), row["extra_info"]["call_seconds"])
-    return f"≤ {_us(target.most(found[1], floor))} {verdict}"
-
-
-def _case_of(group: str) -> tuple[Case, Shape] | None:
-    for case in benchmarks():
-        for shape in case.shapes.get("gpu", ()):
-            if case.group(shape) == group:
-                return case, shape
-    return None
+    case, shape = ON_A_GPU.get(group, (None, ()))
+    if case is None or case.device_target is None or provider not in OURS:
+        return []
+    row = results.groups[group][provider]
+    floor = _floor(results, row["extra_info"])
+    if floor is None:
+        return []
+    verdict = case.device_target.verdict(shape, floor, seconds(row), row["extra_info"]["call_seconds"])
+    return [f"≤ {micros(case.device_target.most(shape, floor))}", verdict]
 
 
 def _clock(results: Results, info: Bench) -> str:
     samples = clocks.between(results.clocks, *info.get("between", (0.0, 0.0)))
-    if not samples:
-        return ""
-    return f"{min(sample.mhz for sample in samples)}{'!' if any(clocks.held(s.reasons) for s in samples) else ''}"
-
-
-def spread_table(results: Results) -> Table:
-    note = "Medians and, in brackets, the interquartile range over them. Many above 25 %: run on a quieter machine."
-    return _per_provider(results, "Times", note, lambda row: f"{duration(seconds(row))} ({spread(row):.0%})")
+    slowed = "!" if any(clocks.held(sample.reasons) for sample in samples) else ""
+    return f"{min(sample.mhz for sample in samples)}{slowed}" if samples else ""
 
 
 def untimed_table(results: Results) -> Table:
@@ -287,33 +262,19 @@ def works_table() -> Table:
 
 def sources_table(results: Results) -> Table:
     table = Table("Who is who", "", ["provider", "version", "what is called"])
-    said = {
-        "cpu": "ours, C++",
-        "cuda": "ours, CUDA C++",
-        "triton": "ours, Triton",
-        "bare op": "ours, the registered op without the public function's checks",
-        "reference": 'impl="torch": our eager reference, which computes in float32',
-        "eager": "the few lines that a trainer would write, in the dtype of the inputs",
-        "torch.compile": "torch.compile of the reference",
-    }
     for name in results.providers():
         info = next(rows[name]["extra_info"] for rows in results.groups.values() if name in rows)
-        own = name in said
-        version = f"ppo_kernels {info['ppo_kernels']}" if own and name != "torch.compile" else f"torch {info['torch']}"
-        table.lines.append([name, info.get("version", version), said.get(name, info.get("loaded", ""))])
+        by = "torch" if name in (COMPILE, PRODUCTS) else "ppo_kernels"
+        table.lines.append([name, info.get("version", f"{by} {info[by]}"), OWN.get(name) or info.get("loaded", "")])
     return table
 
 
 def exponents(line: Line) -> tuple[float, float]:
     """The growth exponent of the upper half of a line (least squares), and the steepest doubling of the whole."""
     logs = [(math.log2(at), math.log2(time)) for at, time in line.points]
-    steps = [(y1 - y0) / (x1 - x0) for (x0, y0), (x1, y1) in pairwise(logs)]
+    steepest = max(((y1 - y0) / (x1 - x0) for (x0, y0), (x1, y1) in pairwise(logs)), default=math.nan)
     half = logs[len(logs) // 2 :]
-    if len(half) < 2:
-        return float("nan"), max(steps, default=float("nan"))
-    mx, my = (sum(v) / len(half) for v in zip(*half, strict=True))
-    slope = sum((x - mx) * (y - my) for x, y in half) / sum((x - mx) ** 2 for x, _ in half)
-    return slope, max(steps)
+    return statistics.linear_regression(*zip(*half, strict=True)).slope if len(half) > 1 else math.nan, steepest
 
 
 CLIFF = math.log2(3)  # a doubling that costs more than three times as much

@@ -17,16 +17,31 @@ from bench.peers import AbsentError
 from ppo_kernels import _native, backends
 
 OURS = ("cpu", "cuda", "triton")
-REFERENCE, EAGER, COMPILE, BARE = "reference", "eager", "torch.compile", "bare op"
-PRODUCTS = "matrix products"  # and nothing else: what they would be the least of
-PORTABLE = "portable loops"  # "cpu" as it is without AVX-512
-#: The order of columns.
-PROVIDERS = (*OURS, PORTABLE, BARE, PRODUCTS, REFERENCE, EAGER, COMPILE, *peers.PEERS)
+PORTABLE, BARE, PRODUCTS = "portable loops", "bare op", "matrix products"
+REFERENCE, EAGER, COMPILE = "reference", "eager", "torch.compile"
+#: Who is no other library, and what the report says of it.
+OWN = {
+    "cpu": "ours, C++",
+    "cuda": "ours, CUDA C++",
+    "triton": "ours, Triton",
+    PORTABLE: 'ours, "cpu" as it is without AVX-512',
+    BARE: "ours, the registered op without the public function's checks",
+    PRODUCTS: "the products by torch that the work consists of, and nothing else: what they would be the least of",
+    REFERENCE: 'impl="torch": our eager reference, which computes in float32',
+    EAGER: "the few lines that a trainer would write, in the dtype of the inputs",
+    COMPILE: "torch.compile of the reference",
+}
+PROVIDERS = (*OWN, *peers.PEERS)  # in the order of columns
 #: What a run may be cut into: our own rows first, as a machine with a GPU may be there for minutes.
 PHASES = ("ours", "others", "compile")
-#: Of shapes: small ones, those of the targets with other libraries (full) and without them (quick), those for a GPU,
-#: and tiny ones, which show that every row for a GPU runs.
-SIZES = (*MEASURED, "gpu", "tiny")
+#: Of shapes, with what the command line says of them.
+SIZES = {
+    "small": "small shapes, 3 minutes; the default",
+    "quick": "the shapes of the targets without other libraries, 2 minutes",
+    "full": "the shapes of the targets, and more points of the scaling lines, 20 minutes",
+    "gpu": "the shapes of the GPU table",
+    "tiny": "every row of the GPU table once at a tiny shape, on any device: its times mean nothing",
+}
 
 
 def phase(provider: str) -> str:
@@ -121,13 +136,10 @@ class Row:
     point: tuple[str, int] | None = None  # of a scaling line: the axis and where on it
     file: str = ""  # the benchmark that it belongs to
 
-    def __str__(self) -> str:
-        where = f"{self.point[0]}={self.point[1]}" if self.point else self.group
-        return f"{where}-{self.provider}"
-
     @property
     def name(self) -> str:
-        return f"bench_{self.file}[{self}]"
+        where = f"{self.point[0]}={self.point[1]}" if self.point else self.group
+        return f"bench_{self.file}[{where}-{self.provider}]"
 
     @property
     def fullname(self) -> str:
@@ -180,16 +192,12 @@ def scaling(size: str) -> list[Row]:
     """
     rows = []
     for case in benchmarks() if size in ("small", "full") else ():
-
-        def row(axis: str, at: int, shape: Shape, threads: int, case: Case = case) -> Row:
-            setup = Setup(case, shape)
-            group, point = f"scaling: {case.work} against {axis}", (f"{case.work} {axis}", at)
-            return Row(group, setup, best(setup), threads, point, "scaling")
-
-        for axis in case.axes:
-            rows += [row(axis.letter, at, axis.shape(at), 1) for at in axis.points(size)]
+        points = [(axis.letter, at, axis.shape(at), 1) for axis in case.axes for at in axis.points(size)]
         if case.threads and DEVICE == "cpu":
-            rows += [row("threads", n, case.threads, n) for n in (1, 2)]
+            points += [("threads", n, case.threads, n) for n in (1, 2)]
+        for axis, at, shape, threads in points:
+            setup, group = Setup(case, shape), f"scaling: {case.work} against {axis}"
+            rows.append(Row(group, setup, best(setup), threads, (f"{case.work} {axis}", at), "scaling"))
     return rows
 
 

@@ -18,12 +18,10 @@ def functions(package: str, file: str, *names: str, **given: object) -> dict[str
     """The functions (or ``Class.method``) of ``file``, by name. ``given`` stands in for what they would import."""
     path = distribution(package).locate_file(file)
     statements = ast.parse(path.read_text(), str(path)).body
-    for name in names:
-        if "." in name:
-            statements.append(_method(statements, name))
+    statements += [_method(statements, name) for name in names if "." in name]
     wanted = [name.rpartition(".")[2] for name in names]
     space: dict[str, object] = {"__name__": f"bench.{package}", **given}
-    body = ast.Module(_needed(statements, wanted, set(space)), type_ignores=[])
+    body = ast.Module(_needed(statements, set(wanted), set(space)), type_ignores=[])
     code = compile(body, str(path), "exec", flags=__future__.annotations.compiler_flag, dont_inherit=True)
     exec(code, space)
     return {name: space[name] for name in wanted}
@@ -37,26 +35,15 @@ def _method(statements: list[ast.stmt], name: str) -> ast.stmt:
     raise LookupError(f"there is no class {owner}")
 
 
-def _needed(statements: list[ast.stmt], wanted: list[str], given: set[str]) -> list[ast.stmt]:
+def _needed(statements: list[ast.stmt], wanted: set[str], given: set[str]) -> list[ast.stmt]:
     """The top-level statements that bind the wanted names, and whatever those use in turn; in the file's order."""
-    bound: dict[str, list[int]] = {}
-    for i, statement in enumerate(statements):
-        for name in _binds(statement):
-            bound.setdefault(name, []).append(i)
-    keep: set[int] = set()
-    names, seen = list(wanted), set(given)
-    while names:
-        name = names.pop()
-        if name in seen:
-            continue
-        seen.add(name)
-        for i in bound.get(name, []):
-            if i not in keep:
-                keep.add(i)
-                names.extend(_uses(statements[i]))
-    missing = [name for name in wanted if name not in bound]
-    if missing:
-        raise LookupError(f"it has no {', '.join(missing)}")
+    bound = [set(_binds(statement)) for statement in statements]
+    if missing := wanted.difference(*bound):
+        raise LookupError(f"it has no {', '.join(sorted(missing))}")
+    names, keep = wanted, set()
+    while more := {i for i, own in enumerate(bound) if own & (names - given)} - keep:
+        keep |= more
+        names = names.union(*(_uses(statements[i]) for i in more))
     return [statements[i] for i in sorted(keep)]
 
 
@@ -73,9 +60,7 @@ def _binds(statement: ast.stmt) -> Iterator[str]:
 
 
 def _uses(statement: ast.stmt) -> set[str]:
-    annotations: set[int] = set()
-    for node in ast.walk(statement):
-        for annotation in (getattr(node, "annotation", None), getattr(node, "returns", None)):
-            if annotation is not None:
-                annotations.update(id(part) for part in ast.walk(annotation))
-    return {node.id for node in ast.walk(statement) if isinstance(node, ast.Name) and id(node) not in annotations}
+    nodes = list(ast.walk(statement))
+    annotations = [getattr(node, field, None) for node in nodes for field in ("annotation", "returns")]
+    unread = {id(part) for annotation in annotations if annotation for part in ast.walk(annotation)}
+    return {node.id for node in nodes if isinstance(node, ast.Name) and id(node) not in unread}

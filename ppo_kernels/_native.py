@@ -13,7 +13,7 @@ import struct
 import sys
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 from types import ModuleType
@@ -99,9 +99,10 @@ def _off(error: str) -> NativeError:
 def _hidden_copy() -> Path | None:
     """An installed package with its libraries, which Python would find if it did not begin in a checkout."""
     for entry in sys.path:
-        other = Path(entry).resolve() / "ppo_kernels"
-        if other != PACKAGE and any((other / f"_C{suffix}").exists() for suffix in EXTENSION_SUFFIXES):
-            return other
+        with suppress(OSError, RuntimeError, TypeError, ValueError):  # a path may hold anything
+            other = Path(entry).resolve() / "ppo_kernels"
+            if other != PACKAGE and any((other / f"_C{suffix}").exists() for suffix in EXTENSION_SUFFIXES):
+                return other
     return None
 
 

@@ -187,8 +187,9 @@ def demo(path: str, overrides: Sequence[str]) -> None:
         load("train", path, overrides, PPOConfig),
     )
     started = time.perf_counter()
-    _say(f"demo: three stages on the task {shared.task}, into {shared.output_dir};")
-    _say(f"about three minutes on two CPU cores with {DEMO_CONFIG} as it is")
+    as_it_is = Path(path).name == DEMO_CONFIG and len(overrides) == 1
+    how_long = ": about three minutes on two CPU cores" if as_it_is else ""
+    _say(f"demo: three stages on the task {shared.task}, into {shared.output_dir}{how_long}")
     _say("1/3 sft: a first policy, from texts")
     _say(_figures("sft", sft(settings[0])) + f"  ({time.perf_counter() - started:.0f} s so far)")
     _say("2/3 reward: a model that says which of two texts is better")

@@ -8,9 +8,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from bench import clocks, graphs, measure, report, results
+from bench import clocks, measure, report, results
 from bench.cases import DeviceTarget, benchmark, benchmarks
-from bench.rows import PHASES, PROVIDERS, Setup, phase
+from bench.rows import PHASES, PRODUCTS, PROVIDERS, Row, Setup, call_of, phase
 
 pytestmark = pytest.mark.host
 
@@ -34,7 +34,7 @@ def test_a_graph_has_every_call_once_and_keeps_what_each_returned(cuda):
         made.append((i, torch.zeros(1)))
         return made[-1][1]
 
-    replay, why = graphs.captured([lambda i=i: call(i) for i in range(3)])
+    replay, why = measure.captured([lambda i=i: call(i) for i in range(3)])
     assert why == ""
     of_the_capture = [x for _, x in made[-3:]]
     assert [i for i, _ in made[-3:]] == [0, 1, 2]
@@ -45,7 +45,7 @@ def test_a_call_that_cannot_be_captured_says_why(cuda, monkeypatch):
     def waits():
         raise RuntimeError("operation not permitted when stream is capturing\nsecond line")
 
-    assert graphs.captured([waits]) == (None, "RuntimeError: operation not permitted when stream is capturing")
+    assert measure.captured([waits]) == (None, "RuntimeError: operation not permitted when stream is capturing")
 
 
 def test_outputs_of_a_round_are_kept_and_times_are_per_work():
@@ -67,6 +67,31 @@ def test_no_timed_gradient_sums_up_or_fills():
     ran = {event.key for event in profile.key_averages()}
     assert any("policy_loss" in name for name in ran)
     assert not ran & {"aten::sum", "aten::ones_like", "aten::fill_"}
+
+
+@pytest.mark.parametrize("provider", ["cpu", PRODUCTS])
+def test_the_backward_that_is_timed_alone_is_that_of_every_leaf(cuda, monkeypatch, provider):
+    """Of the hidden states and of the weight; matrix products alone have none."""
+    setup = Setup(benchmark("linear_policy_loss fwd+bwd", torch.bfloat16), (3, 4, 16, 96))
+    half = call_of(setup, provider)(setup.inputs)
+    timed, grad = [], torch.autograd.grad
+
+    def spy(outputs, inputs, *given, **more):
+        timed.extend([len(inputs)] if "retain_graph" in more else [])
+        return grad(outputs, inputs, *given, **more)
+
+    monkeypatch.setattr(torch.autograd, "grad", spy)
+    facts = measure._parts(Row("g", setup, provider), 1, [half], [half], [setup])
+    assert ("backward_seconds" in facts) == bool(timed) == (provider == "cpu")
+    assert set(timed) <= {2}
+
+
+def test_a_backward_that_runs_once_leaves_the_other_times(cuda):
+    setup = Setup(benchmark("policy_loss fwd+bwd"), (4, 40))
+    gone = [lambda: torch.zeros(())]  # nothing to differentiate
+    facts = measure._parts(Row("g", setup, "torch.compile"), 1, gone, gone, [setup])
+    assert facts["call_seconds"] > 0
+    assert "does not require grad" in facts["no_halves"]
 
 
 @pytest.mark.parametrize("work", ["policy_loss fwd+bwd", "value_loss fwd+bwd", "p3o_loss of 2 fwd+bwd"])
@@ -125,6 +150,12 @@ def row(provider: str, micros: float, begin: float, **more) -> dict:
     return {"group": case.group((512, 2048)), "extra_info": info, "stats": stats}
 
 
+def test_no_shape_of_the_gpu_is_a_small_call():
+    groups = [case.group(shape) for case in benchmarks() for shape in case.shapes.get("gpu", ())]
+    assert not [group for group in groups if results.small_call(group)]
+    assert results.small_call("token_logprobs bf16 [8, 1000]")
+
+
 def test_the_device_table_has_floor_target_verdict_and_clock(tmp_path):
     (tmp_path / "clocks.csv").write_text(LOG)
     samples = clocks.read(tmp_path / "clocks.csv")
@@ -137,4 +168,10 @@ def test_the_device_table_has_floor_target_verdict_and_clock(tmp_path):
     assert lines["TRL (events)"]["target"] == lines["TRL (events)"]["MHz"] == ""
     assert lines["cuda"]["MHz"] == "1200!"
     assert (lines["cuda"]["floor"], lines["cuda"]["min"], lines["cuda"]["IQR"]) == ("4.46", "5.31", "10%")
+    data["run"]["size"] = "gpu"
+    table, bad = report.targets(results.Results(data))
+    assert bad == len(table.lines) - 1  # the others were not measured
+    assert ["gae fp32 [512, 2048]", "≤ 6 µs", "5.9 µs", "met"] in table.lines
+    data["benchmarks"] = [row("cuda", 5.9, 0.0, call_seconds=16e-6)]
+    assert report.targets(results.Results(data))[1] == bad + 1
     assert "held down in 1" in "\n".join(report.facts(results.Results(data)))

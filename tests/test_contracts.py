@@ -58,6 +58,19 @@ def test_double_backward_raises(impl_of, name):
 
 
 @pytest.mark.large
+@pytest.mark.parametrize("name", DIFFERENTIABLE)
+def test_a_gradient_depends_on_what_scales_the_loss(impl_of, name):
+    """A learned scale: its derivative through the gradient is refused, and not silently 0."""
+    impl, case = impl_of(name), cases.make(name, torch.float64, batch=2, length=4)
+    leaf = case.tensors[case.leaf].clone().requires_grad_()
+    scale = torch.tensor(0.5, dtype=torch.float64, requires_grad=True)
+    with pytest.raises(RuntimeError, match="twice|double|second"):
+        out = case.call(case.tensors | {case.leaf: leaf}, impl)[0].sum() * scale
+        (grad,) = torch.autograd.grad(out, leaf, create_graph=True)
+        torch.autograd.grad(grad.sum() + scale, scale)  # nothing else, so that no other way is refused
+
+
+@pytest.mark.large
 @pytest.mark.parametrize("name", NAMES)
 def test_outputs_require_grad_only_where_the_op_is_differentiable(impl_of, name):
     case, options = cases.make(name), {"temperature", "lam"}  # refused where they require grad, as numbers are

@@ -154,7 +154,6 @@ def beside(name, given=inputs, **more):
         eager_tolerance=3e-2,
         shapes={size: [SIZES[size]] for size in ("small", "full")},
         compiled=(),
-        targets=(Target("eager", 3),),
         **more,
     )
 
@@ -243,12 +242,14 @@ CASES = (
         options={"extras": ("sum_sq_probs", "top1")},
         eager=eager_with_extras,
         moved=lambda x: x["logits"].nbytes,
+        targets=(Target("eager", 3),),
     ),
     beside(
         " of a support",
         inputs_of_support,
         eager=eager_of_support,
         moved=lambda x: x["support"].nbytes + x["support"].numel() * x["logits"].element_size(),
+        targets=(Target("eager", 3),),
     ),
     beside(" of two shards", function=of_shards, eager=eager, moved=lambda x: x["logits"].nbytes),
     work(BF16, many=True, compiled=("full", "gpu"), targets=(Target("eager", 3),)),

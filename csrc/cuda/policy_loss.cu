@@ -8,14 +8,20 @@ namespace {
 using PolicyKernel = void (*)(PolicyInputs, LossOutputs);
 using RowsKernel = void (*)(PolicyInputs, float*, float*);
 
-template <Surrogate kSurrogate>
-PolicyKernel loss_kernel(bool flat, bool has_ref, bool unbiased_kl) {
-  if (!has_ref) {
-    return flat ? policy_loss_kernel<true, kNoPenalty, kSurrogate> : policy_loss_kernel<false, kNoPenalty, kSurrogate>;
+template <bool kFlat, bool kWeighted, Surrogate kSurrogate>
+PolicyKernel loss_kernel(bool has_ref, bool unbiased_kl) {
+  if (!has_ref) return policy_loss_kernel<kFlat, kWeighted, kNoPenalty, kSurrogate>;
+  if constexpr (kFlat && !kWeighted) {
+    if (!unbiased_kl) return policy_loss_kernel<true, false, kKlPenalty, kSurrogate>;
   }
-  if (!flat) return policy_loss_kernel<false, kAnyPenalty, kSurrogate>;
-  return unbiased_kl ? policy_loss_kernel<true, kAnyPenalty, kSurrogate>
-                     : policy_loss_kernel<true, kKlPenalty, kSurrogate>;
+  return policy_loss_kernel<kFlat, kWeighted, kAnyPenalty, kSurrogate>;
+}
+
+template <Surrogate kSurrogate>
+PolicyKernel loss_kernel(bool flat, bool weighted, bool has_ref, bool unbiased_kl) {
+  if (!flat) return loss_kernel<false, true, kSurrogate>(has_ref, unbiased_kl);
+  return weighted ? loss_kernel<true, true, kSurrogate>(has_ref, unbiased_kl)
+                  : loss_kernel<true, false, kSurrogate>(has_ref, unbiased_kl);
 }
 
 LossResult policy_loss(const Tensor& logprobs, const Tensor& old_logprobs, const Tensor& advantages,
@@ -70,13 +76,14 @@ LossResult policy_loss(const Tensor& logprobs, const Tensor& old_logprobs, const
              in.row_slope, in.mask);
   };
   in.needs_row = of_all([](const auto&... all) { return any_needs_row(all...); });
-  const bool flat = of_all([&](const auto&... all) { return flat_and_aligned(rows, all...) && !weights.has_value(); });
+  const bool flat = of_all([&](const auto&... all) { return flat_and_aligned(rows, all...); });
+  const bool weighted = weights.has_value();
   const int64_t blocks = loss_blocks(logprobs.numel());
   const LossTensors out(logprobs, blocks, PolicyPartials::kCount, PolicyStat::kCount, normalizer, grad);
   const PolicyKernel kernel = dispatch_surrogate(
-      surrogate, [&](auto kind) { return loss_kernel<kind()>(flat, ref_logprobs.has_value(), unbiased_kl); });
-  return weights.has_value() ? out.run<PolicyLoss<true>>(launch, kernel, blocks, in)
-                             : out.run<PolicyLoss<false>>(launch, kernel, blocks, in);
+      surrogate, [&](auto kind) { return loss_kernel<kind()>(flat, weighted, ref_logprobs.has_value(), unbiased_kl); });
+  return weighted ? out.run<PolicyLoss<true>>(launch, kernel, blocks, in)
+                  : out.run<PolicyLoss<false>>(launch, kernel, blocks, in);
 }
 
 }  // namespace

@@ -45,14 +45,14 @@ struct PolicyTokens {
   float log_ratio[kTokens], slope[kTokens];  // of the row
   uint32_t mask;
 
-  template <bool kWhole, bool kFlat, Penalty kPenalty>
+  template <bool kWhole, bool kFlat, bool kWeighted, Penalty kPenalty>
   __device__ void load(const PolicyInputs& in, int g) {
     const TokenVector tokens(in.rows, first_token(g), !kFlat && in.needs_row);
     mask = load_mask<kWhole>(in.mask, tokens);
     load_tokens<kWhole>(in.logprobs, tokens, 0.0f, logp);
     load_tokens<kWhole>(in.old_logprobs, tokens, 0.0f, old);
     load_tokens<kWhole>(in.advantages, tokens, 0.0f, advantage);
-    load_tokens<kWhole>(kFlat ? TokenInput<float>{} : in.weights, tokens, 1.0f, weight);
+    load_tokens<kWhole>(kWeighted ? in.weights : TokenInput<float>{}, tokens, 1.0f, weight);
     if constexpr (kPenalty != kNoPenalty) load_tokens<kWhole>(in.ref_logprobs, tokens, 0.0f, ref);
     load_tokens<kWhole>(kFlat ? TokenInput<float>{} : in.row_weight, tokens, 1.0f, row_weight);
     if constexpr (kFlat) return;
@@ -75,7 +75,7 @@ __device__ PolicyTerm<float> term_of(const PolicyInputs& in, const PolicyTokens&
 }
 
 // Adds what a vector adds to the sums; its gradients take the place of logp, the excesses over a ratio of 1 of old.
-template <Surrogate kSurrogate, bool kFlat, Penalty kPenalty>
+template <Surrogate kSurrogate, bool kFlat, bool kWeighted, Penalty kPenalty>
 __device__ void policy_tokens(const PolicyInputs& in, PolicyTokens& t, float kl_coef, float (&sums)[PolicySum::kCount],
                               double (&weights)[2], PolicyCounts& counts, float& max) {
 #pragma unroll
@@ -104,7 +104,7 @@ __device__ void policy_tokens(const PolicyInputs& in, PolicyTokens& t, float kl_
     sums[PolicySum::kLogRatio] += term.log_ratio;
     sums[PolicySum::kSquaredLogRatio] += term.log_ratio * term.log_ratio;
     sums[PolicySum::kK3] += term.k3;
-    if constexpr (!kFlat) {  // a square may be beyond what a float holds
+    if constexpr (kWeighted) {  // a square may be beyond what a float holds
       const double weight = t.weight[k];
       weights[0] += weight, weights[1] += weight * weight;
     }
@@ -150,20 +150,22 @@ __global__ void __launch_bounds__(kLossThreads) policy_rows_kernel(PolicyInputs 
 }
 
 // How many blocks fit a multiprocessor without a spill.
-constexpr int policy_blocks(bool flat, Penalty penalty, Surrogate surrogate) {
+constexpr int policy_blocks(bool flat, bool weighted, Penalty penalty, Surrogate surrogate) {
   if (!flat) return 2;
+  if (weighted) return 3;
   if (penalty == kNoPenalty) return 4;
   return penalty == kKlPenalty && surrogate == Surrogate::kClip ? 4 - kFewerBlocks : 3;
 }
 
-// kFlat: every input has its tokens in flat, aligned vectors, none is one for each row, and there are no weights.
-template <bool kFlat, Penalty kPenalty, Surrogate kSurrogate>
-__global__ void __launch_bounds__(kLossThreads, policy_blocks(kFlat, kPenalty, kSurrogate))
+// kFlat: every input has its tokens in flat, aligned vectors, and none is one for each row. kWeighted: there may be
+// weights.
+template <bool kFlat, bool kWeighted, Penalty kPenalty, Surrogate kSurrogate>
+__global__ void __launch_bounds__(kLossThreads, policy_blocks(kFlat, kWeighted, kPenalty, kSurrogate))
     policy_loss_kernel(PolicyInputs in, LossOutputs out) {
   PolicyTokens tokens[kLossVectors];
   load_block<kFlat>(in.rows, [&](auto whole) {
 #pragma unroll
-    for (int g = 0; g < kLossVectors; ++g) tokens[g].template load<whole(), kFlat, kPenalty>(in, g);
+    for (int g = 0; g < kLossVectors; ++g) tokens[g].template load<whole(), kFlat, kWeighted, kPenalty>(in, g);
   });
   const float kl_coef = in.kl_coef_tensor != nullptr ? static_cast<float>(*in.kl_coef_tensor) : in.kl_coef;
   float sums[PolicySum::kCount] = {}, max = -1.0f;
@@ -171,7 +173,7 @@ __global__ void __launch_bounds__(kLossThreads, policy_blocks(kFlat, kPenalty, k
   PolicyCounts counts;
 #pragma unroll
   for (int g = 0; g < kLossVectors; ++g) {
-    policy_tokens<kSurrogate, kFlat, kPenalty>(in, tokens[g], kl_coef, sums, weights, counts, max);
+    policy_tokens<kSurrogate, kFlat, kWeighted, kPenalty>(in, tokens[g], kl_coef, sums, weights, counts, max);
     if (out.grad != nullptr) store_tokens(out.grad, first_token(g), in.rows.total, tokens[g].logp);
   }
   double wide[8] = {};

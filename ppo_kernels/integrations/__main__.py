@@ -114,10 +114,10 @@ def main(words: list[str]) -> int:
         parser.error("--import looks at sys.path; --path and --since read sources alone")
     path, since = ([folder] if folder else None for folder in (given.path, given.since))
     names = given.trainer or integrations.TRAINERS
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` is no error
     fit = [describe(integrations.adapter(name), path, since, given.imports) for name in names]
     return 0 if all(fit) else 1
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` is no error
     sys.exit(main(sys.argv[1:]))

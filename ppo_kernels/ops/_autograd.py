@@ -246,11 +246,11 @@ class _EagerLoss(torch.autograd.Function):
         if grad_loss is None:
             return None, None, None, None
         grad, inv_normalizer = ctx.saved_tensors
-        if is_batch(grad_loss):
+        if is_batch(grad_loss) or has_tangent(grad_loss):
             scaled = grad * (grad_loss * inv_normalizer)
         else:
-            scaled = _LOSS_BACKWARD.run(ctx.impl, grad, grad_loss, inv_normalizer)
-        return None, None, once(ctx.op, scaled, grad), None
+            scaled = _LOSS_BACKWARD.run(ctx.impl, grad.contiguous(), grad_loss, inv_normalizer)
+        return None, None, once(ctx.op, scaled, grad, grad_loss), None
 
 
 class _TransformedLoss(torch.autograd.Function):

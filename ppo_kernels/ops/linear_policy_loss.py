@@ -94,14 +94,13 @@ class _Loss:
 
     def gradients(self, logprobs: Tensor, entropy: Tensor, block: slice) -> tuple[Tensor, Tensor | None]:
         """Of what the divisor divides, by the log-probabilities of a block and by its entropies."""
-        per_token = {name: x[block, None] for name, x in self.of_tokens.items()}
-        per_row = {name: x[block] for name, x in self.of_rows.items()}
+        options = self.rest | {name: x[block, None] for name, x in self.of_tokens.items()}
+        options |= {name: x[block] for name, x in self.of_rows.items()}
         old, advantages = self.old[block, None], self.advantages[block, None]
         leaves = [x.detach().requires_grad_() for x in ((logprobs, entropy) if self.bonus else (logprobs,))]
         with torch.enable_grad():
-            of_entropy = {"entropy": leaves[1][:, None]} if self.bonus else {}
             loss, _ = policy_loss(
-                leaves[0][:, None], old, advantages, **self.rest, **per_token, **per_row, **of_entropy
+                leaves[0][:, None], old, advantages, entropy=leaves[1][:, None] if self.bonus else None, **options
             )
             found = [g.to(logprobs.dtype) for g in torch.autograd.grad(loss, leaves)]
         return found[0], found[1] if self.bonus else None
@@ -116,7 +115,7 @@ def _in_blocks(
     loss: _Loss,
     needs: Sequence[bool],
     impl: str,
-) -> tuple[Tensor, Gradients, tuple[Tensor, Tensor] | None]:
+) -> tuple[Tensor, Gradients, tuple[Tensor, Tensor | None] | None]:
     """Log-probabilities and entropies of the rows that count, and the gradients before the divisor: all logits of some
     rows, then in place what the loss makes of them, which asks for nothing but these rows.
 

@@ -27,7 +27,9 @@ class Rows(NamedTuple):
 
 def scalar(x: float | Tensor, like: Tensor) -> Tensor:
     """A coefficient in the dtype that it multiplies: one that rounds to 0 there is off, as in the kernels."""
-    return torch.as_tensor(x, dtype=like.dtype, device=like.device).detach().reshape(())
+    if not isinstance(x, Tensor):  # filled in: to copy it to a GPU would wait for that
+        return torch.full((), x, dtype=wide_dtype(like.device), device=like.device).to(like.dtype)
+    return x.detach().to(dtype=like.dtype, device=like.device).reshape(())
 
 
 def scaled_or_off(coef: Tensor, term: Tensor) -> Tensor:

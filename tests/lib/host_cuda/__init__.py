@@ -25,7 +25,8 @@ NAMESPACE = "ppo_kernels_host_cuda"  # as include/torch/csrc/stable/library.h ma
 
 def _sources() -> list[Path]:
     wanted = os.environ.get("HOST_CUDA_OPS", "").split()
-    kernels = [p for p in sorted((ROOT / "csrc" / "cuda").glob("*.cu")) if not wanted or p.stem in (*wanted, "exports")]
+    wanted += ["exports", "loss_backward"] if wanted else []  # the second is called by every loss
+    kernels = [p for p in sorted((ROOT / "csrc" / "cuda").glob("*.cu")) if not wanted or p.stem in wanted]
     return [HERE / "host_cuda.cpp", ROOT / "csrc" / "ops.cpp", *kernels]
 
 
