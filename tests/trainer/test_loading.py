@@ -147,10 +147,14 @@ def test_attention_is_computed_as_asked_for(tiny, saved):
 def test_an_activation_that_transformers_writes_out_is_one_operation(tiny, name):
     policy = tiny(algorithm="rloo", model_config=json.dumps(TINY_MODEL | {"activation_function": name})).actor.module
     assert policy.config.activation_function == name  # as it is saved
-    x = torch.linspace(-8, 8, 1001)
-    exact = x.double() * (1 + torch.tanh((2 / torch.pi) ** 0.5 * (x.double() + 0.044715 * x.double() ** 3))) / 2
+    x = torch.linspace(-8, 8, 1001, requires_grad=True)
+    wide = x.detach().double().requires_grad_()
+    exact = wide * (1 + torch.tanh((2 / torch.pi) ** 0.5 * (wide + 0.044715 * wide**3))) / 2
     assert type(policy.transformer.h[0].mlp.act) is GELUTanh
-    torch.testing.assert_close(policy.transformer.h[0].mlp.act(x), exact.float(), atol=1e-6, rtol=0)
+    got = policy.transformer.h[0].mlp.act(x)
+    torch.testing.assert_close(got, exact.float(), atol=1e-6, rtol=0)
+    gradients = torch.autograd.grad(got.sum(), x)[0], torch.autograd.grad(exact.sum(), wide)[0].float()
+    torch.testing.assert_close(*gradients, atol=1e-6, rtol=0)
 
 
 def test_a_precision_to_read_and_save_in(tiny, saved, tmp_path):
