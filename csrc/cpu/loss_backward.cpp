@@ -14,15 +14,15 @@ Tensor loss_backward(const Tensor& grad, const Tensor& grad_loss, const Tensor& 
   PPO_COUNT("loss_backward");
   return dispatch_compute(grad, [&](auto zero) {
     using T = decltype(zero);
-    const T* from = contiguous_data<T>("grad", grad, grad);
-    const RowVector<T> incoming("grad_loss", grad_loss, {}), inverse("inv_normalizer", inv_normalizer, {});
+    const RowVector<T> from("grad", grad, grad.sizes()), incoming("grad_loss", grad_loss, {}),
+        inverse("inv_normalizer", inv_normalizer, {});
     const T scale = incoming[0] * inverse[0];
     const Tensor out = on_huge_pages(new_like(grad));
     T* to = data_of<T>(out);
     const int64_t total = grad.numel();
     for_each((total + kLossChunk - 1) / kLossChunk, 4, [&](int64_t i) {
       const int64_t begin = i * kLossChunk;
-      scale_block(from + begin, std::min(kLossChunk, total - begin), scale, to + begin);
+      scale_block(from.data() + begin, std::min(kLossChunk, total - begin), scale, to + begin);
     });
     return out;
   });

@@ -31,9 +31,9 @@ Tensor loss_backward(const Tensor& grad, const Tensor& grad_loss, const Tensor& 
   PPO_COUNT("loss_backward");
   const Launcher launch(grad);
   const Tensor out = new_like(grad);
-  const RowVector<float> incoming("grad_loss", grad_loss, {}), inverse("inv_normalizer", inv_normalizer, {});
-  const LossBackwardInputs in{
-      {contiguous_data<float>("grad", grad, grad)}, incoming.data(), inverse.data(), grad.numel()};
+  const RowVector<float> from("grad", grad, grad.sizes()), incoming("grad_loss", grad_loss, {}),
+      inverse("inv_normalizer", inv_normalizer, {});
+  const LossBackwardInputs in{{from.data()}, incoming.data(), inverse.data(), grad.numel()};
   launch(loss_backward_kernel, grad.numel() == 0 ? 0 : loss_blocks(grad.numel()), kLossThreads, in,
          data_of<float>(out));
   return out;

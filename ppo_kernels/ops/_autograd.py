@@ -249,7 +249,7 @@ class _EagerLoss(torch.autograd.Function):
         if is_batch(grad_loss) or has_tangent(grad_loss):
             scaled = grad * (grad_loss * inv_normalizer)
         else:
-            scaled = _LOSS_BACKWARD.run(ctx.impl, grad.contiguous(), grad_loss, inv_normalizer)
+            scaled = _LOSS_BACKWARD.run(ctx.impl, grad, grad_loss, inv_normalizer)
         return None, None, once(ctx.op, scaled, grad, grad_loss), None
 
 

@@ -7,7 +7,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ppo_kernels._registered import require
 from ppo_kernels.triton._launch import as_vector, launch, require_computed
 
 BLOCK = 1024
@@ -27,12 +26,11 @@ def _scale(grad, grad_loss, inv_normalizer, out, total, BLOCK: tl.constexpr):
 def loss_backward(grad: Tensor, grad_loss: Tensor, inv_normalizer: Tensor) -> Tensor:
     """``grad * grad_loss * inv_normalizer``."""
     require_computed("grad", grad)
-    require(grad.is_contiguous(), "grad must be contiguous; pass grad.contiguous()")
     out = torch.empty(grad.shape, dtype=grad.dtype, device=grad.device)
-    incoming = as_vector("grad_loss", grad_loss, (), grad.dtype)
-    inverse = as_vector("inv_normalizer", inv_normalizer, (), grad.dtype)
+    given = {"grad_loss": grad_loss, "inv_normalizer": inv_normalizer}
+    scales = {name: as_vector(name, x, (), grad.dtype) for name, x in given.items()}
     launch(
         _scale, triton.cdiv(grad.numel(), BLOCK),
-        grad=grad, grad_loss=incoming, inv_normalizer=inverse, out=out, total=grad.numel(), BLOCK=BLOCK, num_warps=4,
+        grad=grad.contiguous(), **scales, out=out, total=grad.numel(), BLOCK=BLOCK, num_warps=4,
     )  # fmt: skip
     return out
