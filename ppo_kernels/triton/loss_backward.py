@@ -27,10 +27,11 @@ def loss_backward(grad: Tensor, grad_loss: Tensor, inv_normalizer: Tensor) -> Te
     """``grad * grad_loss * inv_normalizer``."""
     require_computed("grad", grad)
     out = torch.empty(grad.shape, dtype=grad.dtype, device=grad.device)
-    given = {"grad_loss": grad_loss, "inv_normalizer": inv_normalizer}
-    scales = {name: as_vector(name, x, (), grad.dtype) for name, x in given.items()}
+    scale = as_vector("grad_loss", grad_loss, (), grad.dtype)
+    inverse = as_vector("inv_normalizer", inv_normalizer, (), grad.dtype)
     launch(
         _scale, triton.cdiv(grad.numel(), BLOCK),
-        grad=grad.contiguous(), **scales, out=out, total=grad.numel(), BLOCK=BLOCK, num_warps=4,
+        grad=grad.contiguous(), grad_loss=scale, inv_normalizer=inverse, out=out, total=grad.numel(),
+        BLOCK=BLOCK, num_warps=4,
     )  # fmt: skip
     return out
