@@ -257,6 +257,7 @@ CASES = (
         eager=eager_with_entropy,
         moved=lambda x: 6 * x["logprobs"].nbytes + 2 * x["mask"].nbytes,
         device_target=None,
+        targets=(Target("verl", 5),),
         shapes={size: shapes for size, shapes in MINIBATCH.items() if size != "gpu"},
     ),
     Case(

@@ -251,7 +251,13 @@ CASES = (
         moved=lambda x: x["support"].nbytes + x["support"].numel() * x["logits"].element_size(),
         targets=(Target("eager", 3),),
     ),
-    beside(" of two shards", function=of_shards, eager=eager, moved=lambda x: x["logits"].nbytes),
+    beside(
+        " of two shards",
+        function=of_shards,
+        eager=eager,
+        moved=lambda x: x["logits"].nbytes,
+        targets=(Target("eager", 3),),
+    ),
     work(BF16, many=True, compiled=("full", "gpu"), targets=(Target("eager", 3),)),
     work(BF16, many=True, backward=True, compiled=("full", "gpu"), targets=(Target("eager", 3),)),
 )
