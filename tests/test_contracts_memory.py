@@ -61,6 +61,7 @@ def garbage_between_guard_pages(impl, front):
         pk.backends.op("group_advantages").kernel(impl)(row[None], pick(4), pick(4), 0, turn % 5, 0.0, True)
 
 
+@pytest.mark.large
 @pytest.mark.parametrize("front", FRONT)
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 def test_no_op_touches_what_lies_outside_its_tensors(require_impl, impl, front):
@@ -68,6 +69,7 @@ def test_no_op_touches_what_lies_outside_its_tensors(require_impl, impl, front):
     in_fresh_process(everything_between_guard_pages, impl, front)
 
 
+@pytest.mark.large
 @pytest.mark.parametrize("front", FRONT)
 @pytest.mark.parametrize("impl", KERNELS)
 def test_garbage_labels_and_offsets_read_nothing_outside(require_impl, impl, front):

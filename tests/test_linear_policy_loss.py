@@ -137,6 +137,7 @@ def test_packed_sequences_are_padded_ones(impl):
     torch.testing.assert_close(got[-2], want[-2], rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.large
 @pytest.mark.parametrize(
     "normalizers", [(0.0, 3.0), (5.0, 0.0), (torch.tensor(0), None), (None, 2.0), (torch.tensor(float("inf")), None)]
 )

@@ -84,6 +84,7 @@ def check_bonus(impl, data, mask, entropy, **options):
     return loss, stats, leaf.grad
 
 
+@pytest.mark.large
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("extra", [(), ("row_weight",), ("weights", "ref_logprobs", "row_weight")])
 @pytest.mark.parametrize(
@@ -100,10 +101,12 @@ def test_the_bonus_matches_the_loop(impl, normalizer, own, extra, dtype):
     check_bonus(impl, data, mask, entropy, cu_seqlens=cu(lengths), **options)
 
 
+@pytest.mark.large
 def test_long_rows_and_no_mask(impl):
     check_bonus(impl, make(3, 1500), None, entropies(3, 1500), entropy_coef=torch.tensor(-0.5))
 
 
+@pytest.mark.large
 @pytest.mark.parametrize("junk", JUNK)
 def test_what_lies_under_the_mask_does_not_matter(impl, junk):
     mask, entropy, options = holey_mask(6, 37), entropies(6, 37), {"entropy_coef": 0.3}
@@ -116,6 +119,7 @@ def test_what_lies_under_the_mask_does_not_matter(impl, junk):
     assert bit_equal((loss.detach(), *stats, leaf.grad), (clean[0], *clean[1], clean[2]))
 
 
+@pytest.mark.large
 @pytest.mark.parametrize("zero", [0, 0.0, np.float32(0), torch.tensor(0.0), 1e-50])
 @pytest.mark.parametrize("lost", [NAN, INF, -INF])
 def test_a_coefficient_of_0_is_off(impl, zero, lost):
@@ -132,6 +136,7 @@ def test_a_coefficient_of_0_is_off(impl, zero, lost):
     assert not stats.entropy.requires_grad
 
 
+@pytest.mark.large
 def test_without_a_valid_token_there_is_no_entropy(impl):
     for shape in ((3, 4), (0, 5), (5, 0)):
         x = torch.full(shape, NAN)
@@ -142,6 +147,7 @@ def test_without_a_valid_token_there_is_no_entropy(impl):
         assert not leaf.grad.any()
 
 
+@pytest.mark.large
 def test_the_bonus_is_that_of_a_second_call(impl):
     """A bonus by the loss's own aggregation is a policy loss of the entropy as log-probability with advantage 1."""
     mask, entropy = holey_mask(5, 41), entropies(5, 41)
@@ -155,6 +161,7 @@ def test_the_bonus_is_that_of_a_second_call(impl):
     torch.testing.assert_close(both, plain + 0.5 * alone)
 
 
+@pytest.mark.large
 @pytest.mark.parametrize("row", ["autograd", "checkpoint", "hooks", "make_fx", "grad", "jacrev", "vmap", "twice"])
 def test_transforms_of_the_entropy(impl, row):
     """Rows of ``tests/test_transforms.py`` that do not differentiate forward, which is for the first argument."""
@@ -167,6 +174,7 @@ def test_transforms_of_the_entropy(impl, row):
         torch.testing.assert_close(of.run(f, x, "eager"), of.want(f, x))
 
 
+@pytest.mark.large
 def test_a_mask_and_weights_of_inference_mode(impl):
     """Constants may be made there, and autograd saves none of them."""
     data, leaf = make(4, 9), entropies(4, 9).requires_grad_()
