@@ -19,7 +19,7 @@ SOURCES := $(shell find csrc -type f) csrc/cpu csrc/cuda CMakeLists.txt setup.py
 
 help:
 	@echo "make build     the extension; the first time a virtual environment in $(VENV) too"
-	@echo "make test      the tests that every change has to pass: eight minutes on two cores"
+	@echo "make test      the tests that every change has to pass: six minutes on two cores"
 	@echo "make lint      ruff, clang-format and mypy"
 	@echo "make bench     the speed of every op beside other libraries (ARGS: --quick, --full, --gpu, --check, --accuracy, --trainers)"
 	@echo "make demo      train a small model on a CPU and plot its learning"
