@@ -164,10 +164,16 @@ def policy_chunks(
         valid = owned & (load_tokens(mask_ptr, n, row, column, mask_stride, inside, whole, False, FLAT) != 0)
     # Zeros are a token without loss, gradient or statistics.
     logp, old, adv = tl.where(valid, logp, 0.0), tl.where(valid, old, 0.0), tl.where(valid, adv, 0.0)
+    line = parts_ptr + chunk * COLUMNS
     weight = tl.where(valid, 1.0, 0.0).to(logp.dtype)
     if weights_ptr is not None:
         w = load_tokens(weights_ptr, n, row, column, weights_stride, owned, whole, WEIGHTS_PER_ROW, FLAT)
         weight = tl.where(valid, w, 0.0)
+        peak = tl.max(tl.abs(weight), 0)
+        unit = weight / tl.where(peak == 0.0, 1.0, peak)  # a square may be beyond what float32 holds
+        peak = peak.to(tl.float64)
+        tl.store(line + WEIGHT, tl.sum(unit, 0).to(tl.float64) * peak)
+        tl.store(line + SQUARES, tl.sum(unit * unit, 0).to(tl.float64) * peak * peak)
     own = logp - old
     raw = own
     if LEVEL != TOKEN:
@@ -184,7 +190,6 @@ def policy_chunks(
         above, below = beyond_geometric(own, adv, clip_low, clip_high)
         slope = tl.where(above | below, 0.0, slope)
         below = below & (adv < 0.0)
-    line = parts_ptr + chunk * COLUMNS
     if ref_ptr is not None:
         ref = tl.where(valid, load_tokens(ref_ptr, n, row, column, ref_stride, inside, whole, False, FLAT), 0.0)
         kl, kl_slope = kl_term(logp, ref, kl_log_clamp, kl_clamp, ESTIMATOR)
@@ -220,10 +225,6 @@ def policy_chunks(
     tl.store(line + BELOW, tl.sum(below.to(logp.dtype), 0))
     tl.store(line + DUAL, tl.sum(dual.to(logp.dtype), 0))
     tl.store(line + CLAMPED, tl.sum(clamped.to(logp.dtype), 0))
-    if weights_ptr is not None:
-        wide = weight.to(tl.float64)  # a square may be beyond what float32 holds
-        tl.store(line + WEIGHT, tl.sum(wide, 0))
-        tl.store(line + SQUARES, tl.sum(wide * wide, 0))
     tl.store(line + COUNT, count)
     tl.store(line + LOSS, tl.sum(loss, 0))
 

