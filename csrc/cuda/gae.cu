@@ -34,16 +34,16 @@ std::tuple<Tensor, Tensor> gae(const Tensor& rewards, const Tensor& values, cons
   auto* links = data_of<GaeLink>(scratch);
   switch (work.kind) {
     case RowWork::kShortTeams:
-      launch(gae_teams_kernel<kShortTeam>, work.blocks, kRowThreads, in);
+      work.launch(gae_teams_kernel<kShortTeam>, work.blocks, in);
       break;
     case RowWork::kWarps:
-      launch(gae_teams_kernel<kWarp>, work.blocks, kRowThreads, in);
+      work.launch(gae_teams_kernel<kWarp>, work.blocks, in);
       break;
     case RowWork::kOneSegment:
-      launch(gae_segments_kernel<GaePass::kAlone>, work.blocks, kRowThreads, in, links);
+      work.launch(gae_segments_kernel<GaePass::kAlone>, work.blocks, in, links);
       break;
     case RowWork::kSegments:
-      launch(gae_segments_kernel<GaePass::kMaps>, work.blocks, kRowThreads, in, links);
+      work.launch(gae_segments_kernel<GaePass::kMaps>, work.blocks, in, links);
       launch.dependent(gae_segments_kernel<GaePass::kTokens>, work.blocks, kRowThreads, in, links);
       break;
   }

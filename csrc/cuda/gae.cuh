@@ -153,6 +153,7 @@ template <int kLanes>
 __global__ void __launch_bounds__(kRowThreads, kLanes == kWarp ? 3 : 4) gae_teams_kernel(GaeInputs in) {
   __shared__ float stages[kStage];
   float* stage = team_stage<kLanes>(stages);
+  if (kLanes == kWarp) wait_for_bounds(in.rows);
   const GaeRow row(in, team_row<kLanes>());
   double ahead = row.bootstrap(in), after_segment = ahead;
   AffineMap segment = AffineMap::identity();
@@ -184,7 +185,7 @@ __global__ void __launch_bounds__(kRowThreads, 4) gae_segments_kernel(GaeInputs 
   __shared__ bool any[kTiles];
   // The second launch begins with what the first one has read last.
   const int64_t number = kPass == GaePass::kTokens ? gridDim.x - 1 - blockIdx.x : blockIdx.x;
-  if (kPass == GaePass::kMaps) allow_dependent_launch();
+  if (kPass == GaePass::kMaps) wait_for_bounds(in.rows), allow_dependent_launch();
   const RowSegment segment(in.rows, number);
   if (segment.row < 0 && kPass == GaePass::kTokens) wait_for_primary();
   if (segment.row < 0 || (kPass == GaePass::kMaps && segment.count == 1)) return;

@@ -36,11 +36,11 @@ std::tuple<Tensor, Tensor> kl_rewards(const Tensor& logprobs, const Tensor& ref_
   const Tensor scratch = empty({linked ? 2 * work.segments : 0}, ScalarType::Double, logprobs);
   auto* parts = data_of<KlPart>(scratch);
   if (work.kind == RowWork::kShortTeams) {
-    launch(kl_teams_kernel<kShortTeam>, work.blocks, kRowThreads, in);
+    work.launch(kl_teams_kernel<kShortTeam>, work.blocks, in);
   } else if (work.kind == RowWork::kWarps) {
-    launch(kl_teams_kernel<kWarp>, work.blocks, kRowThreads, in);
+    work.launch(kl_teams_kernel<kWarp>, work.blocks, in);
   } else {
-    launch(kl_segments_kernel, work.blocks, kRowThreads, in, linked ? parts : nullptr);
+    work.launch(kl_segments_kernel, work.blocks, in, linked ? parts : nullptr);
     const int64_t blocks = (work.rows.count + kRowThreads - 1) / kRowThreads;
     if (linked) launch.dependent(kl_rows_kernel, blocks, kRowThreads, in, parts);
   }

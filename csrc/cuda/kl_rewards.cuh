@@ -122,6 +122,7 @@ template <int kLanes>
 __global__ void __launch_bounds__(kRowThreads, kLanes == kWarp ? 3 : 4) kl_teams_kernel(KlRewardsInputs in) {
   __shared__ float stages[kStage];
   float* stage = team_stage<kLanes>(stages);
+  if (kLanes == kWarp) wait_for_bounds(in.rows);
   const int64_t b = team_row<kLanes>();
   const bool writes = b < in.rows.count && threadIdx.x % kLanes == 0;
   const KlRow row(in, b);
@@ -171,6 +172,7 @@ static __global__ void __launch_bounds__(kRowThreads, 4) kl_segments_kernel(KlRe
   __shared__ float stages[kStage];
   __shared__ double sums[kTiles];
   __shared__ int64_t lasts[kTiles];
+  wait_for_bounds(in.rows);
   if (parts != nullptr) allow_dependent_launch();
   const RowSegment segment(in.rows, blockIdx.x);
   if (segment.row < 0) return;

@@ -38,7 +38,7 @@ LossResult p3o_loss(const Tensor& logprobs, const Tensor& old_logprobs, const Te
                          vector_aligned(out.grad),
                      data_of<Response>(responses),
                      data_of<float>(slopes)};
-  launch(p3o_rows_kernel, rows, kRowThreads, in);
+  work.launch(p3o_rows_kernel, rows, in);
   const LossResult result = out.run<P3OLoss>(launch, p3o_pairs_kernel, blocks, in);
   if (grad) launch(p3o_gradient_kernel, rows, kRowThreads, in, data_of<float>(out.grad));
   return result;

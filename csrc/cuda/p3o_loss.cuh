@@ -48,6 +48,7 @@ static __global__ void __launch_bounds__(kRowThreads, 3) p3o_rows_kernel(P3OInpu
   __shared__ float stages[kStage];
   __shared__ double parts[kTiles][4];
   float* stage = team_stage<kWarp>(stages);
+  wait_for_bounds(in.rows);
   const int64_t b = blockIdx.x;
   const RowSpan span(in.rows, b);
   const bool aligned = span.aligned(in.rows, in.aligned);

@@ -186,13 +186,20 @@ __device__ void store_tile(float* row, int64_t begin, int64_t length, bool align
   }
 }
 
+// Before a thread reads where the rows of a packed batch are. A padded batch has nothing to wait for.
+__device__ inline void wait_for_bounds(const TokenRows& rows) {
+  if (rows.packed()) wait_for_primary();
+}
+
 struct PackedOutputs {
   int64_t* bounds;        // [B + 1]: cu_seqlens forced into order and into [0, N]
   float *first, *second;  // tensors whose tokens that no row claims become 0; null for none
 };
 
-// What the blocks of a packed launch take for granted, made by one block in a launch of its own.
+// What the blocks of a packed launch take for granted: a launch before it. Every block finds the highest bound, the
+// first one writes them.
 static __global__ void __launch_bounds__(kRowThreads) prepare_packed_kernel(TokenRows raw, PackedOutputs out) {
+  if (raw.count > 0) allow_dependent_launch();
   constexpr int kEach = 4;
   __shared__ int64_t warps[kTiles];
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
@@ -218,13 +225,14 @@ static __global__ void __launch_bounds__(kRowThreads) prepare_packed_kernel(Toke
     for (int w = 0; w < warp; ++w) before = larger(before, warps[w]);
 #pragma unroll
     for (int k = 0; k < kEach; ++k) {
-      if (b + k <= raw.count) out.bounds[b + k] = larger(before, bound[k]);
+      if (blockIdx.x == 0 && b + k <= raw.count) out.bounds[b + k] = larger(before, bound[k]);
     }
     for (int w = 0; w < kTiles; ++w) reached = larger(reached, warps[w]);
   }
   const auto clear = [&](float* tokens, int64_t from, int64_t to) {
     if (tokens == nullptr) return;
-    for (int64_t i = from + threadIdx.x; i < to; i += kRowThreads) tokens[i] = 0.0f;
+    const int64_t all = int64_t{gridDim.x} * kRowThreads;
+    for (int64_t i = from + blockIdx.x * int64_t{kRowThreads} + threadIdx.x; i < to; i += all) tokens[i] = 0.0f;
   };
   for (int i = 0; i < 2; ++i) {
     clear(i == 0 ? out.first : out.second, 0, raw.bound(0));

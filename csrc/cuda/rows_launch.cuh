@@ -20,7 +20,7 @@ class RowWork {
   // `outputs`: token tensors of which a packed launch clears the tokens that no row claims.
   RowWork(const Launcher& launch, const Tensor& tokens, const OptTensor& cu_seqlens,
           std::initializer_list<Tensor> outputs)
-      : rows(token_rows(tokens, cu_seqlens)), bounds_(tokens) {
+      : rows(token_rows(tokens, cu_seqlens)), launch_(launch), raw_(rows), bounds_(tokens) {
     const bool packed = rows.packed();
     // A packed batch's longest row is on the device; its mean length is here.
     const int64_t typical = packed ? rows.total / std::max<int64_t>(rows.count, 1) : rows.length;
@@ -34,7 +34,21 @@ class RowWork {
       kind = packed || per_row > 1 ? kSegments : kOneSegment;
       blocks = segments;
     }
-    if (packed) prepare_packed(launch, outputs);
+    if (!packed) return;
+    const auto floats = [&](size_t i) { return i < outputs.size() ? data_of<float>(outputs.begin()[i]) : nullptr; };
+    bounds_ = empty({rows.count + 1}, ScalarType::Long, tokens);
+    packed_ = {data_of<int64_t>(bounds_), floats(0), floats(1)};
+    rows.cu = packed_.bounds;
+  }
+
+  // The op's first kernel; that of a packed batch may begin beside the one that prepares it.
+  template <class... Parameters, class... Arguments>
+  void launch(void (*kernel)(Parameters...), int64_t of_blocks, const Arguments&... args) const {
+    if (!rows.packed()) return launch_(kernel, of_blocks, kRowThreads, args...);
+    // One block is enough for the bounds; more of them share what has to be cleared where rows claim little.
+    const int64_t clearing = std::clamp<int64_t>(rows.total / (16 * kRowThreads), 1, 64);
+    launch_(prepare_packed_kernel, clearing, kRowThreads, raw_, packed_);
+    launch_.dependent(kernel, of_blocks, kRowThreads, args...);
   }
 
   TokenRows rows;
@@ -42,16 +56,10 @@ class RowWork {
   int64_t blocks = 0, segments = 0;
 
  private:
-  void prepare_packed(const Launcher& launch, std::initializer_list<Tensor> outputs) {
-    const Tensor like = bounds_;
-    bounds_ = empty({rows.count + 1}, ScalarType::Long, like);
-    const auto floats = [&](size_t i) { return i < outputs.size() ? data_of<float>(outputs.begin()[i]) : nullptr; };
-    auto* bounds = data_of<int64_t>(bounds_);
-    launch(prepare_packed_kernel, 1, kRowThreads, rows, PackedOutputs{bounds, floats(0), floats(1)});
-    rows.cu = bounds;
-  }
-
+  const Launcher& launch_;
+  TokenRows raw_;  // with cu_seqlens as given
   Tensor bounds_;
+  PackedOutputs packed_{};
 };
 
 }  // namespace ppo

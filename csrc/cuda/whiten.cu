@@ -15,40 +15,43 @@ WhitenInputs whiten_inputs(const Tensor& x, const OptTensor& mask) {
 
 int64_t whiten_blocks(const Tensor& x) { return std::min(whiten_chunks(x.numel()), kWhitenBlocks); }
 
-std::tuple<Tensor, Tensor, Tensor> moments(const Tensor& x, const OptTensor& mask) {
-  PPO_COUNT("moments");
-  const Launcher launch(x);
+// Count, mean and squared deviations of the valid tokens, and the partials they are folded from, which have to last as
+// long as that launch. `followed`: a dependent launch comes next.
+std::array<Tensor, 4> launch_moments(const Launcher& launch, const WhitenInputs& in, const Tensor& x, bool followed) {
   const int64_t blocks = std::max<int64_t>(whiten_blocks(x), 1);
-  const Tensor count = empty({}, ScalarType::Double, x), mean = empty({}, ScalarType::Double, x),
-               m2 = empty({}, ScalarType::Double, x),
-               partials = empty({WhitenPartials::kCount * blocks}, ScalarType::Double, x);
-  auto* parts = data_of<double>(partials);
-  launch(moments_kernel, blocks, kWhitenThreads, whiten_inputs(x, mask), parts);
-  launch.dependent(moments_fold_kernel, 1, kFoldThreads, parts, blocks, data_of<double>(count), data_of<double>(mean),
-                   data_of<double>(m2));
-  return std::make_tuple(count, mean, m2);
+  const auto doubles = [&](Sizes sizes) { return empty(sizes, ScalarType::Double, x); };
+  std::array<Tensor, 4> found{doubles({}), doubles({}), doubles({}), doubles({WhitenPartials::kCount * blocks})};
+  double* const to[] = {data_of<double>(found[0]), data_of<double>(found[1]), data_of<double>(found[2]),
+                        data_of<double>(found[3])};
+  launch(moments_kernel, blocks, kWhitenThreads, in, to[3]);
+  launch.dependent(moments_fold_kernel, 1, kFoldThreads, to[3], blocks, followed, to[0], to[1], to[2]);
+  return found;
 }
 
-// Two launches: in one, every block would have to wait for all others, which only a cooperative launch makes safe.
+std::tuple<Tensor, Tensor, Tensor> moments(const Tensor& x, const OptTensor& mask) {
+  PPO_COUNT("moments");
+  const auto found = launch_moments(Launcher(x), whiten_inputs(x, mask), x, false);
+  return std::make_tuple(found[0], found[1], found[2]);
+}
+
 Tensor whiten(const Tensor& x, const OptTensor& mask, const OptTensor& count, const OptTensor& mean,
               const OptTensor& m2, bool shift_mean, bool unbiased, double eps) {
   PPO_COUNT("whiten");
   const Launcher launch(x);
   const WhitenInputs in = whiten_inputs(x, mask);
-  const int64_t blocks = whiten_blocks(x);
   const Tensor y = empty(x.sizes(), ScalarType::Float, x);
-  const Tensor partials = empty({count.has_value() ? 0 : WhitenPartials::kCount * blocks}, ScalarType::Double, x);
   check_together(count, mean, m2);
   const RowVector<double> given[] = {{"count", count, {}}, {"mean", mean, {}}, {"m2", m2, {}}};
   const WhitenOptions options{shift_mean, unbiased, eps};
+  auto* out = data_of<float>(y);
+  const int64_t blocks = whiten_blocks(x);
+  if (blocks == 0) return y;
   if (count.has_value()) {
-    const MomentSources from{given[0].data(), given[1].data(), given[2].data(), nullptr, 0};
-    launch(whiten_kernel, blocks, kWhitenThreads, in, from, options, data_of<float>(y));
+    launch(whiten_kernel, blocks, kWhitenThreads, in, given[0].data(), given[1].data(), given[2].data(), options, out);
   } else {
-    auto* parts = data_of<double>(partials);
-    const MomentSources from{nullptr, nullptr, nullptr, parts, blocks};
-    launch(moments_kernel, blocks, kWhitenThreads, in, parts);
-    launch.dependent(whiten_kernel, blocks, kWhitenThreads, in, from, options, data_of<float>(y));
+    const auto found = launch_moments(launch, in, x, true);
+    const auto own = [&](int i) { return data_of<const double>(found[i]); };
+    launch.dependent(whiten_kernel, blocks, kWhitenThreads, in, own(0), own(1), own(2), options, out);
   }
   return y;
 }

@@ -1,8 +1,8 @@
 // Moments and whitening on the device.
 //
 // Each block takes chunks of the tensor by two passes over registers and writes the moments it has found as a column of
-// partials. Those are folded by a launch of their own (moments), or by every block of the launch that applies them,
-// while its tokens are on their way (whiten).
+// partials. A second launch folds those, and a third one applies what it has found: in one launch every block would
+// have to wait for all others.
 #pragma once
 
 #include "cuda/loss.cuh"
@@ -13,7 +13,7 @@ namespace ppo {
 constexpr int kWhitenThreads = kLossThreads;
 constexpr int kWhitenVectors = 4;
 constexpr int64_t kWhitenChunk = int64_t{kWhitenThreads} * kWhitenVectors * kTokens;
-constexpr int64_t kWhitenBlocks = 1024;  // at most: every block that applies the moments reads those of all blocks
+constexpr int64_t kWhitenBlocks = 1024;  // at most, so that the fold is short
 
 using WhitenPartials = Columns<0, 1, 1, false>;
 
@@ -22,12 +22,6 @@ struct WhitenInputs {
   TokenInput<float> x;
   TokenInput<uint8_t> mask;
   bool aligned;
-};
-
-// Either the moments themselves, or the partials of `blocks` blocks.
-struct MomentSources {
-  const double *count, *mean, *m2, *partials;
-  int64_t blocks;
 };
 
 inline __host__ __device__ int64_t whiten_chunks(int64_t total) { return (total + kWhitenChunk - 1) / kWhitenChunk; }
@@ -97,8 +91,10 @@ static __global__ void __launch_bounds__(kWhitenThreads, 3 - kFewerBlocks)
 }
 
 static __global__ void __launch_bounds__(kFoldThreads)
-    moments_fold_kernel(const double* partials, int64_t blocks, double* count, double* mean, double* m2) {
+    moments_fold_kernel(const double* partials, int64_t blocks, bool followed, double* count, double* mean,
+                        double* m2) {
   wait_for_primary();
+  if (followed) allow_dependent_launch();
   const Moments all = WhitenPartials::moments(fold_columns<WhitenPartials, kFoldThreads>(partials, blocks), 0);
   if (threadIdx.x == 0) *count = all.count, *mean = all.mean, *m2 = all.m2;
 }
@@ -123,19 +119,14 @@ __device__ inline WhitenMap whiten_map(const Moments& m, const WhitenOptions& o)
 }
 
 static __global__ void __launch_bounds__(kWhitenThreads, 4)
-    whiten_kernel(WhitenInputs in, MomentSources from, WhitenOptions options, float* y) {
+    whiten_kernel(WhitenInputs in, const double* count, const double* mean, const double* m2, WhitenOptions options,
+                  float* y) {
   __shared__ WhitenMap map;
   for (int64_t i = blockIdx.x; i < whiten_chunks(in.rows.total); i += gridDim.x) {
     const WhitenChunk chunk(in, i);
     if (i == blockIdx.x) {  // while the first chunk is on its way
       wait_for_primary();
-      Moments all;
-      if (from.blocks == 0) {
-        all = {*from.count, *from.mean, *from.m2};
-      } else {
-        all = WhitenPartials::moments(fold_columns<WhitenPartials, kWhitenThreads>(from.partials, from.blocks), 0);
-      }
-      if (threadIdx.x == 0) map = whiten_map(all, options);
+      if (threadIdx.x == 0) map = whiten_map({*count, *mean, *m2}, options);
       __syncthreads();
     }
 #pragma unroll

@@ -102,11 +102,12 @@ def measured(lines: list[str], path: paths.Path) -> dict[str, float]:
     """What the instructions of a kernel say, of the whole and of the hot ways through it."""
     found = {"local_accesses": sass.count(r"\b(LDL|STL)\b", lines)}
     found |= {"barriers": sass.count(sass.BARRIER, lines), "membars": sass.count(sass.MEMBAR, lines)}
-    if sass.count(sass.ALLOWS_DEPENDENT, lines):
-        found["dependent_launch"] = "allows"
     waits = [i for i, line in enumerate(lines) if re.search(sass.WAITS_FOR_PRIMARY, line)]
+    roles = ["waits"] * bool(waits) + ["allows"] * bool(sass.count(sass.ALLOWS_DEPENDENT, lines))
+    if roles:
+        found["dependent_launch"] = " and ".join(roles)
     if waits:
-        found |= {"dependent_launch": "waits", "loads_before_wait": sass.count(r"\bLDG\b", lines[: waits[-1]])}
+        found["loads_before_wait"] = sass.count(r"\bLDG\b", lines[: waits[-1]])
     ways = {"": [], "odd_": []}
     if path.way == paths.LOOP:
         ways = {"": sass.hot_loop(lines), "odd_": sass.hot_loop(lines, r"\bLOP3\b")}

@@ -6,6 +6,7 @@ import collections
 import re
 import shutil
 import subprocess
+from collections.abc import Set
 from pathlib import Path
 
 INSTRUCTION = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(.*?)\s*;")
@@ -81,6 +82,9 @@ def _next(lines: list[str], at: int) -> list[int]:
     line, target = lines[at], _target(lines[at])
     conditional = line.startswith("@") or re.search(r"BRA(\.\w+)*\s+!?U?P\d", line) or "BRA.DIV" in line
     following = [at + 1] if at + 1 < len(lines) else []
+    call = re.search(r"\bCALL\S* `?\(?0x([0-9a-f]+)", line)
+    if call and int(call[1], 16) // 16 == at + 2:  # the end of a loop on sm_80: over the branch to its begin
+        return [at + 2, *following]
     if "BRA.DIV" in line:  # taken by a warp that has come apart
         return following
     if target is not None:
@@ -90,14 +94,16 @@ def _next(lines: list[str], at: int) -> list[int]:
     return following
 
 
-def _way(lines: list[str], start: int, end: int, inside: range) -> list[int] | None:
-    """The fewest instructions from one to another, both included."""
+def _way(
+    lines: list[str], start: int, end: int, inside: range, without: Set[tuple[int, int]] = frozenset()
+) -> list[int] | None:
+    """The fewest instructions from one to another, both included, by no step of ``without``."""
     before = {start: start}
     queue = collections.deque([start])
     while queue and end not in before:
         at = queue.popleft()
         for to in _next(lines, at):
-            if to in inside and to not in before:
+            if to in inside and to not in before and (at, to) not in without:
                 before[to] = at
                 queue.append(to)
     if end not in before:
@@ -106,6 +112,27 @@ def _way(lines: list[str], start: int, end: int, inside: range) -> list[int] | N
     while way[-1] != start:
         way.append(before[way[-1]])
     return way[::-1]
+
+
+def _one_round(lines: list[str]) -> tuple[list[int], set[tuple[int, int]]]:
+    """The instructions in an order that every step keeps but those that begin a loop's next round, and these."""
+    rounds, done, on_the_way = set(), [], {0}
+    stack = [(0, iter(_next(lines, 0)))]
+    seen = {0}
+    while stack:
+        at, following = stack[-1]
+        to = next(following, None)
+        if to is None:
+            done.append(at)
+            on_the_way.remove(at)
+            stack.pop()
+        elif to in on_the_way:
+            rounds.add((at, to))
+        elif to not in seen:
+            seen.add(to)
+            on_the_way.add(to)
+            stack.append((to, iter(_next(lines, to))))
+    return done[::-1], rounds
 
 
 def _blocks(lines: list[str]) -> list[range]:
@@ -142,22 +169,31 @@ def hot_loop(lines: list[str], over: str = "") -> list[int]:
 def straight(lines: list[str], loads: str = VECTOR_LOAD, stores: str = VECTOR_STORE) -> list[int]:
     """From the kernel's begin to its end by these loads and stores and by the words of a mask, without rare work.
 
-    Alternatives to what is on the way already are left out. Empty if the kernel has no such load.
+    Of every loop it is the first round, and of alternatives the one that loads and stores most at a time. Empty if the
+    kernel has no such load.
     """
-    stops, needed = [_most(EXP2, lines, _blocks(lines))] if count(EXP2, lines) else [], []
+    weights = dict.fromkeys([_most(EXP2, lines, _blocks(lines))] if count(EXP2, lines) else [], 0)
     for block in _blocks(lines):
         text = lines[block.start : block.stop]
-        if count(loads, text) or count(stores, text):
-            needed.append(block.start)
+        if weight := count(loads, text) + count(stores, text):
+            weights[block.start] = weight
         elif loads == VECTOR_LOAD and any(_reads_bytes(lines, at) for at in block):
-            stops.append(block.start)
+            weights[block.start] = 0
     if not any(count(loads, [line]) for line in lines):
         return []
-    everywhere = range(len(lines))
+    everywhere, (order, rounds) = range(len(lines)), _one_round(lines)
+    place = {at: i for i, at in enumerate(order)}
+    last = max((at for at, weight in weights.items() if weight), key=place.__getitem__)
     exits = [i for i in everywhere if re.search(r"\bEXIT\b", lines[i])]
-    ways = [way for end in exits if (way := _way(lines, max(needed), end, everywhere))]
-    end = min(ways, key=len, default=[max(needed)])[-1]
-    return _through(lines, [0, *sorted({*stops, *needed} - {0, end}), end], everywhere)
+    ways = [way for end in exits if (way := _way(lines, last, end, everywhere, rounds))]
+    end = min(ways, key=len, default=[last])[-1]
+    way = []
+    stops = [0, end]
+    for stop in sorted(weights, key=lambda at: (-weights[at], place[at])):
+        more = sorted({*stops, stop}, key=place.__getitem__)
+        if found := _through(lines, more, everywhere, rounds):
+            stops, way = more, found
+    return way
 
 
 def _reads_bytes(lines: list[str], at: int) -> bool:
@@ -169,16 +205,17 @@ def _reads_bytes(lines: list[str], at: int) -> bool:
     return TAKES_BYTES.search(reader) is not None
 
 
-def _through(lines: list[str], stops: list[int], inside: range) -> list[int]:
-    """The shortest way by the first stop, the last one, and of those between what can be reached in this order."""
-    way = [stops[0]]
-    for stop in stops[1:-1]:
-        part = _way(lines, way[-1], stop, inside)
-        if part is not None and _way(lines, stop, stops[-1], inside) is not None:
-            way += part[1:]
-    last = _way(lines, way[-1], stops[-1], inside)
-    assert last is not None, f"no way from instruction {way[-1]} to {stops[-1]}"
-    return way + last[1:]
+def _through(
+    lines: list[str], stops: list[int], inside: range, without: Set[tuple[int, int]] = frozenset()
+) -> list[int]:
+    """The shortest way by all stops in this order; empty if there is none."""
+    way = stops[:1]
+    for stop in stops[1:]:
+        part = _way(lines, way[-1], stop, inside, without)
+        if part is None:
+            return []
+        way += part[1:]
+    return way
 
 
 def on(lines: list[str], way: list[int]) -> list[str]:

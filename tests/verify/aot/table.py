@@ -17,8 +17,8 @@ same for every architecture, and `make verify PART=aot` fails where a kernel nee
 - *first use*: instructions from the last load of a tile's data (its vectors and the words of its mask) to the first
   instruction that reads any of them. **Negative: something waits for memory before all of the tile is asked for.**
 - *before data*: barriers that a block passes before it asks for the first vector.
-- *dependent launch*: the kernel allows the next one to begin, or waits for the one before it, and how many loads of
-  what was there before are in front of that wait (`csrc/cuda/dependent_launch.cuh`).
+- *dependent launch*: the kernel allows the next one to begin, waits for the one before it, or both, and how many loads
+  of what was there before are in front of that wait (`csrc/cuda/dependent_launch.cuh`).
 """
 
 
@@ -60,9 +60,8 @@ def _cuda(kernels: dict) -> str:
 
 
 def _dependent(entry: dict) -> str:
-    if "loads_before_wait" in entry:
-        return f"waits, behind {entry['loads_before_wait']} loads"
-    return entry.get("dependent_launch", "")
+    loads = f"waits, behind {entry.get('loads_before_wait')} loads,"
+    return entry.get("dependent_launch", "").replace("waits", loads).rstrip(",")
 
 
 def _launches(calls: dict[str, list[str]]) -> str:
