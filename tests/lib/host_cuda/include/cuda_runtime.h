@@ -179,9 +179,14 @@ struct cudaLaunchConfig_t {
 template <class... Parameters, class... Arguments>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...), Arguments&&... args) {
   const unsigned blocks = config->gridDim.x, threads = config->blockDim.x;
+  bool dependent = false;
+  for (unsigned i = 0; i < config->numAttrs; ++i) {
+    if (config->attrs[i].id != cudaLaunchAttributeProgrammaticStreamSerialization) continue;
+    dependent = config->attrs[i].val.programmaticStreamSerializationAllowed != 0;
+  }
   if (host_cuda::note(reinterpret_cast<const void*>(kernel), blocks, threads)) {
     const auto call = [kernel, ... own = static_cast<Parameters>(args)] { kernel(own...); };
-    host_cuda::run(blocks, threads, config->numAttrs > 0, std::make_shared<const host_cuda::Kernel>(call));
+    host_cuda::run(blocks, threads, dependent, std::make_shared<const host_cuda::Kernel>(call));
   }
   return cudaSuccess;
 }
