@@ -83,7 +83,7 @@ def _next(lines: list[str], at: int) -> list[int]:
     conditional = line.startswith("@") or re.search(r"BRA(\.\w+)*\s+!?U?P\d", line) or "BRA.DIV" in line
     following = [at + 1] if at + 1 < len(lines) else []
     call = re.search(r"\bCALL\S* `?\(?0x([0-9a-f]+)", line)
-    if call and int(call[1], 16) // 16 == at + 2:  # the end of a loop on sm_80: over the branch to its begin
+    if call and conditional and int(call[1], 16) // 16 == at + 2:  # a loop's end on sm_80, over the branch to its begin
         return [at + 2, *following]
     if "BRA.DIV" in line:  # taken by a warp that has come apart
         return following
@@ -169,8 +169,8 @@ def hot_loop(lines: list[str], over: str = "") -> list[int]:
 def straight(lines: list[str], loads: str = VECTOR_LOAD, stores: str = VECTOR_STORE) -> list[int]:
     """From the kernel's begin to its end by these loads and stores and by the words of a mask, without rare work.
 
-    Of every loop it is the first round, and of alternatives the one that loads and stores most at a time. Empty if the
-    kernel has no such load.
+    Of every loop it is the first round, and of alternatives the one that loads and stores most at a time, among those
+    that end where the last of all loads and stores does. Empty if the kernel has no such load.
     """
     weights = dict.fromkeys([_most(EXP2, lines, _blocks(lines))] if count(EXP2, lines) else [], 0)
     for block in _blocks(lines):
@@ -186,13 +186,15 @@ def straight(lines: list[str], loads: str = VECTOR_LOAD, stores: str = VECTOR_ST
     last = max((at for at, weight in weights.items() if weight), key=place.__getitem__)
     exits = [i for i in everywhere if re.search(r"\bEXIT\b", lines[i])]
     ways = [way for end in exits if (way := _way(lines, last, end, everywhere, rounds))]
-    end = min(ways, key=len, default=[last])[-1]
+    assert ways, "the last load or store is followed by no end of the kernel without another round of a loop"
+    end = min(ways, key=len)[-1]
     way = []
     stops = [0, end]
     for stop in sorted(weights, key=lambda at: (-weights[at], place[at])):
         more = sorted({*stops, stop}, key=place.__getitem__)
         if found := _through(lines, more, everywhere, rounds):
             stops, way = more, found
+    assert max(weights, key=weights.__getitem__) in way, "the block with most loads and stores ends in another way"
     return way
 
 
