@@ -278,7 +278,19 @@ def test_packed_tokens_of_no_row(impl, bounds):
     assert not rewards.any()
 
 
-@pytest.mark.parametrize("bounds", [[0, 9, 4, 12], [0, 12, 0, 12], [6, 3, 9, -1, 12], [0, 2**40, 0, 12]])
+MANY = [0, 12, *[0] * 1100, 12]  # more than a block looks at in one round
+
+
+@pytest.mark.parametrize(
+    "bounds",
+    [
+        [0, 9, 4, 12],
+        [0, 12, 0, 12],
+        [6, 3, 9, -1, 12],
+        [0, 2**40, 0, 12],
+        pytest.param(MANY, id="many", marks=pytest.mark.large),
+    ],
+)
 def test_with_wrong_cu_seqlens_no_kernel_counts_a_token_twice(impl, bounds):
     x, rows = torch.randn(12), len(bounds) - 1
     options = {

@@ -18,6 +18,16 @@ def test_wrong_cu_seqlens_never_read_outside(impl, bounds):
     assert_raises(ValueError, lambda: p3o_loss(x, x, x, scores, validate=True, impl=impl, **call), "cu_seqlens", "12")
 
 
+@pytest.mark.parametrize("bounds", [[3, 7, 9], [0, 5, 5], [9, 9, 9], [0]])
+def test_packed_tokens_of_no_row_have_no_gradient(impl, bounds):
+    logp, old, ref = torch.randn(3, 12).unbind()
+    logp = logp.clone().requires_grad_()
+    p3o_loss(logp, old, ref, torch.randn(len(bounds) - 1), cu_seqlens=torch.tensor(bounds), impl=impl)[0].backward()
+    assert logp.grad.isfinite().all()
+    assert not logp.grad[: bounds[0]].any()
+    assert not logp.grad[bounds[-1] :].any()
+
+
 WRONG = [
     ({"variant": "both"}, ValueError, ("variant", "joint", "separate", "both")),
     ({"group_size": 1}, ValueError, ("group_size", ">= 2", "1")),
