@@ -8,7 +8,7 @@
 #include "cuda/dependent_launch.cuh"
 
 constexpr unsigned kBlocks = 4, kThreads = 64, kAll = kBlocks * kThreads;
-int first[kAll], second[kAll], third[kAll];  // what no other file could see, the compiler would leave out
+int first[kAll], second[kAll], third_sums[kAll];  // what no other file could see, the compiler would leave out
 
 namespace {
 
@@ -58,25 +58,28 @@ void last_of_some(int) {
 }
 
 void middle(int) {
-  ppo::wait_for_primary();
-  ppo::allow_dependent_launch();
-  second[at()] = first[other()];
-}
-void middle_allows_first(int) {
   ppo::allow_dependent_launch();
   ppo::wait_for_primary();
   second[at()] = first[other()];
 }
-// What the first launch has written is there from the start of the third one, what the second one has written is not.
+void middle_allows_late(int) {
+  ppo::wait_for_primary();
+  ppo::allow_dependent_launch();
+  second[at()] = first[other()];
+}
+void third(int) {
+  ppo::wait_for_primary();
+  third_sums[at()] = first[other()] + second[other()];
+}
 void third_reads_of_the_first(int) {
   const int x = first[other()];
   ppo::wait_for_primary();
-  third[at()] = x + second[other()];
+  third_sums[at()] = x + second[other()];
 }
 void third_reads_of_the_second(int) {
   const int x = second[other()];
   ppo::wait_for_primary();
-  third[at()] = x;
+  third_sums[at()] = x;
 }
 void third_overwrites_what_the_second_reads(int) {
   first[other()] = 0;
@@ -92,16 +95,17 @@ int main(int, char** arguments) {
   const auto is = [&](const char* name) { return std::strcmp(arguments[1], name) == 0; };
   for (int round = 0; round < 3; ++round) {  // what is kept of a launch has two places, in turns
     if (is("pair")) pair(primary, last);
-    if (is("chain")) chain(primary, middle, third_reads_of_the_first);
-    if (is("longer")) chain(primary, middle, middle), launch(last, true);
+    if (is("chain")) chain(primary, middle, third);
+    if (is("chain_allows_late")) chain(primary, middle_allows_late, third);
+    if (is("chain_of_four")) chain(primary, middle, middle), launch(last, true);
     if (is("plain_after_pair")) pair(primary, last), launch(quiet, false);
     if (is("pair_reads_early")) pair(primary, last_reads_first);
     if (is("pair_writes_early")) pair(primary, last_writes_first);
-    if (is("chain_reads_early")) chain(primary, middle, third_reads_of_the_second);
+    if (is("chain_reads_the_first_early")) chain(primary, middle, third_reads_of_the_first);
+    if (is("chain_reads_the_second_early")) chain(primary, middle, third_reads_of_the_second);
     if (is("chain_writes_early")) chain(primary, middle, third_overwrites_what_the_second_reads);
     if (is("waits_of_some")) pair(primary, last_of_some);
     if (is("allows_of_some")) pair(primary_of_some, last);
-    if (is("allows_before_it_waits")) chain(primary, middle_allows_first, last);
     if (is("behind_none")) pair(quiet, last);
     if (is("followed_by_none")) launch(primary, false), launch(quiet, false);
     if (is("attribute_is_off")) launch(primary, false), launch(last, true, 0);
