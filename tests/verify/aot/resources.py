@@ -29,6 +29,8 @@ ARCHITECTURES = (80, 90, 100, 120)
 FLAGS = ("-std=c++20", "-O3", "--expt-relaxed-constexpr", "-DUSE_CUDA", "-DTORCH_TARGET_VERSION=0x020b000000000000")
 #: Of a warp's lane, per bf16 logit: more would keep the forward from the bandwidth of the memory.
 BUDGETS = {f"token_logprobs_kernel<{t}, true>": 8.0 for t in ("BFloat16", "Float16")}
+#: They load inputs, which were there before the launches they wait for; others begin with what one of those writes.
+LOADS_FIRST = ("whiten_kernel",)
 LESS_IS_BETTER = (
     *("registers", "shared_bytes", "stack_bytes", "local_accesses", "instructions", "instructions_per_element"),
     *("odd_instructions_per_element", "barriers", "membars", "barriers_before_data"),
@@ -168,6 +170,9 @@ def faults(found: dict) -> list[str]:
     for kernel, arch, entry in entries(found):
         if entry["spill_bytes"]:
             bad.append(f"{kernel} {arch}: spill_bytes = {entry['spill_bytes']}, and must be 0")
+        early = 0 if kernel in LOADS_FIRST else entry.get("loads_before_first_wait", 0)
+        if early:
+            bad.append(f"{kernel} {arch}: {early} loads before its first wait; a launch before may still write them")
         per_element, budget = entry.get("instructions_per_element"), BUDGETS.get(kernel)
         if budget is not None and per_element > budget:
             bad.append(f"{kernel} {arch}: {per_element} instructions per element, and at most {budget} are allowed")

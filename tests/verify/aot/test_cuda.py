@@ -166,6 +166,15 @@ def test_blocks_that_fit_by_registers_shared_memory_threads_and_number():
     assert paths.blocks_per_sm(90, 16, 0, 32) == 32
 
 
+def test_loads_before_the_first_wait_are_reported(recorded):
+    found = copy.deepcopy(recorded)
+    found["kernels"]["whiten_kernel"]["sm_90"]["loads_before_first_wait"] = 8
+    assert not resources.faults(found)
+    found["kernels"]["gae_segments_kernel<2>"]["sm_90"]["loads_before_first_wait"] = 1
+    (fault,) = resources.faults(found)
+    assert "gae_segments_kernel<2> sm_90: 1 loads" in fault
+
+
 def test_more_instructions_than_the_budget_are_reported(recorded):
     found = copy.deepcopy(recorded)
     found["kernels"][FORWARD]["sm_90"]["instructions_per_element"] = 8.5
