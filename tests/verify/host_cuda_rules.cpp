@@ -43,6 +43,11 @@ void last(int) {
   ppo::wait_for_primary();
   second[at()] = first[other()];
 }
+void last_waits_twice(int) {
+  if (threadIdx.x % 2 == 0) ppo::wait_for_primary();
+  ppo::wait_for_primary();
+  second[at()] = first[other()];
+}
 void last_reads_first(int) {
   const int x = first[other()];
   ppo::wait_for_primary();
@@ -95,6 +100,7 @@ int main(int, char** arguments) {
   const auto is = [&](const char* name) { return std::strcmp(arguments[1], name) == 0; };
   for (int round = 0; round < 3; ++round) {  // what is kept of a launch has two places, in turns
     if (is("pair")) pair(primary, last);
+    if (is("pair_waits_twice")) pair(primary, last_waits_twice);
     if (is("chain")) chain(primary, middle, third);
     if (is("chain_allows_late")) chain(primary, middle_allows_late, third);
     if (is("chain_of_four")) chain(primary, middle, middle), launch(last, true);
