@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from ppo_kernels import backends
 from ppo_kernels._compositions import compose
@@ -21,7 +22,7 @@ from ppo_kernels.ops._head_inputs import (
     head_numbers,
     memory_bytes,
 )
-from ppo_kernels.ops._inputs import check_floating, keepable, to_mask
+from ppo_kernels.ops._inputs import check_floating, check_packed, keepable, to_mask
 from ppo_kernels.ops._logits_inputs import ANY_LABEL, check_entropy, check_shard, check_values
 from ppo_kernels.ops._public import public, refuse_tangents
 from ppo_kernels.ops.linear_token_logprobs import linear_token_logprobs
@@ -295,9 +296,11 @@ def linear_policy_loss(
     numbers = head_numbers(op, temperature, softcap, logit_scale, ignore_index, hidden)
     memory, mask = memory_bytes(op, memory_mib, hidden.device, 256), to_mask(op, mask, labels)
     impl = _LINEAR_POLICY_LOSS.choose(impl, hidden.device.type, compute_dtype(hidden, weight, bias))
+    labels, ignore_index = labels.long(), numbers[-1]
     valid = labels != ignore_index
     valid = valid if mask is None else valid & (mask != 0)
-    if (cu_seqlens := policy_options.get("cu_seqlens")) is not None and valid.dim() == 1:
+    if (cu_seqlens := policy_options.get("cu_seqlens")) is not None:
+        check_packed(op, cu_seqlens, "labels", labels)
         at = torch.arange(len(valid), device=valid.device)  # tokens of no row do not count
         valid = valid & (at >= cu_seqlens[0]) & (at < cu_seqlens[-1])
     options = policy_options | {"impl": impl, "validate": validate}
@@ -309,7 +312,9 @@ def linear_policy_loss(
     if validate:
         check_values(op, labels, valid, numbers[0], ignore_index, weight.size(0) if group is None else ANY_LABEL)
     of_tokens = policy_options.get("importance_sampling_level", "token") == "token"
-    eager = not (torch.compiler.is_compiling() or transformed() or has_tangent(hidden))
+    eager = not (
+        torch.compiler.is_compiling() or transformed() or has_tangent(hidden) or isinstance(hidden, FakeTensor)
+    )
     if impl == "torch" or group is not None or support is not None or not (of_tokens and eager):
         found: Any = linear_token_logprobs(
             hidden, weight, labels, bias=bias, temperature=temperature, softcap=softcap, logit_scale=logit_scale,
@@ -326,7 +331,7 @@ def linear_policy_loss(
     rows, tau, cap, scale, _ = numbers
     inputs: Any = (hidden, weight, bias)
     rest: Any = (
-        labels.long(), valid, (rows, tau, ignore_index), (cap, scale, logits_dtype, memory),
+        labels, valid, (rows, tau, ignore_index), (cap, scale, logits_dtype, memory),
         (old_logprobs, advantages, valid, entropy, options), impl,
     )  # fmt: skip
     if not any(x is not None and recorded(x) for x in inputs):
