@@ -205,9 +205,7 @@ def number_or_tensor(op: str, name: str, value: object, device: torch.device) ->
 def beside(op: str, name: str, value: Tensor, device: torch.device) -> Tensor:
     """A tensor of one element, in the widest dtype of the device that it is brought to."""
     if value.is_meta and device.type != "meta":
-        raise ValueError(
-            f"{op}: {name} is on meta, where it has no value, and the inputs are on {device}; move it there"
-        )
+        raise ValueError(f"{op}: {name} is on meta, where it has no value; pass one with a value, or a number")
     return value.detach().to(device=device, dtype=wide_dtype(device))
 
 

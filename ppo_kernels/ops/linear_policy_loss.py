@@ -296,7 +296,7 @@ def linear_policy_loss(
     numbers = head_numbers(op, temperature, softcap, logit_scale, ignore_index, hidden)
     memory, mask = memory_bytes(op, memory_mib, hidden.device, 256), to_mask(op, mask, labels)
     impl = _LINEAR_POLICY_LOSS.choose(impl, hidden.device.type, compute_dtype(hidden, weight, bias))
-    labels, ignore_index = labels.long(), numbers[-1]
+    labels = labels.long()  # before it is compared: ignore_index may be beyond its dtype
     valid = labels != ignore_index
     valid = valid if mask is None else valid & (mask != 0)
     if (cu_seqlens := policy_options.get("cu_seqlens")) is not None:
@@ -312,9 +312,8 @@ def linear_policy_loss(
     if validate:
         check_values(op, labels, valid, numbers[0], ignore_index, weight.size(0) if group is None else ANY_LABEL)
     of_tokens = policy_options.get("importance_sampling_level", "token") == "token"
-    eager = not (
-        torch.compiler.is_compiling() or transformed() or has_tangent(hidden) or isinstance(hidden, FakeTensor)
-    )
+    eager = not (torch.compiler.is_compiling() or transformed() or has_tangent(hidden))
+    eager = eager and not isinstance(hidden, FakeTensor)  # which does not say how many rows count
     if impl == "torch" or group is not None or support is not None or not (of_tokens and eager):
         found: Any = linear_token_logprobs(
             hidden, weight, labels, bias=bias, temperature=temperature, softcap=softcap, logit_scale=logit_scale,

@@ -98,7 +98,7 @@ def linear_token_logprobs(
     vocab_start = check_shard(op, group, vocab_start, hidden)
     memory, mask = memory_bytes(op, memory_mib, hidden.device, 64), to_mask(op, mask, labels)
     rows, *numbers = head_numbers(op, temperature, softcap, logit_scale, ignore_index, hidden)
-    labels, ignore_index = labels.long().contiguous(), numbers[-1]
+    labels = labels.long().contiguous()
     if validate:
         check_values(op, labels, mask, rows, ignore_index, weight.size(0) if group is None else ANY_LABEL)
     impl = FORWARD.choose(impl, hidden.device.type, compute_dtype(hidden, weight, bias))
