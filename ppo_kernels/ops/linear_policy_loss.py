@@ -23,7 +23,7 @@ from ppo_kernels.ops._head_inputs import (
     memory_bytes,
 )
 from ppo_kernels.ops._inputs import check_floating, check_packed, keepable, to_mask
-from ppo_kernels.ops._logits_inputs import ANY_LABEL, check_entropy, check_shard, check_values
+from ppo_kernels.ops._logits_inputs import ANY_LABEL, check_entropy, check_ignore_index, check_shard, check_values
 from ppo_kernels.ops._public import public, refuse_tangents
 from ppo_kernels.ops.linear_token_logprobs import linear_token_logprobs
 from ppo_kernels.ops.policy_loss import policy_loss
@@ -290,6 +290,7 @@ def linear_policy_loss(
     check_logits_dtype(op, logits_dtype, hidden, weight, bias)
     check_shard(op, group, vocab_start, hidden)
     check_entropy(op, entropy)
+    ignore_index = check_ignore_index(op, ignore_index)
     coef = policy_options.get("entropy_coef", 0.0)
     if entropy is False and (isinstance(coef, Tensor) or coef != 0):
         raise ValueError(f"{op}: entropy_coef={coef} needs the entropy; pass entropy=True or set entropy_coef=0")
