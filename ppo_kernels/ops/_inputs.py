@@ -18,17 +18,20 @@ _MASK_DTYPES = (torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, t
 def check_tensor(op: str, name: str, x: object) -> Tensor:
     if not isinstance(x, Tensor):
         raise TypeError(f"{op}: {name} must be a torch.Tensor, got {type(x).__name__}")
-    if type(x) is not Tensor:
-        _refuse_nested_and_sharded(op, name, x)
+    if type(x) is not Tensor or x.is_nested or x.layout is not torch.strided:
+        _refuse_other_kinds(op, name, x)
     return x
 
 
-def _refuse_nested_and_sharded(op: str, name: str, x: Tensor) -> None:
+def _refuse_other_kinds(op: str, name: str, x: Tensor) -> None:
     if x.is_nested:
+        jagged = "" if x.layout is torch.jagged else " of the strided layout; make it with layout=torch.jagged, then"
         raise TypeError(
-            f"{op}: {name} is a NestedTensor; pass its .values() for every input, and cu_seqlens=its .offsets() where"
-            " the op takes them"
+            f"{op}: {name} is a NestedTensor{jagged or ';'} pass its .values() for every input, and cu_seqlens=its"
+            " .offsets() where the op takes them"
         )
+    if x.layout is not torch.strided:
+        raise TypeError(f"{op}: {name} has the layout {x.layout}, and dense tensors alone are taken; pass .to_dense()")
     if hasattr(x, "placements"):
         raise TypeError(
             f"{op}: {name} is a DTensor with placements {tuple(x.placements)}, and only replicas are taken as they are;"
