@@ -66,10 +66,12 @@ class PolicyStats(NamedTuple):
     ratio_var: Tensor  #: population variance
     ratio_max: Tensor
     #: Share clipped from above: A > 0 and ratio > 1 + cliprange_high; whatever A is for cispo; for dppo, A > 0 and the
-    #: token's probability has risen too far; for the level "geometric", A > 0 and the token's d > cliprange_high.
+    #: token's probability has risen too far; for the level "geometric", A > 0 and the token's d > cliprange_high; 0 for
+    #: sapo.
     clipfrac_high: Tensor
     clipfrac_low: Tensor  #: share clipped from below: the same with A < 0 and the other bound
-    dual_clipfrac: Tensor  #: share whose loss dual_clip or delta lowered; for dppo, whose ratio delta bounded
+    #: Share whose loss dual_clip or delta lowered; for dppo, whose ratio delta bounded and whose loss is not 0.
+    dual_clipfrac: Tensor
     ref_kl: Tensor  #: mean KL estimate against ref_logprobs (0 without them)
     clamp_frac: Tensor  #: share whose log-ratio, the token's or the row's, lies beyond log_ratio_clamp
     ess: Tensor  #: effective sample size of the weights over the number of tokens: (sum w)^2 / (n sum w^2)

@@ -313,6 +313,38 @@ def test_memory_is_what_was_allowed(require_impl, memory_mib, dtype):
     assert rows * vocab * 4 > 4 * memory_mib * mib
 
 
+def test_labels_of_int32_are_those_of_int64(impl):
+    head, labels, given, mask = make()
+    for ignore_index in (-100, 2**32 + int(labels[0, 0])):
+        got, want = (run(impl, head, y, given, mask, ignore_index=ignore_index) for y in (labels.int(), labels))
+        assert all(bit_equal(x, y) for x, y in zip(got, want, strict=True))
+
+
+def test_shapes_alone(impl):
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    head, labels, given, mask = make()
+    real = run(impl, head, labels, given, mask, entropy=True)
+    with FakeTensorMode() as mode:
+        fake = [{name: mode.from_tensor(x) for name, x in some.items()} for some in (head, given)]
+        found = run(impl, fake[0], mode.from_tensor(labels), fake[1], mode.from_tensor(mask), entropy=True)
+    assert [(x.shape, x.dtype) for x in found] == [(x.shape, x.dtype) for x in real]
+
+
+@pytest.mark.parametrize("offsets", [[], [[0, 6]], 6, [0.0, 6.0], "meta"])
+def test_offsets_that_are_none_are_named(require_impl, offsets):
+    require_impl(OP, "cpu")
+    head, labels, given, _ = make()
+    device = "meta" if offsets == "meta" else "cpu"
+    cu_seqlens = torch.tensor([0, 6] if offsets == "meta" else offsets, device=device)
+    cu_seqlens = cu_seqlens if cu_seqlens.is_floating_point() and cu_seqlens.numel() else cu_seqlens.long()
+    packed = {name: x.view(-1) for name, x in given.items()}
+    head["hidden"] = head["hidden"].view(-1, H)
+    for impl in ("cpu", "torch"):
+        with pytest.raises((TypeError, ValueError), match="linear_policy_loss: .*cu_seqlens"):
+            linear_policy_loss(**head, labels=labels.view(-1), **packed, cu_seqlens=cu_seqlens, impl=impl)
+
+
 def test_errors_are_raised_before_any_product(require_impl):
     require_impl(OP, "cpu")
     head, labels, given, mask = make()

@@ -258,11 +258,41 @@ def test_layouts(impl):
     expanded = run(impl, tensors, labels, [torch.ones(1).expand(6)])
     for x, y in zip(expanded, run(impl, tensors, labels, [torch.ones(6)]), strict=True):
         assert bit_equal(x, y)
-    for nothing in (
-        run(impl, tensors, labels, grads, mask=torch.zeros(6)),
-        run(impl, tensors | {"hidden": torch.zeros(0, 12)}, labels[:0], [torch.zeros(0)]),
-    ):
-        assert not any(x.any() for x in nothing)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_without_a_row_that_counts_all_is_zero(impl, dtype):
+    """A micro-batch of nothing but padding. Memory that nobody has written is NaN meanwhile."""
+    tensors, labels = make(6, dtype=dtype)
+    torch.use_deterministic_algorithms(True)
+    try:
+        for nothing in (
+            run(impl, tensors, labels, [torch.randn(6)], mask=torch.zeros(6)),
+            run(impl, tensors, labels, [torch.randn(6)], mask=torch.zeros(6), save_logits=True),
+            run(impl, tensors | {"hidden": tensors["hidden"][:0]}, labels[:0], [torch.zeros(0)]),
+        ):
+            assert not any(x.any() for x in nothing)
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def test_shapes_alone(impl):
+    """Meta tensors, under an autocast too."""
+    tensors, labels = make(6)
+    meta = {name: x.to("meta") for name, x in tensors.items()}
+    found = run("auto", meta, labels.to("meta"), [torch.zeros(6, device="meta")], softcap=3.0)
+    for got, want in zip(found, run(impl, tensors, labels, [torch.zeros(6)], softcap=3.0), strict=True):
+        assert (got.shape, got.dtype, got.device.type) == (want.shape, want.dtype, "meta")
+
+
+def test_a_label_that_does_not_count_may_be_beyond_the_dtype_of_labels(impl):
+    tensors, labels = make(6)
+    for ignore_index in (2**32 + int(labels[0]), np.int64(2**40)):
+        got, want = (
+            run(impl, tensors, y, [torch.ones(6)], ignore_index=i, validate=True)
+            for y, i in ((labels.int(), ignore_index), (labels, -100))
+        )
+        assert all(bit_equal(x, y) for x, y in zip(got, want, strict=True))
 
 
 def test_tied_weights_checkpoints_and_autocast(require_impl):

@@ -210,6 +210,9 @@ CALLS = (
     whiten,
     groups,
     lambda x, impl: pk.token_logprobs(x, torch.arange(4, device="cpu"), temperature=0.5, entropy=True, impl=impl),
+    lambda x, impl: policy(x, impl, surrogate="dppo_tv", delta=1.5, kl_clamp=0.5),
+    lambda x, impl: policy(x, impl, cliprange=np.array(0.25)),
+    lambda x, impl: pk.linear_token_logprobs(x, OLD, torch.arange(4, device="cpu"), softcap=2.0, impl=impl),
     weights,
 )
 
@@ -289,6 +292,20 @@ def test_one_temperature_comes_in_any_shape_dtype_and_from_the_cpu(impl):
     labels = torch.zeros(4, dtype=torch.int64, device="meta")
     elsewhere = pk.token_logprobs(LOGP.to("meta"), labels, temperature=torch.tensor(0.5), impl="torch")
     assert elsewhere.device.type == "meta"
+
+
+@pytest.mark.parametrize("option", ["kl_coef", "normalizer", "entropy_coef", "rewards kl_coef", "lam", "temperature"])
+def test_a_number_without_a_value_is_named(impl, option):
+    op, _ = NUMBERS[option]
+    name = option.split()[-1]
+    with pytest.raises(ValueError, match=f"{name} is on meta, where it has no value"):
+        op(LOGP, impl, **{name: torch.tensor(0.5, device="meta")})
+
+
+def test_a_normalizer_is_no_truth_value(impl):
+    for option, op in (("normalizer", policy), ("normalizer", value), ("entropy_normalizer", bonus)):
+        with pytest.raises(ValueError, match=f"{option} must be a number or one real element, got torch.bool"):
+            op(LOGP, impl, **{option: torch.tensor(True)})
 
 
 def test_numbers_that_a_dtype_holds_no_more(impl):

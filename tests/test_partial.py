@@ -33,6 +33,18 @@ def test_shards_by_hand_give_what_the_whole_vocabulary_gives(impl, dtype):
         check_logits(merged(*given, impl, **options), of_logits(*given, impl=impl, **options))
 
 
+def test_a_label_of_no_shard_beside_one_of_a_shard(impl):
+    """The gradient of the row is NaN in every column of every shard, that of the other label too."""
+    logits, labels = torch.randn(2, SHARDS[3][-1]), torch.tensor([[1, SHARDS[3][-1] + 7], [2, 1]])
+    for z, y, first in [(z.clone().requires_grad_(), labels, first) for first, z in shards(logits)]:
+        parts = [partial(other, labels, vocab_start=at, impl=impl) for at, other in shards(logits)]
+        found = merge(parts, z, y, vocab_start=first, impl=impl)
+        assert found.isnan().tolist() == [[False, True], [False, False]]
+        found.sum().backward()
+        assert z.grad[0].isnan().all()
+        assert z.grad[1].isfinite().all()
+
+
 def test_half_precision_is_rounded_once(require_impl):
     """Half a unit in the last place of each element, and the noise of float32."""
     require_impl(OP, "cpu")

@@ -52,9 +52,20 @@ def test_options_that_are_tensors_without_float64():
         pk.aggregation_weights(x > 0, "seq-mean-token-mean")
 
 
-def test_nested_tensors_are_named(impl_of):
-    impl = impl_of("gae")
-    x = torch.nested.nested_tensor([torch.randn(3), torch.randn(5)], layout=torch.jagged)
+NESTED = r"NestedTensor; pass its \.values\(\)"
+KINDS = {
+    "jagged": (NESTED, lambda: torch.nested.nested_tensor([torch.randn(3), torch.randn(5)], layout=torch.jagged)),
+    "nested": ("layout=torch.jagged, then pass its", lambda: torch.nested.nested_tensor([torch.randn(3)] * 2)),
+    "sparse": (r"sparse_coo.*pass \.to_dense\(\)", lambda: torch.randn(2, 3).to_sparse()),
+    "csr": (r"sparse_csr.*pass \.to_dense\(\)", lambda: torch.randn(2, 3).to_sparse_csr()),
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", KINDS)
+def test_tensors_of_another_kind_are_named(impl_of, kind):
+    impl, (words, make) = impl_of("gae"), KINDS[kind]
+    x = make()
     for op in (
         lambda: pk.gae(x, x, impl=impl),
         lambda: pk.policy_loss(x, x, x, impl=impl),
@@ -62,8 +73,12 @@ def test_nested_tensors_are_named(impl_of):
         lambda: pk.kl_rewards(x, x, torch.randn(2), impl=impl),
         lambda: pk.p3o_loss(x, x, x, torch.randn(2), impl=impl),
         lambda: pk.whiten(x, impl=impl),
+        lambda: pk.token_logprobs(x, torch.zeros(2, dtype=torch.int64), impl=impl),
+        lambda: pk.linear_token_logprobs(torch.randn(2, 3), x, torch.zeros(2, dtype=torch.int64), impl=impl),
+        lambda: pk.whiten(torch.randn(2, 3), x, impl=impl),
+        lambda: pk.aggregation_weights(x),
     ):
-        with pytest.raises(TypeError, match=r"NestedTensor; pass its \.values\(\)"):
+        with pytest.raises(TypeError, match=words):
             op()
 
 

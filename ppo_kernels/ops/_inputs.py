@@ -18,17 +18,20 @@ _MASK_DTYPES = (torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, t
 def check_tensor(op: str, name: str, x: object) -> Tensor:
     if not isinstance(x, Tensor):
         raise TypeError(f"{op}: {name} must be a torch.Tensor, got {type(x).__name__}")
-    if type(x) is not Tensor:
-        _refuse_nested_and_sharded(op, name, x)
+    if type(x) is not Tensor or x.is_nested or x.layout is not torch.strided:
+        _refuse_other_kinds(op, name, x)
     return x
 
 
-def _refuse_nested_and_sharded(op: str, name: str, x: Tensor) -> None:
+def _refuse_other_kinds(op: str, name: str, x: Tensor) -> None:
     if x.is_nested:
+        jagged = "" if x.layout is torch.jagged else " of the strided layout; make it with layout=torch.jagged, then"
         raise TypeError(
-            f"{op}: {name} is a NestedTensor; pass its .values() for every input, and cu_seqlens=its .offsets() where"
-            " the op takes them"
+            f"{op}: {name} is a NestedTensor{jagged or ';'} pass its .values() for every input, and cu_seqlens=its"
+            " .offsets() where the op takes them"
         )
+    if x.layout is not torch.strided:
+        raise TypeError(f"{op}: {name} has the layout {x.layout}, and dense tensors alone are taken; pass .to_dense()")
     if hasattr(x, "placements"):
         raise TypeError(
             f"{op}: {name} is a DTensor with placements {tuple(x.placements)}, and only replicas are taken as they are;"
@@ -121,7 +124,7 @@ def _as_number(op: str, name: str, value: object) -> float | Tensor:
             raise ValueError(f"{op}: {name} must be a number that fits a float, got one beyond it") from None
     if hasattr(value, "__array__"):  # NumPy's, whose dtype a traced graph does not know
         try:
-            return _one_element(op, name, torch.as_tensor(value))
+            return _one_element(op, name, torch.as_tensor(value, device="cpu"))
         except TypeError:  # text, objects
             pass
     raise TypeError(f"{op}: {name} must be a number or one element, got {type(value).__name__}")
@@ -195,11 +198,18 @@ def number_or_tensor(op: str, name: str, value: object, device: torch.device) ->
     """
     if isinstance(value, Tensor):
         _check_one(op, name, value)
-        return 0.0, value.detach().to(device=device, dtype=wide_dtype(device)).reshape(())
+        return 0.0, beside(op, name, value, device).reshape(())
     value = check_number(op, name, value)
     if torch.compiler.is_compiling():
         return 0.0, element(value).to(device, wide_dtype(device))
     return value, None
+
+
+def beside(op: str, name: str, value: Tensor, device: torch.device) -> Tensor:
+    """A tensor of one element, in the widest dtype of the device that it is brought to."""
+    if value.is_meta and device.type != "meta":
+        raise ValueError(f"{op}: {name} is on meta, where it has no value; pass one with a value, or a number")
+    return value.detach().to(device=device, dtype=wide_dtype(device))
 
 
 def bound(
@@ -217,13 +227,18 @@ def bound(
     return math.inf
 
 
+def check_mask(op: str, name: str, mask: object) -> Tensor:
+    mask = check_tensor(op, name, mask)
+    if mask.dtype not in _MASK_DTYPES:
+        raise TypeError(f"{op}: {name} must be bool, an integer of 8 to 64 bits or floating, got {mask.dtype}")
+    return mask
+
+
 def to_mask(op: str, mask: object, like: Tensor) -> Tensor | None:
     """The mask as a bool or uint8 tensor with a contiguous last dimension: kernels read both as bytes."""
     if mask is None:
         return None
-    mask = check_tensor(op, "mask", mask)
-    if mask.dtype not in _MASK_DTYPES:
-        raise TypeError(f"{op}: mask must be bool, an integer of 8 to 64 bits or floating, got {mask.dtype}")
+    mask = check_mask(op, "mask", mask)
     check_shape(op, "mask", mask, like.shape, "its tokens")
     check_device(op, "mask", mask, like.device)
     if mask.dtype not in (torch.bool, torch.uint8):
@@ -248,6 +263,16 @@ def unit_last_stride(x: Tensor) -> Tensor:
     return x.contiguous()
 
 
+def check_packed(op: str, cu_seqlens: object, name: str, tokens: Tensor) -> None:
+    cu_seqlens = check_integer(op, "cu_seqlens", cu_seqlens)
+    if tokens.dim() != 1 or cu_seqlens.dim() != 1 or cu_seqlens.numel() < 1:
+        raise ValueError(
+            f"{op}: with cu_seqlens [B+1], {name} must be [N]; got cu_seqlens {tuple(cu_seqlens.shape)} and {name}"
+            f" {tuple(tokens.shape)}"
+        )
+    check_device(op, "cu_seqlens", cu_seqlens, tokens.device)
+
+
 class Tokens:
     """The token-level inputs of one call, padded ``[B, T]`` or packed ``[N]`` with ``cu_seqlens [B+1]``.
 
@@ -268,13 +293,7 @@ class Tokens:
                 )
             self.rows = first.size(0)
         else:
-            check_integer(op, "cu_seqlens", cu_seqlens)
-            if first.dim() != 1 or cu_seqlens.dim() != 1 or cu_seqlens.numel() < 1:
-                raise ValueError(
-                    f"{op}: with cu_seqlens [B+1], {first_name} must be [N]; got cu_seqlens"
-                    f" {tuple(cu_seqlens.shape)} and {first_name} {tuple(first.shape)}"
-                )
-            check_device(op, "cu_seqlens", cu_seqlens, first.device)
+            check_packed(op, cu_seqlens, first_name, first)
             self.rows = cu_seqlens.numel() - 1
         shape, device = first.shape, first.device
         for name, x in checked.items():
@@ -319,12 +338,8 @@ class Tokens:
             return None
         device = self.like.device
         if isinstance(value, Tensor):
-            if value.numel() != 1 or value.is_complex():
-                raise ValueError(
-                    f"{self.op}: {name} must be a number or one real element, got {tuple(value.shape)} {value.dtype}"
-                )
-            refuse_gradient(self.op, name, value)
-            return value.detach().to(device=device, dtype=wide_dtype(device)).reshape(())
+            _check_one(self.op, name, value)
+            return beside(self.op, name, value, device).reshape(())
         value = check_number(self.op, name, value, least=0.0)
         if torch.compiler.is_compiling():
             return element(value).to(device, wide_dtype(device))

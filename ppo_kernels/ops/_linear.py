@@ -131,6 +131,8 @@ def _backward(
 
 def _add_gradients(gradients, rows, of_rows, memory, vocab_start, kept, given, impl):
     """Of all tiles, whose memory is free again then. Columns are the outer loop: the weight's are rounded once."""
+    if len(rows) == 0:  # the gradients are zeros as they are, and no tile would write what is to be rounded
+        return
     head, (labels, support, temperatures, temperature) = gradients.head, of_rows
     logprobs, stats, grad_logprobs, grad_entropy = given
     tiling, ids = head.tiling(rows, memory, support=support), rows.pick(support)

@@ -33,8 +33,8 @@ def check_entropy(op: str, entropy: object) -> None:
 
 
 def check_ignore_index(op: str, ignore_index: object) -> int:
-    if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
-        raise TypeError(f"{op}: ignore_index must be an int, got {type(ignore_index).__name__}")
+    if type(ignore_index) is not int:
+        ignore_index = check_integer_option(op, "ignore_index", ignore_index, least=-(2**63))
     if not -(2**63) <= ignore_index < 2**63:
         raise ValueError(f"{op}: ignore_index must fit an int64, got {ignore_index}")
     return ignore_index

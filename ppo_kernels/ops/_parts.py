@@ -131,6 +131,8 @@ def gradient_of_part(
     name, given = f"token_logprobs_backward{'_' * over}", torch.where(ignored, -1, local.clamp(min=0))
     given = given if many else given[..., 0]
     column = logits[..., :1].clone()
+    if many:  # a label's own column is made of its log-probability, which knows nothing of a label that is nowhere
+        logprobs = torch.where(stats[0].isnan()[..., None], torch.nan, logprobs)
     found = backends.op(name).run(impl, logits, given, rows, *grads, logprobs, stats, temperature, -1)
     out = logits.data if over else found  # whose version the kernel has raised
     zero = torch.zeros_like(y[..., :1])

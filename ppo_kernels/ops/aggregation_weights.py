@@ -9,9 +9,10 @@ from ppo_kernels.ops._inputs import (
     check_device,
     check_integer,
     check_integer_option,
+    check_mask,
     check_number,
+    check_packed,
     check_shape,
-    check_tensor,
 )
 from ppo_kernels.ops._public import public
 from ppo_kernels.reference import aggregation_weights as reference
@@ -77,16 +78,14 @@ def aggregation_weights(
         float64 (a count beyond 2**24 is exact), on the mask's device, without a synchronisation.
 
     Raises:
-        TypeError: not a tensor. ValueError: an unknown mode, a wrong shape or max_length.
+        TypeError: a dtype that no mask has. ValueError: shapes, devices or options that do not fit.
     """
     op = "aggregation_weights"
-    check_tensor(op, "mask", mask)
+    check_mask(op, "mask", mask)
     check_choice(op, "mode", mode, MODES)
     if cu_seqlens is not None:
-        check_integer(op, "cu_seqlens", cu_seqlens)
-        if cu_seqlens.dim() != 1 or cu_seqlens.numel() < 1:
-            raise ValueError(f"{op}: cu_seqlens must be [B+1], got shape {tuple(cu_seqlens.shape)}")
-    if mask.dim() != (2 if cu_seqlens is None else 1):
+        check_packed(op, cu_seqlens, "mask", mask)
+    elif mask.dim() != 2:
         raise ValueError(f"{op}: mask must be [B, T], or [N] with cu_seqlens; got shape {tuple(mask.shape)}")
     if max_length is not None:
         max_length = check_number(op, "max_length", max_length, least=1.0, read=mode == "seq-mean-token-sum-norm")
@@ -94,7 +93,7 @@ def aggregation_weights(
         raise ValueError(f"{op}: a packed mask needs max_length for {mode!r}")
     check_choice(op, "count", count, COUNTS)
     if keep is not None:
-        check_tensor(op, "keep", keep)
+        check_mask(op, "keep", keep)
         check_shape(op, "keep", keep, mask.shape, "mask")
         check_device(op, "keep", keep, mask.device)
     elif count == "surviving":

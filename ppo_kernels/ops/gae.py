@@ -7,7 +7,14 @@ from torch import Tensor
 
 from ppo_kernels._types import wide_dtype
 from ppo_kernels.backends import register, vmap_by_calls
-from ppo_kernels.ops._inputs import Tokens, check_choice, check_number, refuse_gradient, reraise_unless_refused
+from ppo_kernels.ops._inputs import (
+    Tokens,
+    beside,
+    check_choice,
+    check_number,
+    refuse_gradient,
+    reraise_unless_refused,
+)
 from ppo_kernels.ops._public import public
 from ppo_kernels.reference import gae as reference
 
@@ -102,7 +109,7 @@ def gae(
         refuse_gradient("gae", "lam", lam)
     lam_rows = None
     if isinstance(lam, Tensor) and lam.numel() == 1 and lam.device.type != "cpu":
-        lam_rows = lam.detach().to(wide_dtype(lam.device)).reshape(1).expand(tokens.rows).contiguous()
+        lam_rows = beside("gae", "lam", lam, tokens.like.device).reshape(1).expand(tokens.rows).contiguous()
     elif isinstance(lam, Tensor) and lam.numel() != 1:
         lam_rows = tokens.per_row("lam", lam).detach().to(wide_dtype(lam.device))
     else:

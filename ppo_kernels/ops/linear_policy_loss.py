@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from ppo_kernels import backends
 from ppo_kernels._compositions import compose
@@ -21,8 +22,8 @@ from ppo_kernels.ops._head_inputs import (
     head_numbers,
     memory_bytes,
 )
-from ppo_kernels.ops._inputs import check_floating, keepable, to_mask
-from ppo_kernels.ops._logits_inputs import ANY_LABEL, check_entropy, check_shard, check_values
+from ppo_kernels.ops._inputs import check_floating, check_packed, keepable, to_mask
+from ppo_kernels.ops._logits_inputs import ANY_LABEL, check_entropy, check_ignore_index, check_shard, check_values
 from ppo_kernels.ops._public import public, refuse_tangents
 from ppo_kernels.ops.linear_token_logprobs import linear_token_logprobs
 from ppo_kernels.ops.policy_loss import policy_loss
@@ -289,15 +290,18 @@ def linear_policy_loss(
     check_logits_dtype(op, logits_dtype, hidden, weight, bias)
     check_shard(op, group, vocab_start, hidden)
     check_entropy(op, entropy)
+    ignore_index = check_ignore_index(op, ignore_index)
     coef = policy_options.get("entropy_coef", 0.0)
     if entropy is False and (isinstance(coef, Tensor) or coef != 0):
         raise ValueError(f"{op}: entropy_coef={coef} needs the entropy; pass entropy=True or set entropy_coef=0")
     numbers = head_numbers(op, temperature, softcap, logit_scale, ignore_index, hidden)
     memory, mask = memory_bytes(op, memory_mib, hidden.device, 256), to_mask(op, mask, labels)
     impl = _LINEAR_POLICY_LOSS.choose(impl, hidden.device.type, compute_dtype(hidden, weight, bias))
+    labels = labels.long()  # before it is compared: ignore_index may be beyond its dtype
     valid = labels != ignore_index
     valid = valid if mask is None else valid & (mask != 0)
-    if (cu_seqlens := policy_options.get("cu_seqlens")) is not None and valid.dim() == 1:
+    if (cu_seqlens := policy_options.get("cu_seqlens")) is not None:
+        check_packed(op, cu_seqlens, "labels", labels)
         at = torch.arange(len(valid), device=valid.device)  # tokens of no row do not count
         valid = valid & (at >= cu_seqlens[0]) & (at < cu_seqlens[-1])
     options = policy_options | {"impl": impl, "validate": validate}
@@ -310,6 +314,7 @@ def linear_policy_loss(
         check_values(op, labels, valid, numbers[0], ignore_index, weight.size(0) if group is None else ANY_LABEL)
     of_tokens = policy_options.get("importance_sampling_level", "token") == "token"
     eager = not (torch.compiler.is_compiling() or transformed() or has_tangent(hidden))
+    eager = eager and not isinstance(hidden, FakeTensor)  # which does not say how many rows count
     if impl == "torch" or group is not None or support is not None or not (of_tokens and eager):
         found: Any = linear_token_logprobs(
             hidden, weight, labels, bias=bias, temperature=temperature, softcap=softcap, logit_scale=logit_scale,
@@ -326,7 +331,7 @@ def linear_policy_loss(
     rows, tau, cap, scale, _ = numbers
     inputs: Any = (hidden, weight, bias)
     rest: Any = (
-        labels.long(), valid, (rows, tau, ignore_index), (cap, scale, logits_dtype, memory),
+        labels, valid, (rows, tau, ignore_index), (cap, scale, logits_dtype, memory),
         (old_logprobs, advantages, valid, entropy, options), impl,
     )  # fmt: skip
     if not any(x is not None and recorded(x) for x in inputs):

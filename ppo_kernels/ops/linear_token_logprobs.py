@@ -15,7 +15,7 @@ from ppo_kernels.ops._extras import EXTRAS, check_extras, extras_of
 from ppo_kernels.ops._head_inputs import check_head, check_logits_dtype, head_numbers, memory_bytes
 from ppo_kernels.ops._inputs import to_mask
 from ppo_kernels.ops._linear import FORWARD, differentiable
-from ppo_kernels.ops._logits_inputs import ANY_LABEL, check_entropy, check_shard, check_values
+from ppo_kernels.ops._logits_inputs import ANY_LABEL, check_entropy, check_ignore_index, check_shard, check_values
 from ppo_kernels.ops._public import public
 from ppo_kernels.ops._support import with_support
 
@@ -95,14 +95,16 @@ def linear_token_logprobs(
     check_head(op, hidden, weight, labels, bias)
     check_logits_dtype(op, logits_dtype, hidden, weight, bias)
     check_entropy(op, entropy)
+    ignore_index = check_ignore_index(op, ignore_index)
     vocab_start = check_shard(op, group, vocab_start, hidden)
     memory, mask = memory_bytes(op, memory_mib, hidden.device, 64), to_mask(op, mask, labels)
     rows, *numbers = head_numbers(op, temperature, softcap, logit_scale, ignore_index, hidden)
+    labels = labels.long().contiguous()
     if validate:
         check_values(op, labels, mask, rows, ignore_index, weight.size(0) if group is None else ANY_LABEL)
     impl = FORWARD.choose(impl, hidden.device.type, compute_dtype(hidden, weight, bias))
     extras = check_extras(op, extras)
-    labels, ids = labels.long().contiguous(), None
+    ids = None
     if support is not None:
         counted = labels if mask is None else torch.where(mask != 0, labels, ignore_index)
         ids, labels, ignore_index = with_support(op, counted, ignore_index, support, hidden, validate)

@@ -77,7 +77,7 @@ def p3o_loss(
         cliprange: half-width of the clip, >= 0, or None or inf (off); of a ratio ("separate") or of a difference in
             nats ("joint").
         weight_clip: bound c of the importance weights, >= 1, or None or inf (off).
-        log_ratio_clamp: bound of D before exp ("separate", statistics), or None or inf (off).
+        log_ratio_clamp: bound of D before exp ("separate", statistics), or None or inf (off). The weights have theirs.
         normalizer: what the sum is divided by, a number or a one-element tensor such as a count over all ranks.
             None means the number of pairs that count. 0 gives loss 0.
         cu_seqlens: ``[B+1]`` int32 or int64, row starts and the end of a packed batch (first 0, last N).

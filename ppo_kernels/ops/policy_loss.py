@@ -106,12 +106,12 @@ def policy_loss(
             row's valid tokens (GSPO; ``importance_weights`` calls that mean "geometric", and "sequence" the product of
             the row's ratios); "sequence_token", the same as a constant, times ``pi / sg(pi)`` of the token
             (GSPO-token); "geometric", that mean after each log-ratio is clipped to ``[-low, high]`` on the side of its
-            advantage, and no other clip (GMPO, "clip" only). dppo takes "token".
+            advantage (of 0, on that of negative ones), and no other clip (GMPO, "clip" only). dppo takes "token".
         cliprange: a number, or ``(low, high)``; each >= 0, or None or inf (off).
         dual_clip: > 1, or None or inf (off); "clip" only.
         delta: upper bound of the ratio that is not clipped, > 1, or None or inf (off); "clip" and dppo only.
         sapo_temperature_pos, sapo_temperature_neg: sapo's tau where A > 0, and elsewhere; > 0.
-        log_ratio_clamp: bound of the log-ratio before exp, or None or inf (off).
+        log_ratio_clamp: bound of the log-ratio before exp, or None or inf (off). Beyond it the ratio has no gradient.
         weights: importance weights that multiply the surrogate, shaped like ``advantages``.
         ref_logprobs: log-probabilities of the reference policy; needed if ``kl_coef`` is not 0.
         kl_coef: weight of the KL penalty in the loss, a number or a one-element tensor.

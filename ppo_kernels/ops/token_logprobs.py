@@ -103,7 +103,7 @@ def token_logprobs(
     .. math:: \log p_i = z_{i,y_i}/\tau - \mathrm{logsumexp}(z_i/\tau),\quad H_i = -\sum_v p_{iv} \log p_{iv}
 
     One pass over the logits, no float32 copy of them and no ``[..., V]`` temporary; the backward is one read and one
-    write. ``-inf`` logits are legal anywhere; ``+inf`` or NaN makes its own row NaN.
+    write. ``-inf`` logits are legal anywhere; ``+inf`` or NaN makes its own row NaN, and so does ``-inf`` throughout.
 
     Args:
         logits: ``[..., V]``, bfloat16, float16, float32 or float64; any strides but a last one of 1

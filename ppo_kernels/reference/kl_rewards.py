@@ -41,7 +41,8 @@ def kl_estimate(
     # What lies beyond the clamp is a constant. An infinite estimate is not left to clamp: its gradient, 0, would meet
     # an infinite slope.
     k = _estimate(x.detach(), estimator)
-    within = torch.logical_or(k.abs() <= kl_clamp, torch.as_tensor(kl_clamp == math.inf))
+    off = torch.as_tensor(kl_clamp == math.inf, device=k.device)
+    within = torch.logical_or(k.abs() <= kl_clamp, off)
     return torch.where(within, _estimate(torch.where(within, x, 0.0), estimator), clamp(k, kl_clamp))
 
 

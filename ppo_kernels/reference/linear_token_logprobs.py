@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 
 import torch
@@ -30,12 +31,14 @@ def linear_token_logprobs(
     live = labels != ignore_index
     if mask is not None:
         live = live & (mask != 0)
-    with torch.autocast(hidden.device.type, enabled=False):
+    # Of a meta tensor torch knows no autocast.
+    without_autocast = contextlib.nullcontext() if hidden.is_meta else torch.autocast(hidden.device.type, enabled=False)
+    with without_autocast:
         x = torch.where(live[..., None], hidden.to(dtype), 0.0)
         z = torch.nn.functional.linear(x, weight.to(dtype), None if bias is None else bias.to(dtype))
     z = z * logit_scale
     if softcap is not None and not (isinstance(softcap, float) and math.isinf(softcap)):
-        z = torch.where(torch.as_tensor(softcap) == math.inf, z, _capped(z, softcap))
+        z = torch.where(torch.as_tensor(softcap, device=z.device) == math.inf, z, _capped(z, softcap))
     if support is not None:
         allowed = torch.zeros(*z.shape[:-1], z.size(-1) + 1, dtype=torch.bool, device=z.device)
         ids = torch.where((support >= 0) & (support < z.size(-1)), support, z.size(-1))

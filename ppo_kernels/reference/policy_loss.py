@@ -84,7 +84,7 @@ def dppo(
     if delta is not None and (isinstance(delta, Tensor) or delta < math.inf):
         # Bounded, the ratio is a constant that weighs logp: its own gradient would be 0 beyond the bound.
         constant = -adv * ratio.detach().clamp(max=delta) * logp
-        loss = torch.where(torch.as_tensor(delta) == math.inf, loss, constant)
+        loss = torch.where(torch.as_tensor(delta, device=loss.device) == math.inf, loss, constant)
     beyond = torch.zeros_like(kept) if delta is None else kept & (ratio > delta)
     return torch.where(kept, loss, 0.0), is_high, (adv < 0) & is_low, beyond
 
