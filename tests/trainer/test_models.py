@@ -7,7 +7,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from python_trainer.data import Policy
 from python_trainer.deepspeed_engine import Trainable, frozen
 from python_trainer.ppo_config import PPOConfig
-from tests.lib.trainer import TINY
+from tests.lib.trainer import TINY, wide
 
 OPT = {"word_embed_proj_dim": 16, "ffn_dim": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "layerdrop": 0.5}
 BLOOM = {"n_layer": 2, "n_head": 2, "hidden_dropout": 0.5, "attention_dropout": 0.5}
@@ -40,3 +40,11 @@ def test_the_module_of_a_frozen_policy_is_the_model(tiny, stage):
     module = Policy(frozen(policy, config), 1.0, "auto").module
     assert isinstance(module, PreTrainedModel)
     assert module.config.n_embd == 16
+
+
+@pytest.mark.parametrize("stage", [0, 3])
+def test_in_bfloat16_the_reference_is_the_policy(tiny, stage):
+    """Weights are rounded and rotary frequencies are not, in both: else the KL is off before the first update."""
+    trainer = tiny(bf16=True, deepspeed=f"ds_zero{stage}.json", model_config=wide("llama"))
+    experience = trainer.collect_experience()
+    assert torch.equal(experience.logprobs, experience.ref_logprobs)
