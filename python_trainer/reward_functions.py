@@ -41,7 +41,7 @@ def _folder() -> str | None:
 
 # What such code sets for a whole process, often where it is imported: how to ask for it, and how to set it.
 OF_THE_PROCESS: tuple[tuple[Callable[[], Any], Callable[[Any], Any]], ...] = (
-    (_folder, lambda folder: folder and os.chdir(folder)),
+    (_folder, os.chdir),
     (torch.is_grad_enabled, torch.set_grad_enabled),
     (torch.get_default_dtype, torch.set_default_dtype),
     # None: a device that is set, be it the usual one, slows every call of torch.
@@ -74,7 +74,7 @@ class Surroundings:
 
 def _set_all(values: Sequence[Any]) -> None:
     for (ask, change), value in zip(OF_THE_PROCESS, values, strict=True):
-        if ask() != value:
+        if value is not None and ask() != value:
             change(value)
 
 
