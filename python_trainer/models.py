@@ -77,6 +77,10 @@ class ScalarModel(torch.nn.Module):
         """The policy's body under a new head; a zero head makes a critic's first guess 0 everywhere."""
         config = AutoConfig.for_model(**policy.config.to_dict() | {"num_labels": 1})
         kind = policy.config.model_type
+        texts = config.get_text_config()
+        if not zero_head and texts.pad_token_id in end_tokens(policy.generation_config):
+            # transformers scores at the last token that is no padding: of the saved model at the one before the end.
+            texts.pad_token_id = None
         if type(policy.config) not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
             raise UserError(
                 f"transformers has no model of type {kind} that gives one number per token: take an algorithm without "
