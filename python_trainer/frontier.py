@@ -208,12 +208,13 @@ def _points(run: Path, algorithm: str, coef: float, seed: int) -> list[Point]:
     """The evaluations of a run: enumerated where the task can do that, sampled on held-out prompts elsewhere."""
     found = []
     for row in read(run / "metrics.jsonl"):
-        kind, reward = ("exact", "exact/reward") if "exact/kl" in row else ("eval", "eval/score")
-        if f"{kind}/kl" in row:
-            # null stands for what is not finite, a score of a function's for example
-            figures = [math.nan if row[name] is None else row[name] for name in (f"{kind}/kl", reward)]
-            gold = row.get("eval/gold") if kind == "eval" else None
-            found.append(Point(algorithm, coef, row["step"], *figures, gold, seed))
+        # null stands for what is not finite, a score of a function's for example
+        row = {name: math.nan if figure is None else figure for name, figure in row.items()}
+        if "exact/kl" in row:
+            found.append(Point(algorithm, coef, row["step"], row["exact/kl"], row["exact/reward"], None, seed))
+        elif "eval/kl" in row:
+            figures = row["eval/kl"], row["eval/score"], row.get("eval/gold")
+            found.append(Point(algorithm, coef, row["step"], *figures, seed))
     return found
 
 

@@ -52,6 +52,8 @@ from .tokens import (
     vocabulary_of,
 )
 
+MOST_LOST = 0.1  # of what adapters change, in the rounding of a model that is saved with them
+
 
 class ScalarModel(torch.nn.Module):
     """One number per position: a reward model reads it at the last token, a critic everywhere."""
@@ -311,10 +313,25 @@ def save_model(
             if form == "adapter" and has_adapters(body):
                 save_adapter(body, getattr(getattr(body, "score", None), "weight", None), folder)
             else:
-                save_whole(body, merged_weights(body), folder)
+                merged = merged_weights(body)
+                _tell_rounded_adapters(body, merged)
+                save_whole(body, merged, folder)
             tokenizer.save_pretrained(folder)
             for path in folder.glob("*.safetensors"):  # closed to all but their owner, unlike the others
                 path.chmod((folder / "tokenizer_config.json").stat().st_mode)
+
+
+def _tell_rounded_adapters(body: Any, merged: dict[str, torch.Tensor]) -> None:
+    """A change below the steps of a half precision is no more than noise in a saved model."""
+    change, lost, dtype = 0.0, 0.0, body.origin.dtype
+    for name, layer in body.named_modules():
+        if hasattr(layer, "get_delta_weight"):
+            change += layer.get_delta_weight("default").float().norm().item() ** 2
+            lost += (merged[f"{name}.weight"] - merged[f"{name}.weight"].to(dtype)).norm().item() ** 2
+    if change and lost > MOST_LOST**2 * change:
+        share = f"{(lost / change) ** 0.5:.0%} of what the adapters change"
+        todo = "to keep what was trained set lora_save adapter, or torch_dtype float32"
+        files.say_once(f"the model is saved in {str(dtype).removeprefix('torch.')}, whose rounding is {share}: {todo}")
 
 
 class MovingAverage:
