@@ -59,9 +59,6 @@ def main(arguments: Sequence[str]) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
-        print("interrupted; what is committed is safe", file=sys.stderr)
-        return 130
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT) and error.filename is None:
             raise

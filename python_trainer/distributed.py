@@ -3,12 +3,10 @@
 import contextlib
 import functools
 import io
-import math
 import os
 import signal
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeVar
 
@@ -17,7 +15,6 @@ import torch
 import torch.distributed as dist
 
 T = TypeVar("T")
-PASSED_ON = 2.0  # seconds in which a launcher may hand its ranks the Ctrl+C that the terminal has given them already
 
 
 def stop() -> None:
@@ -48,38 +45,26 @@ class Stopped(Exception):
 
 @contextlib.contextmanager
 def stop_requests() -> Iterator[Callable[[], bool]]:
-    """Inside, SIGTERM and Ctrl+C ask and do not kill; the function, called on every rank, says whether any was asked.
+    """Inside, SIGTERM asks and does not kill; the function, called on every rank, says whether any rank was asked.
 
-    A second Ctrl+C interrupts at once. A process that a reward function forks ends by SIGTERM as it would without us.
+    A process that a reward function forks ends by the signal as it would without us.
     """
-    asked, interrupted, process = False, math.inf, os.getpid()
+    asked = False
 
-    def note(number: int, _: object) -> None:
-        nonlocal asked, interrupted
+    def note(*_: object) -> None:
+        nonlocal asked
         asked = True
-        if number == signal.SIGINT:
-            if time.monotonic() - interrupted > PASSED_ON:
-                raise KeyboardInterrupt
-            if interrupted == math.inf:
-                interrupted = time.monotonic()
-                if os.getpid() == process:  # with os.write, since a print may be what was interrupted
-                    os.write(2, b"\nstopping after the step at hand; Ctrl+C once more stops at once\n")
 
     main_thread = threading.current_thread() is threading.main_thread()
     before = signal.signal(signal.SIGTERM, note) if main_thread else None
-    keyboard = main_thread and signal.getsignal(signal.SIGINT) is signal.default_int_handler
     if main_thread:
         _ours.append(note)
-    if keyboard:
-        signal.signal(signal.SIGINT, note)
     try:
         yield lambda: bool(gather_rows(torch.tensor([int(asked)], device=device())).any())
     finally:
         if main_thread:
             _ours.remove(note)
             signal.signal(signal.SIGTERM, before)
-        if keyboard:
-            signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 _ours: list[Callable] = []  # what SIGTERM calls

@@ -4,13 +4,11 @@ import errno
 import json
 import os
 import shutil
-import signal
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from python_trainer import __main__ as main
 from python_trainer import atomic, checkpoint, deepspeed_engine, distributed
 from python_trainer.config import SharedError, UserError
 from python_trainer.data import fingerprint
@@ -52,35 +50,6 @@ def test_a_step_that_is_saved_or_none_is_not_saved_again(tiny, tmp_path, step):
     with pytest.raises(UserError, match="ended in KeyError$"):
         trainer.train()
     assert steps(tmp_path) == ["step-000002"][: step // 2]
-
-
-def test_ctrl_c_costs_no_step(tiny, tmp_path, monkeypatch, capfd):
-    trainer = tiny(total_steps=5, save_steps=0)
-    plain = trainer.reward_fn
-
-    def reward(rollout):
-        if trainer.done == 2:
-            os.kill(os.getpid(), signal.SIGINT)
-            os.kill(os.getpid(), signal.SIGINT)  # a launcher hands it on
-        return plain(rollout)
-
-    trainer.reward_fn = reward
-    with pytest.raises(distributed.Stopped, match="step 3 is saved"):
-        trainer.train()
-    assert steps(tmp_path) == ["step-000003"]
-    assert capfd.readouterr().err.count("stopping after the step at hand") == 1
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
-
-
-def test_ctrl_c_again_stops_at_once(monkeypatch, capsys):
-    with pytest.raises(KeyboardInterrupt), distributed.stop_requests() as asked:
-        os.kill(os.getpid(), signal.SIGINT)
-        assert asked()
-        monkeypatch.setattr(distributed, "PASSED_ON", 0.0)
-        os.kill(os.getpid(), signal.SIGINT)
-    monkeypatch.setattr(main, "run", lambda *_: os.kill(os.getpid(), signal.SIGINT))
-    assert main.main(["train"]) == 130
-    assert capsys.readouterr().err == "interrupted; what is committed is safe\n"
 
 
 def test_half_an_update_is_not_kept(tiny, tmp_path, monkeypatch):
