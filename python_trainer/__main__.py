@@ -149,6 +149,7 @@ def run_command(command: str, path: str | None, overrides: Sequence[str]) -> Non
     elif command == "train":
         trainer = Trainer(load("train", path, overrides, PPOConfig))
         _report(trainer.task, *trainer.train())
+        _say(f"train: {trainer.folder / 'model'}, and curves.png beside it")
     elif command == "eval":
         config = load("eval", path, overrides, EvalConfig)
         _report(load_task(config), *beside_reference(config))

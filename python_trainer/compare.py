@@ -174,7 +174,7 @@ def _drawn(config: CompareConfig, places: Mapping[str, Path]) -> tuple[Sequence[
             columns[config.judge] = judge(local.rollout)
         everywhere = {key: distributed.gather_rows(values.double()).cpu() for key, values in columns.items()}
         for key in everywhere.keys() - {"kl", "response_length"}:
-            refuse_non_finite_scores(columns[key])
+            refuse_non_finite_scores(columns[key], local.rollout)
         texts = [text for part in distributed.gather_objects(local.texts) for text in part]
         found[name] = Drawn(texts, everywhere.pop("kl"), everywhere.pop("response_length"), everywhere)
     return evaluation_prompts(prompts, config), found

@@ -263,7 +263,9 @@ def frozen(model: torch.nn.Module, config: RunConfig) -> Any:
     dtype = torch.bfloat16 if config.bf16 else torch.float16 if config.fp16 else torch.float32
     zero = settings.get("zero_optimization", {})
     if zero.get("stage", 0) < 3:
-        return model.to(distributed.device(), dtype)
+        for parameter in model.parameters():  # no buffers, as in trained ones: rotary frequencies would be others
+            parameter.data = parameter.data.to(dtype)
+        return model.to(distributed.device())
     settings |= {
         "zero_optimization": {name: value for name, value in zero.items() if name != "offload_optimizer"},
         "train_micro_batch_size_per_gpu": 1,

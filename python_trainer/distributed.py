@@ -194,13 +194,14 @@ def weights_of(module: Any) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 def merged_weights(model: Any) -> dict[str, torch.Tensor]:
-    """The state dict of the model without adapters, each of them added to the weight it adapts."""
+    """The state dict of the model without adapters, each of them added to the weight it adapts, in float32."""
     weights = {
         name.replace(".base_layer.", "."): weight for name, weight in model.state_dict().items() if ".lora_" not in name
     }
     for name, layer in model.named_modules():
         if hasattr(layer, "get_delta_weight"):
-            weights[f"{name}.weight"] = merged_weight(layer, "weight")
+            weight = weights[f"{name}.weight"].float()  # half precision may hold nothing of what an adapter changes
+            weights[f"{name}.weight"] = weight + layer.get_delta_weight("default").float()
     return weights
 
 

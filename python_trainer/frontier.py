@@ -105,8 +105,14 @@ def _run_missing(
     train: Callable[[PPOConfig], object],
 ) -> None:
     missing = [run for run, place in places.items() if config.overwrite_output_dir or not is_done(place, wanted[run])]
-    for run in missing:
-        train(wanted[run])
+    for number, run in enumerate(missing, 1):
+        own = wanted[run]
+        settings = [
+            f"{name} {getattr(own, name):g}" for name in ("kl_coef", "learning_rate", "num_mini_batches", "seed")
+        ]
+        if distributed.is_main():
+            print(f"run {number} of {len(missing)}: {own.algorithm}, {', '.join(settings)}", flush=True)
+        train(own)
 
 
 def _trial_config(config: FrontierConfig, algorithm: str, rate: float, batches: int, place: Path) -> PPOConfig:
@@ -202,6 +208,8 @@ def _points(run: Path, algorithm: str, coef: float, seed: int) -> list[Point]:
     """The evaluations of a run: enumerated where the task can do that, sampled on held-out prompts elsewhere."""
     found = []
     for row in read(run / "metrics.jsonl"):
+        # null stands for what is not finite, a score of a function's for example
+        row = {name: math.nan if figure is None else figure for name, figure in row.items()}
         if "exact/kl" in row:
             found.append(Point(algorithm, coef, row["step"], row["exact/kl"], row["exact/reward"], None, seed))
         elif "eval/kl" in row:

@@ -52,6 +52,8 @@ from .tokens import (
     vocabulary_of,
 )
 
+MOST_LOST = 0.1  # of what adapters change, in the rounding of a model that is saved with them
+
 
 class ScalarModel(torch.nn.Module):
     """One number per position: a reward model reads it at the last token, a critic everywhere."""
@@ -77,6 +79,10 @@ class ScalarModel(torch.nn.Module):
         """The policy's body under a new head; a zero head makes a critic's first guess 0 everywhere."""
         config = AutoConfig.for_model(**policy.config.to_dict() | {"num_labels": 1})
         kind = policy.config.model_type
+        texts = config.get_text_config()
+        if not zero_head and texts.pad_token_id in end_tokens(policy.generation_config):
+            # transformers scores at the last token that is no padding: of the saved model at the one before the end.
+            texts.pad_token_id = None
         if type(policy.config) not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
             raise UserError(
                 f"transformers has no model of type {kind} that gives one number per token: take an algorithm without "
@@ -307,10 +313,25 @@ def save_model(
             if form == "adapter" and has_adapters(body):
                 save_adapter(body, getattr(getattr(body, "score", None), "weight", None), folder)
             else:
-                save_whole(body, merged_weights(body), folder)
+                merged = merged_weights(body)
+                _tell_rounded_adapters(body, merged)
+                save_whole(body, merged, folder)
             tokenizer.save_pretrained(folder)
             for path in folder.glob("*.safetensors"):  # closed to all but their owner, unlike the others
                 path.chmod((folder / "tokenizer_config.json").stat().st_mode)
+
+
+def _tell_rounded_adapters(body: Any, merged: dict[str, torch.Tensor]) -> None:
+    """A change below the steps of a half precision is no more than noise in a saved model."""
+    change, lost, dtype = 0.0, 0.0, body.origin.dtype
+    for name, layer in body.named_modules():
+        if hasattr(layer, "get_delta_weight"):
+            change += layer.get_delta_weight("default").float().norm().item() ** 2
+            lost += (merged[f"{name}.weight"] - merged[f"{name}.weight"].to(dtype)).norm().item() ** 2
+    if change and lost > MOST_LOST**2 * change:
+        share = f"{(lost / change) ** 0.5:.0%} of what the adapters change"
+        todo = "to keep what was trained set lora_save adapter, or torch_dtype float32"
+        files.say_once(f"the model is saved in {str(dtype).removeprefix('torch.')}, whose rounding is {share}: {todo}")
 
 
 class MovingAverage:

@@ -180,7 +180,7 @@ class Trainer:
         if self.critic is not None:
             values = by_rows(functools.partial(score_values, self.critic), rollout, rows)
         raw = self.reward_fn(rollout).to(logprobs)  # in one call: a function may compare the responses of a group
-        refuse_non_finite_scores(raw)
+        refuse_non_finite_scores(raw, rollout)
         raw = self.shaping.penalised(raw, rollout.ended)
         self.shaping.observe(distributed.gather_rows(raw))
         scaled = self.shaping.scaled(raw)

@@ -9,9 +9,10 @@ import importlib
 import importlib.util
 import inspect
 import math
+import os
 import sys
 import traceback
-from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -28,6 +29,53 @@ ARGUMENTS = ("prompts", "completions", "completion_ids")
 Scores = list[float | None]
 # How a person's own code can end, also by `sys.exit()` and in a task that somebody cancels.
 FAILURES = (Exception, SystemExit, asyncio.CancelledError)
+
+
+def _folder() -> str | None:
+    """The one that paths start from; None once somebody has removed it."""
+    try:
+        return os.getcwd()
+    except OSError:
+        return None
+
+
+# What such code sets for a whole process, often where it is imported: how to ask for it, and how to set it.
+OF_THE_PROCESS: tuple[tuple[Callable[[], Any], Callable[[Any], Any]], ...] = (
+    (_folder, os.chdir),
+    (torch.is_grad_enabled, torch.set_grad_enabled),
+    (torch.get_default_dtype, torch.set_default_dtype),
+    # None: a device that is set, be it the usual one, slows every call of torch.
+    (torch.get_default_device, lambda device: torch.set_default_device(None if device.type == "cpu" else device)),
+)
+
+
+class Surroundings:
+    """What a person's code sets for the process holds for that code alone, from one call to the next.
+
+    Without it `torch.set_grad_enabled(False)` in a module of rewards would end the training, and after `os.chdir` the
+    model would be saved elsewhere.
+    """
+
+    def __init__(self) -> None:
+        self.theirs: dict[int, Any] = {}  # by the number in OF_THE_PROCESS: what they changed
+
+    @contextlib.contextmanager
+    def theirs_inside(self) -> Iterator[None]:
+        ours = [ask() for ask, _ in OF_THE_PROCESS]
+        entered = [self.theirs.get(number, own) for number, own in enumerate(ours)]
+        _set_all(entered)
+        try:
+            yield
+        finally:
+            left = [ask() for ask, _ in OF_THE_PROCESS]
+            self.theirs |= {number: new for number, new in enumerate(left) if new != entered[number]}
+            _set_all(ours)
+
+
+def _set_all(values: Sequence[Any]) -> None:
+    for (ask, change), value in zip(OF_THE_PROCESS, values, strict=True):
+        if value is not None and ask() != value:
+            change(value)
 
 
 class FunctionReward:
@@ -49,7 +97,9 @@ class FunctionReward:
         """`columns`: those that the data have; None where that is not known yet."""
         self.names, self.weights, self.tokenizer = list(names), list(weights), tokenizer
         modules: dict[str, ModuleType] = {}
-        self.functions = [load(name, modules) for name in names]
+        self.surroundings = Surroundings()
+        with self.surroundings.theirs_inside():
+            self.functions = [load(name, modules) for name in names]
         self.parts: dict[str, torch.Tensor] = {}  # of the last rollout, what each gave: NaN stands for None
         self._loop: asyncio.AbstractEventLoop | None = None
         if columns is not None:
@@ -59,7 +109,8 @@ class FunctionReward:
     def __call__(self, rollout: Rollout) -> torch.Tensor:
         given = self._arguments(rollout)
         with distributed.raise_on_all_ranks(UserError):
-            found = self._call_all(given)
+            with self.surroundings.theirs_inside():
+                found = self._call_all(given)
             prompts: Sequence[Content] = given["prompts"]
             for row, scores in enumerate(zip(*found, strict=True)):
                 if all(score is None for score in scores):
@@ -241,7 +292,7 @@ def _said(error: BaseException) -> str:
 def _numbers(name: str, result: Any, count: int) -> Scores:
     if isinstance(result, torch.Tensor):
         result = result.tolist()
-    if isinstance(result, str | bytes | Mapping) or not hasattr(result, "__iter__"):
+    if isinstance(result, str | bytes | Mapping | set | frozenset) or not hasattr(result, "__iter__"):
         raise UserError(f"{name} must give a list with a number for each response, and gave {str(result)[:60]!r}")
     scores = _guarded(name, lambda: list(result))  # a generator does its work only now
     if len(scores) != count:

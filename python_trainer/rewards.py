@@ -1,5 +1,6 @@
 """Scores: who gives them, and what happens to one before anything is learned from it."""
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -121,11 +122,17 @@ def exact_match(prompts: list[Content], completions: list[Content], answer: list
     return [text.lower().split() == str(wanted).lower().split() for text, wanted in zip(texts, answer, strict=True)]
 
 
-def refuse_non_finite_scores(scores: torch.Tensor) -> None:
+def refuse_non_finite_scores(scores: torch.Tensor, rollout: Rollout) -> None:
     finite = distributed.gather_rows(scores).isfinite()  # all ranks stop together, or none
     if not finite.all():
         bad = int((~finite).sum())
-        raise SharedError(f"the score of {bad} of {len(finite)} responses is not finite; the weights are untouched")
+        own = zip(scores.tolist(), rollout.prompts, strict=False)
+        mine = [f"{x} for one to {readable(prompt.content)[:60]!r}" for x, prompt in own if not math.isfinite(x)]
+        first = next(found[0] for found in distributed.gather_objects(mine) if found)
+        raise SharedError(
+            f"the score of {bad} of {len(finite)} responses is not finite ({first}); the weights are untouched. Scores "
+            "must be finite in float32; a reward function gives None for what it has nothing to say on"
+        )
 
 
 def means_of_parts(reward_fn: RewardFn) -> dict[str, float]:

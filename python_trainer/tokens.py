@@ -4,6 +4,7 @@ A tokenizer may put a start token before a text and an end token behind it. The 
 it, unless the text brings it along; the end goes from a prompt, which continues, and stands once behind a whole text.
 """
 
+import re
 import sys
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import replace
@@ -17,6 +18,9 @@ from .config import SamplingConfig, UserError
 from .data import Content, Example, Message, Prompt, readable
 
 SEQUENCES = ("prompts with their responses", "max_prompt_length or response_length")  # and what shortens them
+
+
+CHAT_IN_JSON = re.compile(r"""\s*\[\s*\{\s*['"](role|content)['"]\s*:""")  # or Python's way to write it
 
 
 class Tokens(NamedTuple):
@@ -162,6 +166,15 @@ def is_text(value: str) -> bool:
         return False
 
 
+def no_text(value: str) -> str | None:
+    """What is wrong with it as a text of the data."""
+    if not is_text(value):
+        return "holds half a character, which no text has"
+    if CHAT_IN_JSON.match(value):
+        return "is the JSON of chat messages, as text: bring the messages themselves, in JSONL or Parquet"
+    return None
+
+
 def vocabulary_of(tokenizer: PreTrainedTokenizerBase) -> int:
     """How many ids there are, counted to the last that means something."""
     return max(tokenizer.get_vocab().values()) + 1
@@ -268,12 +281,19 @@ def _rendered(messages: list[Message], tokenizer: PreTrainedTokenizerBase, **opt
             "take a model that has one, save its tokenizer with a `chat_template`, or bring plain text"
         )
     try:
-        return tokenizer.apply_chat_template(messages, tokenize=False, **options)
+        text: str = tokenizer.apply_chat_template(messages, tokenize=False, **options)
     except (ValueError, TypeError, KeyError, jinja2.TemplateError) as error:
         shown = readable(messages)[:60]
         raise UserError(
             f"the tokenizer's chat template does not take this conversation ({error}): {shown!r}"
         ) from error
+    parts = [part for message in messages if isinstance(part := message.get("content"), list | dict) and part]
+    if written := next((part for part in parts if str(part) in text), None):
+        raise UserError(
+            "the tokenizer's chat template takes text as a message's content, and would have the model read the parts "
+            f"as Python writes them: make one text of them in the data: {str(written)[:60]!r}"
+        )
+    return text
 
 
 def _ended(ids: list[int], tokenizer: PreTrainedTokenizerBase, ends: Collection[int]) -> bool:

@@ -18,7 +18,7 @@ from .. import files
 from ..config import RunConfig, SamplingConfig, UserError
 from ..data import Content, Example, Pair, Prompt, Task
 from ..reward_functions import refuse_columns
-from ..tokens import is_text, tell
+from ..tokens import is_text, no_text, tell
 
 T = TypeVar("T")
 Row = dict[str, Any]
@@ -183,8 +183,8 @@ class Files(Task):
         if isinstance(value, str):
             if not value and not empty:
                 _refuse(place, number, f"{name} is empty: leave such rows out")
-            if not is_text(value):
-                _refuse(place, number, f"{name} holds half a character, which no text has: {value[:60]!a}")
+            if wrong := no_text(value):
+                _refuse(place, number, f"{name} {wrong}: {value[:60]!a}")
             return value
         if not isinstance(value, list) or not all(isinstance(part, dict) for part in value):
             _refuse(place, number, f"{name} must be text or a list of chat messages, not {value!r}"[:200])
@@ -221,10 +221,8 @@ def find(path: Path, kind: str) -> Path:
     found = [place for place in (*named, path / kind) if place.exists()]
     if len(found) > 1:
         raise UserError(f"{path} has both {found[0].name} and {found[1].name}: leave one of them there")
-    if found:
-        return found[0]
-    if _shards(path, "train"):
-        return path
+    if found or _shards(path, "train"):
+        return found[0] if found else path
     raise UserError(f"cannot read {named[0]}: there is no such file, nor one that ends in {', '.join(FORMATS[1:])}")
 
 
@@ -305,13 +303,16 @@ def _read_csv(path: Path, text: str) -> list[Row]:
     """Every value is text as it stands there: 007 stays 007, and NA is a word."""
     csv.field_size_limit(sys.maxsize)
     try:
-        rows = list(csv.DictReader(io.StringIO(text, newline=""), restkey="", strict=True))
+        names, *table = [row for row in csv.reader(io.StringIO(text, newline=""), strict=True) if row] or [[]]
     except csv.Error as error:
         raise UserError(f"{path} is no CSV: {error}") from error
-    for number, row in enumerate(rows, 1):
-        if "" in row or None in row.values():
-            _refuse(str(path), number, f"it does not have the {len(row)} values that the first line names")
-    return rows
+    names = [name or f"Unnamed: {at}" for at, name in enumerate(names)]  # as pandas reads the index that it writes
+    if len({*names}) < len(names):
+        raise UserError(f"{path}: two columns are called {max(names, key=names.count)!r}: give one another name")
+    for number, row in enumerate(table, 1):
+        if len(row) != len(names):
+            _refuse(str(path), number, f"it does not have the {len(names)} values that the first line names")
+    return [dict(zip(names, row, strict=True)) for row in table]
 
 
 def _read_parquet(path: Path) -> list[Row]:

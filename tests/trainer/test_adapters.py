@@ -216,3 +216,20 @@ def test_every_named_module_gets_an_adapter(tiny):
 def test_adapters_of_random_weights_stand_on_nothing(tiny):
     with pytest.raises(UserError, match="lora_save adapter: .*nowhere on disk"):
         tiny(lora_r=4, lora_save="adapter")
+
+
+@pytest.mark.parametrize(("stored", "told"), [("float32", False), ("bfloat16", True)])
+def test_a_small_change_outlives_its_merging(tiny, base, tmp_path, stored, told, capfd):
+    """In bfloat16 a weight has steps of a 256th of itself, and adapters at a usual learning rate change less."""
+    trainer = tiny(algorithm="rloo", bf16=True, sft_model_path=str(base), torch_dtype=stored, lora_r=2)
+    layer = trainer.actor.module.transformer.h[0].attn.c_attn
+    with torch.no_grad():
+        layer.lora_B["default"].weight.normal_(std=1e-4)
+    change = layer.get_delta_weight("default").float()
+    save_model(trainer.actor.model, trainer.tokenizer, tmp_path / "merged")
+    saved = load_file(tmp_path / "merged" / "model.safetensors")["transformer.h.0.attn.c_attn.weight"].float()
+    off = (saved - layer.base_layer.weight.float() - change).norm() / change.norm()
+    assert (off > 0.1) == told
+    assert (
+        "of what the adapters change: to keep what was trained set lora_save adapter" in "".join(capfd.readouterr())
+    ) == told

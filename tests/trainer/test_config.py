@@ -38,6 +38,9 @@ def test_a_section_holds_for_its_command_only(file):
         ({"sed": 1}, [], "'sed'.*did you mean 'seed'"),
         ({"train": {"kl_coeff": 1}}, [], "'kl_coeff'.*did you mean 'kl_coef'"),
         ({}, ["--clip_range=0.1"], "'clip_range'.*did you mean 'cliprange'"),
+        ({}, ["--actor_learning_rate=1"], "'actor_learning_rate'.*: it is learning_rate"),  # not critic_learning_rate
+        ({}, ["--max_length=9"], "'max_length'.*: prompts have at most max_prompt_length tokens"),  # not ptx_max_length
+        ({}, ["--num_sample_generations=9"], "'num_sample_generations'.*: responses are recorded every"),
         ({"train": {"cliprange": "wide"}}, [], "cliprange.*invalid float"),
         ({"task": "revews"}, [], "task.*invalid choice"),
         ({"train": {"batch_size": 10, "num_mini_batches": 4}}, [], "multiple of num_mini_batches"),

@@ -131,6 +131,13 @@ def test_csv_changes_no_value(tmp_path):
     assert all(prompt.columns == {"answer": prompt.content} for prompt in train + heldout)
 
 
+def test_a_column_of_csv_may_have_no_name(tmp_path):
+    """pandas writes its index so, unless it is told not to."""
+    (tmp_path / "prompts.csv").write_text(",prompt\n0,a\n\n1,b\n")
+    rows = [row for part in Files(str(tmp_path)).prompts() for row in part]
+    assert sorted((row.content, row.columns["Unnamed: 0"]) for row in rows) == [("a", "0"), ("b", "1")]
+
+
 def test_what_a_data_set_calls_test_is_held_out(tmp_path):
     make = datasets()
     parts = {"train": ROWS[:12], "test": ROWS[12:]}
@@ -299,6 +306,9 @@ def test_messages_with_a_date_are_told_apart_and_recorded(tmp_path):
         ("texts.json", "[1, 2", "texts.json begins as a JSON array and is none"),
         ("texts.csv", "text,label\na\n", "texts.csv, row 1: it does not have the 2 values that the first line names"),
         ("texts.csv", 'text\n"a\n', "texts.csv is no CSV"),
+        ("texts.csv", "text,text\na,b\n", "texts.csv: two columns are called 'text'"),
+        ("prompts.csv", 'prompt\n"[{""role"": ""user""}]"\n', "row 1: prompt is the JSON of chat messages, as text"),
+        ("texts.jsonl", '{"text": "[{\'content\': 1}]"}', "row 1: text is the JSON of chat messages, as text"),
         ("texts.parquet", "PAR1", "cannot read .*texts.parquet"),
         (
             "texts.txt",

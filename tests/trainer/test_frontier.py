@@ -42,6 +42,24 @@ def test_the_line_is_that_of_least_squares():
     assert fitted("ppo", points[:1]) is None
 
 
+def test_a_score_that_is_not_finite_is_no_point_of_the_line(tmp_path, capsys):
+    """metrics.jsonl has null for it; all runs are done by then."""
+
+    def run(config) -> None:
+        folder = Path(config.output_dir) / "train"
+        folder.mkdir()
+        rows = [
+            {"step": step, "exact/kl": kl, "exact/reward": r} for step, kl, r in ((0, 0, 0), (1, 1, None), (2, 2, 4))
+        ]
+        (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    study = {"algorithms": "rloo", "kl_coefs": "0.1", "output_dir": str(tmp_path)}
+    frontier(FrontierConfig(**TINY | study), run)
+    assert "run 1 of 1: rloo, kl_coef 0.1, learning_rate 0.001, num_mini_batches 1, seed 0" in capsys.readouterr().out
+    with (tmp_path / "frontier" / "lines.csv").open() as file:
+        assert [row["slope"] for row in csv.DictReader(file)] == ["2"]
+
+
 def made_up(runs: list, config) -> None:
     """A run that learns best at the rate 0.003 with PPO, where others pay more KL for their reward than it is worth."""
     runs.append(config)

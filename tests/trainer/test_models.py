@@ -2,12 +2,14 @@
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
 
 from python_trainer.data import Policy
 from python_trainer.deepspeed_engine import Trainable, frozen
+from python_trainer.models import ScalarModel, load_policy, load_tokenizer, save_model
 from python_trainer.ppo_config import PPOConfig
-from tests.lib.trainer import TINY
+from tests.lib.text_models import FAMILIES, saved, tokenizer_of
+from tests.lib.trainer import TINY, wide
 
 OPT = {"word_embed_proj_dim": 16, "ffn_dim": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "layerdrop": 0.5}
 BLOOM = {"n_layer": 2, "n_head": 2, "hidden_dropout": 0.5, "attention_dropout": 0.5}
@@ -40,3 +42,26 @@ def test_the_module_of_a_frozen_policy_is_the_model(tiny, stage):
     module = Policy(frozen(policy, config), 1.0, "auto").module
     assert isinstance(module, PreTrainedModel)
     assert module.config.n_embd == 16
+
+
+@pytest.mark.parametrize("stage", [0, 3])
+def test_in_bfloat16_the_reference_is_the_policy(tiny, stage):
+    """Weights are rounded and rotary frequencies are not, in both: else the KL is off before the first update."""
+    trainer = tiny(bf16=True, deepspeed=f"ds_zero{stage}.json", model_config=wide("llama"))
+    experience = trainer.collect_experience()
+    assert torch.equal(experience.logprobs, experience.ref_logprobs)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_transformers_reads_a_saved_reward_model_where_it_was_trained(tiny, tmp_path, family):
+    """At the end token, also where that is the padding token."""
+    tiny()
+    source = saved(tmp_path / "policy", tokenizer_of(family))
+    tokenizer = load_tokenizer(source)
+    policy = load_policy(source, PPOConfig(**TINY), tokenizer)
+    scalar = ScalarModel.on(policy, zero_head=False).eval()
+    save_model(scalar, tokenizer, tmp_path / "model")
+    ids = torch.tensor([[5, 6, 7, tokenizer.eos_token_id]])
+    with torch.no_grad():
+        theirs = AutoModelForSequenceClassification.from_pretrained(tmp_path / "model").eval()(ids).logits
+        torch.testing.assert_close(theirs[:, 0], scalar(input_ids=ids)[:, -1])

@@ -83,6 +83,9 @@ def one_number(completions, **_):
 def text(completions, **_):
     return ["1.0"] * len(completions)
 
+def unordered(completions, **_):
+    return {3.0, 2.0, 1.0}
+
 def mapping(completions, **_):
     return {0: 1.0, 1: 1.0, 2: 1.0}
 
@@ -235,6 +238,43 @@ def test_functions_cannot_change_what_they_get(make):
         assert told["completion_ids"][0] == [3, 3, 1]
 
 
+SETS = """
+import os, sys, torch
+def everything(folder):
+    os.chdir(folder)
+    torch.set_grad_enabled(False)
+    torch.set_default_dtype(torch.float64)
+    torch.set_default_device("meta")
+def state():
+    return os.getcwd(), torch.is_grad_enabled(), torch.get_default_dtype(), str(torch.get_default_device())
+SEEN = []
+{at_import}everything({folder!r})
+def score(completions, **_):
+    SEEN.append(state())
+    everything({folder!r})
+    sys.exit() if len(SEEN) == 3 else None
+    return [1.0] * len(completions)
+"""
+
+
+@pytest.mark.parametrize("at_import", [True, False])
+def test_what_a_function_sets_for_the_process_is_for_itself(make, tmp_path, at_import):
+    """Where the model is saved, whether there are gradients, and as what numbers are read."""
+    (tmp_path / "sets.py").write_text(SETS.format(at_import="" if at_import else "# ", folder=str(tmp_path)))
+    tokenizer, before = make("few").tokenizer, (os.getcwd(), True, torch.float32, "cpu")
+    reward = FunctionReward([f"{tmp_path}/sets.py:score"], [1.0], tokenizer)
+    state = reward.functions[0].__globals__["state"]
+    assert state() == before
+    for _ in range(2):
+        assert reward(rollout()).device.type == "cpu"
+        assert state() == before
+    with pytest.raises(UserError, match="SystemExit"):
+        reward(rollout())
+    assert state() == before
+    theirs = (str(tmp_path), False, torch.float64, "meta")
+    assert seen(reward) == [theirs if at_import else before, theirs, theirs]
+
+
 def test_functions_of_one_name_are_told_apart(make, tmp_path):
     (tmp_path / "other.py").write_text("def few(completions): return [9.0] * len(completions)\n")
     reward = make("few", "judge")
@@ -262,6 +302,7 @@ def test_a_file_does_not_stand_in_for_a_package(tmp_path):
         ("one_number", "must give a list with a number for each response, and gave '1.0'"),
         ("mapping", "must give a list"),
         ("text", "must give numbers: '1.0' is text"),
+        ("unordered", "must give a list"),
         ("huge", "must give numbers: int too large"),
         ("raising", r"ended in KeyError: 'gone' .*mine.py, line \d+"),
         ("raising_later", r"ended in KeyError: 'later' .*mine.py, line \d+"),

@@ -90,6 +90,16 @@ def test_messages_without_a_template_or_against_it_are_refused():
         prompt_ids([TALK], tokenizer_of(chat=True, template=strict))
 
 
+def test_the_parts_of_a_message_are_read_by_a_template_that_knows_them():
+    """Another one writes them as Python does, and the model would read braces and quotes."""
+    parts = [{"role": "user", "content": [{"type": "text", "text": "add"}]}]
+    with pytest.raises(UserError, match="takes text as a message's content.* one text of them .*'type': 'text'"):
+        prompt_ids([parts], tokenizer_of(chat=True))
+    knows = "{% for message in messages %}{% for part in message.content %}{{ part.text }}{% endfor %}{% endfor %}"
+    tokenizer = tokenizer_of(chat=True, template=knows)
+    assert tokenizer.decode(prompt_ids([parts], tokenizer)[0]) == "add"
+
+
 def learned(example: Example, tokenizer, *, completion_only: bool = True) -> list[str]:
     """The stretches of a text that are learned."""
     ends = [tokenizer.eos_token_id]
