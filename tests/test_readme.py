@@ -87,6 +87,32 @@ def test_the_training_command_trains(tmp_path):
     assert (tmp_path / "runs" / "mine" / "train" / "model" / "model.safetensors").exists()
 
 
+@pytest.mark.parametrize(
+    "module",
+    [
+        "bench",
+        "bench.linear_head",
+        "ppo_kernels.integrations",
+        "python_trainer",
+        "tests.verify",
+        "tests.verify.aot.resources",
+        "tests.verify.fuzz",
+        "tests.verify.host_path",
+        "tests.verify.mutants.run",
+        "tests.verify.sanitize.run",
+        "tests.verify.trainer.faults",
+        "tests.verify.trainer.hostile",
+    ],
+)
+def test_a_command_says_what_it_takes_and_begins_nothing(monkeypatch, capsys, module):
+    """Some of them run for hours once they begin."""
+    monkeypatch.setattr(sys, "argv", [module, "--help"])
+    with pytest.raises(SystemExit) as end:
+        runpy.run_module(module, run_name="__main__")
+    assert not end.value.code
+    assert f"python -m {module}" in capsys.readouterr().out
+
+
 def test_the_readme_is_one_screen_and_every_link_leads_somewhere():
     assert len(README.read_text().splitlines()) <= 120
     links = [(page, to) for page in PAGES for to in re.findall(r"\]\((?!https?://|#)([^)#\s]+)", page.read_text())]

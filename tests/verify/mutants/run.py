@@ -187,6 +187,8 @@ def main(names: list[str]) -> int:
 
 if __name__ == "__main__":
     as_written = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser("python -m tests.verify.mutants.run", description=__doc__, formatter_class=as_written)
+    parser = argparse.ArgumentParser(
+        "python -m tests.verify.mutants.run", description=__doc__, formatter_class=as_written
+    )
     parser.add_argument("names", nargs="*", metavar="NAME", help="of patches to try, or how they begin; by default all")
     sys.exit(main(parser.parse_args().names))
