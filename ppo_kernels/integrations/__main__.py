@@ -70,11 +70,9 @@ def describe(adapter: Adapter, path: Sequence[str] | None, since: Sequence[str] 
     tested = "tested" if version in adapter.tested else f"tested with {', '.join(adapter.tested)}"
     print(f"{adapter.name} {version} ({tested})")
     table = imported(adapter) if imports else rows(adapter, path, since)
-    wide, state = (
-        max((len(text) for text in column), default=0) for column in zip(*((r.target, r.state) for r in table))
-    )
+    widest = max(len(row.target) for row in table)
     for row in table:
-        print(f"  {row.target:<{wide}}  {row.state:<{state}}  {row.detail}".rstrip())
+        print(f"  {row.target:<{widest}} {row.state:<12} {row.detail}".rstrip())
     return all(row.state in ("fits", "replaced") for row in table)
 
 

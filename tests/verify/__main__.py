@@ -1,8 +1,8 @@
 """What `make test` leaves out, in named parts: ``python -m tests.verify [PART ...] [-- ARGUMENTS]``.
 
-Without a part all run, one after the other, for hours; ``--list`` names them and shows their commands. Of a single part
-the output is shown, and the arguments go to its command; of several it goes to ``build/verify/PART.log``, and its end is
-shown where a part fails.
+Without a part all run, one after the other, for hours; ``--list`` names them and shows their commands. Of a single
+part the output is shown, and the arguments go to its command; of several it goes to ``build/verify/PART.log``, and its
+end is shown where a part fails.
 """
 
 from __future__ import annotations
