@@ -43,6 +43,17 @@ def test_the_example_of_the_readme_runs_as_pasted(tmp_path):
     assert re.fullmatch(line, run.stdout), run.stdout
 
 
+def test_the_question_of_the_readme_is_asked_outside_the_checkout(tmp_path):
+    """As it stands, beside an installed package; `make verify PART=packages` runs the line before it too."""
+    (line,) = re.findall(r"^cd ~ && .*", README.read_text(), re.M)
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    environment = os.environ | {"PATH": path, "PYTHONPATH": str(ROOT), "HOME": str(tmp_path)}
+    done = subprocess.run(["bash", "-euc", line], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    for shown in ("C++ ops              loaded", "gae                  cpu: cpu > torch"):
+        assert shown in done.stdout
+
+
 @pytest.mark.parametrize("code", EXAMPLES)
 def test_an_example_runs_as_pasted(tmp_path, monkeypatch, capsys, code):
     monkeypatch.chdir(tmp_path)
