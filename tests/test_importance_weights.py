@@ -110,6 +110,13 @@ def test_chi2_keeps_its_digits_near_one(impl):
     assert abs(float(chi2) / math.expm1(2.0 * float(logp)) - 1) < 1e-5
 
 
+def test_effective_sample_size_of_weights_whose_squares_float32_does_not_hold(impl):
+    log_ratio = torch.tensor([[50.0, 49.0], [51.0, -3.0]])
+    stats = importance_weights(log_ratio, torch.zeros(2, 2), bounds=None, log_ratio_clamp=None, impl=impl)[2]
+    weights = log_ratio.double().exp()
+    assert float(stats.ess) == pytest.approx(float(weights.sum() ** 2 / weights.square().sum() / 4), rel=1e-5)
+
+
 @pytest.mark.parametrize("level", LEVELS)
 def test_a_nan_is_within_no_bounds(impl, level):
     logp, rollout = make(3, 5)

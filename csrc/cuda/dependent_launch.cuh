@@ -3,9 +3,9 @@
 //
 // The first kernel (the primary) is launched as any other and says early that the second one may begin. Each thread of
 // the second one (the dependent) waits before it reads what the first has written, before it writes, and before it
-// ends. What it reads earlier was there before the primary began. A dependent may be the primary of a third kernel:
-// then its threads wait first and allow afterwards, so that the third one finds the first one's writes from its start.
-// From sm_90 on; elsewhere a kernel begins when the one before it has ended, as ever.
+// ends. A dependent may be the primary of a third kernel: when that one's wait returns, both have ended. What is read
+// before a wait was there before the first of all began. From sm_90 on; elsewhere a kernel begins when the one before
+// it has ended, as ever.
 #pragma once
 
 #include <cuda_runtime.h>

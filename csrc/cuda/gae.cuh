@@ -185,9 +185,9 @@ __global__ void __launch_bounds__(kRowThreads, 4) gae_segments_kernel(GaeInputs 
   __shared__ bool any[kTiles];
   // The second launch begins with what the first one has read last.
   const int64_t number = kPass == GaePass::kTokens ? gridDim.x - 1 - blockIdx.x : blockIdx.x;
-  if (kPass == GaePass::kMaps) wait_for_bounds(in.rows), allow_dependent_launch();
+  if (kPass == GaePass::kMaps) allow_dependent_launch();
+  if (kPass != GaePass::kAlone) wait_for_bounds(in.rows);
   const RowSegment segment(in.rows, number);
-  if (segment.row < 0 && kPass == GaePass::kTokens) wait_for_primary();
   if (segment.row < 0 || (kPass == GaePass::kMaps && segment.count == 1)) return;
   const int warp = threadIdx.x / kWarp;
   const int64_t index = number - segment.first;

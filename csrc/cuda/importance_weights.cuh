@@ -47,10 +47,11 @@ struct ImportanceTokens {
   }
 };
 
-// Adds what a vector adds to the sums; its weights take the place of logp.
+// Adds what a vector adds to the sums, and to those of the weights and of their squares; its weights take the place of
+// logp.
 template <bool kFlat>
 __device__ void importance_tokens(const ImportanceInputs& in, ImportanceTokens& t, float (&sums)[8],
-                                  ImportanceCounts& counts, float& max) {
+                                  double (&weights)[2], ImportanceCounts& counts, float& max) {
   const ImportanceOptions<float>& o = in.options;
 #pragma unroll
   for (int k = 0; k < kTokens; ++k) {
@@ -70,8 +71,8 @@ __device__ void importance_tokens(const ImportanceInputs& in, ImportanceTokens& 
     sums[ImportanceSum::kChi2] += apart.chi2;
     sums[ImportanceSum::kLogp] += logp;
     sums[ImportanceSum::kRollout] += rollout;
-    sums[ImportanceSum::kWeight] += term.weight;
-    sums[ImportanceSum::kSquaredWeight] += term.weight * term.weight;
+    const double weight = term.weight;  // its square may be beyond what a float holds
+    weights[0] += weight, weights[1] += weight * weight;
     const float flags[] = {term.high, term.low, 1.0f - term.keep, 1.0f};
 #pragma unroll
     for (int i = 0; i < ImportanceLoss::Partials::kCounts; ++i) counts.add(i, flags[i] != 0.0f);
@@ -100,16 +101,18 @@ __global__ void __launch_bounds__(kLossThreads, kFlat ? 4 : 2)
     for (int g = 0; g < kLossVectors; ++g) tokens[g].template load<whole(), kFlat>(in, g);
   });
   float sums[8] = {}, max = 0.0f;
+  double weights[2] = {};
   ImportanceCounts counts;
 #pragma unroll
   for (int g = 0; g < kLossVectors; ++g) {
-    importance_tokens<kFlat>(in, tokens[g], sums, counts, max);
+    importance_tokens<kFlat>(in, tokens[g], sums, weights, counts, max);
     store_tokens(out.grad, first_token(g), in.rows.total, tokens[g].logp);
     store_keep(in.keep, first_token(g), in.rows.total, tokens[g].keep);
   }
   double wide[8];
 #pragma unroll
   for (int i = 0; i < 8; ++i) wide[i] = sums[i];
+  wide[ImportanceSum::kWeight] = weights[0], wide[ImportanceSum::kSquaredWeight] = weights[1];
   write_partials<ImportanceLoss::Partials, kLossThreads>(wide, counts, warp_max_or_nan(max), out.partials,
                                                          [](int, double) { return 0.0; });
 }

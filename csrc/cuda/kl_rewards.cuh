@@ -172,8 +172,8 @@ static __global__ void __launch_bounds__(kRowThreads, 4) kl_segments_kernel(KlRe
   __shared__ float stages[kStage];
   __shared__ double sums[kTiles];
   __shared__ int64_t lasts[kTiles];
-  wait_for_bounds(in.rows);
   if (parts != nullptr) allow_dependent_launch();
+  wait_for_bounds(in.rows);
   const RowSegment segment(in.rows, blockIdx.x);
   if (segment.row < 0) return;
   const int warp = threadIdx.x / kWarp;

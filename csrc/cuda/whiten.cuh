@@ -93,8 +93,8 @@ static __global__ void __launch_bounds__(kWhitenThreads, 3 - kFewerBlocks)
 static __global__ void __launch_bounds__(kFoldThreads)
     moments_fold_kernel(const double* partials, int64_t blocks, bool followed, double* count, double* mean,
                         double* m2) {
-  wait_for_primary();
   if (followed) allow_dependent_launch();
+  wait_for_primary();
   const Moments all = WhitenPartials::moments(fold_columns<WhitenPartials, kFoldThreads>(partials, blocks), 0);
   if (threadIdx.x == 0) *count = all.count, *mean = all.mean, *m2 = all.m2;
 }

@@ -142,6 +142,16 @@ def store_tokens(ptr, n, x, inside, whole):
 
 
 @triton.jit
+def store_weights(line, weight, WEIGHT: tl.constexpr, SQUARES: tl.constexpr):
+    """The sums of weights and of their squares, which may be beyond what float32 holds."""
+    peak = tl.max(tl.abs(weight), 0)
+    unit = weight / tl.where(peak == 0.0, 1.0, peak)
+    peak = peak.to(tl.float64)
+    tl.store(line + WEIGHT, tl.sum(unit, 0).to(tl.float64) * peak)
+    tl.store(line + SQUARES, tl.sum(unit * unit, 0).to(tl.float64) * peak * peak)
+
+
+@triton.jit
 def fold_sums(parts_ptr, P, q, USED: tl.constexpr, FOLD: tl.constexpr, Q: tl.constexpr):
     """Sum and maximum of each column of the lines ``[P, Q]``, as ``[Q]``. Columns from USED on were not written."""
     sums = tl.zeros([FOLD, Q], tl.float64)

@@ -30,6 +30,7 @@ from ppo_kernels.triton._loss import (
     pick,
     row_arguments,
     store_tokens,
+    store_weights,
     token_arguments,
 )
 from ppo_kernels.triton._math import clamp, exp, expm1_minus, load_valid, row_span
@@ -162,8 +163,7 @@ def importance_chunks(
     tl.store(line + CHI2, tl.sum(excess * (excess + 2.0), 0))
     tl.store(line + PERPLEXITY, tl.sum(-logp, 0))
     tl.store(line + ROLLOUT_PERPLEXITY, tl.sum(-rollout, 0))
-    tl.store(line + WEIGHT, tl.sum(weight, 0))
-    tl.store(line + SQUARES, tl.sum(weight * weight, 0))
+    store_weights(line, weight, WEIGHT, SQUARES)
     tl.store(line + RATIO_MAX, tl.where(total == total, tl.max(ratio, 0), total))
     tl.store(line + HIGH, tl.sum((valid & (ratio > high)).to(logp.dtype), 0))
     tl.store(line + LOW, tl.sum((valid & (ratio < low)).to(logp.dtype), 0))

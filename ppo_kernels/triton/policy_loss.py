@@ -38,6 +38,7 @@ from ppo_kernels.triton._loss import (
     pick,
     row_arguments,
     store_tokens,
+    store_weights,
     token_arguments,
 )
 from ppo_kernels.triton._math import (
@@ -169,11 +170,7 @@ def policy_chunks(
     if weights_ptr is not None:
         w = load_tokens(weights_ptr, n, row, column, weights_stride, owned, whole, WEIGHTS_PER_ROW, FLAT)
         weight = tl.where(valid, w, 0.0)
-        peak = tl.max(tl.abs(weight), 0)
-        unit = weight / tl.where(peak == 0.0, 1.0, peak)  # a square may be beyond what float32 holds
-        peak = peak.to(tl.float64)
-        tl.store(line + WEIGHT, tl.sum(unit, 0).to(tl.float64) * peak)
-        tl.store(line + SQUARES, tl.sum(unit * unit, 0).to(tl.float64) * peak * peak)
+        store_weights(line, weight, WEIGHT, SQUARES)
     own = logp - old
     raw = own
     if LEVEL != TOKEN:

@@ -69,10 +69,10 @@ host_cuda_switch:
 
 std::atomic<unsigned> blocks_running{0};
 
-// Of a primary and its dependent launch: how many threads of the running launch have said what they have to, whether it
-// is a dependent, and whether one has to follow. A primary's end orders only what waits for it.
+// Of a primary and its dependent launch: how many threads of the running launch have said what they have to, and
+// whether a dependent has to follow. A primary's end orders only what waits for it.
 std::atomic<uint64_t> allowed{0}, waited{0};
-bool is_dependent = false, dependent_follows = false;
+bool dependent_follows = false;
 char ended[2];  // of the launches in turns, as a dependent may be the primary of another
 unsigned launches = 0;
 
@@ -152,11 +152,11 @@ class Block {
     if (orders_memory) acquire(&b.passed[generation % 2]);
   }
 
-  void wait_for_primary() { at_->waited = true; }
-  void allow_dependent() {
-    if (is_dependent && !at_->waited) stop("a dependent launch waits before it lets another one begin");
-    allows_dependent_ = true;
+  void wait_for_primary() {
+    if (!at_->waited) ++waited;
+    at_->waited = true;
   }
+  void allow_dependent() { allows_dependent_ = true; }
   bool allows_dependent() const { return allows_dependent_; }
 
   uint64_t& slot(unsigned lane) { return slots_[at_->thread.index / 32 * 32 + lane]; }
@@ -228,7 +228,6 @@ void allow_dependent() {
 }
 
 void wait_for_primary() {
-  ++waited;
   Block::running->wait_for_primary();
   acquire(&ended[(launches + 1) % 2]);
 }
@@ -244,21 +243,19 @@ uint64_t exchange(unsigned mask, uint64_t value, unsigned source) {
 void run(unsigned blocks, unsigned threads_per_block, bool dependent, std::shared_ptr<const Kernel> kernel) {
   const std::lock_guard<std::mutex> lock(one_launch);
   if (dependent != dependent_follows) stop("a dependent launch belongs behind one that allows it, and nowhere else");
-  is_dependent = dependent;
   allowed = waited = 0;
   block_size = threads_per_block;
   grid_size = blocks;
 #if HOST_CUDA_BLOCKS > 1
-  // A primary's, until its end orders what was done with them.
-  static std::vector<std::unique_ptr<OwnBlock>> of_primary;
-  static std::shared_ptr<const Kernel> with_arguments;
-  std::vector<std::unique_ptr<OwnBlock>> unordered;
-  std::mutex adds;
+  // Those of primaries, until the last launch of the chain has ended and with it orders what was done with them.
+  static std::vector<std::unique_ptr<OwnBlock>> unordered;
+  static std::vector<std::shared_ptr<const Kernel>> with_arguments;
+  static std::mutex adds;
   std::vector<std::thread> threads;
   for (unsigned i = 0; i < blocks; ++i) {
     while (blocks_running >= HOST_CUDA_BLOCKS) std::this_thread::yield();
     ++blocks_running;
-    threads.emplace_back([&, index = block_at(i, blocks)] {
+    threads.emplace_back([&kernel, index = block_at(i, blocks)] {
       auto block = std::make_unique<OwnBlock>(index);
       block->block.run(*kernel);
       if (block->block.allows_dependent()) {
@@ -281,10 +278,10 @@ void run(unsigned blocks, unsigned threads_per_block, bool dependent, std::share
   if (dependent && waited != all) stop("threads of a dependent launch have ended without waiting for its primary");
   if (allowed != 0 && allowed != all) stop("all threads of a primary say so, or none");
   dependent_follows = allowed != 0;
-  if (dependent) acquire(&ended[(launches + 1) % 2]);
+  if (!dependent_follows) acquire(&ended[0]), acquire(&ended[1]);
 #if HOST_CUDA_BLOCKS > 1
-  of_primary = std::move(unordered);
-  if (dependent_follows) with_arguments = std::move(kernel);
+  with_arguments.push_back(std::move(kernel));
+  if (!dependent_follows) unordered.clear(), with_arguments.clear();
 #endif
   ++launches;
 }

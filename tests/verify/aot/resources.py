@@ -109,7 +109,8 @@ def measured(lines: list[str], path: paths.Path) -> dict[str, float]:
     if roles:
         found["dependent_launch"] = " and ".join(roles)
     if waits:
-        found["loads_before_wait"] = sass.count(r"\bLDG\b", lines[: waits[-1]])
+        loads = [sass.count(r"\bLDG\b", lines[:wait]) for wait in (waits[0], waits[-1])]
+        found |= {"loads_before_first_wait": loads[0], "loads_before_wait": loads[1]}
     ways = {"": [], "odd_": []}
     if path.way == paths.LOOP:
         ways = {"": sass.hot_loop(lines), "odd_": sass.hot_loop(lines, r"\bLOP3\b")}

@@ -88,6 +88,8 @@ def test_a_kernel_that_may_begin_early_waits_and_the_one_before_it_allows_that(r
             continue
         reads_inputs = kernel in ("whiten_kernel", "gae_segments_kernel<2>")  # beside the end of the primary
         assert (entry["loads_before_wait"] > 0) == reads_inputs, (kernel, arch)
+        # Bounds of a packed batch are the first thing that is read, and a launch before has written them.
+        assert (entry["loads_before_first_wait"] > 0) == (kernel == "whiten_kernel"), (kernel, arch)
     allowing = {
         kernel.partition("<")[0]
         for kernel, arch, entry in resources.entries(recorded)
