@@ -203,8 +203,8 @@ def load_preset(name: str) -> dict[str, dict[str, Any]]:
 
 
 def _parse(command: str, kind: type[C], settings: dict[str, Any], overrides: Sequence[str]) -> C:
-    called = f"python -m python_trainer {command}" + " RUN RUN ..." * (command == "compare")
-    usage = f"{called} [--config FILE] [--SETTING VALUE ...]"  # not each by its name: there are a hundred
+    called = f"python -m python_trainer {command}" + " RUN ..." * (command == "compare")
+    usage = f"{called} [--config FILE] [--KEY VALUE]..."  # not each by its name: there are a hundred
     parser = _Parser(kind, allow_abbrev=False, usage=usage, epilog=FROM_A_FILE, formatter_class=_Help)
     try:
         arguments = [*_as_arguments(settings), *overrides]

@@ -98,6 +98,7 @@ def test_the_training_command_trains(tmp_path):
     assert (tmp_path / "runs" / "mine" / "train" / "model" / "model.safetensors").exists()
 
 
+@pytest.mark.filterwarnings("ignore:.*found in sys.modules:RuntimeWarning")
 @pytest.mark.parametrize(
     "module",
     [
