@@ -12,9 +12,15 @@ cd "$(dirname "$0")/.."
 
 # In order, with the most seconds that each may take, and 5 more to be killed in: nine minutes in all.
 PARTS="build:90 smoke:40 ours:70 memcheck:65+racecheck:65 cuda_tests:70 others:55 compile:35 triton_tests:60"
-if [ "${1:-}" = --list ]; then echo "$PARTS" && exit; fi
 dry=
-if [ "${1:-}" = --dry-run ]; then dry=1 && shift; fi
+case "${1:-}" in
+  -h | --help) sed -n '2,/^set/{s/^# \?//p}' "$0" && exit ;;
+  --list) tr ' ' '\n' <<<"$PARTS" | sed 's/:\([0-9]*\)/ \1 s/g; s/+/ + /' && exit ;;
+  --dry-run) dry=1 && shift ;;
+esac
+case "${1:-}" in
+  -*) echo "$1 is no option; --help says what there is" >&2 && exit 2 ;;
+esac
 out=$(realpath -m "${1:-${OUT:-build/gpu_run}}")
 state=$(realpath -m "${GPU_RUN_STATE:-build/gpu_run}")
 # A record without its commit is worth nothing, and a copy of the files alone cannot tell it.
@@ -23,8 +29,11 @@ if [ -z "$PPO_KERNELS_COMMIT" ]; then
   echo "There is no git here: say in PPO_KERNELS_COMMIT which commit this is (git describe --always --dirty)" >&2 && exit 2
 fi
 export PPO_KERNELS_COMMIT PYTHONUNBUFFERED=1
-mkdir -p "$out" "$state" && touch "$state/done"
 python=${PYTHON:-python3}
+if [ -z "$dry" ] && ! "$python" -c "import sys, torch; sys.exit(not torch.cuda.is_available())"; then
+  echo "$python sees no GPU with torch, so nothing was run: PYTHON= names another Python, --dry-run needs no GPU" >&2 && exit 2
+fi
+mkdir -p "$out" "$state" && touch "$state/done"
 workers=$(nproc)
 [ "$workers" -le 8 ] || workers=8
 

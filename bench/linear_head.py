@@ -6,7 +6,7 @@ what torch's allocator holds at once beyond the inputs and beyond the two gradie
 
 from __future__ import annotations
 
-import sys
+import argparse
 import timeit
 from collections.abc import Callable
 
@@ -68,4 +68,6 @@ def main(file: str) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    parser = argparse.ArgumentParser(prog="python -m bench.linear_head", description=__doc__)
+    parser.add_argument("file", help="the figure to write, such as docs/linear_head.png")
+    main(parser.parse_args().file)

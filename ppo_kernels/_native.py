@@ -131,7 +131,9 @@ def _load_cuda() -> ctypes.CDLL:
     if CPU_ERROR is not None:
         raise NativeError(f"the CUDA ops need the library of the C++ ops, and {CPU_ERROR}") from CPU_ERROR
     if not path.exists():
-        raise NativeError(f"the CUDA ops are not built in {PACKAGE}; with nvcc on PATH, run: {REBUILD}")
+        raise NativeError(
+            f"the CUDA ops are not built in {PACKAGE}; with nvcc on PATH, run: PPO_KERNELS_CUDA=ON {REBUILD}"
+        )
     try:
         _check_whole(path)
         library = open_cuda_library(path)

@@ -6,6 +6,7 @@ import errno
 import io
 import itertools
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -28,6 +29,7 @@ from .settings import COMMANDS, load
 from .sft import reward, sft
 
 DEMO_CONFIG = "reviews_cpu.yaml"
+INTERRUPTED = 128 + signal.SIGINT
 LEAST_GOLD_GAIN = 0.2
 MOST_KL = 12.0
 SHOWN = 6
@@ -59,6 +61,9 @@ def main(arguments: Sequence[str]) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("error: interrupted; what is committed is safe", file=sys.stderr)
+        return INTERRUPTED
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT) and error.filename is None:
             raise
@@ -129,16 +134,18 @@ def _parsed(command: str, rest: list[str]) -> int:
 
 
 def run(command: str, path: str | None, overrides: Sequence[str]) -> int:
+    status = 0
     try:
         run_command(command, path, overrides)
     except distributed.Stopped as stop:
         _say(str(stop))
+        status = INTERRUPTED if stop.by_hand else 0
     except RuntimeError as error:
         if (loss := distributed.loss_of_a_rank(error)) is None:
             raise
         raise UserError(loss) from error
     distributed.stop()
-    return 0
+    return status
 
 
 def run_command(command: str, path: str | None, overrides: Sequence[str]) -> None:
@@ -267,4 +274,8 @@ def _say(text: str) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    status = main(sys.argv[1:])
+    if status == INTERRUPTED:  # by the signal itself: otherwise a shell goes on with the next line of its script
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        os.kill(os.getpid(), signal.SIGINT)
+    sys.exit(status)

@@ -208,8 +208,10 @@ def refuse_existing(folder: Path, *, overwrite: bool, resume: bool) -> None:
         return
     checkpoints = folder / "checkpoints"
     results = any(atomic.is_made(folder / name) for name in RESULTS)
-    if results or (folder / "metrics.jsonl").is_file() or _steps(checkpoints) or _steps_in(checkpoints):
-        raise UserError(f"{folder} holds an earlier run: resume it, or set another output_dir, or overwrite_output_dir")
+    saved = _steps(checkpoints) or _steps_in(checkpoints)
+    if results or (folder / "metrics.jsonl").is_file() or saved:
+        resume_it = "resume it (resume_from_checkpoint latest), or " if saved else ""
+        raise UserError(f"{folder} holds an earlier run: {resume_it}set another output_dir, or overwrite_output_dir")
 
 
 @contextlib.contextmanager

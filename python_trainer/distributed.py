@@ -3,11 +3,14 @@
 import contextlib
 import functools
 import io
+import math
 import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator
+from types import FrameType
 from typing import Any, TypeVar
 
 import numpy as np
@@ -42,29 +45,54 @@ def loss_of_a_rank(error: RuntimeError) -> str | None:
 class Stopped(Exception):
     """The run was asked to end and has left a checkpoint; nothing failed."""
 
+    by_hand = False  # ctrl-C, after which a shell is not to go on with its script
+
+
+PATIENCE = 1.0  # seconds in which a second ctrl-C is the first: a launcher passes on what the terminal sends to all
+
 
 @contextlib.contextmanager
 def stop_requests() -> Iterator[Callable[[], bool]]:
-    """Inside, SIGTERM asks and does not kill; the function, called on every rank, says whether any rank was asked.
+    """Inside, SIGTERM and the first ctrl-C ask and do not kill; the function, called on every rank, says whether any
+    rank was asked.
 
-    A process that a reward function forks ends by the signal as it would without us.
+    A process that a reward function forks ends by SIGTERM as it would without us. The first ctrl-C, which a terminal
+    sends to it too, it survives: the step at hand needs it.
     """
-    asked = False
+    asked, by_hand, process = False, math.inf, os.getpid()
 
     def note(*_: object) -> None:
         nonlocal asked
         asked = True
 
+    def note_by_hand(number: int, frame: FrameType | None) -> None:
+        nonlocal asked, by_hand
+        if time.monotonic() > by_hand + PATIENCE:
+            signal.default_int_handler(number, frame)
+        if not asked and os.getpid() == process and is_main():
+            with contextlib.suppress(OSError):  # no stream: this may have come in the middle of a write
+                os.write(2, b"\nctrl-C: it ends after the step at hand; once more, and it ends at once\n")
+        asked, by_hand = True, min(by_hand, time.monotonic())
+
     main_thread = threading.current_thread() is threading.main_thread()
     before = signal.signal(signal.SIGTERM, note) if main_thread else None
+    # Where ctrl-C is not Python's own any more (nohup, a notebook), it stays as it is.
+    takes_ctrl_c = main_thread and signal.getsignal(signal.SIGINT) is signal.default_int_handler
     if main_thread:
         _ours.append(note)
+    if takes_ctrl_c:
+        signal.signal(signal.SIGINT, note_by_hand)
     try:
         yield lambda: bool(gather_rows(torch.tensor([int(asked)], device=device())).any())
+    except Stopped as stopped:
+        stopped.by_hand = by_hand < math.inf
+        raise
     finally:
         if main_thread:
             _ours.remove(note)
             signal.signal(signal.SIGTERM, before)
+        if takes_ctrl_c:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 _ours: list[Callable] = []  # what SIGTERM calls

@@ -7,6 +7,8 @@ import json
 import math
 import os
 import secrets
+import shutil
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any, Protocol
@@ -129,9 +131,9 @@ class Log:
 
     def step(self, step: int, metrics: Mapping[str, float], line: Sequence[str] = LINE) -> None:
         self.record(step, metrics)
-        shown = "  ".join(f"{name} {metrics[name]:.3g}" for name in line if name in metrics)
-        said = warnings(metrics, self.responses)
-        self.say("  ".join([f"step {step:4d}", shown, *(f"! {text}" for text in said)]))
+        shown = [f"step {step:4d}", *(f"{name} {metrics[name]:.3g}" for name in line if name in metrics)]
+        said = [f"! {text}" for text in warnings(metrics, self.responses)]
+        self.say("  ".join(shown + said) if (room := _columns()) is None else "\n".join([_fitting(shown, room), *said]))
         self._bar.update(step - self._bar.n)
 
     def progress(self, step: int) -> None:
@@ -147,6 +149,24 @@ class Log:
         for file in (self._file, self._said):
             if file is not None:
                 file.close()
+
+
+def _columns() -> int | None:
+    """Of the terminal; None where the lines go elsewhere."""
+    return shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+
+
+def _fitting(figures: Sequence[str], room: int) -> str:
+    """One line: where it is too long, names without their group, and only the first figures. The record has all."""
+    shown = "  ".join(figures)
+    if len(shown) > room:
+        figures = [figure.rpartition("/")[2] for figure in figures]
+        shown = figures[0]
+        for figure in figures[1:]:
+            if len(shown) + 2 + len(figure) > room:
+                break
+            shown += f"  {figure}"
+    return shown
 
 
 def _continued(path: Path, start: int) -> IO[str]:

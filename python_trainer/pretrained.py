@@ -394,4 +394,5 @@ def _readable(path: object) -> Any:
         raise
     except Exception as error:  # a file that is nothing like what they expect ends in errors of any kind
         lines = str(error).strip().splitlines() or [type(error).__name__]
-        raise UserError(f"cannot load a model from {path}: {lines[0]}") from error
+        where = "" if os.path.lexists(str(path)) else ", which is no folder here"  # but a name of the Hub, maybe
+        raise UserError(f"cannot load a model from {path}{where}: {lines[0]}") from error

@@ -4,6 +4,7 @@ In the file, a mapping named after a command (`sft:`, `reward:`, `train:`, `eval
 other key holds for all of them.
 """
 
+import argparse
 import dataclasses
 import datetime
 import difflib
@@ -18,7 +19,7 @@ import yaml
 from transformers import HfArgumentParser
 
 from . import files
-from .config import RENAMED, EvalConfig, RewardConfig, RunConfig, SftConfig, UserError, by_new_names, resolve
+from .config import CONFIGS, RENAMED, EvalConfig, RewardConfig, RunConfig, SftConfig, UserError, by_new_names, resolve
 from .deepspeed_file import deepspeed_file
 from .ppo_config import CompareConfig, FrontierConfig, PPOConfig
 
@@ -90,6 +91,10 @@ for _other, _name in (
     OF_OTHER_TRAINERS |= dict.fromkeys(_other.split(), OF_OTHER_TRAINERS[_name])
 
 PRESETS = Path(__file__).parent / "presets"
+FROM_A_FILE = (
+    "FILE is YAML with settings by these names, those of one command under its name if you like; a file of "
+    f"{CONFIGS.name}/ by its name alone. The command line stands above it."
+)
 
 COMMANDS: dict[str, type[RunConfig]] = {
     "sft": SftConfig,
@@ -99,6 +104,26 @@ COMMANDS: dict[str, type[RunConfig]] = {
     "frontier": FrontierConfig,
     "compare": CompareConfig,
 }
+
+
+class _Help(argparse.ArgumentDefaultsHelpFormatter):
+    """A setting under one name with its value once: two spellings of each, and long choices, do not fit 80 columns."""
+
+    def _value(self, action: argparse.Action) -> str:
+        return self._format_args(action, self._get_default_metavar_for_optional(action))
+
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        if not action.option_strings or action.nargs == 0:
+            return super()._format_action_invocation(action)
+        name, value = action.option_strings[0], self._value(action)
+        return f"{name} {value if len(value) <= 40 else action.dest.upper()}"
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        text = super()._get_help_string(action)
+        return text if len(self._value(action)) <= 40 or not action.choices else f"{text} {self._one_of(action)}"
+
+    def _one_of(self, action: argparse.Action) -> str:
+        return "One of " + ", ".join(map(str, action.choices or ())) + "."
 
 
 class _Parser(HfArgumentParser):
@@ -206,7 +231,9 @@ def load_preset(name: str) -> dict[str, dict[str, Any]]:
 
 
 def _parse(command: str, kind: type[C], settings: dict[str, Any], overrides: Sequence[str]) -> C:
-    parser = _Parser(kind, allow_abbrev=False, prog=f"python -m python_trainer {command}")
+    called = f"python -m python_trainer {command}" + " RUN ..." * (command == "compare")
+    usage = f"{called} [--config FILE] [--KEY VALUE]..."  # not each by its name: there are a hundred
+    parser = _Parser(kind, allow_abbrev=False, usage=usage, epilog=FROM_A_FILE, formatter_class=_Help)
     try:
         arguments = [*_as_arguments(settings), *overrides]
         (config,) = parser.parse_args_into_dataclasses(arguments, look_for_args_file=False)

@@ -43,6 +43,17 @@ def test_the_example_of_the_readme_runs_as_pasted(tmp_path):
     assert re.fullmatch(line, run.stdout), run.stdout
 
 
+def test_the_question_of_the_readme_is_asked_outside_the_checkout(tmp_path):
+    """As it stands, beside an installed package; `make verify PART=packages` runs the line before it too."""
+    (line,) = re.findall(r"^cd ~ && .*", README.read_text(), re.M)
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    environment = os.environ | {"PATH": path, "PYTHONPATH": str(ROOT), "HOME": str(tmp_path)}
+    done = subprocess.run(["bash", "-euc", line], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    for shown in ("C++ ops              loaded", "gae                  cpu: cpu > torch"):
+        assert shown in done.stdout
+
+
 @pytest.mark.parametrize("code", EXAMPLES)
 def test_an_example_runs_as_pasted(tmp_path, monkeypatch, capsys, code):
     monkeypatch.chdir(tmp_path)
@@ -85,6 +96,33 @@ def test_the_training_command_trains(tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
     assert len([row for row in metric_rows(tmp_path / "runs" / "mine") if "objective/scores" in row]) == 2
     assert (tmp_path / "runs" / "mine" / "train" / "model" / "model.safetensors").exists()
+
+
+@pytest.mark.filterwarnings("ignore:.*found in sys.modules:RuntimeWarning")
+@pytest.mark.parametrize(
+    "module",
+    [
+        "bench",
+        "bench.linear_head",
+        "ppo_kernels.integrations",
+        "python_trainer",
+        "tests.verify",
+        "tests.verify.aot.resources",
+        "tests.verify.fuzz",
+        "tests.verify.host_path",
+        "tests.verify.mutants.run",
+        "tests.verify.sanitize.run",
+        "tests.verify.trainer.faults",
+        "tests.verify.trainer.hostile",
+    ],
+)
+def test_a_command_says_what_it_takes_and_begins_nothing(monkeypatch, capsys, module):
+    """Some of them run for hours once they begin."""
+    monkeypatch.setattr(sys, "argv", [module, "--help"])
+    with pytest.raises(SystemExit) as end:
+        runpy.run_module(module, run_name="__main__")
+    assert not end.value.code
+    assert f"python -m {module}" in capsys.readouterr().out
 
 
 def test_the_readme_is_one_screen_and_every_link_leads_somewhere():

@@ -70,15 +70,29 @@ def describe(adapter: Adapter, path: Sequence[str] | None, since: Sequence[str] 
     tested = "tested" if version in adapter.tested else f"tested with {', '.join(adapter.tested)}"
     print(f"{adapter.name} {version} ({tested})")
     table = imported(adapter) if imports else rows(adapter, path, since)
+    widest = max(len(row.target) for row in table)
     for row in table:
-        print(f"  {row.target:<58} {row.state:<18} {row.detail}".rstrip())
+        print(f"  {row.target:<{widest}} {row.state:<12} {row.detail}".rstrip())
     return all(row.state in ("fits", "replaced") for row in table)
+
+
+USAGE_OF_RUN = (
+    "usage: python -m ppo_kernels.integrations run TRAINER[,TRAINER] [-m] SCRIPT_OR_MODULE [ARGUMENT ...]\n"
+    f"  of the trainers {', '.join(integrations.TRAINERS)}"
+)
 
 
 def run(words: list[str]) -> None:
     """``NAMES script.py ...`` or ``NAMES -m module ...`` with the adapters in place, here and in what it starts."""
+    if {"-h", "--help"} & set(words[:1]):
+        print(USAGE_OF_RUN)
+        return
     if len(words) < 2 or words[1:] == ["-m"]:
-        sys.exit("usage: python -m ppo_kernels.integrations run TRAINER[,TRAINER] [-m] SCRIPT_OR_MODULE [ARGUMENT ...]")
+        sys.exit(USAGE_OF_RUN)
+    if unknown := [name for name in words[0].split(",") if name.strip() not in (*integrations.TRAINERS, "none")]:
+        sys.exit(_no_adapter(unknown))
+    if words[1] != "-m" and not Path(words[1]).exists():
+        sys.exit(f"there is no script {words[1]} here; -m in front of it runs a module by its name")
     os.environ[integrations.VARIABLE] = words[0]
     integrations.from_environment()
     if words[1] == "-m":
@@ -89,6 +103,10 @@ def run(words: list[str]) -> None:
         sys.argv = words[1:]
         sys.path[0] = str(Path(words[1]).resolve().parent)
         runpy.run_path(words[1], run_name="__main__")
+
+
+def _no_adapter(names: list[str]) -> str:
+    return f"there is no adapter for {', '.join(names)}; the trainers are {', '.join(integrations.TRAINERS)}"
 
 
 def main(words: list[str]) -> int:
@@ -107,9 +125,7 @@ def main(words: list[str]) -> int:
     given = parser.parse_args(words)
     unknown = [name for name in given.trainer if name not in integrations.TRAINERS]
     if unknown:
-        parser.error(
-            f"there is no adapter for {', '.join(unknown)}; the trainers are {', '.join(integrations.TRAINERS)}"
-        )
+        parser.error(_no_adapter(unknown))
     if given.imports and (given.path or given.since):
         parser.error("--import looks at sys.path; --path and --since read sources alone")
     path, since = ([folder] if folder else None for folder in (given.path, given.since))

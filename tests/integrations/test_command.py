@@ -135,6 +135,23 @@ def test_the_command_run_puts_adapters_in_place(chat, monkeypatch, capsys, what)
     assert os.environ["PPO_KERNELS_PATCH"] == "deepspeed_chat", "for what it starts"
 
 
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["trll", "script.py"], "there is no adapter for trll; the trainers are deepspeed_chat, openrlhf"),
+        (["trl", "nothing.py"], "there is no script nothing.py here; -m in front of it runs a module by its name"),
+        (["trl"], "usage: .* run TRAINER.* SCRIPT_OR_MODULE"),
+        (["trl", "-m"], "usage: .* run TRAINER.* SCRIPT_OR_MODULE"),
+    ],
+)
+def test_the_command_run_says_what_it_cannot_run(chat, monkeypatch, words, said):
+    monkeypatch.chdir(chat)
+    monkeypatch.setenv("PPO_KERNELS_PATCH", "none")
+    with pytest.raises(SystemExit, match=said):
+        main(["run", *words])
+    assert os.environ["PPO_KERNELS_PATCH"] == "none"
+
+
 def test_the_environment_names_trainers(monkeypatch):
     for value, names in (("trl, verl", ("trl", "verl")), ("none", ()), ("", ())):
         monkeypatch.setenv("PPO_KERNELS_PATCH", value)

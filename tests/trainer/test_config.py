@@ -1,6 +1,8 @@
 """Settings come from a file and from the command line, and a typo never passes."""
 
+import dataclasses
 import json
+import re
 
 import pytest
 import yaml
@@ -20,6 +22,19 @@ def file(tmp_path):
     path = tmp_path / "run.yaml"
     path.write_text(yaml.safe_dump(FILE))
     return path
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_names_every_setting_once_in_80_columns(monkeypatch, capsys, command):
+    monkeypatch.setenv("COLUMNS", "80")
+    with pytest.raises(SystemExit) as end:
+        main([command, "--help"])
+    said = capsys.readouterr().out
+    assert not end.value.code
+    assert said.startswith(f"usage: python -m python_trainer {command} ")
+    assert max(map(len, said.splitlines())) <= 80
+    for field in dataclasses.fields(COMMANDS[command]):
+        assert len(re.findall(rf"^  --{field.name}\b", said, re.M)) == 1
 
 
 def test_command_line_wins_over_the_file(file):

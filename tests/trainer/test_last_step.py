@@ -4,11 +4,13 @@ import errno
 import json
 import os
 import shutil
+import signal
 from types import SimpleNamespace
 
 import pytest
 import torch
 
+from python_trainer import __main__ as command_line
 from python_trainer import atomic, checkpoint, deepspeed_engine, distributed
 from python_trainer.config import SharedError, UserError
 from python_trainer.data import fingerprint
@@ -41,6 +43,55 @@ def test_a_failing_reward_function_keeps_the_last_step(tiny, tmp_path):
     assert steps(tmp_path) == ["step-000002", "step-000003"]
     tiny(total_steps=5, save_steps=2, resume_from_checkpoint="latest").train()
     assert [row["step"] for row in metric_rows(tmp_path / "run")] == [0, 1, 2, 3, 4, 5]
+
+
+def asks_at(trainer, step: int, times: int):
+    """A terminal, in a rollout."""
+    plain = trainer.reward_fn
+
+    def reward(rollout):
+        for _ in range(times if trainer.done == step else 0):
+            os.kill(os.getpid(), signal.SIGINT)
+        return plain(rollout)
+
+    trainer.reward_fn = reward
+
+
+def test_ctrl_c_ends_the_run_after_the_step_at_hand(tiny, tmp_path, capfd):
+    """Also where a launcher passes it on, so that it comes twice."""
+    trainer = tiny(total_steps=5)
+    asks_at(trainer, 1, times=2)
+    with pytest.raises(distributed.Stopped, match="step 2 is saved; --resume_from_checkpoint latest") as stop:
+        trainer.train()
+    assert stop.value.by_hand
+    assert capfd.readouterr().err.count("ctrl-C: it ends after the step at hand; once more") == 1
+    assert steps(tmp_path) == ["step-000002"]
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    tiny(total_steps=5, resume_from_checkpoint="latest").train()
+    assert [row["step"] for row in metric_rows(tmp_path / "run")] == [0, 1, 2, 3, 4, 5]
+
+
+def test_a_second_ctrl_c_ends_it_at_once(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(distributed, "PATIENCE", -1.0)
+    trainer = tiny(total_steps=5)
+    asks_at(trainer, 1, times=2)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    assert steps(tmp_path) == []
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_the_command_says_in_a_line_that_it_was_interrupted(monkeypatch, capsys):
+    by_hand = distributed.Stopped("step 2 is saved")
+    by_hand.by_hand = True
+    for end, said in ((KeyboardInterrupt(), "error: interrupted; what is committed is safe"), (by_hand, "is saved")):
+
+        def ends(*_, end=end):
+            raise end
+
+        monkeypatch.setattr(command_line, "run_command", ends)
+        assert command_line.main(["train"]) == command_line.INTERRUPTED == 130
+        assert said in "".join(capsys.readouterr())
 
 
 @pytest.mark.parametrize("step", [0, 2])

@@ -2,6 +2,7 @@
 
 import json
 import math
+import sys
 from dataclasses import replace
 
 import pytest
@@ -71,6 +72,21 @@ def test_warnings_stand_in_the_line():
     assert logging.warnings({"objective/scores_std": 0.0}, 8) == ["all responses score alike"]
     assert logging.warnings({"val/masked_responses": 7}, 8) == []
     assert logging.warnings({"val/masked_responses": 8}, 8) == ["nothing is learned: all responses are masked"]
+
+
+@pytest.mark.parametrize("columns", [30, 80, 400])
+def test_a_line_fits_the_terminal(tiny, monkeypatch, capsys, columns):
+    """What is elsewhere, a file or a pipe, has all of it."""
+    monkeypatch.setenv("COLUMNS", str(columns))
+    monkeypatch.setattr(type(sys.stdout), "isatty", lambda _: True, raising=False)
+    tiny(total_steps=2).train()
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("step ")]
+    assert len(lines) == 2
+    assert all(len(line) <= columns for line in lines)
+    assert [line[:15] for line in lines] == (
+        ["step    1  obje", "step    2  obje"] if columns == 400 else ["step    1  kl 0", "step    2  kl 0"]
+    )
+    assert ("scores" in lines[1]) == (columns > 30)
 
 
 def test_a_line_for_each_step(tiny, capsys):

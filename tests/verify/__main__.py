@@ -1,7 +1,8 @@
 """What `make test` leaves out, in named parts: ``python -m tests.verify [PART ...] [-- ARGUMENTS]``.
 
-Without a part all run, one after the other; ``--list`` names them. Of a single part the output is shown, and the
-arguments go to its command; of several it goes to ``build/verify/PART.log``, and its end is shown where a part fails.
+Without a part all run, one after the other, for hours; ``--list`` names them and shows their commands. Of a single
+part the output is shown, and the arguments go to its command; of several it goes to ``build/verify/PART.log``, and its
+end is shown where a part fails.
 """
 
 from __future__ import annotations
@@ -94,6 +95,9 @@ def run(part: str, arguments: list[str], show: bool) -> bool:
 def main(words: list[str]) -> int:
     end = words.index("--") if "--" in words else len(words)
     names, arguments = words[:end], words[end + 1 :]
+    if {"-h", "--help"} & set(names):
+        print(f"{__doc__}\nThe parts: {' '.join((*PARTS, *GROUPS))}")
+        return 0
     if names == ["--list"]:
         print("\n".join(f"{name:<14} {line}" for name, line in PARTS.items()))
         print("\n".join(f"{name:<14} {' '.join(parts)}" for name, parts in GROUPS.items()))

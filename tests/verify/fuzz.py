@@ -6,6 +6,7 @@ its seed: ``fuzz.py 1 SEED`` makes that call again.
 
 from __future__ import annotations
 
+import argparse
 import os
 import sys
 import time
@@ -20,8 +21,7 @@ from tests.lib import devices, fuzz
 BATCH = 2000  # calls of one process
 
 
-def main(words: list[str]) -> int:
-    count, first = (int(word) for word in (*words, *("20000", "1000000")[len(words) :]))
+def main(count: int, first: int) -> int:
     good = True
     for impl in devices.ON_CPU:
         begin, mine = time.monotonic(), max(1, count // 20) if impl == "triton" else count
@@ -37,4 +37,8 @@ def main(words: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    parser = argparse.ArgumentParser(prog="python -m tests.verify.fuzz", description=__doc__)
+    parser.add_argument("count", type=int, nargs="?", default=20_000)
+    parser.add_argument("first_seed", type=int, nargs="?", default=1_000_000)
+    given = parser.parse_args()
+    sys.exit(main(given.count, given.first_seed))

@@ -9,6 +9,7 @@ and one that is not is not yet met.
 
 from __future__ import annotations
 
+import argparse
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -86,4 +87,5 @@ def main() -> int:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(prog="python -m tests.verify.host_path", description=__doc__).parse_args()
     sys.exit(main())

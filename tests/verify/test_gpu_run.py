@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -25,9 +26,8 @@ pytestmark = [
 
 def parts() -> list[list[tuple[str, int]]]:
     """Names and seconds, those that run at the same time together."""
-    listed = subprocess.run([str(SCRIPT), "--list"], capture_output=True, text=True, check=True).stdout.split()
-    pairs = [[one.split(":") for one in together.split("+")] for together in listed]
-    return [[(name, int(seconds)) for name, seconds in together] for together in pairs]
+    listed = subprocess.run([str(SCRIPT), "--list"], capture_output=True, text=True, check=True).stdout.splitlines()
+    return [[(name, int(seconds)) for name, seconds in re.findall(r"(\w+) (\d+) s", together)] for together in listed]
 
 
 NAMES = [name for together in parts() for name, _ in together] if SCRIPT.exists() else []
@@ -120,3 +120,21 @@ def test_a_run_without_a_commit_is_refused(tmp_path):
     assert done.returncode == 2
     assert "PPO_KERNELS_COMMIT" in done.stderr
     assert not (tmp_path / "build").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "status", "said"),
+    [
+        (["--help"], 0, "bench/gpu_run.sh [--dry-run] [OUT]"),
+        (["--dryrun"], 2, "--dryrun is no option"),
+        (["--dry-run", "--list"], 2, "--list is no option"),
+        ([], 2, "sees no GPU with torch, so nothing was run"),
+    ],
+)
+def test_what_cannot_run_is_said_before_anything_runs(tmp_path, words, status, said):
+    """Else a wrong word is the name of a folder, and nine minutes go by in parts that fail."""
+    env = {**os.environ, "PYTHON": sys.executable, "GPU_RUN_STATE": str(tmp_path / "state"), "PPO_KERNELS_COMMIT": "a"}
+    done = subprocess.run([str(SCRIPT), *words], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=60)
+    assert done.returncode == status
+    assert said in done.stdout + done.stderr
+    assert not (tmp_path / "state").exists()

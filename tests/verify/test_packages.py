@@ -70,3 +70,21 @@ def test_the_source_archive_installs_with_one_command(packages: Path, tmp_path: 
     python = environment_with(tmp_path, NEWEST)
     run(python, "-m", "pip", "install", "--quiet", archive, cwd=tmp_path)
     run(python, "-c", ONE_OP_PER_IMPLEMENTATION, cwd=tmp_path)
+
+
+@pytest.mark.slow
+def test_the_commands_of_the_readme_install_and_say_what_is_built(packages: Path, tmp_path: Path) -> None:
+    """As they stand, and once more, in sources whose folder has a space in its name; then it is gone without a rest."""
+    (archive,) = packages.glob("*.tar.gz")
+    sources = tmp_path / "my sources"
+    sources.mkdir()
+    run("tar", "--extract", "--file", archive, "--strip-components=1", cwd=sources)
+    (commands,) = re.findall(r"```\n(pip install torch .*?)```", (ROOT / "README.md").read_text(), re.S)
+    python = environment_with(tmp_path, NEWEST)
+    home = {"HOME": str(tmp_path / "home"), "PATH": f"{python.parent}:{os.environ['PATH']}", "PPO_KERNELS_CUDA": "OFF"}
+    (tmp_path / "home").mkdir()
+    for _ in range(2):
+        assert "C++ ops              loaded" in run("bash", "-euc", commands, cwd=sources, **home)
+    run("pip", "uninstall", "--quiet", "--yes", "ppo_kernels", cwd=sources, **home)
+    assert not list(python.parents[1].glob("lib/*/site-packages/*ppo_kernels*"))
+    assert not list(python.parents[1].glob("lib/*/site-packages/python_trainer*"))

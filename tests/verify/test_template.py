@@ -50,6 +50,15 @@ def test_each_file_is_named_by_the_op_and_two_others_are_edited():
     assert edited == {"csrc/ops.cpp", "ppo_kernels/__init__.py"}
 
 
+def test_git_applies_the_edits(tree):
+    """As CONTRIBUTING.md begins a new op; in the copy they are there, so that they can be taken away."""
+    env = checkout.environment(GIT_CEILING_DIRECTORIES=str(tree.parent))
+    command = ["git", "apply", "--check", "--reverse", str(TEMPLATE / "shared.patch")]
+    done = subprocess.run(command, cwd=tree, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "git apply tests/verify/template/shared.patch" in (checkout.ROOT / "CONTRIBUTING.md").read_text()
+
+
 def test_its_own_tests_pass(tree):
     assert " passed" in run(tree, "pytest", "-q", "--tier", "whole", "tests/test_soft_clip.py")
 

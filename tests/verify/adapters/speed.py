@@ -5,6 +5,7 @@ Each line is a call of the trainer's code on this machine's CPU. With and withou
 
 from __future__ import annotations
 
+import argparse
 import os
 import statistics
 import sys
@@ -224,4 +225,6 @@ def main(only: str = "") -> None:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    parser = argparse.ArgumentParser(prog="python -m tests.verify.adapters.speed", description=__doc__)
+    parser.add_argument("only", nargs="?", default="", help="calls whose trainer and name contain this")
+    main(parser.parse_args().only)

@@ -7,6 +7,7 @@ the new record. ``cuda``, ``triton`` or ``launches`` as arguments do a part of i
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import json
 import os
@@ -26,6 +27,7 @@ ROOT = HERE.parents[2]
 COMPILED = ROOT / "build" / "aot"
 RECORD, TABLE = HERE / "resources.json", HERE / "resources.md"
 ARCHITECTURES = (80, 90, 100, 120)
+PARTS = ("cuda", "triton", "launches")
 FLAGS = ("-std=c++20", "-O3", "--expt-relaxed-constexpr", "-DUSE_CUDA", "-DTORCH_TARGET_VERSION=0x020b000000000000")
 #: Of a warp's lane, per bf16 logit: more would keep the forward from the bandwidth of the memory.
 BUDGETS = {f"token_logprobs_kernel<{t}, true>": 8.0 for t in ("BFloat16", "Float16")}
@@ -212,7 +214,7 @@ def entries(part: dict):
             yield kernel, arch, entry
 
 
-def main(parts: list[str]) -> int:
+def main(parts: list[str], write: bool) -> int:
     from tests.verify.aot import launches
 
     recorded = json.loads(RECORD.read_text()) if RECORD.exists() else {}
@@ -231,11 +233,11 @@ def main(parts: list[str]) -> int:
         if recorded.get(half, {}).get(compiler) == found.get(half, {}).get(compiler):
             bad += regressions(found[half], recorded[half])
     bad += more_launches(found["launches"], recorded.get("launches", {}))
-    if "--write" in sys.argv:
+    if write:
         RECORD.write_text(json.dumps(found, indent=1) + "\n")
     text = table.markdown(found)
     print(text)
-    if "--write" in sys.argv:
+    if write:
         TABLE.write_text(text)
         print(f"wrote {RECORD} and {TABLE}")
         return 0
@@ -244,5 +246,10 @@ def main(parts: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    named = [word for word in sys.argv[1:] if not word.startswith("-")]
-    sys.exit(main(named or ["cuda", "triton", "launches"]))
+    parser = argparse.ArgumentParser(prog="python -m tests.verify.aot.resources", description=__doc__)
+    parser.add_argument("--write", action="store_true", help="make what is found the record, and its page")
+    parser.add_argument("parts", nargs="*", metavar="PART", help=f"of {', '.join(PARTS)}; by default all, in minutes")
+    given = parser.parse_args()
+    if unknown := set(given.parts) - set(PARTS):
+        parser.error(f"there is no part {', '.join(sorted(unknown))}; the parts are {', '.join(PARTS)}")
+    sys.exit(main(given.parts or list(PARTS), given.write))

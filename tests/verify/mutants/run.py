@@ -14,6 +14,7 @@ all tests must pass.
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import fcntl
 import re
@@ -185,4 +186,9 @@ def main(names: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    as_written = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(
+        "python -m tests.verify.mutants.run", description=__doc__, formatter_class=as_written
+    )
+    parser.add_argument("names", nargs="*", metavar="NAME", help="of patches to try, or how they begin; by default all")
+    sys.exit(main(parser.parse_args().names))

@@ -7,6 +7,7 @@ Afterwards the mutants of this folder are made one by one, and each must be repo
 
 from __future__ import annotations
 
+import argparse
 import re
 import subprocess
 import sys
@@ -147,6 +148,12 @@ def check(name: str) -> bool:
 
 
 if __name__ == "__main__":
-    names = [name for name in sys.argv[1:] if name != "--together"] or list(KINDS)
-    with ThreadPoolExecutor(len(names) if "--together" in sys.argv else 1) as pool:
+    parser = argparse.ArgumentParser(prog="python -m tests.verify.sanitize.run", description=__doc__)
+    parser.add_argument("--together", action="store_true", help="all at the same time")
+    parser.add_argument("kinds", nargs="*", metavar="KIND", help=f"of {', '.join(KINDS)}; by default all")
+    given = parser.parse_args()
+    if unknown := set(given.kinds) - set(KINDS):
+        parser.error(f"there is no kind {', '.join(sorted(unknown))}; the kinds are {', '.join(KINDS)}")
+    names = given.kinds or list(KINDS)
+    with ThreadPoolExecutor(len(names) if given.together else 1) as pool:
         sys.exit(0 if all(list(pool.map(check, names))) else 1)

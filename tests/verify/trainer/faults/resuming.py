@@ -184,7 +184,7 @@ def started_over_a_run(folder: Path) -> str:
     succeeded(run(folder / "outputs", train(output)))
     before = metric_rows(output)
     ended = run(folder / "outputs", train(output))[0]
-    refused(ended, "holds an earlier run: resume it")
+    refused(ended, "holds an earlier run: ")
     assert metric_rows(output) == before
     return "refused"
 
