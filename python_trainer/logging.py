@@ -266,7 +266,8 @@ def _draw(folder: Path) -> None:
         axis.set_xlabel("step")
         axis.set_ylabel(label)
         axis.grid(alpha=0.3)
-        axis.legend()
+        if axis.get_legend_handles_labels()[0]:  # matplotlib warns of a legend of nothing
+            axis.legend()
     for axis in axes.flat[len(panels) :]:
         axis.remove()
     path = folder / "curves.png"

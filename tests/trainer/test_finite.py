@@ -98,6 +98,7 @@ def test_imitation_saves_no_such_model_either(tmp_path, ratings):
     assert not (tmp_path / "sft" / "model").exists()
 
 
+@pytest.mark.filterwarnings("error:No artists")
 def test_a_perplexity_beyond_all_numbers_loses_no_model(tmp_path, ratings, monkeypatch):
     plain = sft_module.text_logprobs
     monkeypatch.setattr(

@@ -45,6 +45,14 @@ def test_a_failing_reward_function_keeps_the_last_step(tiny, tmp_path):
     assert [row["step"] for row in metric_rows(tmp_path / "run")] == [0, 1, 2, 3, 4, 5]
 
 
+@pytest.fixture
+def in_the_foreground():
+    """Where these tests run in the background, their shell has ctrl-C ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 def asks_at(trainer, step: int, times: int):
     """A terminal, in a rollout."""
     plain = trainer.reward_fn
@@ -57,7 +65,7 @@ def asks_at(trainer, step: int, times: int):
     trainer.reward_fn = reward
 
 
-def test_ctrl_c_ends_the_run_after_the_step_at_hand(tiny, tmp_path, capfd):
+def test_ctrl_c_ends_the_run_after_the_step_at_hand(in_the_foreground, tiny, tmp_path, capfd):
     """Also where a launcher passes it on, so that it comes twice."""
     trainer = tiny(total_steps=5)
     asks_at(trainer, 1, times=2)
@@ -71,7 +79,7 @@ def test_ctrl_c_ends_the_run_after_the_step_at_hand(tiny, tmp_path, capfd):
     assert [row["step"] for row in metric_rows(tmp_path / "run")] == [0, 1, 2, 3, 4, 5]
 
 
-def test_a_second_ctrl_c_ends_it_at_once(tiny, tmp_path, monkeypatch):
+def test_a_second_ctrl_c_ends_it_at_once(in_the_foreground, tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(distributed, "PATIENCE", -1.0)
     trainer = tiny(total_steps=5)
     asks_at(trainer, 1, times=2)
