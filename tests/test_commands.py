@@ -28,7 +28,7 @@ pytestmark = pytest.mark.skipif(not PAGES[1].is_file(), reason="the copies that 
 def commands() -> list[tuple[str, str, list[str]]]:
     """Page, program, words, of what stands in a block or between backticks."""
     found = []
-    for page in PAGES:
+    for page in filter(Path.is_file, PAGES):
         for block, words in re.findall(r"^ *```\w*\n(.*?)^ *```|`([^`\n]+)`", page.read_text(), re.M | re.S):
             for line in (block or words).replace("\\\n", " ").splitlines():
                 for _, program, rest in BEGIN.findall(line.strip().replace("...", "")):
