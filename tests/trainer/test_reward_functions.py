@@ -372,7 +372,7 @@ def test_a_group_is_scored_in_one_call(tiny):
 def test_a_process_of_a_function_ends_as_it_is_asked_to():
     """Otherwise a pool waits for ever."""
     with distributed.stop_requests() as asked:
-        for _ in range(100):  # Python's own handlers would forget a signal that comes while it forks
+        for _ in range(50):  # Python's own handlers would forget a signal that comes while it forks
             child = os.fork()
             if child == 0:
                 for _ in range(200):  # short ones: a signal that comes before a sleep does not end it
