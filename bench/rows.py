@@ -82,16 +82,16 @@ class Setup:
         """Gradients of ones by shape and dtype: made once, so that no timed call has to sum up or to fill."""
         return {}
 
-    def finish(self, outputs: object, inputs: Inputs | None = None) -> list[Tensor]:
-        """The outputs as a flat list, and second the gradients of the first one where the case has leaves."""
-        found = flat(outputs)
-        if self.case.leaf:
-            first, kind = found[0], (found[0].shape, found[0].dtype)
-            if kind not in self.incoming:
-                self.incoming[kind] = torch.ones_like(first)
-            leaves = [(inputs or self.inputs)[name] for name in self.leaves]
-            found[1:1] = torch.autograd.grad(first, leaves, self.incoming[kind])
-        return found
+    def finish(self, outputs: object, inputs: Inputs | None = None) -> object:
+        """The outputs, and second the gradients of the first one where the case has leaves."""
+        if not self.case.leaf:
+            return outputs
+        first, *others = outputs if isinstance(outputs, (tuple, list)) else (outputs,)
+        kind = first.shape, first.dtype
+        if kind not in self.incoming:
+            self.incoming[kind] = torch.ones_like(first)
+        leaves = [(inputs or self.inputs)[name] for name in self.leaves]
+        return first, torch.autograd.grad(first, leaves, self.incoming[kind]), others
 
     def exact(self) -> list[Tensor]:
         """The reference in float64; logits that would not fit in it as they are."""
@@ -102,12 +102,12 @@ class Setup:
             else x
             for name, x in self.inputs.items()
         }
-        return [x.detach() for x in self.finish(self.case.run("torch", **inputs), inputs)]
+        return [x.detach() for x in flat(self.finish(self.case.run("torch", **inputs), inputs))]
 
-    def errors(self, got: list[Tensor], exact: list[Tensor]) -> list[float]:
+    def errors(self, got: object, exact: list[Tensor]) -> list[float]:
         """Per output, the largest error over the largest value, at valid tokens. More outputs than ``got`` is fine."""
         mask = self.inputs.get("mask")
-        return [_error(g, want, mask) for g, want in zip(got, exact, strict=False)]
+        return [_error(g, want, mask) for g, want in zip(flat(got), exact, strict=False)]
 
 
 def _error(got: Tensor, want: Tensor, mask: Tensor | None) -> float:

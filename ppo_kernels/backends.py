@@ -66,8 +66,10 @@ class Op:
     eager: dict[str, Callable] = field(default_factory=dict)
     #: Whether there is a CPU kernel.
     on_cpu: bool = False
+    overwrites: bool = False
 
     def __post_init__(self) -> None:
+        self.overwrites = self.name.endswith("_")
         for impl, kernel in self.kernels.items():
             self.serve(impl, kernel)
         self.on_cpu = "cpu" in self.kernels
@@ -124,7 +126,7 @@ class Op:
 
     def run(self, impl: str, *args: Any) -> Any:
         """Call the registered op eagerly, from where it is differentiated by other means or not at all."""
-        if impl != "cpu" or self.name.endswith("_") or _is_excluded(_AUTOGRAD_CPU):
+        if impl != "cpu" or self.overwrites or _is_excluded(_AUTOGRAD_CPU):
             with torch._C._AutoDispatchBelowAutograd():
                 return self.eager[impl](*args)
         _exclude(_AUTOGRAD_CPU, True)  # by hand: an object that does it costs a microsecond

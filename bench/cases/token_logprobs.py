@@ -220,10 +220,10 @@ CASES = (
         FP32,
         compiled=("full",),
         small_call=(8, 1000),
-        # Torch's own fused function in float32 takes what our registered op alone does (bench/NOTES.md).
+        # It shares out 8,000 logits, which one core ends in 0.7 µs; a registered op has two outputs more to wrap.
         small_call_targets=(
             *SMALL_CALL_TARGETS,
-            Target("F.cross_entropy", 1, reached=0.6, limit="the registered op alone takes as long"),
+            Target("F.cross_entropy", 1, reached=0.9, limit="on two threads: it computes with both"),
         ),
     ),
     work(

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ppo_kernels._types import LogprobExtras
-from ppo_kernels.ops._autograd import first_order_only, has_tangent, transformed
+from ppo_kernels.ops._autograd import first_order_only, has_tangent, recorded, transformed
 from ppo_kernels.ops._extras import check_extras, extras_of
 from ppo_kernels.ops._inputs import reraise_unless_refused, unit_last_stride
 from ppo_kernels.ops._logits_inputs import ANY_LABEL, check_logits, check_shard, check_values
@@ -154,7 +154,10 @@ def token_logprobs(
     usual = usual and type(vocab_start) is int and vocab_start == 0 and extras == ()
     if usual and TOKEN_LOGPROBS.shortcut(impl, mask, logits, labels) and labels.dtype == torch.int64:
         try:
-            return eager("cpu", logits, (labels, mask, None, temperature, ignore_index, entropy), False)
+            if recorded(logits):
+                return eager("cpu", logits, (labels, mask, None, temperature, ignore_index, entropy), False)
+            logp, stats = TOKEN_LOGPROBS.run("cpu", logits, labels, mask, None, temperature, ignore_index, entropy)
+            return (logp, stats[2]) if entropy else logp
         except RuntimeError as error:
             reraise_unless_refused("token_logprobs", error)
     shard, flags = (group, vocab_start, extras), (entropy, inplace_backward, validate)

@@ -19,85 +19,42 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 import ppo_kernels as pk
+from bench.cases import OPS as REGISTRY
+from tests.lib import cases
 
-torch.manual_seed(0)
-B, T, V = 2, 3, 5
-LOGP, OLD, REF, ADV = torch.randn(4, B, T)
-LOGITS, LABELS, SCORES = torch.randn(B, T, V), torch.randint(V, (B, T)), torch.randn(B)
-HIDDEN, WEIGHT = torch.randn(B, T, 4), torch.randn(V, 4)
+
+def _differentiated(name: str) -> tuple[torch.Tensor, Callable]:
+    """What the op is differentiated in, and a number made of what it returns, by an implementation."""
+    case = cases.make(name, batch=2, length=3)
+    wanted = cases.REGISTERED[name].differentiable
+
+    def call(x: torch.Tensor, impl: str) -> torch.Tensor:
+        found = case.call(case.tensors | {case.leaf: x}, impl)[:wanted]
+        return sum((y * torch.linspace(0.5, 1.5, y.numel()).view(y.shape)).sum() for y in found)
+
+    return case.tensors[case.leaf], call
+
+
+def _others(op: str) -> dict[str, tuple[torch.Tensor, Callable]]:
+    """Each input that forward mode takes no tangent of, and the op's first result."""
+    case = cases.make(op, batch=2, length=3)
+
+    def call(name: str) -> Callable:
+        return lambda x, impl: case.call(case.tensors | {name: x}, impl)[0]
+
+    names = [name for name, x in case.tensors.items() if x.is_floating_point() and name != case.leaf]
+    return {f"{op}.{name}": (case.tensors[name], call(name)) for name in names}
+
+
+#: In their first input, and where a variant has a second result with a gradient in that, too.
 OPS = {
-    "policy_loss": (LOGP, lambda x, impl: pk.policy_loss(x, OLD, ADV, ref_logprobs=REF, kl_coef=0.1, impl=impl)[0]),
-    "value_loss": (LOGP, lambda x, impl: pk.value_loss(x, OLD, ADV, impl=impl)[0]),
-    "p3o_loss": (LOGP, lambda x, impl: pk.p3o_loss(x, OLD, REF, SCORES, impl=impl)[0]),
-    "token_logprobs": (LOGITS, lambda x, impl: (pk.token_logprobs(x, LABELS, impl=impl) * ADV).sum()),
-    "linear_token_logprobs": (
-        HIDDEN,
-        lambda x, impl: (pk.linear_token_logprobs(x, WEIGHT, LABELS, softcap=3.0, impl=impl) * ADV).sum(),
-    ),
-    "linear_policy_loss": (
-        HIDDEN,
-        lambda x, impl: pk.linear_policy_loss(x, WEIGHT, LABELS, OLD, ADV, impl=impl)[0],
-    ),
-    "entropy": (LOGITS, lambda x, impl: (pk.token_logprobs(x, LABELS, entropy=True, impl=impl)[1] * ADV).sum()),
+    name: _differentiated(name)
+    for name, case in cases.REGISTERED.items()
+    if case.variant in ("", "entropy") and case.leaf == next(iter(cases.make(name).tensors))
 }
-#: Each takes a tensor that no gradient flows to: a tangent of it is refused in every op.
-CONSTANTS = {
-    "gae": lambda x, impl: pk.gae(x, OLD, impl=impl)[0],
-    "kl_rewards": lambda x, impl: pk.kl_rewards(x, REF, SCORES, impl=impl)[0],
-    "whiten": lambda x, impl: pk.whiten(x, impl=impl),
-    "moments": lambda x, impl: pk.moments(x, impl=impl)[1],
-    "group_advantages": lambda x, impl: pk.group_advantages(x[:, 0], group_size=2, impl=impl),
-    "aggregation_weights": lambda x, impl: pk.aggregation_weights(x)[0],
-    "importance_weights": lambda x, impl: pk.importance_weights(x, OLD, level="geometric", impl=impl)[0],
-    "policy_loss": lambda x, impl: pk.policy_loss(LOGP, OLD, x, impl=impl)[0],
-    "value_loss": lambda x, impl: pk.value_loss(LOGP, OLD, x, impl=impl)[0],
-    "p3o_loss": lambda x, impl: pk.p3o_loss(LOGP, OLD, x, SCORES, impl=impl)[0],
-    "token_logprobs": lambda x, impl: pk.token_logprobs(LOGITS, LABELS, temperature=x.exp(), impl=impl),
-    "linear_token_logprobs": lambda x, impl: pk.linear_token_logprobs(
-        HIDDEN, WEIGHT, LABELS, temperature=x.exp(), impl=impl
-    ),
-    "linear_policy_loss": lambda x, impl: pk.linear_policy_loss(HIDDEN, WEIGHT, LABELS, OLD, x, impl=impl)[0],
-}
-#: Options that are numbers and may be tensors.
-NUMBERS = {
-    "gae": ("gamma", "lam"),
-    "kl_rewards": ("kl_coef", "score_clip", "kl_log_clamp", "kl_clamp"),
-    "whiten": ("eps",),
-    "group_advantages": ("eps",),
-    "aggregation_weights": ("max_length",),
-    "importance_weights": ("bounds", "reject_bounds", "log_ratio_clamp"),
-    "policy_loss": (
-        "cliprange",
-        "dual_clip",
-        "delta",
-        "log_ratio_clamp",
-        "kl_coef",
-        "kl_log_clamp",
-        "kl_clamp",
-        "entropy_coef",
-        "entropy_normalizer",
-        "normalizer",
-    ),
-    "value_loss": ("cliprange_value", "normalizer"),
-    "p3o_loss": ("kl_coef", "cliprange", "weight_clip", "log_ratio_clamp", "normalizer"),
-    "token_logprobs": ("temperature",),
-    "linear_token_logprobs": ("temperature", "softcap", "logit_scale"),
-    "linear_policy_loss": ("temperature", "softcap", "logit_scale"),  # those of policy_loss are refused by it
-}
-NEEDED = {
-    "gae": (LOGP, OLD),
-    "kl_rewards": (LOGP, REF, SCORES),
-    "whiten": (ADV,),
-    "group_advantages": (SCORES, torch.zeros(B, dtype=torch.int64)),
-    "aggregation_weights": (ADV != 0,),
-    "importance_weights": (LOGP, OLD),
-    "policy_loss": (LOGP, OLD, ADV),
-    "value_loss": (LOGP, OLD, ADV),
-    "p3o_loss": (LOGP, OLD, REF, SCORES),
-    "token_logprobs": (LOGITS, LABELS),
-    "linear_token_logprobs": (HIDDEN, WEIGHT, LABELS),
-    "linear_policy_loss": (HIDDEN, WEIGHT, LABELS, OLD, ADV),
-}
+#: What a tangent is refused of.
+OTHERS = {name: found for op in REGISTRY for name, found in _others(op).items()}
+OTHERS["aggregation_weights.mask"] = (torch.ones(2, 3), lambda x, impl: pk.aggregation_weights(x)[0])
 #: "whole" must become one graph, the others of torch.compile may break it: eager code then does the rest.
 MODES = {
     "eager": None,
@@ -296,6 +253,12 @@ ROWS = {
 }
 
 
+def refusing(function: str) -> tuple[str, ...]:
+    """Whose name a refusal begins with: of a composition that of the part that refuses."""
+    parts = getattr(pk.backends.op(function), "parts", ()) if function in REGISTRY else ()
+    return (function, *parts)
+
+
 def cells(modes: tuple[str, ...], impls: list[str]) -> list[tuple[str, str, str, str]]:
     """Row, mode, op and implementation of every cell of these modes."""
     rows = [(name, mode) for name, row in ROWS.items() for mode in modes if mode in row.modes]
@@ -325,7 +288,6 @@ def check(name: str, mode: str, op: str, impl: str) -> None:
     with pytest.raises(Exception) as caught:  # noqa: PT011  torch.compile wraps the op's in one of its own
         ROWS[name].run(lambda y: f(y, impl), x, mode)
     text = f"{caught.value}\n{caught.value.__cause__}"
-    name = "token_logprobs" if op == "entropy" else op
-    names = (name, *getattr(pk.backends.op(name), "parts", ()))  # of a composition the part that refuses says it
+    names = refusing(op.partition(":")[0])
     sentences = [line for line in text.splitlines() if any(f"{name}: " in line for name in names)]
     assert any(words in line for line in sentences), text
