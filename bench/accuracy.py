@@ -6,6 +6,7 @@ float32. A cell is the worst error over its data sets, and in brackets the worst
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 
 import numpy as np
@@ -63,6 +64,7 @@ def rows() -> dict[tuple[str, str, str], dict[str, list[tuple[float, float]]]]:
         calls = {"eager": case.accurate_eager or case.eager}
         calls |= {impl: case.call(impl) for impl in IMPLS if impl in have}
         for data in case.accuracy(g):
+            print(".", end="", file=sys.stderr, flush=True)
             want = truth(case, data)
             outputs = {impl: computed(case, data, call) for impl, call in calls.items()}
             dtype = max((x for x in data.inputs.values() if x.is_floating_point()), key=torch.Tensor.numel).dtype
@@ -82,6 +84,7 @@ def main() -> int:
         cells = [f"{worst[i][0]:.1e} ({worst[i][1]:.2f})" if i in worst else "–" for i in IMPLS]
         kind = "" if name in ABSOLUTE else " (relative)"
         table.lines.append([op, name + kind, dtype, f"{worst['eager'][0]:.1e}", *cells])
+    print("\n", file=sys.stderr)
     print(table.markdown())
     print(f"\nWorst errors against float64, torch {torch.__version__}; in brackets the worst ratio to eager's.")
     print("Triton's figures come from its interpreter, not from a GPU.")

@@ -8,6 +8,7 @@ import pwd
 import shutil
 import subprocess
 import sys
+import typing
 from pathlib import Path
 
 import pytest
@@ -169,6 +170,11 @@ def test_a_schema_that_torch_cannot_parse_turns_the_kernels_off(tmp_path: Path) 
 
 def test_the_ops_are_public_functions() -> None:
     assert set(backends.OPS) < set(ppo_kernels.__all__)
+
+
+@pytest.mark.parametrize("name", ppo_kernels.__all__)
+def test_annotations_can_be_read(name: str) -> None:
+    assert typing.get_type_hints(getattr(ppo_kernels, name))
 
 
 def test_a_failing_probe_does_not_end_the_report() -> None:

@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from ppo_kernels._compositions import register_composition
-from ppo_kernels._types import LogprobExtras, compute_dtype
+from ppo_kernels._types import LogprobExtras, ProcessGroup, compute_dtype
 from ppo_kernels.ops._parts import gathered, join, part_of
-
-if TYPE_CHECKING:
-    from torch.distributed import ProcessGroup
 
 EXTRAS = LogprobExtras._fields
 

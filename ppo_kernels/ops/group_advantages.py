@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal, overload
+from typing import Literal, overload
 
 import torch
 from torch import Tensor
 
-from ppo_kernels._types import GroupStats, compute_dtype, wide_dtype
+from ppo_kernels._types import GroupStats, ProcessGroup, compute_dtype, wide_dtype
 from ppo_kernels.backends import register
 from ppo_kernels.ops._inputs import (
     check_choice,
@@ -24,9 +24,6 @@ from ppo_kernels.ops._inputs import (
 from ppo_kernels.ops._public import public
 from ppo_kernels.ops.whiten import shared_moments, whiten
 from ppo_kernels.reference import group_advantages as reference
-
-if TYPE_CHECKING:
-    from torch.distributed import ProcessGroup
 
 
 def _triton_kernel():

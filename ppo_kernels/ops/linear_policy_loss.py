@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from ppo_kernels import backends
 from ppo_kernels._compositions import compose
 from ppo_kernels._registered import Refusal, not_a_graph
-from ppo_kernels._types import PolicyStats, compute_dtype, wide_dtype
+from ppo_kernels._types import PolicyStats, ProcessGroup, compute_dtype, wide_dtype
 from ppo_kernels.ops._autograd import has_tangent, once, recorded, transformed
 from ppo_kernels.ops._head import CountedRows, Gradients, Head, product_of_rows, released, rounded, spread
 from ppo_kernels.ops._head_inputs import (
@@ -27,9 +27,6 @@ from ppo_kernels.ops._logits_inputs import ANY_LABEL, check_entropy, check_ignor
 from ppo_kernels.ops._public import public, refuse_tangents
 from ppo_kernels.ops.linear_token_logprobs import linear_token_logprobs
 from ppo_kernels.ops.policy_loss import policy_loss
-
-if TYPE_CHECKING:
-    from torch.distributed import ProcessGroup
 
 _LINEAR_POLICY_LOSS = compose(
     "linear_policy_loss", ("token_logprobs", "token_logprobs_backward_", "policy_loss", "linear_token_logprobs")

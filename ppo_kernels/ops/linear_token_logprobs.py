@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ppo_kernels._types import LogprobExtras, compute_dtype
+from ppo_kernels._types import LogprobExtras, ProcessGroup, compute_dtype
 from ppo_kernels.ops._autograd import first_order_only, has_tangent
 from ppo_kernels.ops._extras import EXTRAS, check_extras, extras_of
 from ppo_kernels.ops._head_inputs import check_head, check_logits_dtype, head_numbers, memory_bytes
@@ -18,9 +18,6 @@ from ppo_kernels.ops._linear import FORWARD, differentiable
 from ppo_kernels.ops._logits_inputs import ANY_LABEL, check_entropy, check_ignore_index, check_shard, check_values
 from ppo_kernels.ops._public import public
 from ppo_kernels.ops._support import with_support
-
-if TYPE_CHECKING:
-    from torch.distributed import ProcessGroup
 
 
 @partial(public, differentiable=True)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ppo_kernels._compositions import register_composition
-from ppo_kernels._types import compute_dtype
+from ppo_kernels._types import ProcessGroup, compute_dtype
 from ppo_kernels.ops._autograd import transformed
 from ppo_kernels.ops._inputs import check_device, check_floating, check_integer_option, unit_last_stride
 from ppo_kernels.ops._logits_inputs import ANY_LABEL, check_logits, check_values, refuse_forward_mode
@@ -17,9 +17,6 @@ from ppo_kernels.ops._logprobs import TOKEN_LOGPROBS, differentiable
 from ppo_kernels.ops._overwrite import check_overwritable
 from ppo_kernels.ops._parts import gathered, part_of, world_size
 from ppo_kernels.ops._public import public
-
-if TYPE_CHECKING:
-    from torch.distributed import ProcessGroup
 
 
 def _numbers(logits: Tensor, labels: Tensor, entropy: bool) -> int:

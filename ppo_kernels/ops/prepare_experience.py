@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor
 
 from ppo_kernels._compositions import compose
-from ppo_kernels._types import Experience, compute_dtype
+from ppo_kernels._types import Experience, ProcessGroup, compute_dtype
 from ppo_kernels.ops._inputs import check_floating, check_real
 from ppo_kernels.ops._public import public
 from ppo_kernels.ops.gae import gae
 from ppo_kernels.ops.kl_rewards import kl_rewards
 from ppo_kernels.ops.whiten import whiten
-
-if TYPE_CHECKING:
-    from torch.distributed import ProcessGroup
 
 _PREPARE_EXPERIENCE = compose("prepare_experience", ("kl_rewards", "gae", "whiten", "moments"))
 

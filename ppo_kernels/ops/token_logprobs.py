@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal, overload
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
 
-from ppo_kernels._types import LogprobExtras
+from ppo_kernels._types import LogprobExtras, ProcessGroup
 from ppo_kernels.ops._autograd import first_order_only, has_tangent, recorded, transformed
 from ppo_kernels.ops._extras import check_extras, extras_of
 from ppo_kernels.ops._inputs import reraise_unless_refused, unit_last_stride
@@ -20,9 +20,6 @@ from ppo_kernels.ops._overwrite import check_overwritable
 from ppo_kernels.ops._public import public
 from ppo_kernels.ops._support import narrowed
 from ppo_kernels.ops.partial import gather, part_of_shard
-
-if TYPE_CHECKING:
-    from torch.distributed import ProcessGroup
 
 
 @overload

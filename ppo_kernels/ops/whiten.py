@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor
 
-from ppo_kernels._types import compute_dtype
+from ppo_kernels._types import ProcessGroup, compute_dtype
 from ppo_kernels.backends import register
 from ppo_kernels.ops._fakes import like_first
 from ppo_kernels.ops._inputs import check_floating, check_group, check_number, to_mask
 from ppo_kernels.ops._public import public
 from ppo_kernels.reference import whiten as reference
-
-if TYPE_CHECKING:
-    from torch.distributed import ProcessGroup
 
 
 def _fake_moments(x, mask):
