@@ -112,7 +112,8 @@ def targets(results: Results, only: str = "") -> tuple[Table, int]:
             if case.most_extra:
                 table.lines.append(_memory(results, case.group(shape), case.most_extra(*shape)))
         if case.small_call and size == "quick":  # they take seconds, and every change may miss them
-            table.lines += [_against(results, case.group(case.small_call), t) for t in case.small_call_targets]
+            groups = [case.group(case.small_call, threads) for threads in case.small_call_threads]
+            table.lines += [_against(results, group, t) for group in groups for t in case.small_call_targets]
     table.lines = [line for line in table.lines if only in line[0]]
     return table, sum(line[-1] in ("not measured", "MISSED", "call MISSED") for line in table.lines)
 

@@ -147,7 +147,7 @@ class Row:
         return f"bench/bench_{self.file}.py::{self.name}"
 
 
-def of(case: Case, shape: Shape, size: str, *, compiled: bool, file: str) -> list[Row]:
+def of(case: Case, shape: Shape, size: str, *, compiled: bool, file: str, threads: int | None = None) -> list[Row]:
     """A row for everyone who can do this work. The quick size does without libraries beside torch."""
     others = set(peers.for_work(case.work)) & ({"F.cross_entropy"} if size == "quick" else peers.PEERS.keys())
     left_out = {
@@ -159,7 +159,8 @@ def of(case: Case, shape: Shape, size: str, *, compiled: bool, file: str) -> lis
         *(peers.PEERS.keys() - others),
     }
     setup = Setup(case, shape)
-    return [Row(case.group(shape), setup, name, file=file) for name in PROVIDERS if name not in left_out]
+    group = case.group(shape, threads)
+    return [Row(group, setup, name, threads, file=file) for name in PROVIDERS if name not in left_out]
 
 
 def best(setup: Setup) -> str:
@@ -182,7 +183,12 @@ def small_calls(size: str) -> list[Row]:
     if size not in MEASURED:
         return []
     cases = [case for case in benchmarks() if case.small_call and (size != "quick" or case.small_call_targets)]
-    return [row for case in cases for row in of(case, case.small_call, size, compiled=False, file="small_call")]
+    return [
+        row
+        for case in cases
+        for threads in case.small_call_threads
+        for row in of(case, case.small_call, size, compiled=False, file="small_call", threads=threads)
+    ]
 
 
 def scaling(size: str) -> list[Row]:

@@ -231,9 +231,15 @@ class Case:
     def oracle(self) -> Callable[..., object]:
         return getattr(oracle, self.op)
 
-    def group(self, shape: Shape) -> str:
+    @property
+    def small_call_threads(self) -> tuple[int | None, ...]:
+        """With torch's number of threads; what has a target with one, too."""
+        return (None, 1) if self.small_call_targets and DEVICE == "cpu" else (None,)
+
+    def group(self, shape: Shape, threads: int | None = None) -> str:
         """The name of the rows that do this work at this shape."""
-        return f"{self.work} {'bf16' if self.dtype == torch.bfloat16 else 'fp32'} {list(shape)}"
+        dtype = "bf16" if self.dtype == torch.bfloat16 else "fp32"
+        return f"{self.work} {dtype} {list(shape)}" + (f", {threads} thread" if threads else "")
 
 
 def differentiated(kernel: Callable[..., tuple], leaf: Tensor, *arguments: object) -> Tensor:
