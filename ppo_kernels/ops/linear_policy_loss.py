@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils import checkpoint
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from ppo_kernels import backends
 from ppo_kernels._compositions import compose
@@ -214,6 +216,14 @@ class _EagerLoss(torch.autograd.Function):
         return *(None if g is None else once("linear_policy_loss", g, *inputs, grad_loss) for g in grads), *none
 
 
+def _saved_selectively() -> bool:
+    """Whether selective checkpointing looks at each operation: it may keep none of those that write to a block."""
+    if torch._C._len_torch_dispatch_stack() == 0:
+        return False
+    modes = [getattr(checkpoint, f"_Cach{end}TorchDispatchMode", ()) for end in ("ing", "ed")]
+    return any(isinstance(mode, tuple(modes)) for mode in _get_current_dispatch_mode_stack())
+
+
 def _may_come_again() -> bool:
     """Whether there may be another backward, which would need the gradients as they are now."""
     return torch.is_grad_enabled() or torch.compiler.is_compiling() or _keeps_graph()
@@ -275,8 +285,8 @@ def linear_policy_loss(
         ``(loss, stats, logprobs)``: those of ``policy_loss``, and the log-probabilities ``[B, T]``, which take no
         gradient. Four products, by ``linear_token_logprobs`` and ``policy_loss`` one after the other, are computed
         where a token's gradient needs others of its row (a ratio of the sequence), with ``group`` or ``support``, with
-        impl="torch", in a graph of torch.compile and under torch.func; one product where no gradient is asked for. On a
-        GPU, finding the rows that count waits for the device.
+        impl="torch", in a graph of torch.compile, under torch.func and under selective checkpointing; one product where
+        no gradient is asked for. On a GPU, finding the rows that count waits for the device.
 
     Raises:
         TypeError: a dtype that is not listed. ValueError: shapes, devices, options or ``impl`` that do not fit.
@@ -312,6 +322,7 @@ def linear_policy_loss(
     of_tokens = policy_options.get("importance_sampling_level", "token") == "token"
     eager = not (torch.compiler.is_compiling() or transformed() or has_tangent(hidden))
     eager = eager and not isinstance(hidden, FakeTensor)  # which does not say how many rows count
+    eager = eager and not _saved_selectively()
     if impl == "torch" or group is not None or support is not None or not (of_tokens and eager):
         found: Any = linear_token_logprobs(
             hidden, weight, labels, bias=bias, temperature=temperature, softcap=softcap, logit_scale=logit_scale,

@@ -7,6 +7,7 @@ right value or one clear sentence, never a silent 0.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import pytest
@@ -16,7 +17,7 @@ from torch.autograd import forward_ad
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 import ppo_kernels as pk
 from bench.cases import OPS as REGISTRY
@@ -127,6 +128,21 @@ def saved_by_checkpoint(f, x, mode):
     return gradient(step, x)
 
 
+def saved_selectively(f, x, mode):
+    """Selective checkpointing that saves what every operation gives, or our ops alone, or nothing."""
+
+    def gradient_where(saves):
+        def policy(_, op, *arguments, **options):
+            return CheckpointPolicy.MUST_SAVE if saves(str(op)) else CheckpointPolicy.PREFER_RECOMPUTE
+
+        contexts = partial(create_selective_checkpoint_contexts, policy)
+        return gradient(lambda y: checkpoint(f, y, use_reentrant=False, context_fn=contexts), x)
+
+    found = [gradient_where(saves) for saves in (lambda op: True, lambda op: "ppo_kernels" in op, lambda op: False)]
+    torch.testing.assert_close(found[1:], found[:1] * 2)
+    return found[0]
+
+
 def exported(f, x):
     class Call(torch.nn.Module):
         def forward(self, y):
@@ -190,6 +206,7 @@ ROWS = {
     "autograd": Row(lambda f, x, mode: gradient(compiled(f, mode), x)),
     "create_graph": Row(lambda f, x, mode: gradient(f, x, create_graph=True).detach(), modes=EAGER),
     "checkpoint": Row(saved_by_checkpoint),
+    "selective_checkpoint": Row(saved_selectively, modes=EAGER),
     "hooks": Row(with_hooks),
     "DDP": Row(through_ddp, modes=("eager", "dynamo", "aot_eager", "inductor")),
     "compiled_autograd": Row(with_compiled_autograd, modes=("dynamo", "aot_eager", "inductor")),
