@@ -74,6 +74,12 @@ def test_the_contracts_hold_it_to_their_rules(tree):
     assert "PASSED" in printed
 
 
+def test_its_options_and_its_derivatives_are_tried(tree):
+    printed = run(tree, "pytest", "-v", "-k", "soft_clip", "tests/test_options.py", "tests/test_transforms.py")
+    for name in ("a_number_may_come_in_any_form", "an_option_that_requires_grad", "a_tangent_of_another_input"):
+        assert re.search(rf"::test_{name}\w*\[.*soft_clip\..* PASSED", printed), name
+
+
 def test_the_accuracy_table_has_its_row(tree):
     only = "accuracy.CASES = [case for case in accuracy.CASES if case.op == 'soft_clip']"
     printed = run(tree, "-c", f"from bench import accuracy; {only}; accuracy.main()")
