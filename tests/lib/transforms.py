@@ -206,7 +206,6 @@ ROWS = {
     "autograd": Row(lambda f, x, mode: gradient(compiled(f, mode), x)),
     "create_graph": Row(lambda f, x, mode: gradient(f, x, create_graph=True).detach(), modes=EAGER),
     "checkpoint": Row(saved_by_checkpoint),
-    "selective_checkpoint": Row(saved_selectively, modes=EAGER),
     "hooks": Row(with_hooks),
     "DDP": Row(through_ddp, modes=("eager", "dynamo", "aot_eager", "inductor")),
     "compiled_autograd": Row(with_compiled_autograd, modes=("dynamo", "aot_eager", "inductor")),
@@ -267,6 +266,7 @@ ROWS = {
     "jvp_of_jvp": Row(
         inside(lambda f, y: func.jvp(lambda z: func.jvp(f, (z,), (y,))[1], (y,), (y,))[1]), refused=TWICE
     ),
+    "selective_checkpoint": Row(saved_selectively, modes=EAGER),
 }
 
 
