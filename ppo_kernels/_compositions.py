@@ -26,9 +26,9 @@ class Composition(Op):
         return tuple(impl for impl in first if all(impl in available for available in others))
 
 
-def compose(name: str, parts: Sequence[str], *, reference: Callable | None = None) -> Composition:
+def compose(name: str, parts: Sequence[str]) -> Composition:
     """An op that is nothing but calls of public ones, which are differentiated and traced by themselves."""
-    return _keep(Composition(name, {}, {}, reference, _not_traced, (), {}, parts=tuple(parts)))
+    return _keep(Composition(name, {}, {}, None, _not_traced, (), {}, parts=tuple(parts)))
 
 
 def _not_traced(*_arguments: Any) -> None:

@@ -15,7 +15,6 @@ SURROGATES = ("clip", "cispo", "sapo", "dppo_tv", "dppo_kl")
 ROW_LEVELS = ("sequence", "sequence_token", "geometric")
 FORMS = [(surrogate, "token") for surrogate in SURROGATES]
 FORMS += [(surrogate, level) for surrogate in SURROGATES[:3] for level in ROW_LEVELS[:2]] + [("clip", "geometric")]
-WITH_DELTA = [f for f in FORMS if f[0] not in ("cispo", "sapo") and f[1] != "geometric"]
 
 
 def probabilities(batch, length, dtype=torch.float32, **options):

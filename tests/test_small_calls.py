@@ -8,8 +8,11 @@ import pytest
 import torch
 
 import ppo_kernels
+from ppo_kernels import backends
+from tests.lib import cases
+from tests.lib.recorded import bare_inputs
 
-pytestmark = pytest.mark.skipif(ppo_kernels.backends.op("gae").implementations("cpu")[0] != "cpu", reason="no C++ ops")
+pytestmark = pytest.mark.skipif(backends.op("gae").implementations("cpu")[0] != "cpu", reason="no C++ ops")
 
 TOKENS = ("rewards", "values", "old_values", "returns", "logprobs", "old_logprobs", "advantages", "ref_logprobs")
 #: Inputs that no longer fit the others, or fit only after a conversion.
@@ -70,6 +73,14 @@ def outcome(op: str, validate: bool, given: dict[str, object], options: dict[str
     if leaves and flat[0].requires_grad:
         flat += [g for g in torch.autograd.grad(flat[0].sum(), leaves, allow_unused=True) if g is not None]
     return [(x.dtype, x.requires_grad, tuple(x.shape), x.detach().double().nan_to_num(99.0).tolist()) for x in flat]
+
+
+def test_every_op_with_a_short_way_is_here(monkeypatch):
+    asked, shortcut = set(), backends.Op.shortcut
+    monkeypatch.setattr(backends.Op, "shortcut", lambda op, *given: asked.add(op.name) or shortcut(op, *given))
+    for name, case in cases.REGISTERED.items():
+        case.run("cpu", **bare_inputs(case, cases.make(name).tensors), **case.bare_options)
+    assert asked == set(OPTIONS)
 
 
 def _is_leaf(x: object) -> bool:

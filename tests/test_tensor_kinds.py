@@ -64,22 +64,14 @@ KINDS = {
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("kind", KINDS)
 def test_tensors_of_another_kind_are_named(impl_of, kind):
-    impl, (words, make) = impl_of("gae"), KINDS[kind]
-    x = make()
-    for op in (
-        lambda: pk.gae(x, x, impl=impl),
-        lambda: pk.policy_loss(x, x, x, impl=impl),
-        lambda: pk.value_loss(x, x, x, impl=impl),
-        lambda: pk.kl_rewards(x, x, torch.randn(2), impl=impl),
-        lambda: pk.p3o_loss(x, x, x, torch.randn(2), impl=impl),
-        lambda: pk.whiten(x, impl=impl),
-        lambda: pk.token_logprobs(x, torch.zeros(2, dtype=torch.int64), impl=impl),
-        lambda: pk.linear_token_logprobs(torch.randn(2, 3), x, torch.zeros(2, dtype=torch.int64), impl=impl),
-        lambda: pk.whiten(torch.randn(2, 3), x, impl=impl),
-        lambda: pk.aggregation_weights(x),
-    ):
-        with pytest.raises(TypeError, match=words):
-            op()
+    words, make = KINDS[kind]
+    with pytest.raises(TypeError, match=words):
+        pk.aggregation_weights(make())
+    for name in NAMES:
+        impl, case = impl_of(name), cases.make(name, batch=2, length=4)
+        for given in (given for given, x in case.tensors.items() if x.dim()):
+            with pytest.raises(TypeError, match=words):
+                case.call(case.tensors | {given: make()}, impl)
 
 
 @pytest.fixture(scope="module")
@@ -109,17 +101,14 @@ def test_a_replicated_dtensor_is_read_as_its_local_tensor(impl_of, mesh, name):
 def test_a_sharded_dtensor_is_named(require_impl, mesh, impl):
     from torch.distributed.tensor import DTensor, Partial, Shard
 
-    require_impl("gae", impl)
-    x = torch.randn(2, 3)
-    for given in (DTensor.from_local(x, mesh, [placement]) for placement in (Shard(0), Shard(-1), Partial())):
-        for op in (
-            lambda x: pk.gae(x, x, impl=impl),
-            lambda x: pk.policy_loss(x, x, x, impl=impl),
-            lambda x: pk.whiten(x, impl=impl),
-            lambda x: pk.token_logprobs(x, torch.zeros(2, dtype=torch.int64), impl=impl),
-        ):
-            with pytest.raises(TypeError, match=r"DTensor.*\.to_local\(\).*group="):
-                op(given)
+    for name in NAMES:
+        require_impl(name.partition(":")[0], impl)
+        case = cases.make(name, batch=2, length=4)
+        for given, x in ((given, x) for given, x in case.tensors.items() if x.dim()):
+            for placement in (Shard(0), Shard(-1), Partial()):
+                tensors = case.tensors | {given: DTensor.from_local(x, mesh, [placement])}
+                with pytest.raises(TypeError, match=r"DTensor.*\.to_local\(\).*group="):
+                    case.call(tensors, impl)
 
 
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)

@@ -5,15 +5,15 @@ import torch
 from torch import func
 
 import ppo_kernels as pk
-from tests.lib import transforms
+from tests.lib import cases, transforms
 from tests.lib.devices import IMPLEMENTATIONS
 from tests.lib.options import NUMBERS
 from tests.lib.transforms import OPS, OTHERS, ROWS
 
 COMPILED = ("dynamo", "aot_eager")
 torch.manual_seed(0)
-LOGP, OLD, REF, ADV = torch.randn(4, 2, 3)
-LOGITS, LABELS, SCORES = torch.randn(2, 3, 5), torch.randint(5, (2, 3)), torch.randn(2)
+LOGP, OLD, ADV = torch.randn(3, 2, 3)
+LOGITS, LABELS = torch.randn(2, 3, 5), torch.randint(5, (2, 3))
 
 
 def table():
@@ -47,17 +47,16 @@ def test_cell(require_impl, request, cell):
     transforms.check(*cell)
 
 
+@pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 def test_vmap_of_ops_without_a_gradient(require_impl, impl):
-    require_impl("gae", impl)
-    batch = torch.stack([LOGP, 2 * LOGP])
-    for op in (
-        lambda x: pk.kl_rewards(x, REF, SCORES, impl=impl),
-        lambda x: pk.gae(x, OLD, impl=impl),
-        lambda x: (pk.whiten(x, impl=impl),),
-        lambda x: (pk.group_advantages(x[:, 0], group_size=2, impl=impl),),
-    ):
-        for got, want in zip(func.vmap(op)(batch), zip(*(op(x) for x in batch), strict=True), strict=True):
+    for name in (name for name, case in cases.REGISTERED.items() if not case.leaf):
+        require_impl(name.partition(":")[0], impl)
+        case = cases.make(name, batch=2, length=3)
+        first, x = next(iter(case.tensors.items()))
+        batch = torch.stack([x, 2 * x])
+        call = lambda y, case=case, first=first: case.call(case.tensors | {first: y}, impl)  # noqa: E731
+        for got, want in zip(func.vmap(call)(batch), zip(*map(call, batch), strict=True), strict=True):
             torch.testing.assert_close(got, torch.stack(want))
 
 

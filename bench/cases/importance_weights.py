@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 import ppo_kernels
-from bench.cases import GPU, ROLLOUT, Case, Data, Target, grid, normal, packed, right_padded, tokens, uniform
+from bench.cases import GPU, ROLLOUT, Case, Data, Target, grid, meetings, normal, packed, right_padded, tokens, uniform
 
 HIGH = 2.0
 
@@ -26,10 +26,10 @@ def contract_inputs(g, dtype, batch, length):
     return tokens(g, dtype, batch, length, "logprobs", "rollout_logprobs")
 
 
-def of_tokens(**inputs):
-    """What there is for each token, as numbers of one dtype."""
-    weights, keep, _ = ppo_kernels.importance_weights(**inputs)
-    return weights, keep.to(weights.dtype)
+def in_numbers(**inputs):
+    """What is kept, as numbers of the weights' dtype, and the statistics."""
+    weights, keep, stats = ppo_kernels.importance_weights(**inputs)
+    return weights, keep.to(weights.dtype), stats
 
 
 def accuracy(g):
@@ -44,16 +44,17 @@ def accuracy(g):
 CONTRACT = Case(
     op="importance_weights",
     contract=True,
-    function=of_tokens,
+    function=in_numbers,
     inputs=contract_inputs,
     options={"bounds": (0.5, 2.0)},
     choices={"mode": ("mask", "icepop", "truncate")},
+    meetings=meetings(tuple(GPU), ((2, 9001),)),
 )
 ROWS = Case(
     op="importance_weights",
     variant="rows",
     contract=True,
-    function=of_tokens,
+    function=in_numbers,
     inputs=contract_inputs,
     options={"level": "geometric", "mode": "mask", "bounds": (0.5, 2.0), "reject": "k3", "reject_level": "max"},
     choices={"reject": ("k2", "k3"), "reject_level": ("mean", "sum", "max")},

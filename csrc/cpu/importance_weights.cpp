@@ -1,8 +1,6 @@
 // Importance weights on CPU tensors: one pass, after one over the rows where a row decides.
 #include "importance_weights.h"
 
-#include <array>
-
 #include "cpu/loss.h"
 
 namespace ppo {

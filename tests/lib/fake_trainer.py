@@ -54,7 +54,6 @@ def call(x):
 """
 
 UTILS_MODULE = "fake_trainer.utils"
-REGISTRIES = ("REGISTRY[double]", "REGISTRY[wrapped]", "REGISTRY[other]")
 SIGNATURE = "(x, times=2, *, mode='plain')"
 
 

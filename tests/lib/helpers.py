@@ -128,11 +128,6 @@ def eager_entropy(logits, temperature=1.0):
     return -(log_p.exp() * log_p.masked_fill(log_p == -INF, 0.0)).sum(-1)
 
 
-def eager_policy_terms(logp, old, adv, low=0.2, high=0.2):
-    ratio = torch.exp(logp - old)
-    return torch.max(-adv * ratio, -adv * ratio.clamp(1 - low, 1 + high))
-
-
 #: What every fresh process loads, none of it ours: with a server that has it each takes a tenth of a second.
 LIBRARIES = ["numpy", "torch", "torch._dynamo", "triton.language", "hypothesis", "pytest"]
 

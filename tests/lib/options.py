@@ -42,7 +42,7 @@ class Number(NamedTuple):
 
 
 def _aggregation_weights(impl: str, **options: object) -> object:
-    return pk.aggregation_weights(torch.ones(2, 3), "seq-mean-token-sum-norm", **options)
+    return pk.aggregation_weights(torch.ones(2, 3, device="cpu"), "seq-mean-token-sum-norm", **options)
 
 
 def _call(function: str, option: str) -> Callable[..., object]:

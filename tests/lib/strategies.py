@@ -64,7 +64,7 @@ class Batch:
 
 
 @st.composite
-def batches(draw, dtypes=DTYPES):
+def batches(draw):
     g = torch.Generator().manual_seed(draw(st.integers(0, 2**20)))
     packed = draw(st.booleans())
     if packed:
@@ -80,7 +80,7 @@ def batches(draw, dtypes=DTYPES):
         if mask.dtype != torch.bool:
             mask = mask * draw(st.sampled_from([1, 3]))
     pad, offset = draw(st.integers(0, 7)), draw(st.integers(0, 7))
-    return Batch(g, lengths, packed, draw(st.sampled_from(dtypes)), valid, mask, options, pad, offset)
+    return Batch(g, lengths, packed, draw(st.sampled_from(DTYPES)), valid, mask, options, pad, offset)
 
 
 @st.composite

@@ -30,16 +30,16 @@ def test_every_op_whose_blocks_meet_is_called():
     modes = {((64, 32768), mode) for mode in ("skip", "zero", "keep")}
     assert gpu["gae", False] == gpu["gae", True] == modes
     assert {shape[1] for shape, *_ in gpu["token_logprobs", False]} == set(range(1, 9))
-    for op in ("policy_loss", "value_loss", "whiten", "moments"):
-        assert ((512, 2048),) in gpu[op, False], op
+    for op in {m.case.op for m in MEETINGS["gpu"] if not m.case.rowwise or (m.case.leaf and not m.case.vocabulary)}:
+        assert (512, 2048) in {shape for shape, *_ in gpu[op, False]}, op
 
 
 @pytest.mark.parametrize(("where", "meeting"), EVERY, ids=[f"{where}-{meeting}" for where, meeting in EVERY])
 def test_several_blocks_are_launched_for_what_one_result_is_made_of(where, meeting):
-    """By the launcher's own formula. A row of logits or of a recursion is one result; of a loss there is one in all."""
+    """By the launcher's own formula. A row of logits or of a recursion is one result, a loss or statistic of all too."""
     call = meeting.make()
     launched = launches.recorded(lambda: run(call, "cuda"))
-    alone = meeting.case.vocabulary or (meeting.case.rowwise and not meeting.case.leaf)
+    alone = meeting.case.rowwise and all(x.dim() for x in run(call, "torch"))
     results = math.prod(meeting.shape[: -1 if meeting.case.vocabulary else 1]) if alone else 1
     assert max(launch.blocks for launch in launched) >= 2 * results, launched
     assert sum(x.nbytes for x in call.tensors.values()) < 2**29  # several workers share a GPU

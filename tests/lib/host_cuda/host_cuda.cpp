@@ -215,7 +215,7 @@ unsigned block_at(unsigned i, unsigned blocks) {
 }  // namespace
 
 // What becomes of launches, by the numbers that tests/lib/host_cuda/launches.py gives.
-enum Recording { kRun, kRecordAndRun, kRecord, kSkip };
+enum Recording { kRun, kRecord, kSkip };
 int recording = kRun;
 std::string recorded;
 
@@ -293,7 +293,7 @@ bool note(const void* kernel, unsigned blocks, unsigned threads) {
   if (kernel != nullptr) dladdr(kernel, &found);
   const auto offset = reinterpret_cast<uintptr_t>(kernel) - reinterpret_cast<uintptr_t>(found.dli_fbase);
   recorded += std::to_string(offset) + " " + std::to_string(blocks) + " " + std::to_string(threads) + "\n";
-  return recording == kRecordAndRun;
+  return false;
 }
 
 }  // namespace host_cuda

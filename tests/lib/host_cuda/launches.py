@@ -1,7 +1,7 @@
 """What the launchers launch, read off the library of host_cuda: kernels, blocks, threads, memsets.
 
-``recorded()`` runs a call with the launchers' own formulas and, unless asked to, without the kernels, so that sizes
-which only a GPU can compute are launched here all the same. ``skipped()`` leaves out even the record: what remains is
+``recorded()`` runs a call with the launchers' own formulas and without the kernels, so that sizes which only a GPU can
+compute are launched here all the same. ``skipped()`` leaves out even the record: what remains is
 the host's part of a call.
 """
 
@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 from tests.lib import devices, host_cuda
 
-RUN, RECORD_AND_RUN, RECORD, SKIP = range(4)
+RUN, RECORD, SKIP = range(3)
 
 
 class Launch(NamedTuple):
@@ -54,10 +54,10 @@ def skipped():
     return _mode(SKIP)
 
 
-def recorded(call: Callable[[], object], run: bool = False) -> list[Launch]:
+def recorded(call: Callable[[], object]) -> list[Launch]:
     """The launches of the call, in order."""
     library().host_cuda_recorded()
-    with _mode(RECORD_AND_RUN if run else RECORD):
+    with _mode(RECORD):
         call()
     lines = library().host_cuda_recorded().decode().splitlines()
     return [_launch(*map(int, line.split())) for line in lines]
