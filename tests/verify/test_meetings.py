@@ -36,7 +36,7 @@ def test_every_op_whose_blocks_meet_is_called():
 
 @pytest.mark.parametrize(("where", "meeting"), EVERY, ids=[f"{where}-{meeting}" for where, meeting in EVERY])
 def test_several_blocks_are_launched_for_what_one_result_is_made_of(where, meeting):
-    """By the launcher's own formula. A row of logits or of a recursion is one result, a loss or statistic of all too."""
+    """By the launcher's own formula. A row of logits or of a recursion is one result, and so is a loss or statistic."""
     call = meeting.make()
     launched = launches.recorded(lambda: run(call, "cuda"))
     alone = meeting.case.rowwise and all(x.dim() for x in run(call, "torch"))
