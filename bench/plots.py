@@ -13,32 +13,17 @@ from matplotlib.ticker import NullFormatter, ScalarFormatter
 
 from bench.peers import PEERS
 from bench.results import MIB, Line, Results, duration, exponents, seconds, small_call, times
-from bench.rows import COMPILE, EAGER, OURS, PROVIDERS
+from bench.rows import BARE, COMPILE, EAGER, OURS, PROVIDERS, REFERENCE
 
 matplotlib.use("Agg")
 plt.rcParams |= {"axes.titlesize": 9, "axes.titleweight": "bold", "axes.labelsize": 8}
 plt.rcParams |= {"figure.titlesize": 11, "savefig.dpi": 110}
 
-COLOURS = {
-    "cpu": "#0b6e4f",
-    "cuda": "#0b6e4f",
-    "triton": "#3fa34d",
-    "reference": "#8d99ae",
-    "eager": "#5c677d",
-    "torch.compile": "#ee6c4d",
-    "TRL": "#f2b134",
-    "verl": "#2176ae",
-    "OpenRLHF": "#9b5de5",
-    "SkyRL": "#4cc9f0",
-    "torchrl": "#bc4749",
-    "Liger": "#c77dff",
-    "flash-attn": "#80b918",
-    "QuACK": "#e5989b",
-    "F.linear_cross_entropy": "#7f5539",
-    "F.cross_entropy": "#33415c",
-}
-PLAIN = "#6c757d"
-LINES = ("#0b6e4f", "#2176ae", "#ee6c4d", "#9b5de5", "#f2b134", "#bc4749", "#4cc9f0", "#33415c")
+GREEN, PLAIN = "#0b6e4f", "#6c757d"  # ours, and what is no one's
+LINES = (GREEN, "#2176ae", "#ee6c4d", "#9b5de5", "#f2b134", "#bc4749", "#4cc9f0", "#33415c")
+OTHERS = "#f2b134 #2176ae #9b5de5 #4cc9f0 #bc4749 #c77dff #80b918 #e5989b #7f5539 #33415c".split()
+COLOURS = {"cpu": GREEN, "cuda": GREEN, "triton": "#3fa34d", REFERENCE: "#8d99ae", EAGER: "#5c677d", COMPILE: "#ee6c4d"}
+COLOURS |= zip(PEERS, cycle(OTHERS), strict=False)
 
 
 def _grid(count: int, columns: int, width: float, height: float) -> tuple[plt.Figure, list[Axes]]:
@@ -67,7 +52,7 @@ def speedups(results: Results, path: Path, groups: list[str]) -> Path:
     figure, axes = _grid(len(groups), 3, 5.2, 2.7)
     for ax, group in zip(axes, groups, strict=True):
         rows = results.groups[group]
-        names = [name for name in PROVIDERS if name in rows and name != "bare op"]
+        names = [name for name in PROVIDERS if name in rows and name != BARE]
         values = [seconds(rows[name]) for name in names]
         ax.barh(range(len(names)), values, color=[COLOURS.get(name, PLAIN) for name in names], height=0.72)
         mine = results.ours(group)
@@ -93,7 +78,7 @@ def overview(results: Results, path: Path, groups: list[str]) -> Path:
     for name in names:
         if found := {i: ratio for i, group in enumerate(groups) if (ratio := results.ratio(group, name)) is not None}:
             ax.scatter([*found.values()], [*found], s=34, color=COLOURS[name], label=name, zorder=3)
-    ax.axvline(1.0, color=COLOURS["cpu"], lw=2)
+    ax.axvline(1.0, color=GREEN, lw=2)
     ax.set(xscale="log", ylim=(len(groups) - 0.4, -0.6))
     ax.xaxis.set_major_formatter(ScalarFormatter())
     ax.set_yticks(range(len(groups)), groups, fontsize=8)
@@ -114,7 +99,7 @@ def rooflines(results: Results, path: Path) -> Path:
             mib = [size / MIB for size in line.bytes]
             ax.plot(mib, line.rates(), marker=marker, ms=4, lw=1.2, label=f"against {line.axis}")
         if best := results.best_rate(work):
-            ax.axhline(best, color="#0b6e4f", ls=":", lw=1.2, label=f"instructions: {best:.3g}")
+            ax.axhline(best, color=GREEN, ls=":", lw=1.2, label=f"instructions: {best:.3g}")
         if read := results.rate.get("read"):
             ax.axhline(read, color="#bc4749", ls="--", lw=1.2, label=f"memory read: {read:.3g}")
         if cache := results.machine.get("cache MiB"):

@@ -263,8 +263,8 @@ def register(name: str, *, fake: Callable, triton_kernel: Callable, reference: C
     traced: dict[str, Callable] = {}
     if floats and "!" not in schema:
         for kernel in set(kernels.values()):
-            twin = "_triton" if kernel is kernels.get("triton") else ""
-            op = register_traced(name + twin, schema, floats, fake, kernel)
+            suffix = "_triton" if kernel is kernels.get("triton") else ""
+            op = register_traced(name + suffix, schema, floats, fake, kernel)
             traced |= {impl: op for impl in kernels if kernels[impl] is kernel}
 
     def runs(impl: str, device_type: str) -> bool:

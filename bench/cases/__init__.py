@@ -26,14 +26,9 @@ from ppo_kernels._compositions import compositions
 Inputs = dict[str, Tensor]
 Shape = tuple[int, ...]
 
-CLIP, GAMMA, LAM, KL_COEF, SCORE_CLIP, ENTROPY_COEF = (
-    0.2,
-    1.0,
-    0.95,
-    0.1,
-    5.0,
-    0.01,
-)  # what the eager code and other libraries get, too
+# What the eager code and other libraries get, too.
+CLIP, GAMMA, LAM = 0.2, 1.0, 0.95
+KL_COEF, SCORE_CLIP, ENTROPY_COEF = 0.1, 5.0, 0.01
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # what is timed
 ESTIMATORS = ("k1", "abs", "k2", "k3")
 MEASURED = ("quick", "small", "full")  # the sizes of the benchmarks on a CPU

@@ -209,7 +209,9 @@ def test_what_a_module_may_hold(make, name, scores):
 
 
 @pytest.mark.parametrize("names", [("slowly", "leaving"), ("slowly", "leaving_later"), ("slowly", "raising_later")])
-def test_what_waits_beside_a_failing_function_is_closed(make, names):
+def test_what_waits_beside_a_failing_function_is_closed(make, monkeypatch, names):
+    loops, new = [], asyncio.new_event_loop
+    monkeypatch.setattr(asyncio, "new_event_loop", lambda: loops.append(new()) or loops[-1])
     reward = make(*names)
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
@@ -217,9 +219,9 @@ def test_what_waits_beside_a_failing_function_is_closed(make, names):
             reward(rollout())
         gc.collect()
     assert not [str(one.message) for one in said if "never awaited" in str(one.message)]
-    if reward._loop is not None:
-        assert not asyncio.all_tasks(reward._loop)
-        reward._loop.close()
+    for loop in loops:
+        assert not asyncio.all_tasks(loop)
+        loop.close()
 
 
 def test_functions_cannot_change_what_they_get(make):
