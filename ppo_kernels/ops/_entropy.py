@@ -8,10 +8,10 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from ppo_kernels._registered import not_a_graph
+from ppo_kernels._rows import find_rows, scalar, scaled_or_off, spread, valid_tokens
 from ppo_kernels._types import PolicyStats, wide_dtype
 from ppo_kernels.ops._autograd import first_order_only, once, recorded, transformed
 from ppo_kernels.ops._inputs import keepable
-from ppo_kernels.reference.rows import find_rows, scalar, scaled_or_off, spread, valid_tokens
 
 
 def with_entropy(

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ppo_kernels._rows import find_rows, row_sum, valid_tokens
 from ppo_kernels._types import wide_dtype
 from ppo_kernels.reference.group_advantages import runs
-from ppo_kernels.reference.rows import find_rows, row_sum, valid_tokens
 
 
 def aggregation_weights(

@@ -5,14 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ppo_kernels._types import compute_dtype, wide_dtype
-from ppo_kernels.reference.rows import (
+from ppo_kernels._rows import (
     find_rows,
     last_valid,
     select,
     spread,
     valid_tokens,
 )
+from ppo_kernels._types import compute_dtype, wide_dtype
 
 
 @torch.no_grad()

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ppo_kernels._rows import Rows, row_sum
 from ppo_kernels._types import compute_dtype, wide_dtype
-from ppo_kernels.reference.rows import Rows, row_sum
 
 
 @torch.no_grad()

@@ -7,9 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from ppo_kernels._types import ImportanceStats, compute_dtype
-from ppo_kernels.reference.kl_rewards import clamp
-from ppo_kernels.reference.rows import (
+from ppo_kernels._rows import (
     effective_share,
     find_rows,
     how_many,
@@ -19,6 +17,8 @@ from ppo_kernels.reference.rows import (
     spread,
     valid_tokens,
 )
+from ppo_kernels._types import ImportanceStats, compute_dtype
+from ppo_kernels.reference.kl_rewards import clamp
 
 
 def row_max(x: Tensor, row: Tensor, batch: int) -> Tensor:

@@ -7,8 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from ppo_kernels._types import compute_dtype
-from ppo_kernels.reference.rows import (
+from ppo_kernels._rows import (
     find_rows,
     last_valid,
     row_sum,
@@ -18,6 +17,7 @@ from ppo_kernels.reference.rows import (
     spread,
     valid_tokens,
 )
+from ppo_kernels._types import compute_dtype
 
 
 def clamp(x: Tensor, bound: float | Tensor | None) -> Tensor:

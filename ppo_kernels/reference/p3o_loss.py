@@ -5,9 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ppo_kernels._types import P3OStats, compute_dtype, wide_dtype
-from ppo_kernels.reference.kl_rewards import clamp
-from ppo_kernels.reference.rows import (
+from ppo_kernels._rows import (
     find_rows,
     how_many,
     masked_mean,
@@ -18,6 +16,8 @@ from ppo_kernels.reference.rows import (
     select,
     valid_tokens,
 )
+from ppo_kernels._types import P3OStats, compute_dtype, wide_dtype
+from ppo_kernels.reference.kl_rewards import clamp
 
 
 def p3o_loss(

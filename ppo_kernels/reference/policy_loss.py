@@ -7,9 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from ppo_kernels._types import PolicyStats, compute_dtype
-from ppo_kernels.reference.kl_rewards import clamp, kl_estimate
-from ppo_kernels.reference.rows import (
+from ppo_kernels._rows import (
     Rows,
     effective_share,
     find_rows,
@@ -24,6 +22,8 @@ from ppo_kernels.reference.rows import (
     spread,
     valid_tokens,
 )
+from ppo_kernels._types import PolicyStats, compute_dtype
+from ppo_kernels.reference.kl_rewards import clamp, kl_estimate
 
 Number = float | Tensor
 Bound = Number | None

@@ -7,8 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from ppo_kernels._types import ValueStats, compute_dtype
-from ppo_kernels.reference.rows import (
+from ppo_kernels._rows import (
     find_rows,
     how_many,
     masked_mean,
@@ -16,6 +15,7 @@ from ppo_kernels.reference.rows import (
     select,
     valid_tokens,
 )
+from ppo_kernels._types import ValueStats, compute_dtype
 
 
 def value_loss(

@@ -1,4 +1,4 @@
-"""Rows of tokens, padded or packed, and the masked reductions that every reference op shares."""
+"""Rows of tokens, padded or packed, and the masked reductions that the reference ops and the entropy bonus share."""
 
 from __future__ import annotations
 
