@@ -13,8 +13,9 @@ import numpy as np
 import torch
 
 from bench.cases import CASES, Case, Data, flat
+from bench.interpreter import round_to_bfloat16
 from bench.results import Table
-from ppo_kernels import backends
+from ppo_kernels import backends, triton
 
 IMPLS = ("torch", "cpu", "triton")
 # log p, entropy and whitened values are of the order of 1; the others are measured by the largest of their kind.
@@ -78,6 +79,8 @@ def rows() -> dict[tuple[str, str, str], dict[str, list[tuple[float, float]]]]:
 
 
 def main() -> int:
+    if triton.INTERPRETED and triton.INSTALLED:
+        round_to_bfloat16()
     table = Table("Accuracy", "", ["op", "result", "inputs", "eager", *IMPLS])
     for (op, name, dtype), row in rows().items():
         worst = {impl: tuple(map(max, zip(*pairs, strict=True))) for impl, pairs in row.items()}

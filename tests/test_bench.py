@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 import subprocess
 import sys
 from importlib.metadata import PackageNotFoundError
@@ -113,6 +114,12 @@ def test_every_op_is_timed_and_every_contract_has_a_benchmark_or_says_why():
     for size in rows.SIZES:
         assert {row.setup.case.op for row in rows.works(size)} == timed, size
     assert {case.op for case in cases.CASES if case.accuracy} == timed
+
+
+@pytest.mark.skipif(not (ROOT / "docs").is_dir(), reason="the pages are not here")
+def test_the_page_of_errors_has_every_op():
+    page = (ROOT / "docs" / "accuracy.md").read_text()
+    assert set(re.findall(r"^\| (\w+) \|", page, re.M)) == {"op", *(case.op for case in cases.CASES if case.accuracy)}
 
 
 def test_other_libraries_are_asked_for_works_that_are_timed():

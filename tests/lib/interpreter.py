@@ -2,8 +2,8 @@
 
 At every call of a device function it wraps all of ``triton.language`` anew, which is more than half of its time. Here
 the modules that a function sees are wrapped at its first call and stay so. It scans element by element, a call of the
-combine function for each; here by doubling, as a GPU does. It cuts digits of a float32 that becomes a bfloat16; here it
-is rounded, as a GPU does. All else is computed as the interpreter computes it.
+combine function for each; here by doubling, as a GPU does. It rounds to bfloat16 as bench/interpreter.py makes it. All else is
+computed as the interpreter computes it.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ import functools
 from types import SimpleNamespace
 
 import numpy as np
-import torch
+
+from bench.interpreter import round_to_bfloat16
 
 
 @functools.cache  # once in a process
@@ -20,15 +21,7 @@ def improve() -> None:
     """Make it wrap what a function sees at the first call alone, scan by doubling, and round to bfloat16."""
     from triton.runtime import interpreter
 
-    convert = interpreter._convert_float
-
-    def round_to_nearest(x, from_dtype, to_dtype, rounding_mode):
-        # Without a mode the cast is one of the language, which rounds to nearest.
-        if from_dtype.name == "fp32" and to_dtype.name == "bf16" and rounding_mode is None:
-            return torch.from_numpy(x).bfloat16().view(torch.uint16).numpy()
-        return convert(x, from_dtype, to_dtype, rounding_mode)
-
-    interpreter._convert_float = round_to_nearest
+    round_to_bfloat16()
     interpreter.ScanOps.own_scan, interpreter.ScanOps.generic_scan = interpreter.ScanOps.generic_scan, scan_by_doubling
     wrap = interpreter._patch_lang
 
