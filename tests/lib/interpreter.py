@@ -2,8 +2,8 @@
 
 At every call of a device function it wraps all of ``triton.language`` anew, which is more than half of its time. Here
 the modules that a function sees are wrapped at its first call and stay so. It scans element by element, a call of the
-combine function for each; here by doubling, as a GPU does. It rounds to bfloat16 as bench/interpreter.py makes it. All else is
-computed as the interpreter computes it.
+combine function for each; here by doubling, as a GPU does. It cuts digits of a float32 that becomes a bfloat16; here it
+is rounded (bench/interpreter.py). All else is computed as the interpreter computes it.
 """
 
 from __future__ import annotations
