@@ -64,7 +64,8 @@ def test_its_own_tests_pass(tree):
 
 
 def test_the_contracts_hold_it_to_their_rules(tree):
-    files = [f"tests/test_{name}.py" for name in ("contracts", "contracts_dispatcher", "written_values")]
+    every = ("contracts", "contracts_dispatcher", "written_values", "options", "tensor_kinds", "transforms")
+    files = [f"tests/test_{name}.py" for name in every]
     printed = run(tree, "pytest", "-v", "-k", "soft_clip or every_registered", *files)
     for file in files:
         assert f"{file}::" in printed
