@@ -45,8 +45,8 @@ PARTS = {
     "host_cuda": f"PPO_KERNELS_HOST_CUDA=1 pytest {WITH_CUDA} -n 2 --dist loadfile --tier whole -k cuda",
     "sanitize_cuda": "tests.verify.sanitize.run --together cuda_address cuda_thread",
     "sanitize": "tests.verify.sanitize.run address thread",
-    "gpu_run": "pytest "
-    + " ".join(f"tests/verify/test_{name}.py" for name in ("gpu_run", "gpu", "meetings", "host_path")),
+    "meetings": "pytest tests/verify/test_meetings.py tests/verify/test_host_path.py",
+    "gpu_run": "pytest tests/verify/test_gpu_run.py tests/verify/test_gpu.py",
     "host_path": "tests.verify.host_path",
     "accuracy": "bench --accuracy",
     "parity": "pytest tests/verify/test_parity.py tests/verify/test_parity_groups.py -rs",
@@ -62,7 +62,7 @@ PARTS = {
     "learn": "pytest tests/verify/trainer/test_learn.py -m learn",
     "adapters": "pytest tests/verify/adapters -W ignore",
 }
-GROUPS = {"gpu_checks": ("host_cuda", "sanitize_cuda", "aot")}  # the kernels of a GPU, without one
+GROUPS = {"gpu_checks": ("host_cuda", "meetings", "sanitize_cuda", "aot")}  # the kernels of a GPU, without one
 
 
 def command(part: str) -> tuple[list[str], dict[str, str]]:
