@@ -69,7 +69,7 @@ def test_tensors_of_another_kind_are_named(impl_of, kind):
         pk.aggregation_weights(make())
     for name in NAMES:
         impl, case = impl_of(name), cases.make(name, batch=2, length=4)
-        for given in (given for given, x in case.tensors.items() if x.dim()):
+        for given in case.tensors:
             with pytest.raises(TypeError, match=words):
                 case.call(case.tensors | {given: make()}, impl)
 
@@ -104,8 +104,8 @@ def test_a_sharded_dtensor_is_named(require_impl, mesh, impl):
     for name in NAMES:
         require_impl(name.partition(":")[0], impl)
         case = cases.make(name, batch=2, length=4)
-        for given, x in ((given, x) for given, x in case.tensors.items() if x.dim()):
-            for placement in (Shard(0), Shard(-1), Partial()):
+        for given, x in case.tensors.items():
+            for placement in (Shard(0), Shard(-1), Partial()) if x.dim() else (Partial(),):
                 tensors = case.tensors | {given: DTensor.from_local(x, mesh, [placement])}
                 with pytest.raises(TypeError, match=r"DTensor.*\.to_local\(\).*group="):
                     case.call(tensors, impl)

@@ -131,6 +131,7 @@ def _as_number(op: str, name: str, value: object) -> float | Tensor:
 
 
 def _check_one(op: str, name: str, value: Tensor) -> None:
+    check_tensor(op, name, value)
     if value.numel() != 1 or value.dtype == torch.bool or value.is_complex():
         raise ValueError(
             f"{op}: {name} must be a number or one real element, got {value.dtype} of shape {tuple(value.shape)}"
