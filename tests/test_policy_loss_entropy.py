@@ -8,6 +8,7 @@ import ppo_kernels as pk
 from bench.oracle.policy_loss import entropy_bonus
 from ppo_kernels import policy_loss
 from tests.lib import transforms
+from tests.lib.devices import IMPLEMENTATIONS
 from tests.lib.helpers import (
     INF,
     JUNK,
@@ -188,11 +189,6 @@ def test_a_mask_and_weights_of_inference_mode(impl):
         assert bit_equal(*(torch.autograd.grad(x, leaf)[0] for x in (loss, want)))
 
 
-def test_a_tangent_of_the_entropy_is_refused():
-    with pytest.raises(RuntimeError, match="policy_loss: forward-mode"):
-        transforms.tangent(lambda x: policy_loss(*make(2, 3), entropy=x, entropy_coef=0.3)[0], entropies(2, 3))
-
-
 def test_one_graph_with_both_gradients(require_impl):
     data, entropy = make(4, 6), entropies(4, 6)
     for impl in (require_impl(OP, "cpu"), "torch"):
@@ -203,3 +199,40 @@ def test_one_graph_with_both_gradients(require_impl):
         for coef in (0.3, 0.4):
             want = torch.autograd.grad(step(*leaves, coef), leaves)
             torch.testing.assert_close(torch.autograd.grad(graph(*leaves, coef), leaves), want)
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+def test_a_tangent_of_the_entropy_alone(require_impl, impl):
+    require_impl(OP, impl)
+    x, old, advantages, h = torch.randn(4, 2, 3, dtype=torch.float64)
+
+    def loss(y):
+        return policy_loss(x, old, advantages, entropy=y, entropy_coef=0.3, impl=impl)[0]
+
+    want = (transforms.gradient(loss, h) * h).sum()
+    torch.testing.assert_close(transforms.tangent(loss, h), want)
+    torch.testing.assert_close(torch.func.jvp(loss, (h,), (h,))[1], want)
+    with pytest.raises(RuntimeError, match="policy_loss: differentiating twice"):
+        torch.func.hessian(loss)(h)
+    torch._dynamo.reset()
+    graph = torch.compile(loss, backend="eager")
+    graph(h)
+    with pytest.raises(RuntimeError, match="policy_loss: forward-mode.*no dual tensors"):
+        transforms.tangent(graph, h)
+    inner = torch.compile(lambda y: torch.func.jvp(loss, (y,), (y,))[1], backend="eager", fullgraph=True)
+    torch.testing.assert_close(inner(h), want)
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+def test_a_tangent_of_hidden_states_reaches_the_bonus(require_impl, impl):
+    require_impl("linear_policy_loss", impl)
+    hidden, weight, labels = torch.randn(2, 3, 4), torch.randn(5, 4), torch.randint(5, (2, 3))
+    old, advantages = torch.randn(2, 2, 3)
+
+    def loss(x):
+        return pk.linear_policy_loss(
+            x, weight, labels, old, advantages, entropy=True, entropy_coef=0.3, impl=impl
+        )[0]  # fmt: skip
+
+    want = (transforms.gradient(loss, hidden) * hidden).sum()
+    torch.testing.assert_close(transforms.tangent(loss, hidden), want)

@@ -112,6 +112,64 @@ def test_a_sharded_dtensor_is_named(require_impl, mesh, impl):
 
 
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+def test_replicas_in_a_pair_are_taken(require_impl, mesh, impl):
+    from torch.distributed.tensor import DTensor, Replicate
+
+    require_impl("token_logprobs", impl)
+    logits, labels = torch.randn(2, 3, 5), torch.randint(5, (2, 3))
+    ids, offsets = torch.arange(5).repeat(6), torch.arange(0, 31, 5)
+    part = pk.partial(logits, labels, impl=impl)
+
+    def replica(x):
+        return DTensor.from_local(x, mesh, [Replicate()])
+
+    def results(given):
+        yield pk.token_logprobs(logits, labels, support=(given(ids), given(offsets)), impl=impl)
+        yield pk.merge([given(part)], logits, labels, impl=impl)
+        yield pk.policy_loss(*logits[:, :, :3].unbind(-1), cliprange=(None, given(torch.tensor(0.1))), impl=impl)[0]
+
+    for got, want in zip(results(replica), results(lambda x: x), strict=True):
+        assert type(got) is torch.Tensor
+        torch.testing.assert_close(got, want, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+def test_an_option_that_is_no_plain_tensor_is_named(require_impl, mesh, impl):
+    """The number of tokens of all ranks, before anybody has added it up, is the likeliest."""
+    from torch.distributed.tensor import DTensor, Partial, Shard
+
+    require_impl("policy_loss", impl)
+    x, one = torch.randn(2, 3), torch.tensor([0.5])
+    sharded = [(DTensor.from_local(one, mesh, [placement]), "DTensor") for placement in (Shard(0), Partial())]
+    nested = torch.nested.nested_tensor([torch.ones(1)])
+    for given, what in (*sharded, (nested, "NestedTensor"), (one.to_sparse(), "sparse_coo")):
+        for op in (
+            lambda y: pk.policy_loss(x, x, x, normalizer=y, impl=impl),
+            lambda y: pk.policy_loss(x, x, x, ref_logprobs=x, kl_coef=y, impl=impl),
+            lambda y: pk.policy_loss(x, x, x, cliprange=(0.2, y), impl=impl),
+            lambda y: pk.gae(x, x, gamma=y, impl=impl),
+            lambda y: pk.token_logprobs(x, torch.zeros(2, dtype=torch.int64), temperature=y, impl=impl),
+        ):
+            with pytest.raises(TypeError, match=what):
+                op(given)
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+def test_a_graph_of_any_shape_takes_one_packed_row(require_impl, impl):
+    require_impl("policy_loss", impl)
+    torch._dynamo.reset()
+
+    def loss(x, advantages, cu_seqlens):
+        return pk.policy_loss(x, 2 * x, advantages, cu_seqlens=cu_seqlens, impl=impl)[0]
+
+    graph = torch.compile(loss, fullgraph=True, backend="eager", dynamic=True)
+    for ends in ([0, 3, 8], [0, 4]):
+        cu_seqlens, x = torch.tensor(ends), torch.randn(ends[-1])
+        for advantages in (torch.randn(len(ends) - 1), torch.randn(len(ends) - 1, 1)):
+            torch.testing.assert_close(graph(x, advantages, cu_seqlens), loss(x, advantages, cu_seqlens))
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 def test_gae_compiles_once_for_all_lengths(require_impl, impl):
     require_impl("gae", impl)
     torch._dynamo.reset()

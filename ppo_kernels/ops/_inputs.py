@@ -106,7 +106,8 @@ def check_number(
     if not (value > above and value >= least and value <= most and -math.inf < value < math.inf):
         limits = [f"> {above}"] * (above > -math.inf) + [f">= {least}"] * (least > -math.inf)
         limits += [f"<= {most}"] * (most < math.inf)
-        raise ValueError(f"{op}: {name} must be {' and '.join(limits) or 'finite'}, got {value}")
+        limits += ["finite"] * (not limits or value == math.inf)
+        raise ValueError(f"{op}: {name} must be {' and '.join(limits)}, got {value}")
     if read and torch.compiler.is_compiling() and not torch.compiler.is_exporting():
         return element(value)  # type: ignore[return-value]
     return value
@@ -321,10 +322,11 @@ class Tokens:
         check_device(self.op, name, x, self.like.device)
         if x.shape == self.like.shape:
             return self.cast(x)
-        if tuple(x.shape) not in ((self.rows,), (self.rows, 1)):
+        shape = tuple(x.shape)
+        if shape != (self.rows,) and shape != (self.rows, 1):  # Dynamo's `in` takes a symbol that is 1 for another
             raise ValueError(
                 f"{self.op}: {name} must have the tokens' shape {tuple(self.like.shape)}, or one value per row"
-                f" [{self.rows}] or [{self.rows}, 1]; got {tuple(x.shape)}"
+                f" [{self.rows}] or [{self.rows}, 1]; got {shape}"
             )
         return x.to(self.dtype).reshape(self.rows, 1)
 

@@ -15,8 +15,10 @@ from torch.autograd import forward_ad
 from ppo_kernels._registered import forward_mode_message, not_a_graph
 from ppo_kernels._types import Function, constant_of_a_graph
 
+_MAY_HOLD_REPLICAS = (Tensor, tuple, list)
 
-def public(function: Function, *, op: str = "", differentiable: bool = False) -> Function:
+
+def public(function: Function, *, op: str = "", differentiable: bool = False, also: str = "") -> Function:
     """A public function, which reads a DTensor that every rank holds whole as this rank's tensor.
 
     It returns plain tensors; the gradient of such a DTensor is one too, with the same placements. A tangent of forward
@@ -27,15 +29,15 @@ def public(function: Function, *, op: str = "", differentiable: bool = False) ->
     @functools.wraps(function)
     def call(*arguments: Any, **options: Any) -> Any:
         if forward_ad._current_level >= 0:
-            constants = options | {first: None} if differentiable else options
+            constants = options | {first: None, also: None} if differentiable else options
             refuse_tangents(name, *arguments[differentiable:], *constants.values(), differentiable=differentiable)
             if not torch.compiler.is_compiling():
                 return _without_graphs(on_this_rank, arguments, options)
         for x in arguments:
-            if type(x) is not Tensor and isinstance(x, Tensor) and _is_replica(x):
+            if type(x) is not Tensor and isinstance(x, _MAY_HOLD_REPLICAS) and _holds_replica(x):
                 return on_this_rank(arguments, options)
         for x in options.values():
-            if type(x) is not Tensor and isinstance(x, Tensor) and _is_replica(x):
+            if type(x) is not Tensor and isinstance(x, _MAY_HOLD_REPLICAS) and _holds_replica(x):
                 return on_this_rank(arguments, options)
         return function(*arguments, **options)
 
@@ -56,8 +58,8 @@ def refuse_tangents(op: str, *given: object, differentiable: bool = False) -> No
     message = forward_mode_message(op)
     if differentiable:
         message = (
-            f"{op}: forward-mode differentiation is supported in the first argument alone, and a graph takes no dual"
-            " tensors; detach the others, or call torch.func.jvp within the graph"
+            f"{op}: forward-mode differentiation is not supported in this argument, and a graph takes no dual tensors;"
+            " detach it, or call torch.func.jvp within the graph"
         )
     if torch.compiler.is_compiling():
         _allow_in_graph()
@@ -90,13 +92,18 @@ def _refuse_tangent(message: str, x: Tensor | None) -> Tensor:
     return x.new_empty(0)
 
 
-def _is_replica(x: object) -> bool:
+def _holds_replica(x: object) -> bool:
+    """Whether it is a DTensor that every rank holds whole, or a pair or list with one."""
+    if isinstance(x, (tuple, list)):
+        return any(_holds_replica(part) for part in x)
     placements = getattr(x, "placements", None) if isinstance(x, Tensor) else None
     return placements is not None and all(p.is_replicate() for p in placements)
 
 
 def _local(x: Any) -> Any:
-    return x.to_local() if _is_replica(x) else x
+    if not _holds_replica(x):
+        return x
+    return tuple(_local(part) for part in x) if isinstance(x, (tuple, list)) else x.to_local()
 
 
 def _tensors(given: Iterable[object]) -> list[Tensor]:

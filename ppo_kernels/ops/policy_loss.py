@@ -39,7 +39,7 @@ _POLICY_LOSS = register(
 )
 
 
-@partial(public, differentiable=True)
+@partial(public, differentiable=True, also="entropy")
 def policy_loss(
     logprobs: Tensor,
     old_logprobs: Tensor,
@@ -217,7 +217,7 @@ def policy_loss(
         }
 
     impl = _POLICY_LOSS.choose(impl, logprobs.device.type, tokens.dtype)
-    if impl == "torch" or has_tangent(logprobs):
+    if impl == "torch" or has_tangent(logprobs) or (entropy is not None and has_tangent(entropy)):
         if entropy is not None:
             of_entropy["entropy"] = first_order_only(op, of_entropy["entropy"])
         return _POLICY_LOSS.reference(
