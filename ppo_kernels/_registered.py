@@ -86,10 +86,10 @@ class _NoGradient(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *_grads):
-        raise RuntimeError(
-            f"{ctx.op}: the registered op and what torch.export makes of it have no gradient; call"
-            f' ppo_kernels.{ctx.op}, or export it with impl="torch"'
-        )
+        instead = f'call ppo_kernels.{ctx.op}, or export it with impl="torch"'
+        if ctx.op == "token_logprobs_merge":  # whatever impl says, a registered op does it
+            instead = "call ppo_kernels.merge outside of the exported program"
+        raise RuntimeError(f"{ctx.op}: the registered op and what torch.export makes of it have no gradient; {instead}")
 
 
 def guard(library: torch.library.Library, schema: str) -> None:

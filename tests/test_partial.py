@@ -132,3 +132,17 @@ def test_errors_say_what_is_allowed():
         (lambda: token_logprobs(logits, labels, group=3), TypeError, "group must be a torch.distributed.ProcessGroup"),
     ):
         assert_raises(kind, call, words)
+
+
+def test_an_exported_merge_says_what_has_a_gradient(impl):
+    logits, labels = torch.randn(2, 5), torch.tensor([1, 4])
+    parts = [partial(logits, labels, impl=impl)]
+
+    class Call(torch.nn.Module):
+        def forward(self, z):
+            return merge(parts, z, labels, impl=impl)
+
+    program = torch.export.export(Call(), (logits,)).module()
+    assert torch.equal(program(logits), token_logprobs(logits, labels, impl=impl))
+    with pytest.raises(RuntimeError, match=r"no gradient; call ppo_kernels\.merge outside"):
+        program(logits.clone().requires_grad_()).sum().backward()
