@@ -220,7 +220,7 @@ CASES = (
         FP32,
         compiled=("full",),
         small_call=(8, 1000),
-        # It shares out 8,000 logits, which one core ends in 0.7 µs; a registered op has two outputs more to wrap.
+        # It shares out the 8,000 logits, which take one core 0.7 µs (bench/NOTES.md).
         small_call_targets=(
             *SMALL_CALL_TARGETS,
             Target("F.cross_entropy", 1, reached=0.9, limit="on two threads: it computes with both"),
