@@ -62,7 +62,7 @@ def main(file: str) -> None:
         axes[1, column].set_xlabel(f"{axis} ({other} {FIXED[other]}, hidden {WIDTH})")
     axes[0, 0].set_ylabel("extra memory, MiB")
     axes[1, 0].set_ylabel("forward and backward, s")
-    axes[0, 0].legend()
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
     figure.suptitle(f"ppo_kernels {ppo_kernels.__version__}, float32, one thread of a CPU")
     figure.savefig(file, dpi=100)
 
